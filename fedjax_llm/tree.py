@@ -1,0 +1,243 @@
+"""Algebra on parameter trees and on stacks of them, [K, ...].
+
+`None` marks an absent leaf throughout: see `types`. Sums run in float32 and
+come back in the leaf's own dtype.
+"""
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm.types import Label, Masks, Params, Uploads
+
+Tree = Any
+
+
+def _is_none(x: Any) -> bool:
+  return x is None
+
+
+# ---------------------------------------------------------- absent leaves --
+
+
+def map_present(fn: Callable, tree: Tree, *rest: Tree) -> Tree:
+  """`jax.tree.map` where a leaf is `None` if it is absent from any tree.
+
+  The trees share one structure once `None` counts as a leaf.
+
+  >>> map_present(lambda x, y: x + y, {'a': 1, 'b': 2}, {'a': 10, 'b': None})
+  {'a': 11, 'b': None}
+  """
+
+  def leaf(*xs):
+    return None if any(x is None for x in xs) else fn(*xs)
+
+  return jax.tree.map(leaf, tree, *rest, is_leaf=_is_none)
+
+
+def merge(*trees: Tree) -> Tree:
+  """The first leaf that is present, leaf by leaf.
+
+  >>> merge({'a': None, 'b': 2}, {'a': 1, 'b': 9})
+  {'a': 1, 'b': 2}
+  """
+
+  def leaf(*xs):
+    return next((x for x in xs if x is not None), None)
+
+  return jax.tree.map(leaf, *trees, is_leaf=_is_none)
+
+
+def like(tree: Tree, template: Tree) -> Tree:
+  """`tree` restricted to the leaves that `template` has.
+
+  >>> like({'a': 1, 'b': 2}, {'a': 'x', 'b': None})
+  {'a': 1, 'b': None}
+  """
+  return map_present(lambda x, _: x, tree, template)
+
+
+def select(tree: Tree, labels: Tree, *wanted: Label) -> Tree:
+  """`tree` restricted to the leaves whose label is one of `wanted`."""
+  return jax.tree.map(
+    lambda x, label: x if label in wanted else None,
+    tree,
+    labels,
+    is_leaf=_is_none,
+  )
+
+
+# ------------------------------------------------------------------ stacks --
+
+
+def take(stack: Tree, index: Any) -> Tree:
+  """Row or rows `index` of every leaf."""
+  return jax.tree.map(lambda x: x[index], stack)
+
+
+def stack(trees: list[Tree]) -> Tree:
+  """Trees of [...] to one tree of [K, ...]."""
+  return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+
+
+def broadcast(tree: Tree, num: int) -> Tree:
+  """[...] to [K, ...] by repetition (free inside a jitted program)."""
+  return jax.tree.map(
+    lambda x: jnp.broadcast_to(x, (num, *jnp.shape(x))), tree
+  )
+
+
+def rows(mask: jax.Array, leaf: jax.Array) -> jax.Array:
+  """A stacked mask [K, ...] made to broadcast against a stacked leaf.
+
+  Masks broadcast to their parameter from the right, so the missing axes go in
+  between: [K, R] against [K, L, D, R] becomes [K, 1, 1, R].
+  """
+  missing = leaf.ndim - mask.ndim
+  return mask.reshape(mask.shape[:1] + (1,) * missing + mask.shape[1:])
+
+
+def where(rows_valid: jax.Array, new: Tree, old: Tree) -> Tree:
+  """`new` in the rows that are valid [K], `old` elsewhere (NaN cannot leak)."""
+  return map_present(
+    lambda n, o: jnp.where(
+      rows_valid.reshape((-1,) + (1,) * (jnp.ndim(n) - 1)), n, o
+    ),
+    new,
+    old,
+  )
+
+
+def weighted_sum(stack: Tree, weight: jax.Array) -> Tree:
+  """sum_k w_k x_k over the leading axis, in float32.
+
+  One contraction of the weights with the stack: on a CPU it runs at the memory
+  bandwidth, where `jnp.mean(x, 0)` reaches a fiftieth of it.
+  """
+
+  def leaf(x):
+    # HIGHEST: accelerators would round the updates to TF32 or bfloat16.
+    return jnp.tensordot(
+      weight.astype(jnp.float32),
+      x.astype(jnp.float32),
+      axes=1,
+      precision=jax.lax.Precision.HIGHEST,
+    )
+
+  return jax.tree.map(leaf, stack)
+
+
+def normalise(weight: jax.Array) -> jax.Array:
+  """Weights that sum to one; all zero where the sum is zero."""
+  total = jnp.sum(weight)
+  return weight / jnp.where(total > 0, total, 1.0)
+
+
+def weighted_mean(stack: Tree, weight: jax.Array) -> Tree:
+  """sum_k w_k x_k / sum_k w_k over the leading axis, in each leaf's dtype."""
+  mean = weighted_sum(stack, normalise(weight))
+  return jax.tree.map(lambda m, x: m.astype(x.dtype), mean, stack)
+
+
+# -------------------------------------------------------------- whole tree --
+
+
+def add(x: Tree, y: Tree) -> Tree:
+  """x + y where both are present; the one that is present elsewhere."""
+  return merge(map_present(lambda a, b: (a + b).astype(a.dtype), x, y), x, y)
+
+
+def sub(x: Tree, y: Tree) -> Tree:
+  return map_present(operator.sub, x, y)
+
+
+def scale(tree: Tree, factor: Any) -> Tree:
+  return jax.tree.map(lambda x: (x * factor).astype(x.dtype), tree)
+
+
+def zeros_like(tree: Tree, dtype: Any = None) -> Tree:
+  return jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), dtype or x.dtype), tree)
+
+
+def dot(x: Tree, y: Tree) -> jax.Array:
+  """Inner product of two trees, float32."""
+  parts = jax.tree.leaves(
+    map_present(
+      lambda a, b: jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32)), x, y
+    )
+  )
+  return functools.reduce(operator.add, parts, jnp.float32(0.0))
+
+
+def norm(tree: Tree) -> jax.Array:
+  """Euclidean norm of the whole tree, float32."""
+  return jnp.sqrt(dot(tree, tree))
+
+
+def all_finite(tree: Tree) -> jax.Array:
+  """True if no leaf holds a NaN or an infinity."""
+  parts = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+  return functools.reduce(jnp.logical_and, parts, jnp.bool_(True))
+
+
+def ravel(stack: Tree) -> jax.Array:
+  """[K, ...] leaves to one float32 matrix [K, P], P entries a client."""
+  return jnp.concatenate(
+    [
+      x.reshape(x.shape[0], -1).astype(jnp.float32)
+      for x in jax.tree.leaves(stack)
+    ],
+    axis=1,
+  )
+
+
+def squared_distances(stack: Tree) -> jax.Array:
+  """||x_i - x_j||^2 over the whole tree, [K, K], by Gram matrices.
+
+  Rows are centred first: updates share a large common part, and the squares
+  of small differences would be lost in rounding.
+  """
+
+  def leaf(x):
+    x = x.reshape(x.shape[0], -1).astype(jnp.float32)
+    x = x - x[:1]
+    return jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST)
+
+  gram = functools.reduce(operator.add, map(leaf, jax.tree.leaves(stack)))
+  square = jnp.diagonal(gram)
+  return jnp.maximum(square[:, None] + square[None, :] - 2 * gram, 0.0)
+
+
+# ----------------------------------------------------------------- uploads --
+
+
+def apply_mask(tree: Tree, mask: Tree) -> Tree:
+  """Zero outside the mask; leaves without a mask pass unchanged."""
+  return jax.tree.map(
+    lambda x, m: x if m is None or x is None else jnp.where(m, x, 0),
+    tree,
+    mask,
+    is_leaf=_is_none,
+  )
+
+
+def whole(uploads: Uploads) -> Params:
+  """The clients' parameters after training: held * (start + update), [K, ...].
+
+  Frozen leaves (the scales of `LowRank` nodes) come from the start.
+  """
+  end = add(uploads.start, uploads.update)
+  held = map_present(rows, uploads.masks.held, like(end, uploads.masks.held))
+  return apply_mask(end, held)
+
+
+def full_masks(params: Params, labels: Tree) -> Masks:
+  """Everything that is not frozen is held and trained."""
+  mask = map_present(
+    lambda _: jnp.bool_(True), select(params, labels, Label.SHARED, Label.PRIVATE)
+  )
+  return Masks(held=mask, trained=mask)

@@ -1,0 +1,357 @@
+"""The contracts that every room speaks, in the order in which data flows.
+
+    data -> clients -> local -> uploads -> aggregators -> server -> evals
+
+Axis letters, used everywhere:
+
+    K clients in the cohort     N clients in the population   S local steps
+    B batch                     T tokens                      D model width
+    F features                  R rank                        L layers
+    V vocabulary
+
+A part is a builder that returns a `NamedTuple` of pure functions: settings go
+in by keyword, arrays flow through the functions, and nothing is inherited or
+registered.
+
+Absent leaves are `None`. An update, a mask or the private part of a client has
+the structure of the parameters with `None` wherever it says nothing, so that
+`jax.tree.map` over it touches only what is there (`tree.merge` puts the parts
+together again).
+"""
+
+import enum
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+Base = Any  # frozen weights of the model: a pytree, never batched over clients
+Params = Any  # what the server owns and broadcasts; never the base
+Update = Any  # end - start, where start is what this client received
+Key = jax.Array  # a typed PRNG key (threefry)
+Metrics = Mapping[str, jax.Array]  # 'room/name' -> array
+
+
+class Error(ValueError):
+  """A mistake of the user, told in one sentence (programs exit with 1)."""
+
+
+# ---------------------------------------------------------------- adapters --
+
+
+class LowRank(NamedTuple):
+  """The node of every LoRA-like adapter: W + scale * a @ b + residual.
+
+  Stacked over layers every field has a leading L axis, so that one `lax.scan`
+  walks the base and the adapter together. `scale` (alpha / R, or
+  alpha / sqrt(R) for rsLoRA) is never trained and never averaged. `residual`
+  is what an average of factors missed; it is dense, one a target, and is added
+  to the base once a round, outside `vmap`.
+  """
+
+  a: Any  # [L, D, R]
+  b: Any  # [L, R, F]
+  scale: Any  # [L]
+  residual: Any = None  # [L, D, F]
+
+
+class Adapter(NamedTuple):
+  """A parameter-efficient change of the base.
+
+  `init(key, base) -> params`; `merge(base, params) -> base` writes the change
+  into the weights; `fold(base, params) -> (base, params)` writes only what is
+  frozen and dense (residuals), once a round, outside `vmap`.
+  """
+
+  init: Callable[[Key, Base], Params]
+  merge: Callable[[Base, Params], Base]
+  fold: Callable[[Base, Params], tuple[Base, Params]]
+
+
+# -------------------------------------------------------------------- data --
+
+
+class Example(NamedTuple):
+  """One text as a client holds it.
+
+  `loss_mask[t]` says that token t is to be learned: predicted from the tokens
+  before it. Token 0 has nothing before it and never counts.
+  """
+
+  tokens: np.ndarray  # [T] int32
+  loss_mask: np.ndarray  # [T] bool
+
+
+class Population(NamedTuple):
+  """The federation's data: N clients that train, and clients that never do.
+
+  A client's id is its place in `names`, which is sorted: the id does not
+  depend on the order of the records in a file.
+  """
+
+  names: tuple[str, ...]  # [N]
+  train: tuple[tuple[Example, ...], ...]  # [N], each at least one example
+  heldout: tuple[tuple[Example, ...], ...]  # [N], the same clients' other texts
+  new_names: tuple[str, ...] = ()  # clients that no round trains on
+  new: tuple[tuple[Example, ...], ...] = ()
+  report: Mapping[str, Any] = {}  # what was left out and why; histogram
+
+
+class Batch(NamedTuple):
+  """Token arrays of one step, [..., B, T]; rows may hold several texts.
+
+  `segments` is 0 on padding and 1, 2, ... on the texts packed in a row;
+  `positions` restart with every text. A step without any loss token is padding
+  and changes nothing.
+  """
+
+  tokens: Any  # int32
+  loss_mask: Any  # bool
+  segments: Any  # int32
+  positions: Any  # int32
+
+
+# ----------------------------------------------------------------- clients --
+
+
+class Draw(NamedTuple):
+  """Who takes part in a round.
+
+  `ids[k] == -1` is padding (fewer clients were available than asked for);
+  `reports[k]` is False for padding and for a client that drops out.
+  """
+
+  ids: np.ndarray  # [K] int32
+  reports: np.ndarray  # [K] bool
+
+
+Sampler = Callable[[int], Draw]  # round -> who; pure, so a resumed run agrees
+
+
+class Label(enum.Enum):
+  """What happens to a leaf of the parameters."""
+
+  SHARED = 'shared'  # trained by clients, sent, aggregated
+  PRIVATE = 'private'  # trained by a client and kept by it
+  FROZEN = 'frozen'  # trained by nobody; absent from updates
+
+
+Shared, Private, Frozen = Label.SHARED, Label.PRIVATE, Label.FROZEN
+
+
+class Masks(NamedTuple):
+  """Which entries a client holds, and which of those it may change.
+
+  Both have the structure of the parameters with `None` on frozen leaves. A
+  leaf is boolean and broadcasts to its parameter from the right ([R] masks
+  ranks). A held-out entry is zero for the client; an untrained one keeps the
+  value received.
+  """
+
+  held: Any
+  trained: Any
+
+
+class Scope(NamedTuple):
+  """What a client trains, shares and keeps.
+
+  `labels(params)` gives a `Label` a leaf, `mask(start, profile, state, round,
+  key) -> Masks` runs inside the round, and `plan(round, reports, profiles) ->
+  profiles` is host code between rounds (knapsacks, searches).
+  """
+
+  labels: Callable[[Params], Any]
+  mask: Callable[[Params, Any, 'ClientState', jax.Array, Key], Masks]
+  plan: Callable[[int, Any, Any], Any] = lambda round, reports, profiles: (
+    profiles
+  )
+
+
+class ClientState(NamedTuple):
+  """What a client keeps between rounds; often nothing at all."""
+
+  private: Any = None  # private leaves, None elsewhere
+  local: Any = ()  # of the local update: control variates, optimizer moments
+  upload: Any = ()  # of the upload: what compression left behind
+
+
+class Cohort(NamedTuple):
+  """The clients of one round, stacked; rows that are padding are not valid."""
+
+  ids: Any  # [K] int32
+  batches: Any  # Batch of [K, S, B, T], or any pytree with those first axes
+  weight: Any  # [K] float32: examples, tokens, or ones
+  valid: Any  # [K] bool
+  profiles: Any = ()  # [K, ...] capacities: rank, layers, bytes
+  states: Any = ClientState()  # ClientState of [K, ...]
+
+
+# ------------------------------------------------------------------- local --
+
+
+class Model(NamedTuple):
+  """A network as two pure functions, so that logits can be computed late.
+
+  `hidden(base, params, batch) -> [B, T, D]`;
+  `logits(base, params, hidden [..., D]) -> [..., V]` in float32.
+  """
+
+  hidden: Callable[[Base, Params, Batch], jax.Array]
+  logits: Callable[[Base, Params, jax.Array], jax.Array]
+
+
+class LossSum(NamedTuple):
+  """A loss as a sum and a count: means of parts then compose exactly."""
+
+  total: jax.Array  # [] float32, nats
+  count: jax.Array  # [] float32, tokens (0 marks a padding step)
+  correct: jax.Array  # [] float32, tokens whose arg max is right
+
+
+Loss = Callable[[Base, Params, Any, Key], LossSum]  # (base, params, batch, key)
+
+
+class ClientOutput(NamedTuple):
+  update: Update  # end - start on trained leaves, None on frozen ones
+  masks: Masks
+  state: Any  # ClientState.local
+  metrics: Mapping[str, jax.Array]  # 'loss' and 'tokens' at least
+
+
+class LocalUpdate(NamedTuple):
+  """Training on one client: `vmap` makes it a cohort.
+
+  `init(params) -> state` is what one client keeps;
+  `run(base, start, state, batches [S, ...], masks, round, key) ->
+  ClientOutput`.
+  """
+
+  init: Callable[[Params], Any]
+  run: Callable[..., ClientOutput]
+
+
+# ----------------------------------------------------------------- uploads --
+
+
+class Codec(NamedTuple):
+  """What travels: an upload codes updates, a download codes parameters.
+
+  All four are for one client:
+  `init(update) -> state`,
+  `encode(update, masks, state, key) -> (message, state)`,
+  `decode(message, start, key) -> update` (the same key as `encode`),
+  `num_bytes(message, masks) -> ` int32 counts, one a leaf of the message,
+  summed on the host: 32 bits do not hold the sum over a cohort.
+  """
+
+  init: Callable[[Update], Any]
+  encode: Callable[[Update, Masks, Any, Key], tuple[Any, Any]]
+  decode: Callable[[Any, Params, Key], Update]
+  num_bytes: Callable[[Any, Masks], Any]
+
+
+Upload = Codec
+Download = Codec
+
+
+class Uploads(NamedTuple):
+  """What the server receives, stacked over clients.
+
+  Rows that are not valid hold zeros and have weight zero. A rule that needs
+  whole factors takes `tree.whole(uploads)`, never `params + update`: a client
+  may have received a masked or compressed start.
+  """
+
+  update: Update  # [K, ...]
+  start: Params  # [K, ...] what each client received, scales included
+  masks: Masks  # [K, ...]
+  weight: Any  # [K] float32
+  valid: Any  # [K] bool
+
+
+# ------------------------------------------------------------- aggregators --
+
+
+class Traits(NamedTuple):
+  """What a rule is, so that senseless combinations are refused when built."""
+
+  linear: bool = False  # linear in the updates: secure aggregation may be used
+  needs_stack: bool = True  # sees all clients at once: memory grows with K
+  changes_basis: bool = False  # factors change meaning: no server moments
+
+
+class Aggregate(NamedTuple):
+  """The outcome of a rule. Not every change is a gradient.
+
+  `delta` meets the server optimizer; `assign` is written as it is. Both have
+  the structure of the parameters, `None` where they say nothing.
+  """
+
+  delta: Update
+  assign: Any = None
+
+
+class Aggregator(NamedTuple):
+  """A rule on the whole stack [K, ...].
+
+  `init(params, key) -> state`;
+  `aggregate(uploads, state, params, key) -> (Aggregate, state)`.
+  """
+
+  init: Callable[[Params, Key], Any]
+  aggregate: Callable[[Uploads, Any, Params, Key], tuple[Aggregate, Any]]
+  traits: Traits = Traits()
+
+
+class StreamingAggregator(NamedTuple):
+  """A rule that eats blocks of clients, so memory stays flat as K grows.
+
+  `zero(params) -> sums`; `accumulate(sums, uploads, state, params) -> sums`;
+  `finalize(sums, state, params, key) -> (Aggregate, state)`. Sums are
+  additive: those of two blocks may be added, also across devices.
+  """
+
+  init: Callable[[Params, Key], Any]
+  zero: Callable[[Params], Any]
+  accumulate: Callable[[Any, Uploads, Any, Params], Any]
+  finalize: Callable[[Any, Any, Params, Key], tuple[Aggregate, Any]]
+  traits: Traits = Traits(linear=True, needs_stack=False)
+
+
+AnyAggregator = Aggregator | StreamingAggregator
+
+# ------------------------------------------------------------------ server --
+
+ServerOptimizer = optax.GradientTransformation  # sees -delta
+
+
+class ServerState(NamedTuple):
+  round: Any  # [] int32, rounds done
+  params: Params
+  optimizer: Any
+  aggregator: Any
+  key: Any  # the seed's key: rounds fold their number in, it never changes
+
+
+class FederatedAlgorithm(NamedTuple):
+  """A whole method.
+
+  `init(key, params) -> ServerState`;
+  `init_client(params) -> ClientState` of a client never seen before;
+  `round(state, cohort, base) -> (state, states [K], metrics)`;
+  `personal(params, state) -> params` is what a client is served
+  (`state=None`: a client never trained on).
+  """
+
+  init: Callable[[Key, Params], ServerState]
+  init_client: Callable[[Params], ClientState]
+  round: Callable[..., tuple[ServerState, ClientState, Metrics]]
+  personal: Callable[[Params, ClientState | None], Params]
+
+
+# ------------------------------------------------------------------- evals --
+
+# (base, params, personal, data, key) -> {'evals/name': number}
+Evaluator = Callable[..., Mapping[str, float]]
