@@ -196,20 +196,24 @@ def ravel(stack: Tree) -> jax.Array:
 
 
 def squared_distances(stack: Tree) -> jax.Array:
-  """||x_i - x_j||^2 over the whole tree, [K, K], by Gram matrices.
+  """||x_i - x_j||^2 over the whole tree, [K, K], symmetric, float32.
 
-  Rows are centred first: updates share a large common part, and the squares
-  of small differences would be lost in rounding.
+  Differences first: inner products would drown small distances in rounding,
+  all of them as soon as one row is huge. One pass over the stack a row.
   """
 
-  def leaf(x):
-    x = x.reshape(x.shape[0], -1).astype(jnp.float32)
-    x = x - x[:1]
-    return jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST)
+  def from_row(row):
+    parts = jax.tree.map(
+      lambda x, r: jnp.sum(
+        jnp.square(x.astype(jnp.float32) - r.astype(jnp.float32)),
+        axis=tuple(range(1, x.ndim)),
+      ),
+      stack,
+      row,
+    )
+    return functools.reduce(operator.add, jax.tree.leaves(parts))
 
-  gram = functools.reduce(operator.add, map(leaf, jax.tree.leaves(stack)))
-  square = jnp.diagonal(gram)
-  return jnp.maximum(square[:, None] + square[None, :] - 2 * gram, 0.0)
+  return jax.lax.map(from_row, stack)
 
 
 # ----------------------------------------------------------------- uploads --

@@ -57,6 +57,16 @@ class LowRank(NamedTuple):
   residual: Any = None  # [L, D, F]
 
 
+class Controlled(NamedTuple):
+  """Parameters with the server's control variate c (SCAFFOLD).
+
+  In an update: the client's update, and the change of its own c_k.
+  """
+
+  params: Any
+  control: Any
+
+
 class Adapter(NamedTuple):
   """A parameter-efficient change of the base.
 

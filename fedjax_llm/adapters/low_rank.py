@@ -1,0 +1,151 @@
+"""Low-rank adaptation: W + scale * A B, with W frozen.
+
+Kernels are (in, out), so a token x of width D becomes x W + scale (x A) B with
+A of [D, R] and B of [R, F]; over the layers every array has a leading L axis.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm.adapters import targets as targets_lib
+from fedjax_llm.types import Adapter, Base, Error, Key, LowRank, Params
+
+
+def lora(
+  rank: int = 8,
+  alpha: float = 16.0,
+  targets: str | Sequence[str] = ('q_proj', 'v_proj'),
+) -> Adapter:
+  """LoRA: scale = alpha / rank (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+
+  A starts uniform in +-1/sqrt(D), B at zero, as in PEFT: the adapted model
+  starts as the base.
+
+  Args:
+    rank: R, at most the smaller side of every target.
+    alpha: numerator of the scale.
+    targets: see `targets.find`.
+
+  Raises:
+    Error: a rank below one or above a target's sides; no target found.
+
+  >>> import jax, jax.numpy as jnp
+  >>> base = {'layers': {'q_proj': {'kernel': jnp.zeros((2, 6, 4))}}}
+  >>> params = lora(rank=3, targets='q_proj').init(jax.random.key(0), base)
+  >>> params['layers']['q_proj'].a.shape, params['layers']['q_proj'].b.shape
+  ((2, 6, 3), (2, 3, 4))
+  """
+  return _low_rank(rank, alpha / max(rank, 1), targets)
+
+
+def rslora(
+  rank: int = 8,
+  alpha: float = 16.0,
+  targets: str | Sequence[str] = ('q_proj', 'v_proj'),
+) -> Adapter:
+  """Rank-stabilised LoRA: scale = alpha / sqrt(rank).
+
+  Keeps the size of activations and gradients as the rank grows (Kalajdzievski
+  2023, arXiv 2312.03732, theorem 3.2). Arguments and errors as in `lora`.
+
+  >>> import jax, jax.numpy as jnp
+  >>> base = {'layers': {'q_proj': {'kernel': jnp.zeros((2, 6, 6))}}}
+  >>> params = rslora(rank=4, targets='q_proj').init(jax.random.key(0), base)
+  >>> params['layers']['q_proj'].scale
+  Array([8., 8.], dtype=float32)
+  """
+  return _low_rank(rank, alpha / max(rank, 1) ** 0.5, targets)
+
+
+def _low_rank(
+  rank: int, scale: float, targets: str | Sequence[str]
+) -> Adapter:
+  if rank < 1:
+    raise Error(f'adapter.rank is {rank}; it must be at least 1.')
+
+  def init(key: Key, base: Base) -> Params:
+    params: dict = {}
+    for path in targets_lib.find(base, targets):
+      kernel = _node(base, path)['kernel']
+      *lead, d, f = kernel.shape
+      if rank > min(d, f):
+        raise Error(
+          f'adapter.rank is {rank}, above the smaller side of '
+          f'{"/".join(path)} ({d} x {f}).'
+        )
+      # Keyed by the target's name: adding a target changes no other.
+      name_key = jax.random.fold_in(key, zlib.crc32('/'.join(path).encode()))
+      bound = d**-0.5
+      a = jax.random.uniform(
+        name_key, (*lead, d, rank), jnp.float32, -bound, bound
+      )
+      node = LowRank(
+        a=a,
+        b=jnp.zeros((*lead, rank, f), jnp.float32),
+        scale=jnp.full(tuple(lead), scale, jnp.float32),
+      )
+      parent = params
+      for name in path[:-1]:
+        parent = parent.setdefault(name, {})
+      parent[path[-1]] = node
+    return params
+
+  return Adapter(init, merge, fold)
+
+
+def product(node: LowRank) -> jax.Array:
+  """The change of the weight, scale * a @ b + residual: [..., D, F]."""
+  delta = jnp.matmul(node.a, node.b, precision=jax.lax.Precision.HIGHEST)
+  delta = delta * node.scale[..., None, None]
+  return delta if node.residual is None else delta + node.residual
+
+
+def merge(base: Base, params: Params) -> Base:
+  """The base with every change written into its weights.
+
+  >>> import jax, jax.numpy as jnp
+  >>> base = {'layers': {'q_proj': {'kernel': jnp.ones((1, 2, 2))}}}
+  >>> node = LowRank(jnp.ones((1, 2, 1)), jnp.ones((1, 1, 2)), jnp.ones(1))
+  >>> merge(base, {'layers': {'q_proj': node}})['layers']['q_proj']['kernel']
+  Array([[[2., 2.],
+          [2., 2.]]], dtype=float32)
+  """
+  return _write(base, params, product)
+
+
+def fold(base: Base, params: Params) -> tuple[Base, Params]:
+  """Moves the residuals into the base: done once a round, outside `vmap`."""
+  folded = _write(base, params, lambda node: node.residual)
+  is_node = lambda x: isinstance(x, LowRank)
+  bare = jax.tree.map(
+    lambda x: x._replace(residual=None) if is_node(x) else x,
+    params,
+    is_leaf=is_node,
+  )
+  return folded, bare
+
+
+def _node(base: Base, path: Sequence[str]) -> Any:
+  for name in path:
+    base = base[name]
+  return base
+
+
+def _write(base: Any, params: Any, change: Callable[[LowRank], Any]) -> Any:
+  """Adds `change(node)` to the kernel beside every adapter node."""
+  if isinstance(params, LowRank):
+    delta = change(params)
+    if delta is None:
+      return base
+    kernel = base['kernel']
+    return {**base, 'kernel': (kernel + delta).astype(kernel.dtype)}
+  if isinstance(params, dict):
+    return {
+      **base,
+      **{name: _write(base[name], params[name], change) for name in params},
+    }
+  return base

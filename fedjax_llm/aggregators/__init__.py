@@ -1,0 +1,25 @@
+"""Aggregators: what the server makes of the clients' updates."""
+
+from fedjax_llm.aggregators.averaging import as_stack as as_stack
+from fedjax_llm.aggregators.averaging import (
+  control_variates as control_variates,
+)
+from fedjax_llm.aggregators.averaging import from_rule as from_rule
+from fedjax_llm.aggregators.averaging import masked_mean as masked_mean
+from fedjax_llm.aggregators.averaging import mean as mean
+from fedjax_llm.aggregators.averaging import uniform_mean as uniform_mean
+from fedjax_llm.aggregators.robust import krum as krum
+from fedjax_llm.aggregators.robust import median as median
+from fedjax_llm.aggregators.robust import trimmed_mean as trimmed_mean
+
+__all__ = [
+  'as_stack',
+  'control_variates',
+  'from_rule',
+  'krum',
+  'masked_mean',
+  'mean',
+  'median',
+  'trimmed_mean',
+  'uniform_mean',
+]

@@ -1,0 +1,338 @@
+"""Means of updates, and the two ways in which rules become aggregators.
+
+The means are streaming: their sums grow block by block, in float32, by one
+contraction of the weights with the stack (`tree.weighted_sum`).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm import tree
+from fedjax_llm.types import (
+  Aggregate,
+  Aggregator,
+  AnyAggregator,
+  Controlled,
+  Error,
+  Masks,
+  Params,
+  StreamingAggregator,
+  Traits,
+  Update,
+  Uploads,
+)
+
+
+class Sums(NamedTuple):
+  """What a mean remembers of the clients seen so far, all float32."""
+
+  total: Any  # sum_k w_k u_k, as the parameters
+  weight: Any  # sum_k w_k: [], or as the parameters where masks differ
+
+
+def _given(uploads: Uploads) -> jax.Array:
+  return jnp.where(uploads.valid, uploads.weight, 0).astype(jnp.float32)
+
+
+def _equal(uploads: Uploads) -> jax.Array:
+  return uploads.valid.astype(jnp.float32)
+
+
+def _divide(total: jax.Array, weight: jax.Array, like: jax.Array) -> jax.Array:
+  some = weight > 0
+  mean = jnp.where(some, total / jnp.where(some, weight, 1.0), 0.0)
+  return mean.astype(like.dtype)
+
+
+def _mean_by(weights: Callable[[Uploads], jax.Array]) -> StreamingAggregator:
+  def init(params, key):
+    del params, key
+    return ()
+
+  def zero(params):
+    return Sums(tree.zeros_like(params, jnp.float32), jnp.float32(0))
+
+  def accumulate(sums, uploads, state, params):
+    del state, params
+    weight = weights(uploads)
+    return Sums(
+      tree.add(sums.total, tree.weighted_sum(uploads.update, weight)),
+      sums.weight + jnp.sum(weight),
+    )
+
+  def finalize(sums, state, params, key):
+    del key
+    delta = tree.map_present(
+      lambda total, p: _divide(total, sums.weight, p), sums.total, params
+    )
+    return Aggregate(delta), state
+
+  return StreamingAggregator(init, zero, accumulate, finalize)
+
+
+def mean() -> StreamingAggregator:
+  """The weighted mean of the updates: sum_k w_k u_k / sum_k w_k.
+
+  With weights that count examples this is federated averaging (McMahan et al.
+  2017, arXiv 1602.05629, algorithm 1). An entry that a client did not train
+  has the update zero and counts as a vote for no change; `masked_mean` leaves
+  it out instead. A round without any weight changes nothing.
+
+  Updates are [K, ...] a leaf, sums run in float32, the delta has the dtype of
+  the parameter.
+
+  >>> update = {'w': jnp.array([[1.0, 2.0], [5.0, 6.0]])}  # [K, 2]
+  >>> uploads = Uploads(update, None, None, jnp.array([3.0, 1.0]),
+  ...                   jnp.array([True, True]))
+  >>> rule, params = mean(), {'w': jnp.zeros(2)}
+  >>> sums = rule.accumulate(rule.zero(params), uploads, (), params)
+  >>> rule.finalize(sums, (), params, None)[0].delta['w'].tolist()
+  [2.0, 3.0]
+  """
+  return _mean_by(_given)
+
+
+def uniform_mean() -> StreamingAggregator:
+  """The mean in which every valid client counts the same: sum_k u_k / n.
+
+  The form that secure aggregation and differential privacy start from, and
+  that of FedAdam and FedYogi in several codebases.
+
+  >>> rule = as_stack(uniform_mean())
+  >>> uploads = Uploads(jnp.array([1.0, 5.0, 0.0]), None, None,
+  ...                   jnp.array([3.0, 1.0, 0.0]),
+  ...                   jnp.array([True, True, False]))
+  >>> float(rule.aggregate(uploads, (), jnp.float32(0), None)[0].delta)
+  3.0
+  """
+  return _mean_by(_equal)
+
+
+def masked_mean(denominator: str = 'mask') -> StreamingAggregator:
+  """The weighted mean of each entry over the clients that trained it.
+
+      denominator='mask':    sum_k w_k m_k u_k / sum_k w_k m_k
+      denominator='weight':  sum_k w_k m_k u_k / sum_k w_k
+
+  where m_k is `uploads.masks.trained`. 'mask' is the mean over the holders of
+  a rank, a layer or a block (RBLA, arXiv 2408.08699; FedRA, arXiv 2311.11227);
+  'weight' is padding with zeros. Where nobody trained the delta is zero, so
+  the server keeps what it has. With full masks both are `mean`.
+
+  Raises:
+    Error: `denominator` is another word.
+
+  >>> masks = Masks(None, jnp.array([[True, True], [True, False]]))  # [K, R]
+  >>> uploads = Uploads(jnp.array([[2.0, 2.0], [4.0, 0.0]]), None, masks,
+  ...                   jnp.ones(2), jnp.array([True, True]))
+  >>> for name in ('mask', 'weight'):
+  ...   rule = as_stack(masked_mean(name))
+  ...   rule.aggregate(uploads, (), jnp.zeros(2), None)[0].delta.tolist()
+  [3.0, 2.0]
+  [3.0, 1.0]
+  """
+  if denominator not in ('mask', 'weight'):
+    raise Error(
+      f"masked_mean: denominator={denominator!r} is neither 'mask' nor "
+      "'weight'."
+    )
+  by_weight = _mean_by(_given)
+
+  def zero(params):
+    zeros = tree.zeros_like(params, jnp.float32)
+    return (
+      Sums(zeros, zeros) if denominator == 'mask' else by_weight.zero(params)
+    )
+
+  def accumulate(sums, uploads, state, params):
+    trained = tree.map_present(tree.rows, uploads.masks.trained, uploads.update)
+    update = tree.apply_mask(uploads.update, trained)
+    if denominator == 'weight':
+      inside = uploads._replace(update=update)
+      return by_weight.accumulate(sums, inside, state, params)
+    weight = _given(uploads)
+
+    def holders(u, m):  # sum_k w_k m_k, contracted before it is broadcast
+      if u is None:
+        return None
+      if m is None:
+        return jnp.broadcast_to(jnp.sum(weight), u.shape[1:])
+      return jnp.broadcast_to(tree.weighted_sum(m, weight), u.shape[1:])
+
+    seen = jax.tree.map(
+      holders, uploads.update, trained, is_leaf=lambda x: x is None
+    )
+    return Sums(
+      tree.add(sums.total, tree.weighted_sum(update, weight)),
+      tree.add(sums.weight, seen),
+    )
+
+  def finalize(sums, state, params, key):
+    if denominator == 'weight':
+      return by_weight.finalize(sums, state, params, key)
+    delta = tree.map_present(_divide, sums.total, sums.weight, params)
+    return Aggregate(delta), state
+
+  return StreamingAggregator(by_weight.init, zero, accumulate, finalize)
+
+
+# ------------------------------------------------------------- composition --
+
+
+def control_variates(inner: AnyAggregator, num_clients: int) -> AnyAggregator:
+  """SCAFFOLD's server: `inner` for the parameters, c for what corrects them.
+
+  Parameters are `Controlled(params, control)` and an update is
+  `Controlled(u_k, c_k+ - c_k)`. `inner` aggregates the u_k; the control
+  variate is assigned, not optimised:
+
+      c <- c + 1/N sum_{valid k} (c_k+ - c_k)
+
+  unweighted and over the N clients of the population, so that c stays the mean
+  of all c_k (Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1, line 17).
+  The result is streaming if `inner` is.
+
+  Raises:
+    Error: `num_clients` is not positive.
+
+  >>> rule = as_stack(control_variates(mean(), num_clients=10))
+  >>> params = Controlled(jnp.float32(0), jnp.float32(1))
+  >>> update = Controlled(jnp.array([2.0, 4.0]), jnp.array([3.0, 2.0]))
+  >>> ones, both = Masks(params, params), jnp.array([True, True])
+  >>> uploads = Uploads(update, update, ones, jnp.ones(2), both)
+  >>> result, _ = rule.aggregate(uploads, (), params, None)
+  >>> float(result.delta.params), float(result.assign.control)
+  (3.0, 1.5)
+  """
+  if num_clients < 1:
+    raise Error(
+      f'control_variates: num_clients={num_clients} must be at least 1: it is '
+      'the size of the population.'
+    )
+
+  def own(uploads: Uploads) -> Uploads:
+    return uploads._replace(
+      update=uploads.update.params,
+      start=uploads.start.params,
+      masks=Masks(uploads.masks.held.params, uploads.masks.trained.params),
+    )
+
+  def changes(uploads: Uploads) -> Any:
+    return tree.weighted_sum(uploads.update.control, _equal(uploads))
+
+  def outcome(result: Aggregate, change: Any, params: Controlled) -> Aggregate:
+    control = tree.map_present(
+      lambda c, d: (c.astype(jnp.float32) + d / num_clients).astype(c.dtype),
+      params.control,
+      change,
+    )
+    assign = result.assign
+    if assign is None:
+      assign = jax.tree.map(lambda _: None, params.params)
+    return Aggregate(
+      delta=Controlled(
+        result.delta, jax.tree.map(lambda _: None, params.control)
+      ),
+      assign=Controlled(assign, control),
+    )
+
+  def init(params, key):
+    return inner.init(params.params, key)
+
+  if isinstance(inner, Aggregator):
+
+    def aggregate(uploads, state, params, key):
+      result, state = inner.aggregate(own(uploads), state, params.params, key)
+      return outcome(result, changes(uploads), params), state
+
+    return Aggregator(init, aggregate, inner.traits)
+
+  def zero(params):
+    return Controlled(
+      inner.zero(params.params), tree.zeros_like(params.control, jnp.float32)
+    )
+
+  def accumulate(sums, uploads, state, params):
+    return Controlled(
+      inner.accumulate(sums.params, own(uploads), state, params.params),
+      tree.add(sums.control, changes(uploads)),
+    )
+
+  def finalize(sums, state, params, key):
+    result, state = inner.finalize(sums.params, state, params.params, key)
+    return outcome(result, sums.control, params), state
+
+  return StreamingAggregator(init, zero, accumulate, finalize, inner.traits)
+
+
+def from_rule(fn: Callable[[Update, jax.Array], Update]) -> Aggregator:
+  """A rule of one function: `fn(update, weight) -> delta`.
+
+  `update` is the whole tree of stacked leaves [K, ...], `None` where nothing
+  is trained; `weight` [K] is float32 and sums to one, with zeros on the rows
+  left out (those rows hold zeros). The delta has the structure of the update
+  without its first axis. A rule of single leaves uses `jax.tree.map`.
+
+  Every client pulled back to the median norm, then averaged:
+
+  >>> def bounded_mean(update, weight):
+  ...   norms = jax.vmap(tree.norm)(update)  # [K]
+  ...   seen = jnp.where(weight > 0, norms, jnp.nan)
+  ...   bound = jnp.nanmedian(seen)
+  ...   shrink = jnp.minimum(1.0, bound / jnp.maximum(norms, 1e-12))
+  ...   return tree.weighted_sum(update, weight * shrink)
+  >>> rule = from_rule(bounded_mean)
+  >>> uploads = Uploads({'w': jnp.array([1.0, 2.0, 90.0])}, None, None,
+  ...                   jnp.ones(3), jnp.ones(3, bool))
+  >>> params = {'w': jnp.float32(0)}
+  >>> result, _ = rule.aggregate(uploads, (), params, None)
+  >>> round(float(result.delta['w']), 4)
+  1.6667
+
+  Raises:
+    Error: the function returns another structure or other shapes.
+  """
+
+  def init(params, key):
+    del params, key
+    return ()
+
+  def aggregate(uploads, state, params, key):
+    del params, key
+    update = uploads.update
+    delta = fn(update, tree.normalise(_given(uploads)))
+    wanted = jax.eval_shape(lambda: tree.take(update, 0))
+    alike = jax.tree.structure(delta) == jax.tree.structure(wanted)
+    shapes = [jnp.shape(d) for d in jax.tree.leaves(delta)]
+    if not alike or shapes != [w.shape for w in jax.tree.leaves(wanted)]:
+      name = getattr(fn, '__name__', repr(fn))
+      raise Error(
+        f'from_rule: {name} returned {jax.tree.map(jnp.shape, delta)}, but an '
+        f'update without its client axis has the shapes '
+        f'{jax.tree.map(lambda w: w.shape, wanted)}.'
+      )
+    delta = jax.tree.map(lambda d, u: jnp.asarray(d, u.dtype), delta, update)
+    return Aggregate(delta), state
+
+  return Aggregator(init, aggregate)
+
+
+def as_stack(aggregator: AnyAggregator) -> Aggregator:
+  """Any rule as one on the whole stack: the stack is a single block.
+
+  >>> as_stack(mean()).traits.needs_stack
+  True
+  """
+  if isinstance(aggregator, Aggregator):
+    return aggregator
+  rule: StreamingAggregator = aggregator
+
+  def aggregate(uploads: Uploads, state: Any, params: Params, key: Any):
+    sums = rule.accumulate(rule.zero(params), uploads, state, params)
+    return rule.finalize(sums, state, params, key)
+
+  traits: Traits = rule.traits._replace(needs_stack=True)
+  return Aggregator(rule.init, aggregate, traits)

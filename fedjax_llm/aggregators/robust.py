@@ -1,0 +1,173 @@
+"""Rules that a few corrupted clients cannot move far.
+
+They see the whole stack [K, ...], count every valid client the same, and do
+not look at masks: an entry that a client did not train is a zero among the
+others.
+"""
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm import tree
+from fedjax_llm.types import Aggregate, Aggregator, Error, Traits
+
+
+def _by_rank(fn: Callable[[jax.Array, jax.Array], jax.Array]) -> Aggregator:
+  """A rule on the sorted values of a coordinate.
+
+  `fn(values, n)` gets a leaf sorted over its first axis, float32, of which the
+  first n >= 1 rows count, and reduces that axis.
+  """
+
+  def init(params, key):
+    del params, key
+    return ()
+
+  def aggregate(uploads, state, params, key):
+    del params, key  # and the weights: every client counts the same
+    valid = uploads.valid
+    num_valid = jnp.sum(valid.astype(jnp.int32))
+
+    def leaf(u):
+      there = valid.reshape((-1,) + (1,) * (u.ndim - 1))
+      # How many rows count is known only inside the round, so the others are
+      # sorted out of the way.
+      values = jnp.where(there, u.astype(jnp.float32), jnp.inf)
+      out = fn(jnp.sort(values, axis=0), jnp.maximum(num_valid, 1))
+      return jnp.where(num_valid > 0, out, 0.0).astype(u.dtype)
+
+    return Aggregate(jax.tree.map(leaf, uploads.update)), state
+
+  return Aggregator(init, aggregate, Traits(linear=False, needs_stack=True))
+
+
+def median() -> Aggregator:
+  """The median of each coordinate over the valid clients.
+
+  The mean of the two middle values where their number is even. Stays within
+  the honest values as long as fewer than half of the clients are corrupted
+  (Yin et al. 2018, arXiv 1803.01498, definition 1). Weights are not used.
+
+  >>> from fedjax_llm.types import Uploads
+  >>> uploads = Uploads(jnp.array([1.0, 2.0, 1e9, 0.0]), None, None, None,
+  ...                   jnp.array([True, True, True, False]))
+  >>> float(median().aggregate(uploads, (), None, None)[0].delta)
+  2.0
+  """
+
+  def middle(values, n):
+    low = jnp.take(values, (n - 1) // 2, axis=0)
+    high = jnp.take(values, n // 2, axis=0)
+    # Halved first: the sum of two large values could overflow.
+    return 0.5 * low + 0.5 * high
+
+  return _by_rank(middle)
+
+
+def trimmed_mean(trim_fraction: float = 0.1) -> Aggregator:
+  """The mean of each coordinate without its extremes on both sides.
+
+  Of the n values of the valid clients the b = floor(trim_fraction * n)
+  smallest and the b largest are dropped, and the rest averaged without
+  weights. Up to b corrupted clients cannot leave the honest range (Yin et al.
+  2018, arXiv 1803.01498, definition 2). With 0.1 nothing is dropped from
+  fewer than 10 clients.
+
+  Raises:
+    Error: `trim_fraction` is not in [0, 0.5).
+
+  >>> from fedjax_llm.types import Uploads
+  >>> uploads = Uploads(jnp.array([1.0, 2.0, 3.0, 4.0, 1e9]), None, None, None,
+  ...                   jnp.ones(5, bool))
+  >>> rule = trimmed_mean(trim_fraction=0.2)
+  >>> float(rule.aggregate(uploads, (), None, None)[0].delta)
+  3.0
+  """
+  if not 0 <= trim_fraction < 0.5:
+    raise Error(
+      f'trimmed_mean: trim_fraction={trim_fraction} must be at least 0 and '
+      'below 0.5: it is cut on both sides.'
+    )
+  # The decimal that was written: in binary 0.29 * 100 is below 29.
+  fraction = Fraction(str(trim_fraction))
+
+  def middle(values, n):
+    num_rows = values.shape[0]
+    cuts = jnp.array([int(fraction * m) for m in range(num_rows + 1)])
+    cut = cuts[n]
+    rank = jnp.arange(num_rows).reshape((-1,) + (1,) * (values.ndim - 1))
+    kept = (rank >= cut) & (rank < n - cut)
+    return jnp.sum(jnp.where(kept, values, 0.0), axis=0) / (n - 2 * cut)
+
+  return _by_rank(middle)
+
+
+def krum(num_byzantine: int, num_selected: int = 1) -> Aggregator:
+  """The update that lies closest to its neighbours (multi-Krum: a few).
+
+  With n valid clients of which at most f = `num_byzantine` are corrupted,
+
+      score_k = sum of ||u_k - u_j||^2 over the n - f - 2 nearest j != k
+
+  where the distance is that of the whole update. The `num_selected` clients
+  of lowest score are averaged without weights (Blanchard et al. 2017, arXiv
+  1703.02757, section 4). Equal scores, as those of two mutual nearest
+  neighbours, are told apart by the distance to all clients, then by order.
+
+  The guarantee needs n > 2 f + 2. A cohort that can never reach it is refused.
+  If clients drop out and only so many report that it does not hold, that
+  round is scored with max(n - f - 2, 1) neighbours and selects at most
+  max(n - f, 1) clients: it is still the most central update, without the
+  guarantee, so choose K with drop-outs in mind.
+
+  Raises:
+    Error: a negative f, `num_selected` not in 1 ... K - f, or K <= 2 f + 2.
+
+  >>> from fedjax_llm.types import Uploads
+  >>> uploads = Uploads(jnp.array([1.0, 1.1, 1.3, 1.7, 90.0]), None, None, None,
+  ...                   jnp.ones(5, bool))
+  >>> rule = krum(num_byzantine=1)
+  >>> round(float(rule.aggregate(uploads, (), None, None)[0].delta), 3)
+  1.1
+  """
+  f, m = num_byzantine, num_selected
+  if f < 0:
+    raise Error(f'krum: num_byzantine={f} must not be negative.')
+  if m < 1:
+    raise Error(f'krum: num_selected={m} must be at least 1.')
+
+  def init(params, key):
+    del params, key
+    return ()
+
+  def aggregate(uploads, state, params, key):
+    del params, key  # and the weights: every client counts the same
+    valid = uploads.valid  # [K]
+    num_rows = valid.shape[0]
+    if num_rows <= 2 * f + 2:
+      raise Error(
+        f'krum needs more than 2 f + 2 clients a round, got K={num_rows} with '
+        f'num_byzantine={f}: raise the cohort size to {2 * f + 3} or more.'
+      )
+    if m > num_rows - f:
+      raise Error(
+        f'krum: num_selected={m} of K={num_rows} clients would have to take '
+        f'some of the num_byzantine={f}: at most {num_rows - f}.'
+      )
+    n = jnp.sum(valid.astype(jnp.int32))
+    # Squared distance over the whole update: per-tensor norms pick others.
+    distance = tree.squared_distances(uploads.update)  # [K, K]
+    other = valid[None, :] & ~jnp.eye(num_rows, dtype=bool)
+    nearest = jnp.sort(jnp.where(other, distance, jnp.inf), axis=1)
+    counted = jnp.arange(num_rows) < jnp.clip(n - f - 2, 1, n - 1)
+    score = jnp.sum(jnp.where(counted, nearest, 0.0), axis=1)
+    total = jnp.sum(jnp.where(other, distance, 0.0), axis=1)
+    order = jnp.lexsort((total, jnp.where(valid, score, jnp.inf), ~valid))
+    best = jnp.arange(num_rows) < jnp.minimum(m, jnp.clip(n - f, 1, n))
+    chosen = jnp.zeros(num_rows).at[order].set(best.astype(jnp.float32))
+    return Aggregate(tree.weighted_mean(uploads.update, chosen)), state
+
+  return Aggregator(init, aggregate, Traits(linear=False, needs_stack=True))

@@ -1,0 +1,234 @@
+"""Who takes part in a round: builders of `types.Sampler`, round -> Draw.
+
+Every sampler is a pure function of the round and takes the same keywords, so
+that a configuration can switch the name. None draws a client twice in a round.
+A Draw always has K = `cohort_size` rows: ids ascend, padding (-1) comes last.
+
+Each client has its own random numbers: the i-th of a stream that is keyed by
+(seed, purpose, round). They do not depend on how many clients there are.
+
+    availability   a client can be drawn in this round with this probability
+    dropout        a drawn client fails to report with this probability
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fedjax_llm.types import Draw, Error, Sampler
+
+__all__ = ['by_size', 'cyclic', 'full', 'uniform']
+
+# Purposes: the second word of a random stream's key.
+_AVAILABLE, _DROPPED, _CHOSEN, _PASS = 101, 102, 103, 104
+
+
+def _numbers(seed: int, purpose: int, number: int, num: int) -> np.ndarray:
+  """Uniform numbers in [0, 1), one a client; a longer stream has the same
+  beginning."""
+  return np.random.default_rng((seed, purpose, number)).random(num)
+
+
+def _sampler(
+  choose: Callable[[int, np.ndarray], np.ndarray],
+  num_clients: int,
+  cohort_size: int,
+  availability: float,
+  dropout: float,
+  seed: int,
+) -> Sampler:
+  """`choose(round, available [N]) -> ids` with the checks and the drop-outs."""
+  if num_clients < 1:
+    raise Error(f'num_clients is {num_clients}: a federation needs a client.')
+  if cohort_size < 1:
+    raise Error(f'cohort_size is {cohort_size}: a round needs a client.')
+  if cohort_size > num_clients:
+    raise Error(
+      f'cohort_size is {cohort_size}, but the population has only '
+      f'{num_clients} clients.'
+    )
+  if not 0 < availability <= 1:
+    raise Error(
+      f'availability is {availability}: it is a probability above 0 and at '
+      'most 1.'
+    )
+  if not 0 <= dropout < 1:
+    raise Error(
+      f'dropout is {dropout}: it is a probability of at least 0 and below 1.'
+    )
+  if seed < 0:
+    raise Error(f'seed is {seed}: it is a whole number of at least 0.')
+
+  def sample(round: int) -> Draw:
+    round = int(round)
+    available = _numbers(seed, _AVAILABLE, round, num_clients) < availability
+    chosen = np.sort(choose(round, available))
+    ids = np.full(cohort_size, -1, np.int32)
+    ids[: len(chosen)] = chosen
+    stays = _numbers(seed, _DROPPED, round, num_clients) >= dropout
+    return Draw(ids=ids, reports=(ids >= 0) & stays[ids])
+
+  return sample
+
+
+def _weighted(
+  size: np.ndarray,
+  cohort_size: int,
+  availability: float,
+  dropout: float,
+  seed: int,
+) -> Sampler:
+  """The K smallest of e_i / size_i, e_i exponential."""
+
+  def choose(round, available):
+    u = _numbers(seed, _CHOSEN, round, len(size))
+    can = np.flatnonzero(available & (size > 0))
+    arrival = -np.log1p(-u[can]) / size[can]
+    return can[np.argsort(arrival, kind='stable')[:cohort_size]]
+
+  return _sampler(choose, len(size), cohort_size, availability, dropout, seed)
+
+
+def uniform(
+  num_clients: int,
+  cohort_size: int,
+  *,
+  sizes: Sequence[float] | None = None,
+  availability: float = 1.0,
+  dropout: float = 0.0,
+  seed: int = 0,
+) -> Sampler:
+  """Any K of the available clients, each set with the same probability.
+
+  Fewer available clients than K leave rows of padding. Unavailable clients and
+  drop-outs do not change the random numbers of the others.
+
+  Args:
+    num_clients: N.
+    cohort_size: K.
+    sizes: unused here; see `by_size`.
+    availability: probability that a client can be drawn in a round.
+    dropout: probability that a drawn client does not report.
+    seed: of every random number of this sampler.
+
+  Raises:
+    Error: K < 1, K > N, or a probability out of range.
+
+  >>> sample = uniform(num_clients=1000, cohort_size=3, seed=1)
+  >>> draw = sample(0)
+  >>> len(set(draw.ids.tolist())), draw.reports.tolist()
+  (3, [True, True, True])
+  >>> (sample(0).ids == draw.ids).all(), (sample(1).ids == draw.ids).all()
+  (np.True_, np.False_)
+  """
+  del sizes  # every client counts the same
+  size = np.ones(max(num_clients, 0))
+  return _weighted(size, cohort_size, availability, dropout, seed)
+
+
+def by_size(
+  num_clients: int,
+  cohort_size: int,
+  *,
+  sizes: Sequence[float] | None = None,
+  availability: float = 1.0,
+  dropout: float = 0.0,
+  seed: int = 0,
+) -> Sampler:
+  """K clients, one after another, each with probability ~ its size.
+
+  Successive sampling without replacement: the next client is i with probability
+  size_i / (sum of the sizes not drawn yet). It is computed as the K smallest of
+  e_i / size_i with e_i exponential, which is the Gumbel top-k of log size_i
+  (Efraimidis and Spirakis, Information Processing Letters 97, 2006). The first
+  draw is exactly proportional to the sizes; the chance of being among K is not,
+  since it cannot exceed 1. A client of size 0 is never drawn.
+
+  Args and errors as in `uniform`; `sizes` [N] is needed here.
+
+  >>> sample = by_size(num_clients=3, cohort_size=1, sizes=[8, 1, 1])
+  >>> ids = [int(sample(round).ids[0]) for round in range(1000)]
+  >>> 0.75 < ids.count(0) / 1000 < 0.85
+  True
+  """
+  if sizes is None:
+    raise Error('by_size needs sizes: one number a client.')
+  size = np.asarray(sizes, np.float64)
+  if size.shape != (num_clients,):
+    raise Error(
+      f'sizes has {size.size} numbers for {num_clients} clients: it needs one '
+      'a client.'
+    )
+  if not (np.isfinite(size).all() and (size >= 0).all() and size.any()):
+    raise Error(
+      'sizes must be finite and not negative, and one of them above 0.'
+    )
+  return _weighted(size, cohort_size, availability, dropout, seed)
+
+
+def cyclic(
+  num_clients: int,
+  cohort_size: int,
+  *,
+  sizes: Sequence[float] | None = None,
+  availability: float = 1.0,
+  dropout: float = 0.0,
+  seed: int = 0,
+) -> Sampler:
+  """Passes over all clients in a new random order each, K a round.
+
+  A pass takes ceil(N / K) rounds and visits every client once; where K does not
+  divide N, the last round of a pass is short (padding). A client that is not
+  available when its turn comes leaves its row empty and waits for the next
+  pass.
+
+  Args and errors as in `uniform`.
+
+  >>> sample = cyclic(num_clients=6, cohort_size=2)
+  >>> sorted(int(i) for round in range(3) for i in sample(round).ids)
+  [0, 1, 2, 3, 4, 5]
+  """
+  del sizes
+  rounds_a_pass = -(-num_clients // max(cohort_size, 1))
+
+  def choose(round, available):
+    number, turn = divmod(round, rounds_a_pass)
+    order = np.argsort(
+      _numbers(seed, _PASS, number, num_clients), kind='stable'
+    )
+    ids = order[turn * cohort_size : (turn + 1) * cohort_size]
+    return ids[available[ids]]
+
+  return _sampler(choose, num_clients, cohort_size, availability, dropout, seed)
+
+
+def full(
+  num_clients: int,
+  cohort_size: int | None = None,
+  *,
+  sizes: Sequence[float] | None = None,
+  availability: float = 1.0,
+  dropout: float = 0.0,
+  seed: int = 0,
+) -> Sampler:
+  """All clients that are available, every round: K = N.
+
+  Args and errors as in `uniform`; a `cohort_size` other than N is refused.
+
+  >>> full(3)(0).ids.tolist()
+  [0, 1, 2]
+  """
+  del sizes
+  if cohort_size is not None and cohort_size != num_clients:
+    raise Error(
+      f'full takes all {num_clients} clients every round: cohort_size must be '
+      f'{num_clients} or absent, not {cohort_size}.'
+    )
+  return _sampler(
+    lambda round, available: np.flatnonzero(available),
+    num_clients,
+    num_clients,
+    availability,
+    dropout,
+    seed,
+  )

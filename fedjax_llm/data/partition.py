@@ -1,0 +1,279 @@
+"""Which client holds which record.
+
+A partition is a function `(records, seed) -> names`, one client name a record.
+Random ones depend on what the records say, not on their order in a file.
+"""
+
+import hashlib
+import heapq
+import statistics
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+
+import numpy as np
+
+from fedjax_llm.data.sources import Record
+from fedjax_llm.types import Error
+
+__all__ = ['dirichlet', 'iid', 'natural', 'one_label', 'quantity']
+
+Partition = Callable[[Sequence[Record], int], list[str]]
+
+
+def keyed(seed: int, *parts: Hashable) -> bytes:
+  """A random number that depends on the seed and the parts, on nothing else.
+
+  Sorting by it is a keyed permutation: the order of two items does not depend
+  on which others there are.
+  """
+  return hashlib.blake2b(repr((seed, *parts)).encode(), digest_size=16).digest()
+
+
+def _generator(seed: int, *parts: Hashable) -> np.random.Generator:
+  return np.random.default_rng(list(keyed(seed, *parts)))
+
+
+def _shuffled(records: Sequence[Record], seed: int, tag: str) -> list[int]:
+  """Places of the records in keyed order."""
+  keys = [keyed(seed, tag, r._replace(where='')) for r in records]
+  return sorted(range(len(records)), key=keys.__getitem__)
+
+
+def _names(num_clients: int) -> list[str]:
+  digits = max(4, len(str(num_clients - 1)))  # so that they sort as numbers
+  return [f'client{i:0{digits}}' for i in range(num_clients)]
+
+
+def _check_clients(rule: str, num_clients: int, most: int, what: str) -> None:
+  if not 1 <= num_clients <= most:
+    raise Error(
+      f'{rule}: num_clients is {num_clients}, but must be between 1 and the '
+      f'{most} {what}.'
+    )
+
+
+def _assign(order: Sequence[int], sizes: Sequence[int]) -> list[str]:
+  """Hands out the records in `order`: the first `sizes[0]` to client 0, ..."""
+  names: list[str] = [''] * len(order)
+  owners = np.repeat(np.arange(len(sizes)), sizes)
+  clients = _names(len(sizes))
+  for place, owner in zip(order, owners):
+    names[place] = clients[owner]
+  return names
+
+
+def _parts(total: int, shares: np.ndarray) -> np.ndarray:
+  """Whole numbers [N] that sum to `total`, as close to the shares as can be."""
+  exact = total * shares / shares.sum()
+  sizes = np.floor(exact).astype(int)
+  most = np.argsort(sizes - exact, kind='stable')
+  sizes[most[: total - sizes.sum()]] += 1
+  return sizes
+
+
+# -------------------------------------------------------------- partitions --
+
+
+def natural() -> Partition:
+  """The clients that the data has: the field that the source reads as client.
+
+  Raises `Error` if a record has no client.
+  """
+
+  def partition(records, seed):
+    del seed
+    for record in records:
+      if record.client is None:
+        raise Error(
+          f'{record.where or "record"}: the partition natural needs the client '
+          'of each record; give the source a client_key, or choose iid.'
+        )
+    return [record.client for record in records]
+
+  return partition
+
+
+def iid(num_clients: int) -> Partition:
+  """Records dealt out at random, as evenly as can be.
+
+  Raises `Error` if there are more clients than records.
+
+  >>> records = [Record(text=str(i)) for i in range(5)]
+  >>> sorted(Counter(iid(2)(records, 0)).values())
+  [2, 3]
+  """
+
+  def partition(records, seed):
+    _check_clients('iid', num_clients, len(records), 'records')
+    sizes = _parts(len(records), np.ones(num_clients))
+    return _assign(_shuffled(records, seed, 'iid'), sizes.tolist())
+
+  return partition
+
+
+def dirichlet(
+  num_clients: int, alpha: float = 0.5, min_size: int = 1
+) -> Partition:
+  """Label skew: each label is shared out by a draw from Dirichlet(alpha 1_N).
+
+      p_c ~ Dirichlet(alpha, ..., alpha)  [N],  client n gets p_c[n] of label c
+
+  Small alpha gives clients of few labels, large alpha approaches iid. A client
+  short of `min_size` records then takes some, at random, from the largest one
+  of the time.
+
+  Raises `Error` if a record has no label, if alpha is not positive or if there
+  are fewer than num_clients * min_size records.
+
+  Source: Yurochkin et al., arXiv 1905.12022, section 4; Li et al., arXiv
+  2102.02079, section 4.1.
+  """
+
+  def partition(records, seed):
+    labels = _labels('dirichlet', records)
+    if not alpha > 0 or not np.isfinite(alpha):
+      raise Error(f'dirichlet: alpha is {alpha}, but must be positive.')
+    if min_size < 0:
+      raise Error(
+        f'dirichlet: min_size is {min_size}, but must not be negative.'
+      )
+    most = len(records) // max(1, min_size)
+    what = f'that {len(records)} records at min_size={min_size} allow'
+    _check_clients('dirichlet', num_clients, most, what)
+    order = _shuffled(records, seed, 'dirichlet')
+    held: list[list[int]] = [[] for _ in range(num_clients)]
+    for label in sorted(set(labels)):
+      mine = [i for i in order if labels[i] == label]
+      rng = _generator(seed, 'dirichlet', label)
+      shares = rng.dirichlet(np.full(num_clients, alpha))
+      if not np.isfinite(shares).all():  # alpha so small that all underflow
+        shares = np.eye(num_clients)[rng.integers(num_clients)]
+      cuts = np.cumsum(_parts(len(mine), shares))[:-1]
+      for n, part in enumerate(np.split(np.array(mine, int), cuts)):
+        held[n] += part.tolist()
+    _lift(held, min_size, _generator(seed, 'dirichlet', 'lift'))
+    names = [''] * len(records)
+    for name, places in zip(_names(num_clients), held):
+      for place in places:
+        names[place] = name
+    return names
+
+  return partition
+
+
+def _lift(held: list[list[int]], min_size: int, rng) -> None:
+  """Moves records from the largest clients to those short of min_size."""
+  heap = [(-len(places), n) for n, places in enumerate(held)]
+  heapq.heapify(heap)
+  for places in held:
+    while len(places) < min_size:
+      size, n = heapq.heappop(heap)
+      if -size == len(held[n]):  # otherwise the client has grown: out of date
+        places.append(held[n].pop(int(rng.integers(len(held[n])))))
+      heapq.heappush(heap, (-len(held[n]), n))
+
+
+def quantity(num_clients: int, sigma: float = 1.0) -> Partition:
+  """Quantity skew: sizes are log-normal, what a client holds is iid.
+
+      size_n ~ exp(sigma * z_n),  z_n ~ N(0, 1),  at least one record each
+
+  Raises `Error` if there are more clients than records or sigma is negative.
+  """
+
+  def partition(records, seed):
+    _check_clients('quantity', num_clients, len(records), 'records')
+    if not sigma >= 0 or not np.isfinite(sigma):
+      raise Error(f'quantity: sigma is {sigma}, but must not be negative.')
+    z = _generator(seed, 'quantity').standard_normal(num_clients)
+    shares = np.exp(sigma * (z - z.max()))
+    sizes = 1 + _parts(len(records) - num_clients, shares)
+    return _assign(_shuffled(records, seed, 'quantity'), sizes.tolist())
+
+  return partition
+
+
+def one_label(num_clients: int | None = None) -> Partition:
+  """One label a client: the clients are the labels.
+
+  With `num_clients` a label's records are shared out evenly over several
+  clients (`label/0000`, ...), more of them for larger labels.
+
+  Raises `Error` if a record has no label or if there are fewer clients than
+  labels or more than records.
+
+  >>> records = [Record(text=str(i), label='ab'[i % 2]) for i in range(4)]
+  >>> one_label()(records, 0)
+  ['a', 'b', 'a', 'b']
+  """
+
+  def partition(records, seed):
+    labels = _labels('one_label', records)
+    if num_clients is None:
+      return labels
+    sizes = Counter(labels)
+    if not len(sizes) <= num_clients <= len(records):
+      raise Error(
+        f'one_label: num_clients is {num_clients}, but must be between the '
+        f'{len(sizes)} labels and the {len(records)} records.'
+      )
+    clients = dict.fromkeys(sizes, 1)
+    # The next client goes to the label whose clients hold most.
+    heap = [(-float(size), label) for label, size in sizes.items()]
+    heapq.heapify(heap)
+    for _ in range(num_clients - len(sizes)):
+      _, label = heapq.heappop(heap)
+      clients[label] += 1
+      heapq.heappush(heap, (-sizes[label] / clients[label], label))
+    names, seen = [''] * len(records), Counter()
+    for place in _shuffled(records, seed, 'one_label'):
+      label = labels[place]
+      names[place] = f'{label}/{seen[label] % clients[label]:04}'
+      seen[label] += 1
+    return names
+
+  return partition
+
+
+def _labels(rule: str, records: Sequence[Record]) -> list[str]:
+  labels = []
+  for record in records:
+    if record.label is None:
+      raise Error(
+        f'{record.where or "record"}: the partition {rule} needs the label of '
+        'each record; give the source a label_key.'
+      )
+    labels.append(record.label)
+  return labels
+
+
+# --------------------------------------------------------------- histogram --
+
+
+def histogram(names: Sequence[str], width: int = 40) -> str:
+  """Sizes of the clients as text, in bins that double.
+
+  >>> print(histogram(['a', 'b', 'b', 'c', 'c', 'c'], width=8))
+  3 clients, 6 records: min 1, median 2, max 3 a client
+        1  ####      1
+      2-3  ########  2
+  """
+  sizes = sorted(Counter(names).values())
+  if not sizes:
+    return '0 clients, 0 records'
+  bins = Counter(size.bit_length() - 1 for size in sizes)
+  longest = max(bins.values())
+  lines = [
+    f'{len(sizes):,} clients, {len(names):,} records: min {sizes[0]:,}, median '
+    f'{statistics.median(sizes):,.6g}, max {sizes[-1]:,} a client'
+  ]
+  low, high = min(bins), max(bins)
+  ranges = {
+    b: '1' if b == 0 else f'{2**b:,}-{2 ** (b + 1) - 1:,}'
+    for b in range(low, high + 1)
+  }
+  column = max(7, *(len(text) for text in ranges.values()))
+  for b, text in ranges.items():
+    bar = '#' * -(-bins[b] * width // longest)
+    lines.append(f'{text:>{column}}  {bar:<{width}}  {bins[b]:,}')
+  return '\n'.join(lines)

@@ -1,0 +1,204 @@
+"""Records to a federation: who trains on what, and what is held out.
+
+Every choice is keyed by (seed, client name, content): it does not depend on
+the order of the records or on which other clients there are.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fedjax_llm.data import text
+from fedjax_llm.data.partition import Partition, histogram, keyed, natural
+from fedjax_llm.data.sources import Record
+from fedjax_llm.data.tokenizers import Tokenizer
+from fedjax_llm.types import Error, Example, Population
+
+_NUM_NAMED = 5  # clients named in the report; the rest is only counted
+
+Unit = list[Example]  # examples that are never torn apart: those of one record
+
+
+def build(
+  records: Sequence[Record],
+  tokenizer: Tokenizer,
+  *,
+  partition: Partition = natural(),  # noqa: B008 (a pure function)
+  template: str | text.Template = 'chat',
+  max_length: int = 256,
+  long_replies: str = 'drop',
+  heldout_fraction: float = 0.1,
+  new_clients: float = 0,
+  min_examples: int = 1,
+  max_clients: int | None = None,
+  seed: int = 0,
+) -> Population:
+  """The population of a federation.
+
+  `partition` says who holds which record; `template`, `max_length` and
+  `long_replies` go to `text.encode`. Of each client's records a
+  `heldout_fraction` is held out: at least one if there are two, never all.
+  Copies of a text stay together, and what equals a training example of anybody
+  is not held out. (A client with one long text holds out some of its chunks.)
+  `new_clients` clients (a number below 1 is a fraction) never train at all.
+  Clients with fewer than `min_examples` usable examples are left out;
+  `max_clients` keeps at most so many, new ones included.
+
+  `report` has `num_records`, `num_clients`, `num_new_clients`,
+  `clients_left_out` (with `clients_left_out_names`, the first few),
+  `clients_not_drawn`, `empty_records`, `replies_left_out`, `replies_cut`,
+  `prompts_truncated`, `heldout_duplicates`, `clients_without_heldout`,
+  `train_examples`, `heldout_examples`, `new_examples`, `tokens` (of training
+  examples), `loss_tokens` (of those, learned) and `histogram` (examples a
+  client, as text).
+
+  Raises `Error` if a number makes no sense or no client is left.
+
+  >>> from fedjax_llm.data import sources, tokenizers
+  >>> population = build(
+  ...   sources.packaged(), tokenizers.bytes(), max_length=512, new_clients=2
+  ... )
+  >>> len(population.names), len(population.new_names)
+  (30, 2)
+  >>> len(population.train[0]), len(population.heldout[0])
+  (63, 7)
+  """
+  _check(heldout_fraction, new_clients, min_examples, max_clients)
+  holdings: dict[str, list[Record]] = {}
+  for name, record in zip(partition(records, seed), records, strict=True):
+    holdings.setdefault(name, []).append(record)
+  clients, counts, left_out = {}, Counter(), []
+  waiting = sorted(holdings, key=lambda n: keyed(seed, 'clients', n))
+  while waiting and (max_clients is None or len(clients) < max_clients):
+    name = waiting.pop()
+    units = []
+    for record in holdings[name]:
+      encoded = text.encode_counted(
+        record, tokenizer, template, max_length, long_replies
+      )
+      counts['prompts_truncated'] += encoded.prompts_truncated
+      counts['replies_left_out'] += encoded.replies_left_out
+      counts['replies_cut'] += encoded.replies_cut
+      if encoded.examples:
+        units.append(encoded.examples)
+      elif not encoded.replies_left_out:
+        counts['empty_records'] += 1
+    if sum(map(len, units)) >= max(1, min_examples):
+      clients[name] = units
+    else:
+      left_out.append(name)
+  if not clients:
+    raise Error(
+      f'no client is left: none of the {len(holdings)} has {min_examples} or '
+      f'more usable examples at max_length={max_length}, '
+      f'long_replies={long_replies!r} ({len(records)} records, '
+      f'{counts["empty_records"]} empty, {counts["replies_left_out"]} replies '
+      'too long).'
+    )
+  new_names = _new(list(clients), new_clients, seed)
+  names = sorted(set(clients) - set(new_names))
+  splits = [_split(n, clients[n], heldout_fraction, seed) for n in names]
+  train = tuple(tuple(one) for one, _ in splits)
+  known = {_content(example) for one in train for example in one}
+  heldout = tuple(_without(known, two, counts) for _, two in splits)
+  new = tuple(
+    _without(known, _split(n, clients[n], 0, seed)[0], counts)
+    for n in new_names
+  )
+  owners = [name for name, one in zip(names, train) for _ in one]
+  report = {
+    'num_records': len(records),
+    'num_clients': len(names),
+    'num_new_clients': len(new_names),
+    'clients_left_out': len(left_out),
+    'clients_left_out_names': sorted(left_out)[:_NUM_NAMED],
+    'clients_not_drawn': len(waiting),
+    'empty_records': counts['empty_records'],
+    'replies_left_out': counts['replies_left_out'],
+    'replies_cut': counts['replies_cut'],
+    'prompts_truncated': counts['prompts_truncated'],
+    'heldout_duplicates': counts['heldout_duplicates'],
+    'clients_without_heldout': sum(not two for two in heldout),
+    'train_examples': len(owners),
+    'heldout_examples': sum(map(len, heldout)),
+    'new_examples': sum(map(len, new)),
+    'tokens': sum(len(e.tokens) for one in train for e in one),
+    'loss_tokens': sum(int(e.loss_mask.sum()) for one in train for e in one),
+    'histogram': histogram(owners),
+  }
+  return Population(tuple(names), train, heldout, new_names, new, report)
+
+
+def _check(
+  heldout_fraction: float,
+  new_clients: float,
+  min_examples: int,
+  max_clients: int | None,
+) -> None:
+  if not 0 <= heldout_fraction < 1:
+    raise Error(
+      f'heldout_fraction is {heldout_fraction}, but must be at least 0 and '
+      'below 1.'
+    )
+  if new_clients < 0 or (new_clients > 1 and new_clients != int(new_clients)):
+    raise Error(
+      f'new_clients is {new_clients}, but must be a number of clients, or a '
+      'fraction below 1.'
+    )
+  if min_examples < 0:
+    raise Error(f'min_examples is {min_examples}, but must not be negative.')
+  if max_clients is not None and max_clients < 1:
+    raise Error(f'max_clients is {max_clients}, but must be at least 1.')
+
+
+def _new(names: list[str], new_clients: float, seed: int) -> tuple[str, ...]:
+  """Names of the clients that never train, sorted."""
+  count = int(new_clients)
+  if 0 < new_clients < 1:
+    count = max(1, round(new_clients * len(names)))
+  if count >= len(names):
+    raise Error(
+      f'new_clients is {new_clients}, but there are {len(names)} clients and '
+      'one must be left to train.'
+    )
+  drawn = sorted(names, key=lambda name: keyed(seed, 'new', name))
+  return tuple(sorted(drawn[:count]))
+
+
+def _content(example: Example) -> bytes:
+  return example.tokens.tobytes() + example.loss_mask.tobytes()
+
+
+def _distinct(units: Iterable[Unit]) -> dict[tuple[bytes, ...], Unit]:
+  """Copies of a unit become one unit, that holds them all."""
+  distinct: dict[tuple[bytes, ...], Unit] = {}
+  for unit in units:
+    distinct.setdefault(tuple(map(_content, unit)), []).extend(unit)
+  return distinct
+
+
+def _split(
+  name: str, units: list[Unit], fraction: float, seed: int
+) -> tuple[Unit, Unit]:
+  """(training examples, held-out examples), both in keyed order."""
+  distinct: dict[tuple[bytes, ...], Any] = _distinct(units)
+  if len(distinct) == 1:
+    distinct = _distinct([example] for unit in units for example in unit)
+  order = sorted(distinct, key=lambda key: keyed(seed, 'heldout', name, key))
+  count = 0
+  if fraction > 0 and len(order) > 1:
+    count = min(max(1, round(fraction * len(order))), len(order) - 1)
+  heldout, train = order[:count], order[count:]
+  return (
+    [example for key in train for example in distinct[key]],
+    [example for key in heldout for example in distinct[key]],
+  )
+
+
+def _without(
+  known: set[bytes], examples: Sequence[Example], counts: Counter
+) -> tuple[Example, ...]:
+  """The examples that nobody trains on; the others are counted."""
+  kept = tuple(e for e in examples if _content(e) not in known)
+  counts['heldout_duplicates'] += len(examples) - len(kept)
+  return kept

@@ -1,0 +1,388 @@
+"""Records to token arrays: templates, the loss mask, and what is too long.
+
+The loss counts on what the client should learn to say: its reply and the token
+that ends it. The tokens before a reply in training are exactly the tokens from
+which that reply is generated later (`prompt`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fedjax_llm.data.sources import Message, Record
+from fedjax_llm.data.tokenizers import Tokenizer
+from fedjax_llm.types import Error, Example
+
+
+class Piece(NamedTuple):
+  """A stretch of text that is learned as a whole or not at all.
+
+  With `end` the end token follows, as an id: the text does not contain it.
+  """
+
+  text: str
+  learned: bool = False
+  end: bool = False
+
+
+class Encoded(NamedTuple):
+  """The examples of one record, and what it cost to make them fit."""
+
+  examples: list[Example]
+  prompts_truncated: int = 0
+  replies_left_out: int = 0
+  replies_cut: int = 0
+
+
+# (messages, tokenizer) -> dialogues, each a list of pieces that ends in a reply
+Template = Callable[[Sequence[Message], Tokenizer], list[list[Piece]]]
+
+
+def chat() -> Template:
+  """The tokenizer's own chat template.
+
+  The learned part of a turn is what the template writes after its generation
+  prompt, up to and with the marker that ends the turn; where it writes no
+  marker, the end token. If the template rewrites earlier turns (some leave old
+  reasoning out), each reply becomes a dialogue of its own.
+  """
+
+  def render(tokenizer, messages, add_generation_prompt):
+    try:
+      text = tokenizer.chat(messages, add_generation_prompt)
+    except Exception as error:  # templates raise whatever they like
+      raise Error(
+        f'the chat template of {tokenizer.name} refuses the messages: {error}'
+      ) from error
+    if text is None:
+      raise Error(
+        f'the tokenizer {tokenizer.name} has no chat template; choose the '
+        'template alpaca, vicuna or plain.'
+      )
+    return text
+
+  def pieces(messages, tokenizer):
+    whole, one_by_one, so_far = [], [], ''
+    nested = True
+    for i, message in enumerate(messages):
+      if message['role'] != 'assistant':
+        continue
+      before = render(tokenizer, messages[:i], True)
+      after = render(tokenizer, messages[: i + 1], False)
+      if not after.startswith(before):
+        raise Error(
+          f'the chat template of {tokenizer.name} does not begin a reply with '
+          'its own generation prompt; choose alpaca, vicuna or plain.'
+        )
+      content = message['content'].strip()
+      said = after[len(before) :].rstrip()
+      # Nothing is written after the reply: the end token has to be added.
+      end = bool(content) and said.endswith(content)
+      reply = Piece(said, learned=bool(content), end=end)
+      one_by_one.append([Piece(before), reply])
+      nested = nested and before.startswith(so_far)
+      whole += [Piece(before[len(so_far) :]), reply]
+      so_far = before + said
+    return [whole] if nested and whole else one_by_one
+
+  return pieces
+
+
+def _fixed(
+  user: Callable[[str], str],
+  *,
+  preamble: str = '',
+  reply: str = '',
+  gap: str = '',
+) -> Template:
+  """A template of fixed strings; a system message replaces the preamble.
+
+  `reply` comes before a reply (its last blank belongs to what is learned),
+  `gap` between the end token and the next turn.
+  """
+
+  def pieces(messages, tokenizer):
+    del tokenizer  # the end token is an id, the rest is plain text
+    start = reply.rstrip(' ')
+    context, dialogue = preamble, []
+    for i, message in enumerate(messages):
+      role, content = message['role'], message['content']
+      if role == 'assistant':
+        said = reply[len(start) :] + content
+        learned = bool(content.strip())
+        dialogue += [Piece(context + start), Piece(said, learned, end=True)]
+        context = gap
+      elif role == 'system' and i == 0:
+        context = f'{content}\n\n' if content else ''
+      else:
+        context += user(content)
+    return [dialogue] if dialogue else []
+
+  return pieces
+
+
+def alpaca() -> Template:
+  """The instruction format of Stanford Alpaca (Taori et al., 2023)."""
+  return _fixed(
+    lambda content: f'### Instruction:\n{content}\n\n',
+    preamble='Below is an instruction that describes a task. '
+    'Write a response that appropriately completes the request.\n\n',
+    reply='### Response:\n',
+    gap='\n\n',
+  )
+
+
+def vicuna() -> Template:
+  """The conversation format of Vicuna v1.1 (Chiang et al., 2023)."""
+  return _fixed(
+    lambda content: f'USER: {content} ',
+    preamble='A chat between a curious user and an artificial intelligence '
+    'assistant. The assistant gives helpful, detailed, and polite answers to '
+    "the user's questions. ",
+    reply='ASSISTANT: ',
+  )
+
+
+def plain() -> Template:
+  """Nothing but the messages, one after the other on lines of their own."""
+  return _fixed(lambda content: f'{content}\n' if content else '', gap='\n')
+
+
+TEMPLATES: dict[str, Callable[[], Template]] = {
+  'chat': chat,
+  'alpaca': alpaca,
+  'vicuna': vicuna,
+  'plain': plain,
+}
+
+
+def encode(
+  record: Record,
+  tokenizer: Tokenizer,
+  template: str | Template = 'chat',
+  max_length: int = 256,
+  long_replies: str = 'drop',
+) -> list[Example]:
+  """The examples of a record: one, unless it is long; none if nothing fits.
+
+  `template` is 'chat' (the tokenizer's own), 'alpaca', 'vicuna', 'plain' or a
+  function; plain texts use none. The tokens are
+
+      [bos] prompt reply eos        loss on `reply eos`
+      [bos] text eos                loss on everything but the first token
+
+  with bos where the tokenizer has one and the template does not write it. At
+  most `max_length` tokens: prompts lose tokens on their left (never the bos).
+  A chat becomes several examples if need be, each reply learned exactly once
+  with as much as fits of what came before. A reply that does not fit (with one
+  token before it) is left out with `long_replies='drop'`; with 'cut' it loses
+  its end, and its prompt is cut to half of `max_length`. A long text is split
+  into consecutive chunks that overlap by one token, so that each token is
+  learned once.
+
+  Raises `Error` for an unknown template or option.
+
+  >>> from fedjax_llm.data import tokenizers
+  >>> record = Record(client='ann', prompt='2+2', response='4')
+  >>> (example,) = encode(record, tokenizers.bytes(), template='plain')
+  >>> example.tokens.tolist()
+  [257, 50, 43, 50, 10, 52, 258]
+  >>> example.loss_mask.astype(int).tolist()
+  [0, 0, 0, 0, 0, 1, 1]
+  """
+  return encode_counted(
+    record, tokenizer, template, max_length, long_replies
+  ).examples
+
+
+def encode_counted(
+  record: Record,
+  tokenizer: Tokenizer,
+  template: str | Template = 'chat',
+  max_length: int = 256,
+  long_replies: str = 'drop',
+) -> Encoded:
+  """`encode`, with counts of what was truncated and left out."""
+  if max_length < 2:
+    raise Error(f'max_length is {max_length}, but must be 2 or more.')
+  if long_replies not in ('drop', 'cut'):
+    raise Error(
+      f"long_replies is {long_replies!r}, but must be 'drop' or 'cut'."
+    )
+  if record.text is not None:
+    return Encoded(_chunks(record.text, tokenizer, max_length))
+  parts = []
+  for dialogue in _dialogues(record, _messages(record), tokenizer, template):
+    ids, spans = _lay(dialogue, tokenizer)
+    keep = ids[:1] if ids[:1] == [tokenizer.bos_id] else []
+    parts.append(_windows(ids, spans, keep, max_length, long_replies == 'cut'))
+  return Encoded(
+    [example for part in parts for example in part.examples],
+    *(sum(counts) for counts in zip(*(part[1:] for part in parts))),
+  )
+
+
+def prompt(
+  record: Record,
+  tokenizer: Tokenizer,
+  template: str | Template = 'chat',
+  max_length: int | None = None,
+) -> list[int]:
+  """The token ids from which the record's last reply is generated.
+
+  Exactly what precedes that reply in training. A chat that ends with somebody
+  else's message is prompted for the reply that comes next; of a plain text, the
+  first half is taken, at most 32 tokens. More than `max_length` tokens are cut
+  on the left, as in training.
+
+  >>> from fedjax_llm.data import tokenizers
+  >>> record = Record(client='ann', prompt='2+2', response='4')
+  >>> prompt(record, tokenizers.bytes(), template='plain')
+  [257, 50, 43, 50, 10]
+  """
+  if record.text is not None:
+    ids = tokenizer.encode(record.text)
+    ids = _with_bos(ids[: min(32, max(1, len(ids) // 2))], tokenizer)
+  else:
+    messages = list(_messages(record))
+    if messages[-1]['role'] != 'assistant':
+      messages.append({'role': 'assistant', 'content': 'x'})  # not looked at
+    dialogue = _dialogues(record, messages, tokenizer, template)[-1]
+    ids, _ = _lay(dialogue[:-1], tokenizer)
+  if max_length is not None and len(ids) > max_length:
+    keep = ids[:1] if ids[:1] == [tokenizer.bos_id] else []
+    ids = keep + ids[len(ids) - max_length + len(keep) :]
+  return ids
+
+
+# ---------------------------------------------------------------- to tokens --
+
+
+def _messages(record: Record) -> Sequence[Message]:
+  if record.messages is not None:
+    return record.messages
+  if record.prompt is None or record.response is None:
+    raise Error(
+      f'{record.where or "record"}: a record holds a prompt with a response, '
+      'a text, or messages.'
+    )
+  return (
+    {'role': 'user', 'content': record.prompt},
+    {'role': 'assistant', 'content': record.response},
+  )
+
+
+def _dialogues(record, messages, tokenizer, template) -> list[list[Piece]]:
+  if isinstance(template, str):
+    if template not in TEMPLATES:
+      raise Error(
+        f'template: there is no {template!r}; choose from '
+        f'{", ".join(TEMPLATES)}.'
+      )
+    template = TEMPLATES[template]()
+  try:
+    return template(messages, tokenizer)
+  except Error as error:
+    raise Error(f'{record.where}: {error}' if record.where else error) from None
+
+
+def _with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+  bos = tokenizer.bos_id
+  return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def _lay(
+  dialogue: Sequence[Piece], tokenizer: Tokenizer
+) -> tuple[list[int], list[tuple[int, int]]]:
+  """Token ids of the pieces in a row, and where the learned ones lie.
+
+  A tokenizer may write a piece differently at the start of a text (a leading
+  blank), so a piece is what it adds to the text before it; only where it would
+  change the tokens of that text is it encoded alone.
+  """
+  ids: list[int] = []
+  spans = []
+  text, done = '', []  # since the last end token
+  for piece in dialogue:
+    whole = tokenizer.encode(text + piece.text)
+    if whole[: len(done)] == done:
+      new = whole[len(done) :]
+      text, done = text + piece.text, whole
+    else:
+      new = tokenizer.encode(piece.text)
+      text, done = piece.text, new
+    if piece.end:
+      new = [*new, tokenizer.eos_id]
+      text, done = '', []
+    before = len(ids)
+    ids = ids + new if ids else _with_bos(new, tokenizer)
+    if piece.learned:
+      # A bos that was put in front of a first reply belongs to no one.
+      spans.append((before or len(ids) - len(new), len(ids)))
+  return ids, spans
+
+
+def _example(
+  tokens: Sequence[int], spans: Sequence[tuple[int, int]]
+) -> Example:
+  mask = np.zeros(len(tokens), bool)
+  for start, end in spans:
+    mask[start:end] = True
+  mask[:1] = False  # nothing comes before it
+  return Example(np.asarray(tokens, np.int32), mask)
+
+
+def _chunks(text: str, tokenizer: Tokenizer, max_length: int) -> list[Example]:
+  if not text.strip():
+    return []
+  ids = [*_with_bos(tokenizer.encode(text), tokenizer), tokenizer.eos_id]
+  return [
+    _example(ids[start : start + max_length], [(0, max_length)])
+    for start in range(0, len(ids) - 1, max_length - 1)
+  ]
+
+
+def _windows(
+  ids: list[int],
+  spans: list[tuple[int, int]],
+  keep: list[int],
+  max_length: int,
+  cut: bool,
+) -> Encoded:
+  """Examples in which each reply is learned once, from the last to the first.
+
+  `keep` is the bos that stays in front of a prompt that is truncated.
+  """
+  examples = []
+  truncated = left_out = num_cut = 0
+  rest = list(spans)
+  while rest:
+    first, end = rest[-1]
+    # What comes before is cut, but a reply keeps one token before it.
+    start = max(0, end - max_length)
+    lead: list[int] = []
+    if start:
+      lead, start = keep, end - max_length + len(keep)
+    needs = start + (1 if start and not lead else 0)
+    if first < needs:
+      rest.pop()
+      if not cut:
+        left_out += 1
+        continue
+      num_cut += 1
+      start = max(0, first - max_length // 2)
+      lead = keep if start else []
+      room = max_length - len(lead)
+      covered, end = [(first, min(end, start + room))], start + room
+    else:
+      covered = [span for span in rest if span[0] >= needs]
+      rest = rest[: len(rest) - len(covered)]
+    shift = len(lead) - start
+    examples.append(
+      _example(
+        lead + ids[start:end], [(a + shift, b + shift) for a, b in covered]
+      )
+    )
+    truncated += start > 0
+  return Encoded(examples[::-1], truncated, left_out, num_cut)

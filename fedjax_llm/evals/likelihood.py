@@ -1,0 +1,279 @@
+"""Held-out loss, perplexity and accuracy: of all text, and client by client.
+
+Data come as groups, one a length T: a `Batch` of [M, B, T] and the owner of
+every row, [M, B], -1 on padding. The loss gives sums for each row, `LossSum`
+of [B] (`per_row=True`), so that one program serves every question.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_llm.types import Base, Batch, Error, Key, Loss, LossSum, Params
+
+Group = tuple[Batch, np.ndarray]  # [M, B, T], owner [M, B]
+
+
+class ClientSums(NamedTuple):
+  """Sums for each of n clients with at least one token, in order of id."""
+
+  ids: np.ndarray  # [n] int
+  total: np.ndarray  # [n] float64, nats
+  count: np.ndarray  # [n] float64, tokens
+  correct: np.ndarray  # [n] float64, tokens whose arg max is right
+
+
+class Report(NamedTuple):
+  metrics: dict[str, float]  # 'evals/heldout/loss' and its relatives
+  clients: dict[str, ClientSums]  # by the name in the middle: 'heldout'
+
+
+def summary(sums: ClientSums, worst: float = 0.1) -> dict[str, float]:
+  """What the sums of n clients say.
+
+  With l_k = total_k / count_k: `loss` is sum(total) / sum(count) in nats a
+  token, `perplexity` exp(loss), `accuracy` sum(correct) / sum(count),
+  `client_mean` the mean of l_k, `client_worst_10` the mean of the
+  ceil(worst * n) largest, `client_std` their standard deviation over n.
+
+  >>> ones = np.ones(2)
+  >>> s = ClientSums(np.arange(2), np.array([1.0, 9.0]), np.array([1, 3]), ones)
+  >>> {k: round(v, 3) for k, v in summary(s).items()}  # doctest: +ELLIPSIS
+  {'loss': 2.5, 'perplexity': 12.182, ... 'client_worst_10': 3.0, ...}
+  """
+  count = np.sum(sums.count)
+  loss = float(np.sum(sums.total) / count)
+  each = sums.total / sums.count
+  # Rounded first: 0.1 * 30 is a little more than 3.
+  num = max(1, math.ceil(round(worst * len(each), 6)))
+  with np.errstate(over='ignore'):
+    perplexity = float(np.exp(loss))
+  return {
+    'loss': loss,
+    'perplexity': perplexity,
+    'accuracy': float(np.sum(sums.correct) / count),
+    'client_mean': float(np.mean(each)),
+    f'client_worst_{round(100 * worst)}': float(np.mean(np.sort(each)[-num:])),
+    'client_std': float(np.std(each)),
+  }
+
+
+def likelihood(loss: Loss, *, worst: float = 0.1) -> Callable[..., Report]:
+  """One model on everybody's text.
+
+  Args:
+    loss: sums for each row of a batch, [B].
+    worst: the share of clients that `client_worst_10` speaks of.
+
+  Returns:
+    `evaluate(base, params, groups, key, name='heldout') -> Report`, with
+    metrics 'evals/{name}/loss' and so on (see `summary`). Each length is one
+    program over all of its M batches; sums are added in float64. Raises
+    `Error` if the groups hold no token.
+
+  >>> def loss(base, params, batch, key):
+  ...   n = jnp.sum(batch.loss_mask, -1, dtype=jnp.float32)
+  ...   return LossSum(n * params, n, n)
+  >>> full = np.ones((1, 2, 4), np.int32)
+  >>> group = Batch(full, full > 0, full, full), np.array([[7, -1]])
+  >>> evaluate = likelihood(loss)
+  >>> evaluate(None, 2.0, [group], jax.random.key(0)).metrics[
+  ...   'evals/heldout/loss']
+  2.0
+  """
+
+  @jax.jit
+  def rows(base, params, batches, key):
+    return jax.lax.map(
+      lambda batch: _per_row(loss(base, params, batch, key), batch), batches
+    )
+
+  def evaluate(
+    base: Base,
+    params: Params,
+    groups: Sequence[Group],
+    key: Key,
+    name: str = 'heldout',
+  ) -> Report:
+    told = [rows(base, params, batch, key) for batch, _ in groups]  # [M, B]
+    owners = [owner for _, owner in groups]
+    sums = _by_owner(jax.device_get(told), owners, name)
+    return _report({name: sums}, worst)
+
+  return evaluate
+
+
+def personal(
+  loss: Loss, *, chunk_size: int = 8, worst: float = 0.1
+) -> Callable[..., Report]:
+  """Every client's own model, on its own text and on a common one.
+
+  Args:
+    loss: sums for each row of a batch, [B].
+    chunk_size: clients whose parameters are on the device at a time.
+    worst: as in `likelihood`.
+
+  Returns:
+    `evaluate(base, params, ids, own, common, key, name='personal') -> Report`:
+    row k of the stack `params` [K, ...] belongs to client `ids[k]`; `params`
+    may also be a function from places in `ids` [C] to their stack [C, ...], if
+    all K do not fit. Of the groups `own` each client is tested on its rows
+    (those of clients not in `ids` are left out), on the groups `common` every
+    client is tested on all. Metrics are 'evals/{name}/own/loss' and
+    'evals/{name}/common/loss' and so on; groups that are empty give none.
+    Raises `Error` if both are.
+  """
+
+  @jax.jit
+  def own_rows(base, params, place, batches, key):
+    # Each row meets the parameters of its owner: the matmuls of the frozen
+    # base stay those of a whole batch, and any mix of clients is one program.
+    def step(xs):
+      at, batch = xs
+      one = jax.tree.map(lambda x: x[:, None], batch)  # B batches of [1, T]
+      mine = jax.tree.map(lambda x: x[at], params)
+      sums = jax.vmap(loss, in_axes=(None, 0, 0, None))(base, mine, one, key)
+      return _per_row(jax.tree.map(lambda x: jnp.squeeze(x, 1), sums), batch)
+
+    return jax.lax.map(step, (place, batches))
+
+  @jax.jit
+  def common_rows(base, params, batches, key):
+    def step(batch):
+      return jax.vmap(lambda p: _per_row(loss(base, p, batch, key), batch))(
+        params
+      )
+
+    return jax.lax.map(step, batches)
+
+  def evaluate(
+    base: Base,
+    params: Params | Callable[[np.ndarray], Params],
+    ids: Sequence[int] | np.ndarray,
+    own: Sequence[Group],
+    common: Sequence[Group],
+    key: Key,
+    name: str = 'personal',
+  ) -> Report:
+    ids = np.asarray(ids)
+    chunks = _chunks(len(ids), chunk_size)
+    dealt = [_deal(batch, owner, ids, chunks) for batch, owner in own]
+    told: dict[str, list[Any]] = {'own': [], 'common': []}
+    owners: dict[str, list[np.ndarray]] = {'own': [], 'common': []}
+    for c, chunk in enumerate(chunks):
+      if callable(params):
+        mine = params(chunk)
+      else:
+        mine = jax.tree.map(lambda x, chunk=chunk: x[chunk], params)
+      for batches, places in dealt:
+        if places.shape[1] == 0:
+          continue
+        batch = jax.tree.map(lambda x, c=c: x[c], batches)
+        at = np.maximum(places[c], 0)
+        sums = own_rows(base, mine, at, batch, key)
+        told['own'].append(jax.device_get(sums))
+        owners['own'].append(np.where(places[c] < 0, -1, ids[chunk][at]))
+      fresh = len(ids) - c * chunk_size
+      for batch, owner in common:
+        sums = common_rows(base, mine, batch, key)  # [M, C, B]
+        told['common'].append(jax.device_get(sums))
+        # The last chunk is filled up with clients that were tested before.
+        valid = (np.arange(len(chunk)) < fresh)[:, None]
+        owners['common'].append(
+          np.where(
+            valid & (np.asarray(owner)[:, None] >= 0), ids[chunk][:, None], -1
+          )
+        )
+    kinds = {
+      f'{name}/{kind}': _by_owner(told[kind], owners[kind], f'{name}/{kind}')
+      for kind, groups in (('own', own), ('common', common))
+      if groups
+    }
+    if not kinds:
+      raise Error(f'evals/{name}: there is no text to test on.')
+    return _report(kinds, worst)
+
+  return evaluate
+
+
+def _per_row(sums: LossSum, batch: Batch) -> LossSum:
+  want = batch.tokens.shape[:-1]
+  if sums.total.shape != want:
+    raise ValueError(
+      f'evals need a loss for each row, {want}, not {sums.total.shape}: build'
+      ' it with per_row=True.'
+    )
+  return sums
+
+
+def _by_owner(
+  told: Sequence[LossSum], owners: Sequence[np.ndarray], name: str
+) -> ClientSums:
+  """Adds up rows by owner in float64; clients without a token are left out."""
+  rows = [np.asarray(owner).ravel() for owner in owners]
+  owner = np.concatenate([np.zeros(0, np.int64), *rows])
+  ids, place = np.unique(owner[owner >= 0], return_inverse=True)
+  sums = []
+  for field in LossSum._fields:
+    flat = [np.asarray(getattr(t, field), np.float64).ravel() for t in told]
+    values = np.concatenate([np.zeros(0), *flat])[owner >= 0]
+    sums.append(np.bincount(place, values, minlength=len(ids)))
+  total, count, correct = sums
+  some = count > 0
+  if not some.any():
+    raise Error(f'evals/{name}: there is no text to test on.')
+  return ClientSums(ids[some], total[some], count[some], correct[some])
+
+
+def _report(kinds: Mapping[str, ClientSums], worst: float) -> Report:
+  metrics = {
+    f'evals/{name}/{field}': value
+    for name, sums in kinds.items()
+    for field, value in summary(sums, worst).items()
+  }
+  return Report(metrics, dict(kinds))
+
+
+def _chunks(num: int, chunk_size: int) -> list[np.ndarray]:
+  """Places 0 ... num - 1 in pieces of one size, so that one program serves.
+
+  The last is filled up from the front.
+  """
+  size = min(chunk_size, num)
+  return [
+    np.arange(start, start + size) % num for start in range(0, num, size or 1)
+  ]
+
+
+def _deal(
+  batch: Batch, owner: np.ndarray, ids: np.ndarray, chunks: list[np.ndarray]
+) -> tuple[Batch, np.ndarray]:
+  """Rows [M, B, T] sorted into chunks of clients: [chunks, M', B, T].
+
+  Returns also the place of each row's owner within its chunk, -1 on padding.
+  """
+  num_rows, width = np.asarray(owner).size, np.asarray(owner).shape[1]
+  flat = np.asarray(owner).ravel()
+  order = {int(i): k for k, i in enumerate(ids) if i >= 0}
+  place = np.array([order.get(int(o), -1) for o in flat])
+  size = len(chunks[0]) if chunks else 1
+  found = [np.flatnonzero(place // size == c) for c in range(len(chunks))]
+  # -1 // size is -1: rows of nobody belong to no chunk.
+  depth = max((-(-len(rows) // width) for rows in found), default=0)
+  index = np.full((len(chunks), depth * width), -1)
+  for c, rows in enumerate(found):
+    index[c, : len(rows)] = rows
+  index = index.reshape(len(chunks), depth, width)
+  flat_batch = jax.tree.map(
+    lambda x: np.asarray(x).reshape(num_rows, -1), batch
+  )
+  dealt = jax.tree.map(
+    lambda x: np.where(index[..., None] < 0, np.zeros_like(x[:1]), x[index]),
+    flat_batch,
+  )
+  where = np.where(index < 0, -1, place[index] % size)
+  return dealt, where

@@ -1,0 +1,138 @@
+"""What a run tests, every time it tests: held-out text, new clients, replies."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_llm.evals.likelihood import Group, Report, likelihood, personal
+from fedjax_llm.types import (
+  Base,
+  ClientState,
+  Example,
+  FederatedAlgorithm,
+  Key,
+  Loss,
+  Params,
+)
+
+
+def loop(
+  loss: Loss,
+  algorithm: FederatedAlgorithm,
+  *,
+  heldout: Sequence[Group],
+  new: Sequence[Group] = (),
+  common: Sequence[Group] = (),
+  names: Sequence[str] = (),
+  new_names: Sequence[str] = (),
+  has_private: bool = False,
+) -> Callable[..., dict[str, Any]]:
+  """Everything a run tests, as one function.
+
+  The served parameters are tested on `heldout` (texts of clients that train)
+  and on `new` (clients that never do): 'evals/heldout/loss' and so on, and
+  'evals/heldout/clients', the loss of each client by name. A method with
+  private parts is also tested client by client, each with what it is served:
+  'evals/personal/own/...' on the client's own held-out text and
+  'evals/personal/common/...' on `common`; `evals/personal/untrained` counts
+  clients that no round has trained yet, which are served initial private parts.
+
+  Args:
+    loss: sums for each row, [B].
+    algorithm: whose `personal` says what is served.
+    heldout: groups of batches with owners, ids into `names`.
+    new: the same for clients that never train, ids into `new_names`.
+    common: texts on which every personal model is tested.
+    names: of the clients that train.
+    new_names: of the others.
+    has_private: whether clients keep parameters of their own.
+
+  Returns:
+    `examine(base, params, store, key) -> {'evals/...': ...}`; `store` has
+    `gather(ids) -> ClientState` and `seen() -> ids`.
+  """
+  together = likelihood(loss)
+  apart = personal(loss)
+
+  def examine(
+    base: Base, params: Params, store: Any, key: Key
+  ) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    served = algorithm.personal(params, None)
+    for name, groups, who in (
+      ('heldout', heldout, names),
+      ('new', new, new_names),
+    ):
+      if groups:
+        report = together(base, served, groups, key, name)
+        told |= _told(report, who)
+    if has_private:
+      ids = np.arange(len(names))
+
+      def stack(places: np.ndarray) -> Params:
+        states: ClientState = store.gather(ids[places])
+        # Leaves that no client keeps come out repeated.
+        return jax.vmap(lambda one: algorithm.personal(params, one))(
+          jax.tree.map(jnp.asarray, states)
+        )
+
+      report = apart(base, stack, ids, heldout, common, key)
+      told |= _told(report, names)
+      told['evals/personal/untrained'] = len(names) - len(store.seen())
+    return told
+
+  return examine
+
+
+def _told(
+  report: Report, names: Sequence[str]
+) -> dict[str, Any]:
+  told: dict[str, Any] = dict(report.metrics)
+  for kind, sums in report.clients.items():
+    told[f'evals/{kind}/clients'] = {
+      names[i]: float(total / count)
+      for i, total, count in zip(sums.ids, sums.total, sums.count, strict=True)
+    }
+  return told
+
+
+def questions(
+  heldout: Sequence[Sequence[Example]], num: int
+) -> list[tuple[list[int], list[int]]]:
+  """The first `num` held-out texts as (prompt, reply) tokens, one a client.
+
+  A text that is learned from its start is cut in half.
+
+  >>> tokens, learned = np.arange(4), np.array([False, False, True, True])
+  >>> questions([[Example(tokens, learned)]], 1)
+  [([0, 1], [2, 3])]
+  """
+  found = []
+  for own in heldout:
+    if len(found) == num:
+      break
+    for example in own[:1]:
+      start = int(np.argmax(example.loss_mask))
+      if start < 2:
+        start = max(1, len(example.tokens) // 2)
+      tokens = [int(t) for t in example.tokens]
+      found.append((tokens[:start], tokens[start:]))
+  return found
+
+
+def replies(
+  asked: Sequence[tuple[list[int], list[int]]],
+  generated: Mapping[str, Sequence[list[int]]],
+  decode: Callable[[Sequence[int]], str],
+) -> str:
+  """Prompts, what the client really said, and what the models say, as text."""
+  show = lambda tokens: ' / '.join(decode(tokens).split('\n')).strip()
+  lines = []
+  for i, (prompt, reply) in enumerate(asked):
+    lines += [f'  prompt  {show(prompt)}', f'  client  {show(reply)}']
+    lines += [f'  {who:7} {show(said[i])}' for who, said in generated.items()]
+    lines.append('')
+  return '\n'.join(lines)

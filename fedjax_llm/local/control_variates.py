@@ -1,0 +1,84 @@
+"""SCAFFOLD's local update: gradients corrected for client drift."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from fedjax_llm import tree
+from fedjax_llm.local.optimizers import LocalOptimizer
+from fedjax_llm.local.sgd import clip, descend
+from fedjax_llm.types import (
+  ClientOutput,
+  Controlled,
+  Error,
+  LocalUpdate,
+  Loss,
+  Masks,
+)
+
+
+def scaffold(
+  loss: Loss,
+  optimizer: LocalOptimizer,
+  *,
+  clip_norm: float | None = None,
+) -> LocalUpdate:
+  """Steps of y <- y - eta (g(y) - c_k + c), and a new control variate c_k.
+
+  Karimireddy et al. 2020 (arXiv 1910.06378), algorithm 1, option II:
+
+      c_k+ = c_k - c + (x - y) / sum_s eta_s
+
+  over the steps really taken, with the learning rates of those steps. The
+  parameters are a `Controlled` pair; c arrives with them, c_k is the client's
+  own state, and the change of c_k travels back beside the update.
+
+  Raises:
+    Error: an optimizer other than plain SGD: (x - y) / sum eta is then no
+      average of gradients.
+  """
+  plain = not any(optimizer.keywords.values())
+  if optimizer.name != 'sgd' or not plain:
+    raise Error(
+      f'scaffold needs local.optimizer.name=sgd without momentum, got '
+      f'{optimizer.name} with {dict(optimizer.keywords)}: its control variates '
+      'are averages of plain gradients.'
+    )
+
+  def init(trainable: Controlled) -> Any:
+    return tree.zeros_like(trainable.control, jnp.float32)
+
+  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
+    inner_masks = Masks(masks.held.params, masks.trained.params)
+    correction = tree.sub(start.control, state)  # c - c_k
+
+    def adjust(grads, now):
+      del now
+      if clip_norm is not None:
+        grads = clip(grads, clip_norm)
+      return tree.map_present(lambda g, c: g + c, grads, correction)
+
+    trained = tree.like(start.params, inner_masks.trained)
+    end, _, metrics = descend(
+      loss, optimizer, base, start.params, optimizer.init(trained), batches,
+      inner_masks, round, key, adjust,
+    )  # fmt: skip
+    update = tree.sub(end, trained)
+    rates = metrics['learning_rate_sum']
+    change = tree.map_present(
+      lambda u, c: jnp.where(
+        rates > 0, -u / jnp.where(rates > 0, rates, 1.0) - c, 0.0
+      ),
+      update,
+      start.control,
+    )
+    change = tree.apply_mask(change, masks.trained.control)
+    new_state = tree.add(state, change)
+    return ClientOutput(
+      update=Controlled(update, change),
+      masks=masks,
+      state=new_state,
+      metrics=metrics,
+    )
+
+  return LocalUpdate(init, run)

@@ -1,0 +1,90 @@
+"""What a client minimises."""
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm.types import Base, Batch, Key, Loss, LossSum, Model, Params
+
+
+def causal_lm(
+  model: Model,
+  *,
+  max_targets: int | None = None,
+  chunk_size: int = 512,
+  per_row: bool = False,
+) -> Loss:
+  """Next-token cross-entropy: -sum_t log p(x_t | x_<t) over the loss mask.
+
+  Logits are computed only where the loss mask is set, `chunk_size` positions
+  at a time, so an array of [B, T, V] never exists. With several chunks each is
+  recomputed in the backward pass.
+
+  Args:
+    model: hidden states and output head.
+    max_targets: a bound on the loss tokens of one [B, T] batch; the default is
+      every position. A batch with more gives NaN, never a wrong loss.
+    chunk_size: positions whose logits exist at the same time.
+    per_row: sums for each row of the batch, [B], instead of for all of it.
+
+  Returns:
+    A `Loss` that gives sums in nats and counts in tokens.
+  """
+
+  def loss(base: Base, params: Params, batch: Batch, key: Key) -> LossSum:
+    del key  # no dropout
+    hidden = model.hidden(base, params, batch)  # [B, T, D]
+    num_rows, length, width = hidden.shape
+    # The state at t - 1 predicts token t; a text's first token never counts.
+    hidden = hidden[:, :-1].reshape(-1, width)
+    targets = batch.tokens[:, 1:].reshape(-1)
+    mask = batch.loss_mask[:, 1:].reshape(-1)
+    row = jnp.repeat(jnp.arange(num_rows), length - 1)
+    overflow = jnp.bool_(False)
+    if max_targets is not None and max_targets < mask.size:
+      index = jnp.nonzero(mask, size=max_targets, fill_value=0)[0]
+      count = jnp.sum(mask)
+      overflow = count > max_targets
+      hidden, targets, row = hidden[index], targets[index], row[index]
+      mask = jnp.arange(max_targets) < count
+
+    nats, correct = _cross_entropy(
+      lambda h: model.logits(base, params, h), hidden, targets, mask, chunk_size
+    )
+    parts = (
+      jnp.where(overflow, jnp.nan, nats),
+      mask.astype(jnp.float32),
+      correct,
+    )
+    if per_row:
+      return LossSum(
+        *(jax.ops.segment_sum(x, row, num_segments=num_rows) for x in parts)
+      )
+    return LossSum(*(jnp.sum(x) for x in parts))
+
+  return loss
+
+
+def _cross_entropy(head, hidden, targets, mask, chunk_size):
+  """Nats and hits, [M], zero outside the mask; hidden is [M, D]."""
+
+  def chunk(xs):
+    h, target, m = xs
+    logits = head(h).astype(jnp.float32)  # [M, V]
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+    # `where` and not a product: 0 * NaN of a padding position would leak.
+    nats = jnp.where(m, log_z - picked, 0.0)
+    hit = jnp.argmax(logits, axis=-1) == target
+    return nats, jnp.where(m, hit, False).astype(jnp.float32)
+
+  num = hidden.shape[0]
+  if num <= chunk_size:
+    return chunk((hidden, targets, mask))
+  pad = -num % chunk_size
+  split = lambda x: jnp.pad(
+    x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)
+  ).reshape(-1, chunk_size, *x.shape[1:])
+  nats, correct = jax.lax.map(
+    jax.checkpoint(chunk), jax.tree.map(split, (hidden, targets, mask))
+  )
+  return nats.reshape(-1)[:num], correct.reshape(-1)[:num]

@@ -1,0 +1,124 @@
+"""Local optimizers: any of optax by its name, with a schedule over the run."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjax_llm.types import Error
+
+
+class LocalOptimizer(NamedTuple):
+  """An optax optimizer whose learning rate is set at every step.
+
+  `update(grads, state, params, step) -> (updates, state)` where step counts
+  over the whole run: round * S + s.
+  """
+
+  init: Callable[[Any], Any]
+  update: Callable[[Any, Any, Any, jax.Array], tuple[Any, Any]]
+  learning_rate: Callable[[jax.Array], jax.Array]
+  name: str
+  keywords: Mapping[str, Any]
+
+
+def names() -> tuple[str, ...]:
+  """The optimizers of optax that take a learning rate."""
+  return tuple(
+    name
+    for name in dir(optax)
+    if not name.startswith('_')
+    and inspect.isfunction(getattr(optax, name))
+    and 'learning_rate' in inspect.signature(getattr(optax, name)).parameters
+  )
+
+
+def schedule_names() -> tuple[str, ...]:
+  """The schedules of optax, named as there."""
+  return tuple(n for n in dir(optax.schedules) if n.endswith('_schedule'))
+
+
+def optimizer(
+  name: str = 'adamw',
+  learning_rate: float = 1e-3,
+  schedule: Mapping[str, Any] | None = None,
+  **keywords: Any,
+) -> LocalOptimizer:
+  """An optax optimizer by name; `keywords` are that optimizer's own.
+
+  Args:
+    name: e.g. 'sgd', 'adamw', 'lion' (`names()` lists them).
+    learning_rate: the constant rate; ignored if a schedule is given.
+    schedule: `dict(name='cosine_decay_schedule', init_value=1e-3,
+      decay_steps=100)`: an optax schedule of the step over the whole run,
+      round * S + s, though the optimizer's moments start afresh each round.
+
+  Raises:
+    Error: an unknown optimizer, schedule or keyword.
+
+  >>> sgd = optimizer('sgd', 0.5)
+  >>> state = sgd.init({'w': jnp.ones(2)})
+  >>> sgd.update({'w': jnp.ones(2)}, state, {'w': jnp.ones(2)}, 0)[0]
+  {'w': Array([-0.5, -0.5], dtype=float32)}
+  """
+  build = _lookup('local.optimizer.name', name, names())
+  _check('local.optimizer', name, build, keywords)
+  rate = optax.constant_schedule(learning_rate)
+  if schedule:
+    settings = dict(schedule)
+    schedule_name = settings.pop('name', None)
+    builder = _lookup(
+      'local.optimizer.schedule.name', schedule_name, schedule_names()
+    )
+    _check('local.optimizer.schedule', str(schedule_name), builder, settings)
+    try:
+      rate = builder(**settings)
+    except (TypeError, ValueError) as error:
+      raise Error(f'local.optimizer.schedule: {error}.') from error
+
+  # The rate is a field of the state: any optimizer then follows our step count
+  # instead of its own, which starts afresh in every round.
+  try:
+    inner = optax.inject_hyperparams(
+      build, static_args=tuple(k for k in keywords)
+    )(learning_rate=learning_rate, **keywords)
+  except TypeError as error:
+    raise Error(f'local.optimizer: {error}.') from error
+
+  def update(grads, state, params, step):
+    value = jnp.asarray(rate(step), jnp.float32)
+    state = state._replace(
+      hyperparams={**state.hyperparams, 'learning_rate': value}
+    )
+    return inner.update(grads, state, params)
+
+  return LocalOptimizer(inner.init, update, rate, name, keywords)
+
+
+def _lookup(field: str, name: Any, known: tuple[str, ...]) -> Callable:
+  if name not in known:
+    near = difflib.get_close_matches(str(name), known, 1)
+    hint = f' Did you mean {near[0]!r}?' if near else ''
+    raise Error(
+      f'{field}: {name!r} is unknown.{hint} There are: {", ".join(known)}.'
+    )
+  return getattr(optax, name, None) or getattr(optax.schedules, name)
+
+
+def _check(field: str, name: str, build: Callable, given: Mapping) -> None:
+  """Refuses keywords that the optax function does not have."""
+  allowed = [
+    p for p in inspect.signature(build).parameters if p != 'learning_rate'
+  ]
+  for key in given:
+    if key not in allowed:
+      near = difflib.get_close_matches(key, allowed, 1)
+      hint = f' Did you mean {near[0]!r}?' if near else ''
+      raise Error(
+        f'{field}.{key}: {name} has no such argument.{hint} It takes: '
+        f'{", ".join(allowed)}.'
+      )

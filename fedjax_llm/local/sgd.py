@@ -1,0 +1,152 @@
+"""Local training: a scan of optimizer steps on one client's batches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm import tree
+from fedjax_llm.local.optimizers import LocalOptimizer
+from fedjax_llm.types import (
+  ClientOutput,
+  Error,
+  Loss,
+  LocalUpdate,
+  LossSum,
+  Masks,
+  Params,
+)
+
+
+def sgd(
+  loss: Loss,
+  optimizer: LocalOptimizer,
+  *,
+  prox: float = 0.0,
+  clip_norm: float | None = None,
+  keep_optimizer: bool = False,
+) -> LocalUpdate:
+  """S steps of an optimizer on loss + prox / 2 * ||p - start||^2.
+
+  The local solver of FedAvg (McMahan et al. 2017, arXiv 1602.05629, algorithm
+  1) and, with `prox` > 0, of FedProx (Li et al. 2020, arXiv 1812.06127,
+  equation 2). A step whose batch holds no loss token changes nothing.
+
+  Args:
+    loss: sums of nats and counts of tokens; a step descends their ratio, the
+      token mean.
+    optimizer: from `optimizer(...)`.
+    prox: mu of FedProx.
+    clip_norm: bound on the gradient's norm over the whole adapter.
+    keep_optimizer: the client keeps its optimizer state between rounds; by
+      default it starts afresh, as in federated averaging.
+
+  Raises:
+    Error: a negative prox or a clip_norm that is not positive.
+  """
+  if prox < 0:
+    raise Error(f'prox is {prox}; it must be 0 or more.')
+  if clip_norm is not None and clip_norm <= 0:
+    raise Error(f'clip_norm is {clip_norm}; it must be above 0.')
+
+  def adjust(grads, trained, start):
+    if clip_norm is not None:
+      grads = clip(grads, clip_norm)
+    if prox:
+      # A sum of squares: the gradient of a norm at zero would be NaN. Added
+      # after clipping, which bounds what the data say.
+      grads = tree.map_present(
+        lambda g, p, s: g + prox * (p - s), grads, trained, start
+      )
+    return grads
+
+  def init(trainable: Params) -> Any:
+    return optimizer.init(trainable) if keep_optimizer else ()
+
+  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
+    trained = tree.like(start, masks.trained)
+    optimizer_state = state if keep_optimizer else optimizer.init(trained)
+    end, optimizer_state, metrics = descend(
+      loss, optimizer, base, start, optimizer_state, batches, masks, round, key,
+      lambda grads, now: adjust(grads, now, trained),
+    )  # fmt: skip
+    return ClientOutput(
+      update=tree.sub(end, trained),
+      masks=masks,
+      state=optimizer_state if keep_optimizer else (),
+      metrics=metrics,
+    )
+
+  return LocalUpdate(init, run)
+
+
+def clip(grads: Params, clip_norm: float) -> Params:
+  """Scales the whole tree to a norm of at most `clip_norm`."""
+  norm = tree.norm(grads)
+  return tree.scale(grads, jnp.minimum(1.0, clip_norm / (norm + 1e-12)))
+
+
+def descend(
+  loss: Loss,
+  optimizer: LocalOptimizer,
+  base: Any,
+  start: Params,
+  optimizer_state: Any,
+  batches: Any,
+  masks: Masks,
+  round: jax.Array,
+  key: jax.Array,
+  adjust: Callable[[Params, Params], Params],
+) -> tuple[Params, Any, dict[str, jax.Array]]:
+  """The scan over steps that every gradient-based local update shares.
+
+  `adjust(grads, now) -> grads` is where they differ. Returns the trained
+  leaves at the end, the optimizer state and the metrics.
+  """
+  num_steps = jax.tree.leaves(batches)[0].shape[0]
+
+  def mean_loss(trained, batch, key):
+    sums = loss(base, tree.merge(trained, start), batch, key)
+    return sums.total / jnp.maximum(sums.count, 1.0), sums
+
+  def step(carry, xs):
+    trained, optimizer_state = carry
+    batch, index = xs
+    grads, sums = jax.grad(mean_loss, has_aux=True)(
+      trained, batch, jax.random.fold_in(key, index)
+    )
+    grads = tree.apply_mask(adjust(grads, trained), masks.trained)
+    count = round * num_steps + index
+    updates, new_state = optimizer.update(
+      grads, optimizer_state, trained, count
+    )
+    # Weight decay moves entries that have no gradient: mask again.
+    updates = tree.apply_mask(updates, masks.trained)
+    new = tree.map_present(lambda p, u: (p + u).astype(p.dtype), trained, updates)
+    real = sums.count > 0  # a step without a loss token is padding
+    keep = lambda n, o: jnp.where(real, n, o)
+    carry = (
+      tree.map_present(keep, new, trained),
+      jax.tree.map(keep, new_state, optimizer_state),
+    )
+    sums = jax.tree.map(lambda x: jnp.where(real, x, 0.0), sums)
+    rate = jnp.where(real, optimizer.learning_rate(count), 0.0)
+    norm = jnp.where(real, tree.norm(grads), 0.0)
+    return carry, (sums, real, rate, norm)
+
+  trained = tree.like(start, masks.trained)
+  (end, optimizer_state), (sums, real, rate, norm) = jax.lax.scan(
+    step, (trained, optimizer_state), (batches, jnp.arange(num_steps))
+  )
+  sums = LossSum(*(jnp.sum(x) for x in sums))
+  taken = jnp.sum(real)
+  metrics = {
+    'loss': sums.total / jnp.maximum(sums.count, 1.0),
+    'accuracy': sums.correct / jnp.maximum(sums.count, 1.0),
+    'tokens': sums.count,
+    'steps': taken,
+    'learning_rate_sum': jnp.sum(rate),
+    'grad_norm': jnp.sum(norm) / jnp.maximum(taken, 1),
+  }
+  return end, optimizer_state, metrics

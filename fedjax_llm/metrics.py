@@ -1,0 +1,298 @@
+"""What a run tells: one JSON object a round, TensorBoard, a bar, a table."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fedjax_llm.types import Error
+
+
+class Recorder(NamedTuple):
+  """Where a run writes its numbers.
+
+  `write(round, metrics)` appends one line to `metrics.jsonl` and forces it to
+  the disk; `close()` ends the TensorBoard file.
+  """
+
+  write: Callable[[int, Mapping[str, Any]], None]
+  close: Callable[[], None]
+
+
+def recorder(
+  workdir: str, keep: int = -1, *, tensorboard: bool = True
+) -> Recorder:
+  """Opens `workdir/metrics.jsonl`, cut back to the records up to round `keep`.
+
+  Keys are sorted, floats are written exactly, and numbers that are not finite
+  become null: a resumed file equals one that was never interrupted, byte for
+  byte, but for the fields under `time/`. A last line torn by a killed run is
+  dropped. TensorBoard files get the scalars.
+
+  Args:
+    workdir: is made if absent.
+    keep: the round of the checkpoint that is resumed; -1 starts a new file.
+    tensorboard: whether to write `workdir/tensorboard`.
+
+  Raises:
+    Error: if the file is damaged elsewhere than in its last line, if it lacks
+      round `keep`, or if a line cannot be written.
+
+  >>> import tempfile
+  >>> with tempfile.TemporaryDirectory() as workdir:
+  ...   record = recorder(workdir, tensorboard=False)
+  ...   record.write(1, {'local/loss': np.float32(0.5), 'clients/out': ['a']})
+  ...   print(open(f'{workdir}/metrics.jsonl').read().strip())
+  {"clients/out": ["a"], "local/loss": 0.5, "round": 1}
+  """
+  path = os.path.join(workdir, 'metrics.jsonl')
+  with _saving(path):
+    os.makedirs(workdir, exist_ok=True)
+  _cut(path, keep)
+  board = None
+  if tensorboard:
+    import tensorboardX
+
+    board = tensorboardX.SummaryWriter(
+      os.path.join(workdir, 'tensorboard'),
+      # Events of rounds that are done again are hidden.
+      purge_step=keep + 1 if keep >= 0 else None,
+    )
+
+  def write(round: int, metrics: Mapping[str, Any]) -> None:
+    record = _jsonable({**metrics, 'round': int(round)})
+    line = json.dumps(record, sort_keys=True, allow_nan=False) + '\n'
+    with _saving(path):
+      with open(path, 'ab') as file:
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    if board is not None:
+      for name, value in record.items():
+        if isinstance(value, int | float) and name != 'round':
+          board.add_scalar(name, value, int(round))
+
+  def close() -> None:
+    if board is not None:
+      board.close()
+
+  return Recorder(write, close)
+
+
+def read(path: str) -> list[dict[str, Any]]:
+  """The records of a `metrics.jsonl`, a torn last line left out."""
+  return [record for record, _ in _lines(path)]
+
+
+def _lines(path: str) -> list[tuple[dict[str, Any], bytes]]:
+  if not os.path.exists(path):
+    return []
+  with open(path, 'rb') as file:
+    lines = file.read().split(b'\n')
+  if not lines[-1]:
+    lines.pop()
+  records = []
+  for number, line in enumerate(lines, 1):
+    try:
+      record = json.loads(line)
+      if not isinstance(record.get('round'), int):
+        raise ValueError('no round')
+    except (ValueError, AttributeError) as error:
+      if number == len(lines):
+        break
+      raise Error(f'{path}:{number} is no record of a round.') from error
+    records.append((record, line + b'\n'))
+  return records
+
+
+def _cut(path: str, keep: int) -> None:
+  kept = [(r, line) for r, line in _lines(path) if r['round'] <= keep]
+  if keep > 0 and (not kept or kept[-1][0]['round'] != keep):
+    last = kept[-1][0]['round'] if kept else 'none'
+    raise Error(
+      f'{path}: the checkpoint is of round {keep}, but the last record before'
+      f' it is of round {last}; put the file back, or take a new workdir.'
+    )
+  text = b''.join(line for _, line in kept)
+  with _saving(path):
+    with open(f'{path}.new', 'wb') as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(f'{path}.new', path)
+
+
+@contextlib.contextmanager
+def _saving(path: str):
+  """Turns a full disk into a sentence."""
+  try:
+    yield
+  except OSError as error:
+    raise Error(
+      f'{path} cannot be written: {error.strerror}; the same command goes on'
+      ' from the last checkpoint.'
+    ) from error
+
+
+def _jsonable(x: Any) -> Any:
+  if isinstance(x, Mapping):
+    return {str(k): _jsonable(v) for k, v in x.items()}
+  if hasattr(x, 'tolist'):  # NumPy and JAX arrays and scalars
+    x = x.tolist()
+  if isinstance(x, list | tuple):
+    return [_jsonable(v) for v in x]
+  if isinstance(x, float) and not math.isfinite(x):
+    return None
+  return x
+
+
+def summarise(device_metrics: Mapping[str, Any]) -> dict[str, Any]:
+  """Metrics of a jitted round as Python numbers, fetched at once.
+
+  Whatever is called '*/bytes' (int32 counts, [K, leaves] or a tree of them)
+  is summed in 64 bits; a scalar becomes a float, or an int if it is a whole
+  number or a truth value; other arrays become lists.
+
+  >>> summarise({'local/loss': np.float32(0.5),
+  ...            'uploads/bytes': np.full((2, 3), 2**30, np.int32)})
+  {'local/loss': 0.5, 'uploads/bytes': 6442450944}
+  """
+  told = {}
+  for name, value in jax.device_get(dict(device_metrics)).items():
+    if name.endswith('/bytes'):
+      parts = jax.tree.leaves(value)
+      told[name] = int(sum(np.sum(x, dtype=np.int64) for x in parts))
+    elif np.ndim(value):
+      told[name] = np.asarray(value).tolist()
+    else:
+      item = np.asarray(value).item()
+      told[name] = item if isinstance(item, float) else int(item)
+  return told
+
+
+# ----------------------------------------------------------------- terminal --
+
+
+class Progress(NamedTuple):
+  """`update(round, loss, tokens_per_second)` after every round;
+  `write(text)` prints a line above the bar; `close()` ends it."""
+
+  update: Callable[[int, float, float], None]
+  write: Callable[[str], None]
+  close: Callable[[], None]
+
+
+def progress(
+  num_rounds: int,
+  start: int = 0,
+  *,
+  every: float = 10.0,
+  file: Any = None,
+  clock: Callable[[], float] = time.monotonic,
+) -> Progress:
+  """A bar with round, loss, tokens a second and the time that is left.
+
+  Where `file` (default: standard error) is no terminal, it is a plain line at
+  most every `every` seconds, and one for the last round, so that logs stay
+  readable. The first round, which compiles, does not count in the time left
+  once there is a second one.
+  """
+  file = sys.stderr if file is None else file
+  bar = None
+  if file.isatty():
+    import tqdm
+
+    bar = tqdm.tqdm(
+      total=num_rounds,
+      initial=start,
+      file=file,
+      bar_format='{desc}|{bar:20}| {n_fmt}/{total_fmt}{postfix}',
+      desc='round',
+    )
+  marks: list[tuple[int, float]] = [(start, clock())]
+  printed = [-math.inf]
+
+  def update(round: int, loss: float, tokens_per_second: float) -> None:
+    now = clock()
+    since, began = marks[-1]
+    seconds = (now - began) / max(round - since, 1)
+    if len(marks) == 1:
+      marks.append((round, now))
+    left = _clock_time(seconds * (num_rounds - round))
+    told = f'loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, {left} left'
+    if bar is not None:
+      bar.set_postfix_str(told, refresh=False)
+      bar.update(round - bar.n)
+    elif now - printed[0] >= every or round == num_rounds:
+      printed[0] = now
+      print(f'round {round}/{num_rounds}: {told}', file=file, flush=True)
+
+  def write(text: str) -> None:
+    if bar is not None:
+      bar.write(text, file=file)
+    else:
+      print(text, file=file, flush=True)
+
+  def close() -> None:
+    if bar is not None:
+      bar.close()
+
+  return Progress(update, write, close)
+
+
+def _clock_time(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  short = f'{minutes:02d}:{seconds:02d}'
+  return f'{hours}:{short}' if hours else short
+
+
+def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
+  """A text table; numbers stand to the right, floats with four digits.
+
+  >>> print(table([('loss', 2.5), ('rounds', 10)], ('', 'before')))
+          before
+  ------  ------
+  loss    2.5000
+  rounds      10
+  """
+  cell = lambda x: f'{x:.4f}' if isinstance(x, float) else str(x)
+  cells = [list(header), *([cell(x) for x in row] for row in rows)]
+  widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+  # The header stands as its column does.
+  right = [
+    any(isinstance(row[i], int | float) for row in rows)
+    for i in range(len(header))
+  ]
+  lines = [
+    '  '.join(
+      x.rjust(w) if r else x.ljust(w) for x, w, r in zip(line, widths, right)
+    ).rstrip()
+    for line in cells
+  ]
+  lines.insert(1, '  '.join('-' * w for w in widths))
+  return '\n'.join(lines)
+
+
+def human_bytes(n: int) -> str:
+  """Bytes in decimal units.
+
+  >>> human_bytes(999), human_bytes(1_843_200), human_bytes(184 * 10**9)
+  ('999 B', '1.84 MB', '184 GB')
+  """
+  if n < 1000:
+    return f'{n} B'
+  size, units = float(n), ['kB', 'MB', 'GB', 'TB', 'PB', 'EB']
+  for unit in units:
+    size /= 1000
+    if size < 999.5 or unit == units[-1]:
+      break
+  digits = 2 if size < 9.995 else 1 if size < 99.95 else 0
+  return f'{size:.{digits}f} {unit}'

@@ -1,0 +1,244 @@
+"""Text from a model: greedy or at a temperature, many prompts at once.
+
+Prompts are padded on the right to a few lengths, so that few programs are
+compiled. Tokens see places, not slots: the gap between a short prompt and its
+reply is padding that nobody reads.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_llm.models.load import LoadedModel
+from fedjax_llm.models.transformer import Decoder
+from fedjax_llm.types import Base, Batch, Error, Key, Model, Params
+
+
+def generate(
+  model: LoadedModel | Model,
+  base: Base,
+  params: Params,
+  prompts: Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int,
+  temperature: float = 0.0,
+  eos_id: int | Sequence[int] | None = None,
+  key: Key | None = None,
+  batch_size: int = 32,
+) -> list[list[int]]:
+  """The new tokens of each prompt, without the one that ended it.
+
+  Greedy at `temperature` 0, otherwise sampled from softmax(logits /
+  temperature) by `key`, folded with the prompt's place in the list and the
+  number of the new token. A `LoadedModel` keeps keys and values in a cache; a
+  bare `Model` reads the whole text again for each token, to the same end.
+
+  Raises `Error` for an empty prompt, a token outside the vocabulary, a text
+  longer than the model's positions, and a temperature without a key.
+
+  >>> from fedjax_llm import models
+  >>> loaded = models.random(vocab_size=32)
+  >>> replies = generate(
+  ...   loaded, loaded.base, {}, [[1, 2], [3]], max_new_tokens=4
+  ... )
+  >>> [len(reply) for reply in replies]
+  [4, 4]
+  """
+  if max_new_tokens < 1:
+    raise Error(f'{max_new_tokens=} must be at least 1.')
+  if not temperature >= 0:
+    raise Error(f'{temperature=} must not be negative.')
+  if temperature > 0 and key is None:
+    raise Error(f'{temperature=} samples, so it needs a key.')
+  if batch_size < 1:
+    raise Error(f'{batch_size=} must be at least 1.')
+  _check(model, prompts, max_new_tokens)
+  if eos_id is None:
+    eos_id = ()
+  stops = jnp.asarray(np.atleast_1d(np.asarray(eos_id, np.int32)))
+  if isinstance(model, LoadedModel):
+    network, decoder = model.model, model.decoder
+  else:
+    network, decoder = model, None
+  key = jax.random.key(0) if key is None else key  # unused when greedy
+
+  replies = []
+  for start in range(0, len(prompts), batch_size):
+    chunk = prompts[start : start + batch_size]
+    tokens, lengths = _pad(chunk)
+    new = _run(
+      base,
+      params,
+      tokens,
+      lengths,
+      start + np.arange(len(lengths), dtype=np.int32),
+      stops,
+      np.float32(temperature or 1.0),
+      key,
+      network=network,
+      decoder=decoder,
+      num_new=max_new_tokens,
+      greedy=temperature == 0,
+    )
+    for row in np.asarray(new)[: len(chunk)]:
+      replies.append([int(token) for token in row if token >= 0])
+  return replies
+
+
+def _check(model, prompts, max_new_tokens) -> None:
+  config = model.config if isinstance(model, LoadedModel) else None
+  for index, prompt in enumerate(prompts):
+    if len(prompt) == 0:
+      raise Error(f'Prompt {index} is empty.')
+    if config is None:
+      continue
+    if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+      raise Error(
+        f'Prompt {index} has a token outside the vocabulary of '
+        f'{config.vocab_size}.'
+      )
+    total = len(prompt) + max_new_tokens
+    if total > config.max_positions:
+      raise Error(
+        f'Prompt {index} and {max_new_tokens} new tokens are {total} tokens; '
+        f'the model has {config.max_positions} positions.'
+      )
+
+
+def _bucket(number: int, least: int) -> int:
+  """The next power of two, at least `least`."""
+  return max(least, 1 << (number - 1).bit_length())
+
+
+def _pad(prompts) -> tuple[np.ndarray, np.ndarray]:
+  """[B, P] padded on the right and their lengths [B]; extra rows have 0."""
+  rows = _bucket(len(prompts), 1)
+  width = _bucket(max(map(len, prompts)), 16)
+  tokens = np.zeros((rows, width), np.int32)
+  lengths = np.zeros(rows, np.int32)
+  for row, prompt in enumerate(prompts):
+    tokens[row, : len(prompt)] = prompt
+    lengths[row] = len(prompt)
+  return tokens, lengths
+
+
+class _Reader(NamedTuple):
+  """`start() -> (hidden [B, D], state)` behind the prompt;
+  `more(token [B], step, state) -> (hidden, state)` behind one token more."""
+
+  start: Callable[[], tuple[jax.Array, Any]]
+  more: Callable[..., tuple[jax.Array, Any]]
+
+
+def _at(hidden, index) -> jax.Array:
+  """hidden[b, index[b]], [B, T, D] -> [B, D]."""
+  index = jnp.maximum(index, 0)[:, None, None]
+  return jnp.take_along_axis(hidden, index, axis=1)[:, 0]
+
+
+def _texts(tokens, lengths) -> Batch:
+  """Texts that start at the left end of their rows."""
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  inside = positions < lengths[:, None]
+  return Batch(tokens, inside, inside.astype(jnp.int32), positions)
+
+
+def _cached(decoder: Decoder, base, params, tokens, lengths, num_new):
+  rows, width = tokens.shape
+
+  def start():
+    cache = decoder.empty(rows, width + num_new)
+    batch = _texts(tokens, lengths)
+    hidden, cache = decoder.extend(base, params, batch, cache, 0)
+    return _at(hidden, lengths - 1), cache
+
+  def more(token, step, cache):
+    one = jnp.ones((rows, 1), jnp.int32)
+    places = (lengths + step)[:, None]
+    batch = Batch(token[:, None], one > 0, one, places)
+    hidden, cache = decoder.extend(base, params, batch, cache, width + step)
+    return hidden[:, 0], cache
+
+  return _Reader(start, more)
+
+
+def _uncached(model: Model, base, params, tokens, lengths, num_new):
+  rows = jnp.arange(tokens.shape[0])
+
+  def read(text, lengths):
+    hidden = model.hidden(base, params, _texts(text, lengths))
+    return _at(hidden, lengths - 1)
+
+  def start():
+    text = jnp.pad(tokens, ((0, 0), (0, num_new)))
+    return read(text, lengths), text
+
+  def more(token, step, text):
+    text = text.at[rows, lengths + step].set(token)
+    return read(text, lengths + step + 1), text
+
+  return _Reader(start, more)
+
+
+@functools.partial(
+  jax.jit, static_argnames=('network', 'decoder', 'num_new', 'greedy')
+)
+def _run(
+  base,
+  params,
+  tokens,
+  lengths,
+  rows,
+  stops,
+  temperature,
+  key,
+  *,
+  network: Model,
+  decoder: Decoder | None,
+  num_new: int,
+  greedy: bool,
+):
+  """New tokens [B, num_new], -1 from the end of a reply on."""
+  if decoder is None:
+    reader = _uncached(network, base, params, tokens, lengths, num_new)
+  else:
+    reader = _cached(decoder, base, params, tokens, lengths, num_new)
+  keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+
+  def pick(hidden, step):
+    logits = network.logits(base, params, hidden)
+    if greedy:
+      return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw(key, logits):
+      return jax.random.categorical(
+        jax.random.fold_in(key, step), logits / temperature
+      )
+
+    return jax.vmap(draw)(keys, logits).astype(jnp.int32)
+
+  def write(out, token, step, done):
+    done = done | jnp.any(token[:, None] == stops, axis=1)
+    return out.at[:, step].set(jnp.where(done, -1, token)), done
+
+  def unfinished(state):
+    step, _, _, _, done = state
+    return (step < num_new) & ~jnp.all(done)
+
+  def body(state):
+    step, token, carry, out, done = state
+    hidden, carry = reader.more(token, step - 1, carry)
+    token = pick(hidden, step)
+    out, done = write(out, token, step, done)
+    return step + 1, token, carry, out, done
+
+  hidden, carry = reader.start()
+  token = pick(hidden, jnp.int32(0))
+  out = jnp.full((len(rows), num_new), -1, jnp.int32)
+  out, done = write(out, token, 0, lengths == 0)
+  state = (jnp.int32(1), token, carry, out, done)
+  return jax.lax.while_loop(unfinished, body, state)[3]

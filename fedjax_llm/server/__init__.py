@@ -1,0 +1,10 @@
+"""The server: one round, and optimizers that see its pseudo-gradient."""
+
+from fedjax_llm.server.algorithm import fed_opt as fed_opt
+from fedjax_llm.server.optimizers import fed_adagrad as fed_adagrad
+from fedjax_llm.server.optimizers import fed_adam as fed_adam
+from fedjax_llm.server.optimizers import fed_avgm as fed_avgm
+from fedjax_llm.server.optimizers import fed_yogi as fed_yogi
+from fedjax_llm.server.optimizers import sgd as sgd
+
+__all__ = ['fed_adagrad', 'fed_adam', 'fed_avgm', 'fed_yogi', 'sgd']

@@ -1,0 +1,322 @@
+"""The one federated round: every named method is a call of `fed_opt`.
+
+    broadcast -> local training -> uploads -> aggregation -> server step
+
+Clients run as `vmap` inside blocks and blocks as a `lax.scan`, so memory is
+that of one block; the frozen base is an argument that no client axis touches.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm import tree
+from fedjax_llm.clients import scopes
+from fedjax_llm.types import (
+  Aggregate,
+  AnyAggregator,
+  Base,
+  ClientState,
+  Cohort,
+  Download,
+  Error,
+  FederatedAlgorithm,
+  Key,
+  LocalUpdate,
+  Masks,
+  Metrics,
+  Params,
+  Private,
+  Scope,
+  ServerOptimizer,
+  ServerState,
+  Shared,
+  StreamingAggregator,
+  Upload,
+  Uploads,
+)
+
+
+def fed_opt(
+  local: LocalUpdate,
+  *,
+  upload: Upload,
+  aggregator: AnyAggregator,
+  server: ServerOptimizer,
+  scope: Scope | None = None,
+  download: Download | None = None,
+  fold: Callable[[Base, Params], tuple[Base, Params]] | None = None,
+  block_size: int | None = None,
+) -> FederatedAlgorithm:
+  """Composes a federated algorithm from its stations.
+
+  One round of Reddi et al. 2021 (arXiv 2003.00295, algorithm 1): every client
+  starts from what it received, trains, and uploads end - start; the aggregate
+  of the uploads, its sign flipped once, here, is a pseudo-gradient for the
+  server optimizer.
+
+  A client is left out, and its state unchanged, if it is padding, dropped out,
+  or sent a value that is not finite. A round that nobody reports to changes
+  nothing but its number.
+
+  Args:
+    local: training on one client.
+    upload: how an update is coded on its way up.
+    aggregator: the rule on the stack of updates.
+    server: an optax transformation; it sees -delta.
+    scope: what clients train, share and keep; all shared by default.
+    download: how parameters are coded on their way down; as they are if None.
+    fold: writes frozen dense changes into the base once a round, outside
+      `vmap` (`Adapter.fold`).
+    block_size: clients in one `vmap`; the whole cohort if None. Changes
+      nothing but rounding, memory and speed.
+
+  Raises:
+    Error: a block size below one; a server optimizer with moments over a rule
+      that changes the basis of the factors (moments of the old basis would be
+      applied to the new one).
+  """
+  scope = scope or scopes.everything()
+  if block_size is not None and block_size < 1:
+    raise Error(f'block_size is {block_size}; it must be at least 1.')
+  if aggregator.traits.changes_basis and jax.tree.leaves(
+    jax.eval_shape(server.init, jnp.zeros(1))
+  ):
+    raise Error(
+      'this aggregator changes the basis of the factors every round, so the '
+      'server optimizer must keep no moments: use server.name=sgd.'
+    )
+  streaming = isinstance(aggregator, StreamingAggregator)
+
+  def init(key: Key, params: Params) -> ServerState:
+    labels = scope.labels(params)
+    return ServerState(
+      round=jnp.int32(0),
+      params=params,
+      optimizer=server.init(tree.select(params, labels, Shared)),
+      aggregator=aggregator.init(params, key),
+      key=key,
+    )
+
+  def init_client(params: Params) -> ClientState:
+    labels = scope.labels(params)
+    shared = tree.select(params, labels, Shared)
+    return ClientState(
+      private=_present(tree.select(params, labels, Private)),
+      local=local.init(tree.select(params, labels, Shared, Private)),
+      upload=upload.init(shared),
+    )
+
+  def personal(params: Params, state: ClientState | None) -> Params:
+    return params if state is None else tree.merge(state.private, params)
+
+  def client(base, params, labels, round, key, row: Cohort):
+    """One client's round, without a leading axis (`row` is a cohort's row)."""
+    keys = jax.random.split(jax.random.fold_in(key, row.ids), 4)
+    state = row.states
+    full = tree.full_masks(params, labels)
+    down_bytes: Any = ()
+    received = params
+    shared = tree.select(params, labels, Shared)
+    if download is not None:
+      message, _ = download.encode(
+        shared, full, download.init(shared), keys[0]
+      )
+      received = tree.merge(download.decode(message, params, keys[0]), params)
+      down_bytes = download.num_bytes(message, _only(full, labels))
+    start = tree.merge(state.private, received)
+    masks = scope.mask(start, row.profiles, state, round, keys[1])
+    start = tree.apply_mask(start, masks.held)
+    if download is None:
+      down_bytes = _dense_bytes(shared, masks.held)
+
+    out = local.run(
+      base, start, state.local, row.batches, masks, round, keys[2]
+    )
+    update = tree.apply_mask(out.update, out.masks.trained)
+    shared_masks = _only(out.masks, labels)
+    message, upload_state = upload.encode(
+      tree.select(update, labels, Shared), shared_masks, state.upload, keys[3]
+    )
+    sent = upload.decode(message, start, keys[3])
+    up_bytes = upload.num_bytes(message, shared_masks)
+    private = tree.select(tree.add(start, update), labels, Private)
+    states = ClientState(_present(private), out.state, upload_state)
+    finite = tree.all_finite((update, sent, out.metrics, states))
+    told = {
+      **{f'local/{name}': value for name, value in out.metrics.items()},
+      'local/update_norm': tree.norm(update),
+      'uploads/bytes': _flat(up_bytes),
+      'downloads/bytes': _flat(down_bytes),
+    }
+    return sent, start, out.masks, states, finite, told
+
+  def run_block(base, params, labels, round, key, block: Cohort):
+    sent, start, masks, states, finite, told = jax.vmap(
+      lambda row: client(base, params, labels, round, key, row)
+    )(block)
+    valid = block.valid & finite
+    uploads = Uploads(
+      update=tree.where(valid, sent, tree.zeros_like(sent)),
+      start=start,
+      masks=masks,
+      weight=jnp.where(valid, block.weight, 0.0).astype(jnp.float32),
+      valid=valid,
+    )
+    states = tree.where(valid, states, block.states)
+    told['clients/non_finite'] = block.valid & ~finite
+    told['clients/reported'] = valid
+    return uploads, states, told
+
+  def round_fn(
+    state: ServerState, cohort: Cohort, base: Base = None
+  ) -> tuple[ServerState, ClientState, Metrics]:
+    num_clients = cohort.ids.shape[0]
+    params = state.params
+    if fold is not None:
+      base, params = fold(base, params)
+    labels = scope.labels(params)
+    key = jax.random.fold_in(state.key, state.round)
+    client_key, server_key = jax.random.split(key)
+    run = lambda block: run_block(
+      base, params, labels, state.round, client_key, block
+    )
+
+    size = min(block_size or num_clients, num_clients)
+    if size == num_clients:
+      uploads, states, told = run(cohort)
+      sums = None
+      if streaming:
+        sums = aggregator.accumulate(
+          aggregator.zero(params), uploads, state.aggregator, params
+        )
+    else:
+      blocks = _blocks(cohort, size)
+
+      def body(sums, block):
+        uploads, states, told = run(block)
+        if streaming:
+          sums = aggregator.accumulate(
+            sums, uploads, state.aggregator, params
+          )
+          uploads = None  # eaten
+        return sums, (uploads, states, told)
+
+      zero = aggregator.zero(params) if streaming else None
+      sums, outs = jax.lax.scan(body, zero, blocks)
+      uploads, states, told = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[2:])[:num_clients], outs
+      )
+
+    if streaming:
+      aggregate, aggregator_state = aggregator.finalize(
+        sums, state.aggregator, params, server_key
+      )
+    else:
+      aggregate, aggregator_state = aggregator.aggregate(
+        uploads, state.aggregator, params, server_key
+      )
+    new = _server_step(state, aggregate, aggregator_state, server, labels)
+    anybody = jnp.any(told['clients/reported'])
+    new = jax.tree.map(
+      lambda n, o: jnp.where(anybody, n, o),
+      new._replace(key=None, round=None),
+      state._replace(key=None, round=None),
+    )._replace(key=state.key, round=state.round + 1)
+    return new, states, _tell(told, cohort, aggregate, state.params, new.params)
+
+  return FederatedAlgorithm(init, init_client, round_fn, personal)
+
+
+def _server_step(
+  state: ServerState,
+  aggregate: Aggregate,
+  aggregator_state: Any,
+  server: ServerOptimizer,
+  labels: Any,
+) -> ServerState:
+  """The only place where an update changes its sign."""
+  shared = tree.select(state.params, labels, Shared)
+  # A shared leaf that the rule assigns has no gradient.
+  delta = tree.merge(aggregate.delta, tree.zeros_like(shared))
+  pseudo_gradient = tree.scale(delta, -1.0)
+  step, optimizer = server.update(pseudo_gradient, state.optimizer, shared)
+  params = tree.add(state.params, step)
+  if aggregate.assign is not None:
+    params = tree.merge(aggregate.assign, params)
+  return state._replace(
+    params=params, optimizer=optimizer, aggregator=aggregator_state
+  )
+
+
+def _tell(told, cohort, aggregate, old, new) -> Metrics:
+  """Cohort metrics: means over the clients that count, [K] where it matters."""
+  valid = told['clients/reported']
+  clean = lambda x: jnp.where(valid, x, 0.0)
+  tokens = clean(told['local/tokens'])
+  by_tokens = tree.normalise(tokens)
+  by_client = tree.normalise(valid.astype(jnp.float32))
+  mean = lambda name, weight: jnp.sum(weight * clean(told[name]))
+  received = cohort.ids >= 0
+  rows = lambda keep, x: jnp.where(keep[:, None], x, 0)
+  metrics = {
+    'local/loss': mean('local/loss', by_tokens),
+    'local/tokens': jnp.sum(tokens),
+    'local/steps': jnp.sum(clean(told['local/steps'])),
+    'local/update_norm': mean('local/update_norm', by_client),
+    'uploads/bytes': rows(cohort.valid, told['uploads/bytes']),
+    'downloads/bytes': rows(received, told['downloads/bytes']),
+    'aggregators/norm': tree.norm(aggregate.delta),
+    'server/step_norm': tree.norm(tree.sub(new, old)),
+    'clients/non_finite': told['clients/non_finite'],
+    'clients/reported': valid,
+  }
+  for name in ('local/grad_norm', 'local/accuracy'):
+    if name in told:
+      weight = by_tokens if name == 'local/accuracy' else by_client
+      metrics[name] = mean(name, weight)
+  return metrics
+
+
+def _blocks(cohort: Cohort, size: int) -> Cohort:
+  """[K, ...] to [ceil(K / size), size, ...]; rows added are not valid."""
+  pad = -cohort.ids.shape[0] % size
+
+  def leaf(x):
+    x = jnp.asarray(x)
+    x = jnp.concatenate([x, jnp.repeat(x[-1:], pad, axis=0)]) if pad else x
+    return x.reshape(-1, size, *x.shape[1:])
+
+  blocks = jax.tree.map(leaf, cohort)
+  # Added rows repeat the last client, so nothing can overflow on made-up data.
+  real = jnp.arange(blocks.valid.size) < blocks.valid.size - pad
+  return blocks._replace(
+    valid=blocks.valid & real.reshape(blocks.valid.shape)
+  )
+
+
+def _present(part: Any) -> Any:
+  """`None` for a tree without a leaf: clients without state store nothing."""
+  return part if jax.tree.leaves(part) else None
+
+
+def _only(masks: Masks, labels: Any) -> Masks:
+  """The masks of what is shared."""
+  return Masks(*(tree.select(m, labels, Shared) for m in masks))
+
+
+def _dense_bytes(params: Params, mask: Any) -> Any:
+  """Bytes of the entries held, one int32 count a leaf."""
+
+  def leaf(p, m):
+    entries = jnp.broadcast_to(m, p.shape) if m.ndim else m * p.size
+    return jnp.sum(entries, dtype=jnp.int32) * p.dtype.itemsize
+
+  return tree.map_present(leaf, params, mask)
+
+
+def _flat(counts: Any) -> jax.Array:
+  leaves = jax.tree.leaves(counts)
+  return jnp.stack(leaves) if leaves else jnp.zeros(1, jnp.int32)
