@@ -273,7 +273,9 @@ def _spell(annotation: Any) -> str:
   if origin is typing.Literal:
     return ' or '.join(map(repr, args))
   if origin in (typing.Union, python_types.UnionType):
-    return ' or '.join(map(_spell, args))
+    return ' or '.join(dict.fromkeys(map(_spell, args)))
   if annotation is None or annotation is type(None):
     return 'none'
+  if isinstance(annotation, type) and not origin:
+    return annotation.__name__
   return inspect.formatannotation(annotation).removeprefix('collections.abc.')

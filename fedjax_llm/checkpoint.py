@@ -42,6 +42,7 @@ class Checkpointer(NamedTuple):
 
   `save(round, state, meta={})` returns when the checkpoint counts. `state` is
   any pytree of arrays, numbers, typed PRNG keys and None; `meta` is JSON.
+  Older rounds than are kept go, and so do later ones, which were undone.
   Error on a full disk, with the checkpoints before it intact.
   `restore(template) -> Restored` of the newest undamaged checkpoint, bit for
   bit, or None if there is no checkpoint; `template` is a state, or its
@@ -152,9 +153,9 @@ def _name(path: Any) -> str:
 
 
 def _kind(x: Any) -> tuple[str, list[int]]:
-  """dtype and shape; those of a key say its implementation."""
+  """dtype and shape."""
   if _is_key(x):
-    return str(x.dtype), list(x.shape)
+    return 'key', list(x.shape)
   if not hasattr(x, 'dtype'):
     x = np.asarray(x)
   return str(np.dtype(x.dtype)), list(x.shape)
@@ -163,7 +164,13 @@ def _kind(x: Any) -> tuple[str, list[int]]:
 def _like(value: np.ndarray, template: Any, impl: str | None) -> Any:
   """`value` as the kind of thing that the template holds there."""
   if _is_key(template):
-    return jax.random.wrap_key_data(jnp.array(value), impl=impl)
+    key = jax.random.wrap_key_data(jnp.array(value), impl=impl)
+    if key.dtype != template.dtype:
+      raise Error(
+        f'the checkpoint has keys of {key.dtype}, this run needs '
+        f'{template.dtype}.'
+      )
+    return key
   if isinstance(template, np.ndarray | np.generic):
     return np.asarray(value)
   if not hasattr(template, 'dtype'):
@@ -268,12 +275,13 @@ def _read(path: pathlib.Path, manifest: dict[str, Any], template: Any) -> Any:
         f'{path} has {x["name"]} as {x["dtype"]}{x["shape"]}, this run needs '
         f'{name} as {dtype}{shape}.'
       )
-  arrays = {x['file_key']: None for x in stored if x['file_key']}
-  if arrays:
+  full = [x['file_key'] for x in stored if x['file_key']]
+  arrays: Any = {}
+  if full:
     with _quiet() as ocp, ocp.PyTreeCheckpointer() as checkpointer:
       as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
       arrays = checkpointer.restore(
-        path / 'state', restore_args=dict.fromkeys(arrays, as_numpy)
+        path / 'state', restore_args=dict.fromkeys(full, as_numpy)
       )
   values = []
   for x, (_, leaf) in zip(stored, leaves):

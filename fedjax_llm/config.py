@@ -325,7 +325,7 @@ def _validate(config: dict[str, Any], spec: Spec, label: Label) -> None:
     if found is None and path in spec.optional:
       continue
     if found is None and callable(namespace):
-      found = {}
+      found = _section(config, path, spec, label)  # everything at its default
     if found is None:
       known = ', '.join(names(namespace))
       raise Error(

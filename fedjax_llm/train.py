@@ -238,7 +238,7 @@ def run(argv: list[str]) -> int:
     ),
     algorithm,
     heldout=rows(heldout),
-    new=rows(population.new),
+    new=rows([own[: test.per_client] for own in population.new]),
     common=rows(common),
     names=population.names,
     new_names=population.new_names,
@@ -283,7 +283,9 @@ def run(argv: list[str]) -> int:
     told = metrics.summarise(device_told)
     trained_at = time.monotonic()
     told |= workdir.left_out(told, draw, cohort, population.names, round + 1)
-    store.scatter(draw.ids, told.pop('clients/reported'), jax.device_get(states))
+    store.scatter(
+      draw.ids, told.pop('clients/reported'), jax.device_get(states)
+    )
     number, last = round + 1, round + 1 == settings.num_rounds
     if number % test.every == 0 or last:
       told |= examine(base, state.params, store, round_key)

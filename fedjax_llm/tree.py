@@ -86,9 +86,7 @@ def stack(trees: list[Tree]) -> Tree:
 
 def broadcast(tree: Tree, num: int) -> Tree:
   """[...] to [K, ...] by repetition (free inside a jitted program)."""
-  return jax.tree.map(
-    lambda x: jnp.broadcast_to(x, (num, *jnp.shape(x))), tree
-  )
+  return jax.tree.map(lambda x: jnp.broadcast_to(x, (num, *jnp.shape(x))), tree)
 
 
 def rows(mask: jax.Array, leaf: jax.Array) -> jax.Array:
@@ -242,6 +240,7 @@ def whole(uploads: Uploads) -> Params:
 def full_masks(params: Params, labels: Tree) -> Masks:
   """Everything that is not frozen is held and trained."""
   mask = map_present(
-    lambda _: jnp.bool_(True), select(params, labels, Label.SHARED, Label.PRIVATE)
+    lambda _: jnp.bool_(True),
+    select(params, labels, Label.SHARED, Label.PRIVATE),
   )
   return Masks(held=mask, trained=mask)

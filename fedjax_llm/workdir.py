@@ -1,10 +1,10 @@
 """The folder of a run: what is where, whose it is, and what is told of it.
 
-    config.json            the resolved config, every default filled in
-    metrics.jsonl          one JSON object a round
-    tensorboard/           the same as event files
-    checkpoints/, states/  the server's state, and the private one of clients
-    adapter/               the final adapter, a PEFT directory
+config.json            the resolved config, every default filled in
+metrics.jsonl          one JSON object a round
+tensorboard/           the same as event files
+checkpoints/, states/  the server's state, and the private one of clients
+adapter/               the final adapter, a PEFT directory
 """
 
 import json
@@ -165,15 +165,19 @@ def summary(path: str) -> str:
   }
   for field, label in labels.items():
     if field in first and field in last:
-      rows.append((label, first[field], last[field], last[field] - first[field]))
+      rows.append(
+        (label, first[field], last[field], last[field] - first[field])
+      )
   total = lambda field: sum(r.get(field) or 0 for r in records)
   up, down = total('uploads/bytes'), total('downloads/bytes')
   seconds = total('time/round') + total('time/evals')
-  return '\n'.join([
-    metrics.table(rows, ('', 'before', 'after', 'change')),
-    '',
-    f'{last["round"]} rounds, {total("local/tokens"):,.0f} tokens learned; '
-    f'{metrics.human_bytes(up)} up and {metrics.human_bytes(down)} down; '
-    f'{seconds:.0f} s',
-    f'adapter: {pathlib.Path(path) / "adapter"}',
-  ])
+  return '\n'.join(
+    [
+      metrics.table(rows, ('', 'before', 'after', 'change')),
+      '',
+      f'{last["round"]} rounds, {total("local/tokens"):,.0f} tokens learned; '
+      f'{metrics.human_bytes(up)} up and {metrics.human_bytes(down)} down; '
+      f'{seconds:.0f} s',
+      f'adapter: {pathlib.Path(path) / "adapter"}',
+    ]
+  )

@@ -126,7 +126,9 @@ def test_a_round_that_nobody_reports_to_changes_only_its_number():
   algorithm = recipes.fed_adam(toy.loss, toy.sgd())
   state, _, told = run(algorithm, cohort)
   before = start(algorithm)
-  toy.close(state._replace(key=None, round=None), before._replace(key=None, round=None))
+  toy.close(
+    state._replace(key=None, round=None), before._replace(key=None, round=None)
+  )
   assert state.round == 1
   assert told['uploads/bytes'].sum() == 0
 
@@ -143,9 +145,7 @@ def test_fedprox_with_mu_zero_is_fedavg_and_mu_pulls_towards_the_start():
 def test_local_steps_equal_a_python_loop():
   cohort = toy.cohort(num_clients=3, steps=4)
   mu, rate, bound = 0.3, 0.1, 0.5
-  algorithm = recipes.fed_prox(
-    toy.loss, toy.sgd(rate), mu=mu, clip_norm=bound
-  )
+  algorithm = recipes.fed_prox(toy.loss, toy.sgd(rate), mu=mu, clip_norm=bound)
   state, _, told = run(algorithm, cohort)
 
   def grad(params, rows):
@@ -185,9 +185,7 @@ def test_scaffold_equals_its_algorithm_written_as_a_loop():
   """Karimireddy et al. 2020, algorithm 1, option II, two rounds."""
   num_clients, rate = 8, 0.1
   cohort = toy.cohort(num_clients=3, steps=3)
-  algorithm = recipes.scaffold(
-    toy.loss, toy.sgd(rate), num_clients=num_clients
-  )
+  algorithm = recipes.scaffold(toy.loss, toy.sgd(rate), num_clients=num_clients)
   state, states, _ = run(algorithm, cohort, num_rounds=2)
 
   q = toy.params()['q']
@@ -302,9 +300,7 @@ def test_moments_over_a_changing_basis_are_refused():
     upload=recipes.compose.__globals__['uploads'].identity(), aggregator=rule
   )
   with pytest.raises(Error, match='changes the basis'):
-    fed_opt(
-      local.sgd(toy.loss, toy.sgd()), server=server.fed_adam(), **parts
-    )
+    fed_opt(local.sgd(toy.loss, toy.sgd()), server=server.fed_adam(), **parts)
   fed_opt(local.sgd(toy.loss, toy.sgd()), server=server.sgd(), **parts)
 
 

@@ -318,6 +318,12 @@ def test_an_optional_section_comes_and_goes(parse):
   )
 
 
+def test_a_section_without_name_may_be_left_out_of_the_file(parse):
+  assert 'split' not in config.load('tiny.py')
+  found = parse().config['split']
+  assert config.build(found, split) == ('split', 0.1, 0)
+
+
 # ------------------------------------------------------------------ mistakes --
 
 

@@ -3,6 +3,7 @@
 import gzip
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -44,7 +45,7 @@ FORGETFUL = (
   '{% endfor %}'
   "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-DATED = "{{ strftime_now('%d %b %Y') }}" + CHATML
+DATED = """{{ strftime_now('%d %b %Y') }}, {{ strftime_now("%Y-%m-%d") }}"""
 
 
 def user(content):
@@ -302,8 +303,10 @@ def test_hf_reads_files_and_directories(tmp_path, monkeypatch):
 @hypothesis.given(st.text(st.characters(exclude_categories=['Cs'])))
 def test_bytes_round_trip(s):
   ids = BYTES.encode(s)
-  assert BYTES.decode([BYTES.bos_id, *ids, BYTES.eos_id, BYTES.pad_id]) == s
-  assert max([*ids, BYTES.bos_id, BYTES.eos_id, BYTES.pad_id]) < 259
+  assert max([0, *ids]) < 256
+  assert BYTES.decode([257, *ids, 258, 256]) == s
+  assert (BYTES.pad_id, BYTES.bos_id, BYTES.eos_id) == (256, 257, 258)
+  assert BYTES.vocab_size == 259
 
 
 def test_pretrained_adds_no_special_tokens(chatml, inst):
@@ -319,9 +322,9 @@ def test_pretrained_adds_no_special_tokens(chatml, inst):
 
 
 def test_a_template_that_prints_the_date_prints_always_the_same(hf_dir):
-  tokenizer = tokenizers.pretrained(hf_dir('dated', DATED))
+  tokenizer = tokenizers.pretrained(hf_dir('dated', DATED + CHATML))
   said = tokenizer.chat([user('a')], True)
-  assert said and said.startswith('26 Jul 2024<|im_start|>user')
+  assert said and said.startswith('26 Jul 2024, 2024-07-26<|im_start|>user')
 
 
 def test_pretrained_names_what_is_missing(tmp_path, hf_dir):
@@ -401,12 +404,13 @@ def test_a_bos_that_the_template_writes_is_not_written_twice(inst):
 def test_no_blank_is_invented_between_prompt_and_reply(inst):
   """A Llama-2-like tokenizer puts a blank in front of whatever it encodes."""
   record = Record(prompt='are you there', response='so')
+  (example,) = data.encode(record, inst, 'plain')
+  whole = inst.encode('are you there\nso')
+  assert tokens_of(example) == [inst.bos_id, *whole, inst.eos_id]
+  assert learned(example)[0] != inst.encode('so')[0]  # encoded alone
   (example,) = data.encode(record, inst)
   whole = '<s>[INST] are you there [/INST] so <|im_end|>'
   assert tokens_of(example) == inst.encode(whole)
-  assert inst.encode('so')[0] != learned(example)[0] or (
-    learned(example) == inst.encode('so <|im_end|>')
-  )
 
 
 TOKENIZERS = ['bytes', 'chatml', 'inst', 'forgetful']
@@ -579,9 +583,9 @@ def test_a_long_text_becomes_chunks_in_which_each_token_is_learned_once(
   tokenizer = BYTES._replace(bos_id=bos)
   examples = data.encode(Record(text=body), tokenizer, max_length=max_length)
   whole = ([] if bos is None else [bos]) + [*body.encode(), 258]
-  assert sum((learned(e) for e in examples), []) == whole[1:]
+  assert [t for e in examples for t in learned(e)] == whole[1:]
   assert tokens_of(examples[0]) == whole[:max_length]
-  for one, two in zip(examples, examples[1:]):
+  for one, two in itertools.pairwise(examples):
     assert len(one.tokens) == max_length and one.tokens[-1] == two.tokens[0]
 
 
@@ -700,7 +704,7 @@ def test_quantity_is_log_normal_with_a_heavy_tail():
     assert sum(sizes) == 20000 and len(sizes) == 100
     logs[sigma] = np.std(np.log(list(sizes)))
     if sigma >= 1:
-      assert np.mean(list(sizes)) > 1.4 * np.median(list(sizes))
+      assert np.mean(list(sizes)) > 1.25 * np.median(list(sizes))
   assert logs[0.0] == 0
   # The same draw, scaled: sigma is a slope (rounding aside).
   np.testing.assert_allclose(logs[0.5] / logs[1.0], 0.5, rtol=0.05)
@@ -785,7 +789,7 @@ def test_every_text_is_trained_on_or_held_out_once():
     (made.new_names, made.new),
   ):
     for name, group in zip(names, groups):
-      expected = [r.text for r in records if r.client == name]
+      expected = [r.text or '' for r in records if r.client == name]
       assert sorted(texts(group)) == sorted(expected)
   assert {len(one) for one in made.heldout} == {2}
   assert made.report['num_records'] == 40 and made.report['num_clients'] == 3
@@ -907,7 +911,7 @@ def test_clients_without_a_usable_example_are_left_out_and_counted():
 
 
 def test_min_examples_and_max_clients_choose_by_key():
-  records = make(40) + [Record('poor', text='one')]
+  records = [*make(40), Record('poor', text='one')]
   made = build(records, min_examples=2)
   assert 'poor' not in made.names and made.report['clients_left_out'] == 1
   few = build(records, min_examples=2, max_clients=3, new_clients=1)

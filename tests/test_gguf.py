@@ -65,7 +65,7 @@ def write_gguf(
 
   tokenizer = trained_tokenizer(config['vocab_size'])
   vocab = tokenizer.get_vocab()
-  tokens = sorted(vocab, key=vocab.get)
+  tokens = sorted(vocab, key=lambda token: vocab[token])
   merges = json.loads(tokenizer.to_str())['model']['merges']
   writer.add_token_list(tokens)
   writer.add_token_types([3 if t.startswith('<|') else 1 for t in tokens])

@@ -32,6 +32,7 @@ TABLE = {
   'config': ('types', 'builders'),
   'checkpoint': ('types',),
   'metrics': ('types',),
+  'workdir': ('types', 'config', 'metrics'),
 }
 # Programs, and the front door, know the whole house.
 PROGRAMS = ('__init__', 'train', 'plan', 'export', 'generate', 'report')

@@ -115,7 +115,7 @@ def test_tensorboard_gets_the_scalars(tmp_path):
   data, found = path.read_bytes(), []
   while data:  # length, its checksum, event, its checksum
     size = int.from_bytes(data[:8], 'little')
-    event = event_pb2.Event.FromString(data[12 : 12 + size])
+    event = event_pb2.Event.FromString(data[12 : 12 + size])  # type: ignore
     data = data[16 + size :]
     found += [(v.tag, v.simple_value, event.step) for v in event.summary.value]
   assert found == [('local/loss', 0.5, 4)]

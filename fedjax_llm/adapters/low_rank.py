@@ -61,9 +61,7 @@ def rslora(
   return _low_rank(rank, alpha / max(rank, 1) ** 0.5, targets)
 
 
-def _low_rank(
-  rank: int, scale: float, targets: str | Sequence[str]
-) -> Adapter:
+def _low_rank(rank: int, scale: float, targets: str | Sequence[str]) -> Adapter:
   if rank < 1:
     raise Error(f'adapter.rank is {rank}; it must be at least 1.')
 

@@ -195,7 +195,7 @@ def rows(
   *,
   batch_size: int,
   max_length: int,
-  owners: Sequence[int] | None = None,
+  owners: Sequence[int] | np.ndarray | None = None,
   buckets: Sequence[int] = (),
   pad_id: int = 0,
 ) -> list[Rows]:

@@ -140,10 +140,13 @@ def dirichlet(
     most = len(records) // max(1, min_size)
     what = f'that {len(records)} records at min_size={min_size} allow'
     _check_clients('dirichlet', num_clients, most, what)
-    order = _shuffled(records, seed, 'dirichlet')
+    by_label: dict[str, list[int]] = {
+      label: [] for label in sorted(set(labels))
+    }
+    for place in _shuffled(records, seed, 'dirichlet'):
+      by_label[labels[place]].append(place)
     held: list[list[int]] = [[] for _ in range(num_clients)]
-    for label in sorted(set(labels)):
-      mine = [i for i in order if labels[i] == label]
+    for label, mine in by_label.items():
       rng = _generator(seed, 'dirichlet', label)
       shares = rng.dirichlet(np.full(num_clients, alpha))
       if not np.isfinite(shares).all():  # alpha so small that all underflow

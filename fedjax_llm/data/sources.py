@@ -17,7 +17,7 @@ from fedjax_llm.types import Error
 
 PACKAGED = Path(__file__).parent / 'packaged'
 
-__all__ = ["hf", "jsonl", "packaged"]
+__all__ = ['hf', 'jsonl', 'packaged']
 
 Message = Mapping[str, str]  # {'role': ..., 'content': ...}
 

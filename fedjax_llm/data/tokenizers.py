@@ -3,6 +3,7 @@
 import builtins
 import datetime
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from fedjax_llm.types import Error
 
 # Templates that print the date would make two runs of one config differ.
 _TODAY = datetime.datetime(2024, 7, 26)
+_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 _FILES = ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt')
 
@@ -90,6 +92,12 @@ def pretrained(path: str) -> Tokenizer:
   tokenizer = _load(where)
   if tokenizer.eos_token_id is None:
     raise Error(f'{where}: the tokenizer has no end-of-text token (eos_token).')
+  template = None
+  if tokenizer.chat_template is not None:
+    template = _NOW.sub(
+      lambda match: repr(_TODAY.strftime(match[2])),
+      tokenizer.get_chat_template(),
+    )
 
   def encode(text):
     return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
@@ -99,13 +107,13 @@ def pretrained(path: str) -> Tokenizer:
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
   def chat(messages, add_generation_prompt):
-    if tokenizer.chat_template is None:
+    if template is None:
       return None
     return tokenizer.apply_chat_template(
       [dict(m) for m in messages],
+      chat_template=template,
       tokenize=False,
       add_generation_prompt=add_generation_prompt,
-      strftime_now=_TODAY.strftime,
     )
 
   bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id

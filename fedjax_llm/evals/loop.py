@@ -37,8 +37,9 @@ def loop(
   'evals/heldout/clients', the loss of each client by name. A method with
   private parts is also tested client by client, each with what it is served:
   'evals/personal/own/...' on the client's own held-out text and
-  'evals/personal/common/...' on `common`; `evals/personal/untrained` counts
-  clients that no round has trained yet, which are served initial private parts.
+  'evals/personal/common/...' on `common`. Clients that no round has trained yet
+  are served the initial private parts, so they are what 'evals/heldout' tests;
+  'evals/personal/untrained' counts them.
 
   Args:
     loss: sums for each row, [B].
@@ -70,7 +71,11 @@ def loop(
         report = together(base, served, groups, key, name)
         told |= _told(report, who)
     if has_private:
-      ids = np.arange(len(names))
+      ids = store.seen()
+      told['evals/personal/untrained'] = len(names) - len(ids)
+    else:
+      ids = ()
+    if len(ids):
 
       def stack(places: np.ndarray) -> Params:
         states: ClientState = store.gather(ids[places])
@@ -81,15 +86,12 @@ def loop(
 
       report = apart(base, stack, ids, heldout, common, key)
       told |= _told(report, names)
-      told['evals/personal/untrained'] = len(names) - len(store.seen())
     return told
 
   return examine
 
 
-def _told(
-  report: Report, names: Sequence[str]
-) -> dict[str, Any]:
+def _told(report: Report, names: Sequence[str]) -> dict[str, Any]:
   told: dict[str, Any] = dict(report.metrics)
   for kind, sums in report.clients.items():
     told[f'evals/{kind}/clients'] = {

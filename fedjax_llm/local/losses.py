@@ -81,9 +81,9 @@ def _cross_entropy(head, hidden, targets, mask, chunk_size):
   if num <= chunk_size:
     return chunk((hidden, targets, mask))
   pad = -num % chunk_size
-  split = lambda x: jnp.pad(
-    x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)
-  ).reshape(-1, chunk_size, *x.shape[1:])
+  split = lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(
+    -1, chunk_size, *x.shape[1:]
+  )
   nats, correct = jax.lax.map(
     jax.checkpoint(chunk), jax.tree.map(split, (hidden, targets, mask))
   )

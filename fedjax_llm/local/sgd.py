@@ -123,7 +123,9 @@ def descend(
     )
     # Weight decay moves entries that have no gradient: mask again.
     updates = tree.apply_mask(updates, masks.trained)
-    new = tree.map_present(lambda p, u: (p + u).astype(p.dtype), trained, updates)
+    new = tree.map_present(
+      lambda p, u: (p + u).astype(p.dtype), trained, updates
+    )
     real = sums.count > 0  # a step without a loss token is padding
     keep = lambda n, o: jnp.where(real, n, o)
     carry = (

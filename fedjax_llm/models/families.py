@@ -142,6 +142,9 @@ class Family(NamedTuple):
   write: Callable[[Config], dict[str, Any]]
 
 
+_WINDOW_TYPES = ('full_attention', 'sliding_attention')
+
+
 def _read_llama(hf):
   return {
     'qkv_bias': bool(hf.attention_bias),
@@ -161,6 +164,12 @@ def _write_llama(c):
 
 def _read_mistral(hf):
   window = hf.sliding_window
+  types = set(getattr(hf, 'layer_types', None) or ())
+  if len(types) > 1 or (types and types != {_WINDOW_TYPES[bool(window)]}):
+    raise Error(
+      f'layer_types={sorted(types)} is not supported for mistral with '
+      f'sliding_window={window}: its layers are all alike.'
+    )
   return {'windows': (window,) * hf.num_hidden_layers if window else ()}
 
 
@@ -172,13 +181,13 @@ def _write_mistral(c):
 
 def _read_qwen2(hf):
   window = hf.sliding_window or 0
-  known = {'full_attention': 0, 'sliding_attention': window}
+  known = dict(zip(_WINDOW_TYPES, (0, window)))
   types = hf.layer_types
   for kind in types:
     if kind not in known:
       raise Error(
         f'layer_types has {kind!r}, which is not supported; supported: '
-        'full_attention, sliding_attention.'
+        f'{", ".join(_WINDOW_TYPES)}.'
       )
   if len(types) != hf.num_hidden_layers:
     raise Error(
@@ -202,9 +211,7 @@ def _write_qwen2(c):
     'use_sliding_window': bool(sizes),
     'sliding_window': sizes.pop() if sizes else None,
     'max_window_layers': first,
-    'layer_types': [
-      'sliding_attention' if w else 'full_attention' for w in windows
-    ],
+    'layer_types': [_WINDOW_TYPES[bool(w)] for w in windows],
   }
 
 
@@ -307,6 +314,11 @@ def from_hf(hf: Any, raw: Mapping[str, Any] | None = None) -> Config:
   `raw` is its file, for the fields that the object does not keep.
   """
   raw = {} if raw is None else raw
+  if hf.model_type not in FAMILIES:  # transformers may read it as another
+    raise Error(
+      f'model_type {hf.model_type!r} is not supported; supported: '
+      f'{", ".join(FAMILIES)}.'
+    )
   for field, allowed in _ONLY.items():
     value = raw.get(field, getattr(hf, field, None))
     if value is not None and value not in allowed:

@@ -57,9 +57,9 @@ def generate(
   if batch_size < 1:
     raise Error(f'{batch_size=} must be at least 1.')
   _check(model, prompts, max_new_tokens)
-  if eos_id is None:
-    eos_id = ()
-  stops = jnp.asarray(np.atleast_1d(np.asarray(eos_id, np.int32)))
+  stops = np.atleast_1d(np.asarray([] if eos_id is None else eos_id, np.int32))
+  # -1 is no token: one program serves any few stop tokens.
+  stops = np.pad(stops, (0, -len(stops) % 8), constant_values=-1)
   if isinstance(model, LoadedModel):
     network, decoder = model.model, model.decoder
   else:

@@ -446,7 +446,9 @@ def _write_weights(
     file.write(len(head).to_bytes(8, 'little'))
     file.write(head)
     for _, _, read in weights:
-      file.write(np.ascontiguousarray(read().astype(kind)).data.cast('B'))
+      file.write(
+        np.ascontiguousarray(read().astype(kind, copy=False)).data.cast('B')
+      )
 
 
 def _check_names(

@@ -346,6 +346,8 @@ def save(directory: str | os.PathLike, config: Config, base: Base) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     save_file(weights, str(drafts[_SINGLE]), metadata={'format': 'pt'})
     drafts['config.json'].write_text(text + '\n')
+    # safetensors writes files that only their owner may read.
+    drafts[_SINGLE].chmod(drafts['config.json'].stat().st_mode)
     for name, file in files.items():
       os.replace(drafts[name], file)
   except Exception as error:

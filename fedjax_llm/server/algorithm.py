@@ -121,9 +121,7 @@ def fed_opt(
     received = params
     shared = tree.select(params, labels, Shared)
     if download is not None:
-      message, _ = download.encode(
-        shared, full, download.init(shared), keys[0]
-      )
+      message, _ = download.encode(shared, full, download.init(shared), keys[0])
       received = tree.merge(download.decode(message, params, keys[0]), params)
       down_bytes = download.num_bytes(message, _only(full, labels))
     start = tree.merge(state.private, received)
@@ -198,9 +196,7 @@ def fed_opt(
       def body(sums, block):
         uploads, states, told = run(block)
         if streaming:
-          sums = aggregator.accumulate(
-            sums, uploads, state.aggregator, params
-          )
+          sums = aggregator.accumulate(sums, uploads, state.aggregator, params)
           uploads = None  # eaten
         return sums, (uploads, states, told)
 
@@ -292,9 +288,7 @@ def _blocks(cohort: Cohort, size: int) -> Cohort:
   blocks = jax.tree.map(leaf, cohort)
   # Added rows repeat the last client, so nothing can overflow on made-up data.
   real = jnp.arange(blocks.valid.size) < blocks.valid.size - pad
-  return blocks._replace(
-    valid=blocks.valid & real.reshape(blocks.valid.shape)
-  )
+  return blocks._replace(valid=blocks.valid & real.reshape(blocks.valid.shape))
 
 
 def _present(part: Any) -> Any:

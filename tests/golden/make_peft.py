@@ -3,17 +3,17 @@
     python tests/golden/make_peft.py
 
 Needs torch, transformers and peft; the tests that read the files need none of
-them. Each directory of `tests/golden/peft` is an adapter of `models/llama` as
-PEFT itself saves it, with `logits.npz` beside it: `tokens` [B, T] and `logits`
-[B, T, V] of the adapted model, computed in float32.
+them. Each directory of `tests/golden/adapters` is an adapter of `models/llama`
+as PEFT itself saves it, with `logits.npz` beside it: `tokens` [B, T] and
+`logits` [B, T, V] of the adapted model, computed in float32.
 """
 
 import pathlib
 import shutil
 
 import numpy as np
-import peft
-import torch
+import peft  # pyright: ignore[reportMissingImports]
+import torch  # pyright: ignore[reportMissingImports]
 import transformers
 
 HERE = pathlib.Path(__file__).parent
@@ -53,7 +53,7 @@ def main() -> None:
       model.disable_adapter_layers()
       change = (logits - plain(tokens).logits).abs().max()
       model.enable_adapter_layers()
-    directory = HERE / 'peft' / name
+    directory = HERE / 'adapters' / name
     shutil.rmtree(directory, ignore_errors=True)
     model.peft_config['default'].base_model_name_or_path = 'models/llama'
     model.save_pretrained(directory)

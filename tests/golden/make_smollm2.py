@@ -11,7 +11,7 @@ import pathlib
 import sys
 
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 import transformers
 
 PROMPTS = [
