@@ -181,8 +181,9 @@ def test_blocked_attention_equals_the_plain_form():
 
   def form(name):
     def loss(qkv, window):
+      q, k, v = qkv
       out = layers.attention(
-        *qkv, places, places, window=window, implementation=name, block=16
+        q, k, v, places, places, window=window, implementation=name, block=16
       )
       return jnp.sum(jnp.where(segments[..., None, None] > 0, out, 0) ** 2)
 

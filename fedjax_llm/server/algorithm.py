@@ -235,8 +235,8 @@ def _server_step(
 ) -> ServerState:
   """The only place where an update changes its sign."""
   shared = tree.select(state.params, labels, Shared)
-  # A shared leaf that the rule assigns has no gradient.
-  delta = tree.merge(aggregate.delta, tree.zeros_like(shared))
+  # A shared leaf that the rule assigns has no gradient; others have no update.
+  delta = tree.merge(tree.like(aggregate.delta, shared), tree.zeros_like(shared))
   pseudo_gradient = tree.scale(delta, -1.0)
   step, optimizer = server.update(pseudo_gradient, state.optimizer, shared)
   params = tree.add(state.params, step)
