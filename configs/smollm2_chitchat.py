@@ -22,9 +22,9 @@ import ml_collections
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   smoke = arg == 'smoke'
   config = ml_collections.ConfigDict()
-  config.num_rounds = 2 if smoke else 15
+  config.num_rounds = 2 if smoke else 8
   config.block_size = 4
-  config.checkpoint_every = 5
+  config.checkpoint_every = 4
 
   cache = os.environ.get('FEDJAX_LLM_CACHE') or '~/.cache/fedjax_llm'
   config.data = dict(
@@ -54,7 +54,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.algorithm = dict(name='fed_avg')
   config.local = dict(name='adamw', learning_rate=2e-3)
 
-  config.evals = dict(every=15, per_client=2, common=16, buckets=(64, 96))
+  config.evals = dict(every=8, per_client=2, common=16, buckets=(64, 96))
   if smoke:  # the same machinery on Shakespeare's roles and a random model
     config.data = ml_collections.ConfigDict(dict(name='packaged'))
     config.population.update(template="plain", max_clients=8, new_clients=2)

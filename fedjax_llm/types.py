@@ -290,6 +290,7 @@ class Traits(NamedTuple):
   linear: bool = False  # linear in the updates: secure aggregation may be used
   needs_stack: bool = True  # sees all clients at once: memory grows with K
   changes_basis: bool = False  # factors change meaning: no server moments
+  writes_residual: bool = False  # of `LowRank` nodes: needs `Adapter.fold`
 
 
 class Aggregate(NamedTuple):
@@ -307,12 +308,15 @@ class Aggregator(NamedTuple):
   """A rule on the whole stack [K, ...].
 
   `init(params, key) -> state`;
-  `aggregate(uploads, state, params, key) -> (Aggregate, state)`.
+  `aggregate(uploads, state, params, key) -> (Aggregate, state)`;
+  `num_bytes(state) -> ` int32 counts: what else has to reach every client at
+  the start of the next round, beside the shared leaves (`None`: nothing).
   """
 
   init: Callable[[Params, Key], Any]
   aggregate: Callable[[Uploads, Any, Params, Key], tuple[Aggregate, Any]]
   traits: Traits = Traits()
+  num_bytes: Callable[[Any], Any] | None = None
 
 
 class StreamingAggregator(NamedTuple):
@@ -328,6 +332,7 @@ class StreamingAggregator(NamedTuple):
   accumulate: Callable[[Any, Uploads, Any, Params], Any]
   finalize: Callable[[Any, Any, Params, Key], tuple[Aggregate, Any]]
   traits: Traits = Traits(linear=True, needs_stack=False)
+  num_bytes: Callable[[Any], Any] | None = None
 
 
 AnyAggregator = Aggregator | StreamingAggregator

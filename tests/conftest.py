@@ -1,6 +1,12 @@
-"""Shared set-up: CPU, and one tiny model for every test that needs one."""
+"""Shared set-up: a CPU, and programs that compile fast rather than run fast."""
 
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
+# Test programs are tiny: most of their time would go into optimising them.
+os.environ.setdefault(
+  'XLA_FLAGS',
+  '--xla_backend_optimization_level=0 '
+  '--xla_llvm_disable_expensive_passes=true',
+)

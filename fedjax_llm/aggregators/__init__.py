@@ -8,6 +8,13 @@ from fedjax_llm.aggregators.averaging import from_rule as from_rule
 from fedjax_llm.aggregators.averaging import masked_mean as masked_mean
 from fedjax_llm.aggregators.averaging import mean as mean
 from fedjax_llm.aggregators.averaging import uniform_mean as uniform_mean
+from fedjax_llm.aggregators.low_rank_metrics import measure as measure
+from fedjax_llm.aggregators.low_rank_rules import fedex as fedex
+from fedjax_llm.aggregators.low_rank_rules import flexlora as flexlora
+from fedjax_llm.aggregators.low_rank_rules import flora as flora
+from fedjax_llm.aggregators.low_rank_rules import lora_fair as lora_fair
+from fedjax_llm.aggregators.low_rank_rules import norm_weighted as norm_weighted
+from fedjax_llm.aggregators.low_rank_rules import replication as replication
 from fedjax_llm.aggregators.robust import krum as krum
 from fedjax_llm.aggregators.robust import median as median
 from fedjax_llm.aggregators.robust import trimmed_mean as trimmed_mean

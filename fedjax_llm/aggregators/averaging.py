@@ -248,7 +248,7 @@ def control_variates(inner: AnyAggregator, num_clients: int) -> AnyAggregator:
       result, state = inner.aggregate(own(uploads), state, params.params, key)
       return outcome(result, changes(uploads), params), state
 
-    return Aggregator(init, aggregate, inner.traits)
+    return Aggregator(init, aggregate, inner.traits, inner.num_bytes)
 
   def zero(params):
     return Controlled(
@@ -265,7 +265,9 @@ def control_variates(inner: AnyAggregator, num_clients: int) -> AnyAggregator:
     result, state = inner.finalize(sums.params, state, params.params, key)
     return outcome(result, sums.control, params), state
 
-  return StreamingAggregator(init, zero, accumulate, finalize, inner.traits)
+  return StreamingAggregator(
+    init, zero, accumulate, finalize, inner.traits, inner.num_bytes
+  )
 
 
 def from_rule(fn: Callable[[Update, jax.Array], Update]) -> Aggregator:
@@ -335,4 +337,4 @@ def as_stack(aggregator: AnyAggregator) -> Aggregator:
     return rule.finalize(sums, state, params, key)
 
   traits: Traits = rule.traits._replace(needs_stack=True)
-  return Aggregator(rule.init, aggregate, traits)
+  return Aggregator(rule.init, aggregate, traits, rule.num_bytes)

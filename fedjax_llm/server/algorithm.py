@@ -25,6 +25,7 @@ from fedjax_llm.types import (
   FederatedAlgorithm,
   Key,
   LocalUpdate,
+  LowRank,
   Masks,
   Metrics,
   Params,
@@ -48,6 +49,7 @@ def fed_opt(
   scope: Scope | None = None,
   download: Download | None = None,
   fold: Callable[[Base, Params], tuple[Base, Params]] | None = None,
+  measure: Callable[[Uploads, Params, Params], Metrics] | None = None,
   block_size: int | None = None,
 ) -> FederatedAlgorithm:
   """Composes a federated algorithm from its stations.
@@ -70,13 +72,16 @@ def fed_opt(
     download: how parameters are coded on their way down; as they are if None.
     fold: writes frozen dense changes into the base once a round, outside
       `vmap` (`Adapter.fold`).
+    measure: `(uploads, old, new) -> metrics` of a round, told beside the
+      others wherever the whole stack of uploads is at hand (a streaming rule
+      in blocks keeps none).
     block_size: clients in one `vmap`; the whole cohort if None. Changes
       nothing but rounding, memory and speed.
 
   Raises:
     Error: a block size below one; a server optimizer with moments over a rule
       that changes the basis of the factors (moments of the old basis would be
-      applied to the new one).
+      applied to the new one); a rule that writes residuals without `fold`.
   """
   scope = scope or scopes.everything()
   if block_size is not None and block_size < 1:
@@ -88,9 +93,16 @@ def fed_opt(
       'this aggregator changes the basis of the factors every round, so the '
       'server optimizer must keep no moments: use server.name=sgd.'
     )
+  if aggregator.traits.writes_residual and fold is None:
+    raise Error(
+      'this aggregator writes what the factors miss into the base, so it needs '
+      'fold, that of the adapter: fold=adapter.fold.'
+    )
   streaming = isinstance(aggregator, StreamingAggregator)
 
   def init(key: Key, params: Params) -> ServerState:
+    if aggregator.traits.writes_residual:
+      params = _with_residuals(params)
     labels = scope.labels(params)
     return ServerState(
       round=jnp.int32(0),
@@ -112,7 +124,7 @@ def fed_opt(
   def personal(params: Params, state: ClientState | None) -> Params:
     return params if state is None else tree.merge(state.private, params)
 
-  def client(base, params, labels, round, key, row: Cohort):
+  def client(base, params, labels, round, key, extra, row: Cohort):
     """One client's round, without a leading axis (`row` is a cohort's row)."""
     keys = jax.random.split(jax.random.fold_in(key, row.ids), 4)
     state = row.states
@@ -147,13 +159,13 @@ def fed_opt(
       **{f'local/{name}': value for name, value in out.metrics.items()},
       'local/update_norm': tree.norm(update),
       'uploads/bytes': _flat(up_bytes),
-      'downloads/bytes': _flat(down_bytes),
+      'downloads/bytes': _flat((down_bytes, extra)),
     }
     return sent, start, out.masks, states, finite, told
 
-  def run_block(base, params, labels, round, key, block: Cohort):
+  def run_block(base, params, labels, round, key, extra, block: Cohort):
     sent, start, masks, states, finite, told = jax.vmap(
-      lambda row: client(base, params, labels, round, key, row)
+      lambda row: client(base, params, labels, round, key, extra, row)
     )(block)
     valid = block.valid & finite
     uploads = Uploads(
@@ -178,8 +190,9 @@ def fed_opt(
     labels = scope.labels(params)
     key = jax.random.fold_in(state.key, state.round)
     client_key, server_key = jax.random.split(key)
+    extra = aggregator.num_bytes and aggregator.num_bytes(state.aggregator)
     run = lambda block: run_block(
-      base, params, labels, state.round, client_key, block
+      base, params, labels, state.round, client_key, extra, block
     )
 
     size = min(block_size or num_clients, num_clients)
@@ -208,11 +221,11 @@ def fed_opt(
 
     if streaming:
       aggregate, aggregator_state = aggregator.finalize(
-        sums, state.aggregator, params, server_key
+        sums, state.aggregator, state.params, server_key
       )
     else:
       aggregate, aggregator_state = aggregator.aggregate(
-        uploads, state.aggregator, params, server_key
+        uploads, state.aggregator, state.params, server_key
       )
     new = _server_step(state, aggregate, aggregator_state, server, labels)
     anybody = jnp.any(told['clients/reported'])
@@ -221,7 +234,10 @@ def fed_opt(
       new._replace(key=None, round=None),
       state._replace(key=None, round=None),
     )._replace(key=state.key, round=state.round + 1)
-    return new, states, _tell(told, cohort, aggregate, state.params, new.params)
+    metrics = _tell(told, cohort, aggregate, state.params, new.params)
+    if measure is not None and uploads is not None:
+      metrics |= measure(uploads, state.params, new.params)
+    return new, states, metrics
 
   return FederatedAlgorithm(init, init_client, round_fn, personal)
 
@@ -236,7 +252,9 @@ def _server_step(
   """The only place where an update changes its sign."""
   shared = tree.select(state.params, labels, Shared)
   # A shared leaf that the rule assigns has no gradient; others have no update.
-  delta = tree.merge(tree.like(aggregate.delta, shared), tree.zeros_like(shared))
+  delta = tree.merge(
+    tree.like(aggregate.delta, shared), tree.zeros_like(shared)
+  )
   pseudo_gradient = tree.scale(delta, -1.0)
   step, optimizer = server.update(pseudo_gradient, state.optimizer, shared)
   params = tree.add(state.params, step)
@@ -247,7 +265,7 @@ def _server_step(
   )
 
 
-def _tell(told, cohort, aggregate, old, new) -> Metrics:
+def _tell(told, cohort, aggregate, old, new) -> dict[str, jax.Array]:
   """Cohort metrics: means over the clients that count, [K] where it matters."""
   valid = told['clients/reported']
   clean = lambda x: jnp.where(valid, x, 0.0)
@@ -291,6 +309,18 @@ def _blocks(cohort: Cohort, size: int) -> Cohort:
   return blocks._replace(valid=blocks.valid & real.reshape(blocks.valid.shape))
 
 
+def _with_residuals(params: Params) -> Params:
+  """Zeros where a rule will write; a node without a scale is no weight."""
+
+  def node(x):
+    if not isinstance(x, LowRank) or x.scale is None or x.residual is not None:
+      return x
+    shape = (*x.a.shape[:-1], x.b.shape[-1])
+    return x._replace(residual=jnp.zeros(shape, jnp.float32))
+
+  return jax.tree.map(node, params, is_leaf=lambda x: isinstance(x, LowRank))
+
+
 def _present(part: Any) -> Any:
   """`None` for a tree without a leaf: clients without state store nothing."""
   return part if jax.tree.leaves(part) else None
@@ -312,5 +342,5 @@ def _dense_bytes(params: Params, mask: Any) -> Any:
 
 
 def _flat(counts: Any) -> jax.Array:
-  leaves = jax.tree.leaves(counts)
-  return jnp.stack(leaves) if leaves else jnp.zeros(1, jnp.int32)
+  leaves = [jnp.ravel(x) for x in jax.tree.leaves(counts)]
+  return jnp.concatenate(leaves) if leaves else jnp.zeros(1, jnp.int32)

@@ -1,0 +1,396 @@
+"""Rules on the clients' whole low-rank factors, over the algebra.
+
+Every rule sees the factors as the clients hold them (`tree.whole`): a client of
+a smaller rank holds zeros beyond it. Leaves outside of `LowRank` nodes (norms,
+heads) get the weighted mean of their updates. What a rule assigns does not meet
+the server optimizer.
+"""
+
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm import tree
+from fedjax_llm.aggregators import low_rank
+from fedjax_llm.types import (
+  Aggregate,
+  Aggregator,
+  Error,
+  Key,
+  LowRank,
+  Traits,
+  Uploads,
+)
+
+_NONE = LowRank(None, None, None)
+
+
+class Seen(NamedTuple):
+  """What a rule on one node sees."""
+
+  nodes: LowRank  # [K, ...] whole factors
+  weight: jax.Array  # [K], sums to one
+  server: LowRank  # what the server has
+  update: LowRank  # weighted mean of the updates; None where nothing travels
+  held: jax.Array  # [K, ..., R] bool: the columns that a client holds
+  key: Key
+
+  def served(self) -> LowRank:
+    """The server's node once the mean update is added."""
+    now = LowRank(self.server.a, self.server.b, self.server.scale)
+    return tree.add(now, self.update)
+
+
+NodeRule = Callable[[Seen], Aggregate]
+
+
+def _by_node(
+  name: str,
+  rule: NodeRule,
+  traits: Traits,
+  *,
+  weighted: bool = True,
+  assigns: bool = False,
+  rank_down: Callable[[jax.Array], Any] | None = None,
+) -> Aggregator:
+  """An aggregator from a rule on single nodes.
+
+  `assigns` says that both factors are written, so both have to travel;
+  `rank_down(held [K, ..., R])` is the rank [...] of the residual that goes
+  down, as factors or dense, whichever is less.
+  """
+
+  def init(params, key):
+    del key
+    if rank_down is None:
+      return ()
+    return jax.tree.map(
+      lambda x: (
+        jnp.zeros(x.a.shape[:-2], jnp.int32) if low_rank.is_node(x) else None
+      ),
+      params,
+      is_leaf=low_rank.is_node,
+    )
+
+  def aggregate(uploads, state, params, key):
+    del state
+    weight = _weights(uploads, weighted)
+    mean = tree.weighted_mean(uploads.update, weight)
+
+    def leaf(path, p, nodes, update, held):
+      if not low_rank.is_node(p):
+        return Aggregate(update), None
+      where = jax.tree_util.keystr(path, simple=True, separator='/')
+      _check(name, where, update, held, assigns)
+      columns = _columns(held.a, nodes.a, uploads.valid)
+      here = jax.random.fold_in(key, zlib.crc32(where.encode()))
+      delta, assign = rule(Seen(nodes, weight, p, update, columns, here))
+      down = None
+      if rank_down is not None:
+        d, f = p.a.shape[-2], p.b.shape[-1]
+        rank = jnp.minimum(rank_down(columns) * (d + f), d * f)
+        down = (p.a.dtype.itemsize * rank).astype(jnp.int32)
+      return Aggregate(_as(delta, p), _as(assign or _NONE, p)), down
+
+    outcome = jax.tree_util.tree_map_with_path(
+      leaf,
+      params,
+      tree.whole(uploads),
+      mean,
+      uploads.masks.held,
+      is_leaf=lambda x: x is None or low_rank.is_node(x),
+    )
+    part = lambda pick: jax.tree.map(
+      pick, outcome, is_leaf=lambda x: type(x) is tuple
+    )
+    result = Aggregate(part(lambda x: x[0].delta), part(lambda x: x[0].assign))
+    return result, () if rank_down is None else part(lambda x: x[1])
+
+  num_bytes = None if rank_down is None else lambda state: state
+  return Aggregator(init, aggregate, traits, num_bytes)
+
+
+def _weights(uploads: Uploads, weighted: bool) -> jax.Array:
+  given = uploads.weight if weighted else 1.0
+  given = jnp.where(uploads.valid, given, 0.0)
+  return tree.normalise(given.astype(jnp.float32))
+
+
+def _as(new: LowRank, like: LowRank) -> LowRank:
+  cast = lambda x, p: None if x is None else x.astype(p.dtype)
+  return LowRank(cast(new.a, like.a), cast(new.b, like.b), None, new.residual)
+
+
+def _check(
+  name: str, where: str, update: LowRank, held: LowRank, assigns: bool
+) -> None:
+  for factor in ('a', 'b'):
+    if getattr(update, factor) is not None:
+      continue
+    if getattr(held, factor) is not None:
+      raise Error(
+        f'{name} needs whole factors, but clients keep {where}/{factor} to '
+        'themselves: share it, or use a mean.'
+      )
+    if assigns:
+      raise Error(
+        f'{name} writes both factors, but {where}/{factor} is frozen: train '
+        'it, or use a mean, which is exact with one factor frozen.'
+      )
+
+
+def _columns(held: jax.Array | None, a: jax.Array, valid: jax.Array):
+  """The columns of a [K, ..., D, R] that each valid client holds."""
+  shape = (*a.shape[:-2], a.shape[-1])
+  mask = jnp.bool_(True) if held is None else tree.rows(held, a)
+  mask = jnp.any(jnp.broadcast_to(mask, a.shape), axis=-2)
+  return mask & valid.reshape((-1,) + (1,) * (len(shape) - 1))
+
+
+def _per_client(weight: jax.Array, like: jax.Array) -> jax.Array:
+  """[K] against [K, ...]."""
+  return weight.reshape((-1,) + (1,) * (like.ndim - 1))
+
+
+def _grown(server: LowRank, change: jax.Array) -> jax.Array:
+  return change if server.residual is None else server.residual + change
+
+
+# -------------------------------------------------------------------- rules --
+
+
+def fedex(
+  *, weighted: bool = False, residual_rank: int | None = None
+) -> Aggregator:
+  """FedEx-LoRA: the mean of the factors, and the base takes what it misses.
+
+      a = mean a_k,  b = mean b_k,  W0 <- W0 + s (mean a_k b_k - a b)
+
+  so that the effective weights are the mean of the clients' effective weights
+  exactly (Singhal et al. 2025, arXiv 2410.09432, section 4). The residual has
+  rank (K - 1) R at most and goes down as factors of that rank, or dense where
+  that is less. Exact while the server adds the mean as it is
+  (`server.sgd(1.0)`) and clients receive what the server holds.
+
+  Args:
+    weighted: by the clients' weights; False, every client the same, is what
+      the authors' code does.
+    residual_rank: keep only the best product of that rank of the residual;
+      None keeps all of it.
+
+  Raises:
+    Error: `residual_rank` below one; from the round, a private factor.
+  """
+  if residual_rank is not None and residual_rank < 1:
+    raise Error(f'fedex: residual_rank={residual_rank} must be at least 1.')
+
+  def rule(seen: Seen) -> Aggregate:
+    missed = low_rank.residual(seen.nodes, seen.weight, seen.served())
+    if residual_rank is not None:
+      missed = low_rank.svd_round(missed, residual_rank)
+    change = _grown(seen.server, low_rank.dense(missed))
+    return Aggregate(seen.update, _NONE._replace(residual=change))
+
+  def rank_down(held):
+    # A covariance of n clients spans n - 1 directions, each of R columns.
+    num_clients = jnp.sum(jnp.any(held, axis=-1), axis=0)
+    rank = jnp.maximum(num_clients - 1, 0) * held.shape[-1]
+    return rank if residual_rank is None else jnp.minimum(rank, residual_rank)
+
+  return _by_node(
+    'fedex',
+    rule,
+    Traits(writes_residual=True),
+    weighted=weighted,
+    rank_down=rank_down,
+  )
+
+
+def flora() -> Aggregator:
+  """FLoRA: the stacked product goes into the base, and factors start afresh.
+
+      W0 <- W0 + sum_k w_k s_k a_k b_k,   a ~ U(+-1/sqrt(D)),   b = 0
+
+  exact for any mix of ranks (Wang et al. 2024, arXiv 2409.05976, section 3.2).
+  The stack, whose rank is the sum of the clients', goes down to everybody, or
+  the dense change where that is less. The new a is drawn from the round's key,
+  as in `adapters.lora`.
+
+  Raises:
+    Error: from the round, a factor that is frozen or private.
+  """
+
+  def rule(seen: Seen) -> Aggregate:
+    change = low_rank.dense(low_rank.stack(seen.nodes, seen.weight))
+    a, b = seen.server.a, seen.server.b
+    bound = a.shape[-2] ** -0.5
+    fresh = jax.random.uniform(seen.key, a.shape, jnp.float32, -bound, bound)
+    new = LowRank(fresh, jnp.zeros_like(b), None, _grown(seen.server, change))
+    return Aggregate(_NONE, new)
+
+  return _by_node(
+    'flora',
+    rule,
+    Traits(changes_basis=True, writes_residual=True),
+    assigns=True,
+    rank_down=lambda held: jnp.sum(held, axis=(0, -1)),
+  )
+
+
+def flexlora(*, split: str = 'b') -> Aggregator:
+  """FlexLoRA: the best factors of the server's rank for the mean product.
+
+      s a b = SVD_R(sum_k w_k s_k a_k b_k)
+
+  Columns come in the order of their singular values, so a client of rank r
+  that holds the first r receives the best product of rank r (Bai et al. 2024,
+  arXiv 2402.11505, section 3.2). Never forms the product:
+  `low_rank.svd_round`, whose `split` this is.
+
+  Raises:
+    Error: `split` is neither 'b' nor 'both'; from the round, a factor that is
+      frozen or private.
+  """
+  low_rank.check_split('flexlora', split)
+
+  def rule(seen: Seen) -> Aggregate:
+    best = low_rank.svd_round(
+      low_rank.stack(seen.nodes, seen.weight),
+      seen.server.a.shape[-1],
+      scale=seen.server.scale,
+      split=split,
+    )
+    return Aggregate(_NONE, LowRank(best.a, best.b, None))
+
+  return _by_node('flexlora', rule, Traits(changes_basis=True), assigns=True)
+
+
+def lora_fair(*, penalty: float = 0.01) -> Aggregator:
+  """LoRA-FAIR: the mean factors, with b corrected towards the mean product.
+
+      a = mean a_k,   b = mean b_k + c,
+      c = argmin ||mean a_k b_k - a (mean b_k + c)||^2 + penalty ||c||^2
+
+  (Bian et al. 2025, arXiv 2411.14961, section 4.) The paper leaves the distance
+  open; in squared Frobenius norms c has the closed form of `low_rank.ridge`,
+  through matrices of the size of the rank. Kernels here are (in, out), so this
+  b is their B transposed.
+
+  Args:
+    penalty: lambda, on factors without the scale.
+
+  Raises:
+    Error: `penalty` is not positive; from the round, a private factor.
+  """
+  if not penalty > 0:
+    raise Error(f'lora_fair: penalty={penalty} must be positive.')
+
+  def rule(seen: Seen) -> Aggregate:
+    if seen.update.b is None:  # frozen: there is nothing to correct
+      return Aggregate(seen.update)
+    better = low_rank.ridge(seen.nodes, seen.weight, seen.served(), penalty)
+    return Aggregate(seen.update._replace(b=seen.update.b + better))
+
+  return _by_node('lora_fair', rule, Traits())
+
+
+def norm_weighted(*, per: str = 'client') -> Aggregator:
+  """HetLoRA's mean: clients weigh as much as the product that they learned.
+
+      p_k = ||s_k a_k b_k||_F / sum_j ||s_j a_j b_j||_F,
+      a = sum_k p_k a_k,   b = sum_k p_k b_k
+
+  of factors that are padded with zeros to the server's rank (Cho et al. 2024,
+  arXiv 2401.06432, section 3.2). The paper does not say over what the norm
+  runs: 'client' takes all products of a client together, 'target' each layer of
+  each target for itself. Where all products are zero, and with 'target' on
+  leaves outside of `LowRank` nodes, the weights of the round serve.
+
+  Raises:
+    Error: `per` is another word; from the round, a private factor.
+  """
+  if per not in ('client', 'target'):
+    raise Error(f"norm_weighted: per={per!r} is neither 'client' nor 'target'.")
+
+  def rule(seen: Seen) -> Aggregate:
+    nodes = seen.nodes
+    share = _per_client(seen.weight, nodes.scale)  # [K, ...]
+    if per == 'target':
+      norms = jnp.where(share > 0, low_rank.fro_norm(nodes), 0.0)
+      total = jnp.sum(norms, axis=0)
+      some = total > 0
+      share = jnp.where(some, norms / jnp.where(some, total, 1.0), share)
+    return Aggregate(_moved_to_mean(seen, nodes, share))
+
+  inner = _by_node('norm_weighted', rule, Traits())
+  if per == 'target':
+    return inner
+
+  def aggregate(uploads, state, params, key):
+    nodes = jax.tree.leaves(tree.whole(uploads), is_leaf=low_rank.is_node)
+    square = sum(
+      jnp.sum(
+        jnp.square(low_rank.fro_norm(x)).reshape(x.scale.shape[0], -1), axis=1
+      )
+      for x in nodes
+      if low_rank.is_node(x)
+    )
+    norms = jnp.where(uploads.valid, jnp.sqrt(square), 0.0)
+    weight = jnp.where(jnp.sum(norms) > 0, norms, uploads.weight)
+    return inner.aggregate(uploads._replace(weight=weight), state, params, key)
+
+  return inner._replace(aggregate=aggregate)
+
+
+def replication(*, weighted: bool = True) -> Aggregator:
+  """Ranks that a client lacks are filled in with those of the largest clients.
+
+      a_k[:, i] <- sum_{j in top} w_j a_j[:, i] / sum_{j in top} w_j
+
+  for every column i that client k does not hold, the rows of b likewise; then
+  the weighted mean. The top are the clients that hold the most ranks (Byun and
+  Lee 2025, arXiv 2406.17477, who have clients of two sizes: there it is the
+  mean over the holders). Ranks that nobody holds keep what the server has.
+
+  Raises:
+    Error: from the round, a private factor.
+  """
+
+  def rule(seen: Seen) -> Aggregate:
+    held = seen.held
+    count = jnp.sum(held, axis=-1)  # [K, ...]
+    top = count == jnp.max(count, axis=0)
+    share = jnp.where(top, _per_client(seen.weight, count), 0.0)
+    share = share / jnp.maximum(jnp.sum(share, axis=0), 1e-30)
+
+    def filled(whole, old, mask):
+      replica = jnp.sum(share[..., None, None] * whole, axis=0)
+      owned = jnp.any(mask, axis=0)
+      return jnp.where(mask, whole, jnp.where(owned, replica, old))
+
+    nodes = seen.nodes._replace(
+      a=filled(seen.nodes.a, seen.server.a, held[..., None, :]),
+      b=filled(seen.nodes.b, seen.server.b, held[..., :, None]),
+    )
+    return Aggregate(
+      _moved_to_mean(seen, nodes, _per_client(seen.weight, count))
+    )
+
+  return _by_node('replication', rule, Traits(), weighted=weighted)
+
+
+def _moved_to_mean(seen: Seen, nodes: LowRank, share: jax.Array) -> LowRank:
+  """What brings the server to sum_k share_k of the factors; share [K, ...]."""
+  share = share[..., None, None]
+
+  def factor(whole, old, travels):
+    return None if travels is None else jnp.sum(share * whole, axis=0) - old
+
+  return LowRank(
+    factor(nodes.a, seen.server.a, seen.update.a),
+    factor(nodes.b, seen.server.b, seen.update.b),
+    None,
+  )
