@@ -57,7 +57,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.evals = dict(every=8, per_client=2, common=16, buckets=(64, 96))
   if smoke:  # the same machinery on Shakespeare's roles and a random model
     config.data = ml_collections.ConfigDict(dict(name='packaged'))
-    config.population.update(template="plain", max_clients=8, new_clients=2)
+    config.population.update(template='plain', max_clients=8, new_clients=2)
     config.clients.cohort_size = 4
     config.model = dict(name='random')
   return config

@@ -18,6 +18,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -110,6 +111,7 @@ def open(directory: str | os.PathLike, *, max_to_keep: int = 2) -> Checkpointer:
         part.rename(path)
         _sync(folder)
     except Exception:
+      _hush()
       shutil.rmtree(part, ignore_errors=True)
       raise
     damaged.discard(round)
@@ -319,6 +321,17 @@ def _quiet() -> Iterator[Any]:
     yield orbax.checkpoint
   finally:
     absl.logging.set_verbosity(before)
+
+
+def _hush() -> None:
+  """After a failure orbax's threads go on and meet a loop that is closed."""
+  before = sys.excepthook
+
+  def hook(kind, error, traceback):
+    if 'Event loop is closed' not in str(error):
+      before(kind, error, traceback)
+
+  sys.excepthook = hook
 
 
 @contextlib.contextmanager

@@ -304,6 +304,20 @@ def settings(config: Mapping[str, Any], spec: Spec) -> Any:
   return spec.settings(**{k: v for k, v in config.items() if k in known})
 
 
+def at_least(values: Any, prefix: str = '', /, **least: int) -> None:
+  """Refuses numbers of a NamedTuple below their bound; None is no number.
+
+  >>> import collections
+  >>> at_least(collections.namedtuple('Run', 'num_rounds')(0), num_rounds=1)
+  Traceback (most recent call last):
+  fedjax_llm.types.Error: num_rounds is 0; it must be at least 1.
+  """
+  for field, bound in least.items():
+    value = getattr(values, field)
+    if value is not None and value < bound:
+      raise Error(f'{prefix}{field} is {value}; it must be at least {bound}.')
+
+
 def _validate(config: dict[str, Any], spec: Spec, label: Label) -> None:
   scalars = {k: v for k, v in config.items() if not _is_part(k, spec)}
   for key in scalars:

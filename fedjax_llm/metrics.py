@@ -4,6 +4,8 @@ import contextlib
 import json
 import math
 import os
+import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +21,10 @@ class Recorder(NamedTuple):
   """Where a run writes its numbers.
 
   `write(round, metrics)` appends one line to `metrics.jsonl` and forces it to
-  the disk; `close()` ends the TensorBoard file.
+  the disk.
   """
 
   write: Callable[[int, Mapping[str, Any]], None]
-  close: Callable[[], None]
 
 
 def recorder(
@@ -58,13 +59,7 @@ def recorder(
   _cut(path, keep)
   board = None
   if tensorboard:
-    import tensorboardX
-
-    board = tensorboardX.SummaryWriter(
-      os.path.join(workdir, 'tensorboard'),
-      # Events of rounds that are done again are hidden.
-      purge_step=keep + 1 if keep >= 0 else None,
-    )
+    board = _board(os.path.join(workdir, 'tensorboard'), keep)
 
   def write(round: int, metrics: Mapping[str, Any]) -> None:
     record = _jsonable({**metrics, 'round': int(round)})
@@ -75,15 +70,46 @@ def recorder(
         file.flush()
         os.fsync(file.fileno())
     if board is not None:
-      for name, value in record.items():
-        if isinstance(value, int | float) and name != 'round':
-          board.add_scalar(name, value, int(round))
+      board(int(round), record)
 
-  def close() -> None:
-    if board is not None:
-      board.close()
+  return Recorder(write)
 
-  return Recorder(write, close)
+
+def _board(folder: str, keep: int) -> Callable[[int, Mapping[str, Any]], None]:
+  """Writes scalars as TensorBoard's events.
+
+  At once and here: the library's own writer is a thread, which dies on a full
+  disk and leaves the program waiting for ever.
+  """
+  from tensorboardX import record_writer
+  from tensorboardX.proto import event_pb2, summary_pb2
+
+  name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}'
+  path = os.path.join(folder, name)
+
+  def append(**fields: Any) -> None:
+    event = event_pb2.Event(wall_time=time.time(), **fields)
+    data = event.SerializeToString()
+    size = struct.pack('<Q', len(data))
+    crc = lambda x: struct.pack('<I', record_writer.masked_crc32c(x))
+    with _saving(path):
+      os.makedirs(folder, exist_ok=True)
+      with open(path, 'ab') as file:
+        file.write(size + crc(size) + data + crc(data))
+
+  def write(round: int, record: Mapping[str, Any]) -> None:
+    values = [
+      summary_pb2.Summary.Value(tag=name, simple_value=value)
+      for name, value in record.items()
+      if isinstance(value, int | float) and name != 'round'
+    ]
+    append(step=round, summary=summary_pb2.Summary(value=values))
+
+  append(file_version='brain.Event:2')
+  if keep >= 0:  # events of rounds that are done again are hidden
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    append(step=keep + 1, session_log=start)
+  return write
 
 
 def read(path: str) -> list[dict[str, Any]]:

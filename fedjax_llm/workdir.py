@@ -1,183 +1,216 @@
-"""The folder of a run: what is where, whose it is, and what is told of it.
+"""The folder of a run: what is where, whose it is, and how a run may end.
 
 config.json            the resolved config, every default filled in
 metrics.jsonl          one JSON object a round
 tensorboard/           the same as event files
 checkpoints/, states/  the server's state, and the private one of clients
 adapter/               the final adapter, a PEFT directory
+base/                  the frozen weights, where nobody else has them
+report.txt             what was printed at the end
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import signal
+import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
+import jax
 
-from fedjax_llm import config, metrics
-from fedjax_llm.types import Cohort, Draw, Error, Population
+from fedjax_llm import config
+from fedjax_llm.types import Error
 
 # What may change between a run and its resumption, without changing a number
 # that was already written.
 _FREE = ('num_rounds', 'checkpoint_every', 'keep_checkpoints')
 
 
+class Stopped(BaseException):
+  """SIGTERM came where nothing is worth waiting for."""
+
+
 class Workdir(NamedTuple):
+  """Where things are; and functions, before whose first nothing is written.
+
+  `take()` makes the folder and keeps other processes out of it,
+  `save_config()` writes the resolved config, `finish(round, text)` the report,
+  and `finished(round)` is the report of a run that is done with that round.
+  """
+
   path: pathlib.Path
   checkpoints: pathlib.Path
   states: pathlib.Path
   adapter: pathlib.Path
   base: pathlib.Path
+  take: Callable[[], None]
   save_config: Callable[[], None]
+  finish: Callable[[int, str], None]
+  finished: Callable[[int], str | None]
 
 
 def open(path: str, resolved: Mapping[str, Any]) -> Workdir:
-  """Looks at the folder; writes nothing until `save_config` is called.
+  """Looks at the folder.
 
   Raises:
-    Error: it is no folder, or the run in it had another config (the fields that
-      differ are named).
+    Error: it is no folder, it holds other things than a run, or the run in it
+      had another config (the fields that differ are named). From `take`:
+      another process is at work in it.
   """
   folder = pathlib.Path(path)
-  file = folder / 'config.json'
+  file, report = folder / 'config.json', folder / 'report.txt'
   if folder.exists() and not folder.is_dir():
     raise Error(f'--workdir {path} is a file, not a folder.')
   if file.exists():
     try:
       before = json.loads(file.read_text())
-    except ValueError as error:
+      differ = config.same(before, resolved, ignore=_FREE)
+    except (ValueError, AttributeError) as error:
       raise Error(f'{file} is damaged ({error}).') from error
-    differ = config.same(before, resolved, ignore=_FREE)
     if differ:
-      raise Error(
-        f'{path} holds a run of another config: {"; ".join(differ)}. Take '
-        'another --workdir, or the config of that run.'
+      told = '; '.join(
+        f'{field} was {_at(before, field)}, is {_at(resolved, field)}'
+        for field in differ[:8]
       )
+      more = f'; and {len(differ) - 8} more' if len(differ) > 8 else ''
+      raise Error(
+        f'--workdir {path} holds a run of another config: {told}{more}. Take '
+        'another workdir, or the config of that run.'
+      )
+  elif folder.exists():
+    # A run that was killed at once leaves no more than its lock.
+    others = {p.name for p in folder.iterdir()} - {'.lock', 'config.json.new'}
+    if others:
+      raise Error(
+        f'--workdir {path} holds other things than a run, {min(others)!r} for '
+        'one: take a new or an empty folder.'
+      )
+  locks = []
+
+  def take() -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    locks.append(_lock(folder))
 
   def save_config() -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_suffix('.new')
-    with fresh.open('w') as out:
-      out.write(json.dumps(resolved, indent=2, sort_keys=True) + '\n')
-      out.flush()
-      os.fsync(out.fileno())
-    os.replace(fresh, file)
+    _replace(file, json.dumps(resolved, indent=2, sort_keys=True) + '\n')
+
+  def finish(round: int, text: str) -> None:
+    _replace(report, f'{_title(round)}\n\n{text}\n')
+
+  def finished(round: int) -> str | None:
+    needed = (folder / 'adapter').is_dir() and report.is_file()
+    if not file.exists() or not needed:
+      return None
+    title, _, text = report.read_text().partition('\n\n')
+    return text.rstrip('\n') if title == _title(round) else None
 
   return Workdir(
-    folder,
-    folder / 'checkpoints',
-    folder / 'states',
-    folder / 'adapter',
-    folder / 'base',
-    save_config,
+    path=folder,
+    checkpoints=folder / 'checkpoints',
+    states=folder / 'states',
+    adapter=folder / 'adapter',
+    base=folder / 'base',
+    take=take,
+    save_config=save_config,
+    finish=finish,
+    finished=finished,
   )
 
 
-def stop_on_sigterm() -> Callable[[], bool]:
-  """Says whether SIGTERM came, so that a round can be finished first."""
+def _title(round: int) -> str:
+  return f'After round {round}'
+
+
+def _at(tree: Any, field: str) -> str:
+  for name in field.split('.'):
+    if not isinstance(tree, Mapping) or name not in tree:
+      return 'absent'
+    tree = tree[name]
+  return repr(tree)
+
+
+def _replace(file: pathlib.Path, text: str) -> None:
+  """All of it or nothing."""
+  fresh = file.with_name(f'{file.name}.new')
+  try:
+    with fresh.open('w', encoding='utf-8') as out:
+      out.write(text)
+      out.flush()
+      os.fsync(out.fileno())
+    os.replace(fresh, file)
+  except OSError as error:
+    fresh.unlink(missing_ok=True)
+    raise Error(f'{file} cannot be written: {error.strerror}.') from error
+
+
+def _lock(folder: pathlib.Path) -> Any:
+  """Held until the process ends, however it ends."""
+  held = (folder / '.lock').open('w')
+  try:
+    import fcntl
+
+    fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except ImportError:
+    pass  # a system without such locks
+  except (BlockingIOError, PermissionError) as error:
+    held.close()
+    raise Error(f'--workdir {folder}: another run is at work in it.') from error
+  except OSError:
+    pass  # a file system without them
+  return held
+
+
+# ------------------------------------------------------------------ ending --
+
+
+def status(program: Callable[[], None]) -> int:
+  """Runs a program; its exit status. A mistake of the user is one sentence."""
+  goes_on = 'the same command goes on from the last checkpoint'
+  try:
+    with stoppable():
+      program()
+    return 0
+  except Error as error:
+    told = str(error)
+  except OSError as error:
+    told = f'{error.filename or "the system"}: {error.strerror or error}.'
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    told = 'out of memory: set block_size, or lower cohort.batch_size.'
+  except Stopped:
+    print(f'stopped; {goes_on}')
+    return 0
+  except KeyboardInterrupt:
+    print(f'\nstopped; {goes_on}', file=sys.stderr)
+    return 130
+  print(f'error: {told}', file=sys.stderr)
+  return 1
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+  """SIGTERM raises `Stopped` inside, until `stop_after_round` is called."""
+
+  def stop(*_):
+    raise Stopped
+
+  if threading.current_thread() is not threading.main_thread():
+    yield  # signals are the main thread's
+    return
+  before = signal.signal(signal.SIGTERM, stop)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def stop_after_round() -> Callable[[], bool]:
+  """From now on SIGTERM is only noted; says whether it came."""
   asked = threading.Event()
   if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGTERM, lambda *_: asked.set())
   return asked.is_set
-
-
-def describe(population: Population) -> str:
-  """Who there is, what was left out and why, and the sizes of the clients."""
-  report = population.report
-  lines = [
-    f'{report["num_clients"]} clients train on {report["train_examples"]} '
-    f'examples ({report["tokens"]:,} tokens, {report["loss_tokens"]:,} of them '
-    f'learned); {report["heldout_examples"]} examples of theirs and '
-    f'{report["num_new_clients"]} more clients are held out'
-  ]
-  reasons = {
-    'clients_left_out': 'clients without enough usable examples',
-    'clients_not_drawn': 'clients above max_clients',
-    'empty_records': 'empty records',
-    'replies_left_out': 'replies longer than max_length',
-    'heldout_duplicates': 'held-out copies of training texts',
-  }
-  for field, what in reasons.items():
-    if report.get(field):
-      named = report.get(f'{field}_names')
-      names = f' ({", ".join(named)}, ...)' if named else ''
-      lines.append(f'left out: {report[field]} {what}{names}')
-  if report.get('replies_cut'):
-    lines.append(f'cut: {report["replies_cut"]} replies, as asked')
-  if report.get('prompts_truncated'):
-    lines.append(
-      f'cut on the left: {report["prompts_truncated"]} prompts that did not fit'
-    )
-  return '\n'.join([*lines, report['histogram']])
-
-
-def left_out(
-  told: dict[str, Any],
-  draw: Draw,
-  cohort: Cohort,
-  names: Sequence[str],
-  number: int,
-) -> dict[str, Any]:
-  """Counts and names of the clients of a round that did not count.
-
-  Raises:
-    Error: every client that reported sent values that are not finite.
-  """
-  broken = np.asarray(told.pop('clients/non_finite'), bool)
-  name = lambda i: names[i] if i < len(names) else str(i)
-  bad = [name(i) for i in np.asarray(draw.ids)[broken]]
-  reported = np.asarray(cohort.valid, bool)
-  if bad and len(bad) == int(reported.sum()):
-    raise Error(
-      f'round {number}: the updates of all {len(bad)} clients are not finite '
-      f'({", ".join(bad[:5])}{", ..." if len(bad) > 5 else ""}): lower '
-      'local.learning_rate or set algorithm.clip_norm.'
-    )
-  chosen = np.asarray(draw.ids) >= 0
-  out = {
-    'clients/reporting': int(reported.sum()) - len(bad),
-    'clients/unavailable': int((~chosen).sum()),
-    'clients/dropped_out': int((chosen & ~reported).sum()),
-    'clients/not_finite': len(bad),
-  }
-  if bad:
-    out['clients/not_finite_names'] = bad
-  return out
-
-
-def summary(path: str) -> str:
-  """A short table of a finished run: the losses, and what they cost."""
-  records = metrics.read(str(pathlib.Path(path) / 'metrics.jsonl'))
-  first, last = records[0], records[-1]
-  rows = []
-  labels = {
-    'evals/heldout/loss': 'held-out loss, nats/token',
-    'evals/heldout/perplexity': 'held-out perplexity',
-    'evals/heldout/accuracy': 'held-out token accuracy',
-    'evals/heldout/client_mean': 'mean over clients',
-    'evals/heldout/client_worst_10': 'worst 10 % of clients',
-    'evals/new/loss': 'loss on new clients',
-    'evals/personal/own/client_mean': 'own model, own text',
-    'evals/personal/common/client_mean': "own model, everybody's text",
-  }
-  for field, label in labels.items():
-    if field in first and field in last:
-      rows.append(
-        (label, first[field], last[field], last[field] - first[field])
-      )
-  total = lambda field: sum(r.get(field) or 0 for r in records)
-  up, down = total('uploads/bytes'), total('downloads/bytes')
-  seconds = total('time/round') + total('time/evals')
-  return '\n'.join(
-    [
-      metrics.table(rows, ('', 'before', 'after', 'change')),
-      '',
-      f'{last["round"]} rounds, {total("local/tokens"):,.0f} tokens learned; '
-      f'{metrics.human_bytes(up)} up and {metrics.human_bytes(down)} down; '
-      f'{seconds:.0f} s',
-      f'adapter: {pathlib.Path(path) / "adapter"}',
-    ]
-  )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import toy
 
@@ -108,12 +109,18 @@ def test_every_public_builder_keeps_its_rooms_contract(room):
   assert seen >= 1
 
 
+RANKS = np.array([1, 2, 2, 1], np.int32)  # what clients can hold
+
+
 def test_every_recipe_carries_a_round():
   for name in recipes.__all__:
     extra: dict = {'num_clients': 9} if name == 'scaffold' else {}
-    algorithm = getattr(recipes, name)(toy.loss, toy.sgd(), **extra)
+    algorithm = getattr(recipes, name)(
+      toy.loss, toy.sgd(), fold=toy.fold, **extra
+    )
     assert isinstance(algorithm, FederatedAlgorithm)
-    carry(algorithm, toy.params())
+    cohort = toy.cohort(num_clients=4)
+    carry(algorithm, toy.params(), cohort._replace(profiles=RANKS))
 
 
 def test_every_aggregator_works_under_every_server_optimizer():

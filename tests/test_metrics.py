@@ -20,7 +20,6 @@ def run(workdir, rounds, keep=-1):
   record = metrics.recorder(str(workdir), keep, tensorboard=False)
   for r in rounds:
     record.write(r, {'z/loss': np.float32(1) / (r + 3), 'a/bytes': 2**40 + r})
-  record.close()
 
 
 def test_a_record_is_one_sorted_line_with_exact_floats(tmp_path):
@@ -110,7 +109,6 @@ def test_tensorboard_gets_the_scalars(tmp_path):
 
   record = metrics.recorder(str(tmp_path))
   record.write(4, {'local/loss': 0.5, 'names': ['x'], 'bad': float('nan')})
-  record.close()
   (path,) = (tmp_path / 'tensorboard').iterdir()
   data, found = path.read_bytes(), []
   while data:  # length, its checksum, event, its checksum

@@ -49,6 +49,14 @@ def loss(base, params, batch, key):
   )
 
 
+def fold(base, params):
+  """Residuals into the base, as an adapter's `fold` does."""
+  q = params['q']
+  if q.residual is None:
+    return base, params
+  return base + q.residual, {**params, 'q': q._replace(residual=None)}
+
+
 def sgd(learning_rate=0.1):
   return local.optimizer('sgd', learning_rate)
 

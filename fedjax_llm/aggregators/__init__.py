@@ -15,6 +15,7 @@ from fedjax_llm.aggregators.low_rank_rules import flora as flora
 from fedjax_llm.aggregators.low_rank_rules import lora_fair as lora_fair
 from fedjax_llm.aggregators.low_rank_rules import norm_weighted as norm_weighted
 from fedjax_llm.aggregators.low_rank_rules import replication as replication
+from fedjax_llm.aggregators.low_rank_rules import zero_padding as zero_padding
 from fedjax_llm.aggregators.robust import krum as krum
 from fedjax_llm.aggregators.robust import median as median
 from fedjax_llm.aggregators.robust import trimmed_mean as trimmed_mean
@@ -22,11 +23,18 @@ from fedjax_llm.aggregators.robust import trimmed_mean as trimmed_mean
 __all__ = [
   'as_stack',
   'control_variates',
+  'fedex',
+  'flexlora',
+  'flora',
   'from_rule',
   'krum',
+  'lora_fair',
   'masked_mean',
   'mean',
   'median',
+  'norm_weighted',
+  'replication',
   'trimmed_mean',
   'uniform_mean',
+  'zero_padding',
 ]

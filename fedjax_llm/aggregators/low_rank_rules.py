@@ -297,6 +297,26 @@ def lora_fair(*, penalty: float = 0.01) -> Aggregator:
   return _by_node('lora_fair', rule, Traits())
 
 
+def zero_padding(*, weighted: bool = True) -> Aggregator:
+  """The mean of whole factors, in which a client's missing ranks are zeros.
+
+      a = sum_k w_k [a_k 0],   b = sum_k w_k [b_k; 0]
+
+  Unlike `masked_mean('weight')`, where a client without a rank votes for no
+  change, it votes here for zero, as in papers that pad. With full ranks it is
+  the mean.
+
+  Raises:
+    Error: from the round, a private factor.
+  """
+
+  def rule(seen: Seen) -> Aggregate:
+    share = _per_client(seen.weight, seen.nodes.scale)
+    return Aggregate(_moved_to_mean(seen, seen.nodes, share))
+
+  return _by_node('zero_padding', rule, Traits(), weighted=weighted)
+
+
 def norm_weighted(*, per: str = 'client') -> Aggregator:
   """HetLoRA's mean: clients weigh as much as the product that they learned.
 

@@ -17,13 +17,22 @@ from fedjax_llm.types import (
   Frozen,
   Label,
   LowRank,
+  Masks,
   Params,
   Private,
   Scope,
   Shared,
 )
 
-__all__ = ['all_private', 'everything', 'frozen', 'labelled', 'private']
+__all__ = [
+  'all_private',
+  'alternating',
+  'everything',
+  'frozen',
+  'labelled',
+  'private',
+  'ranks',
+]
 
 
 def leaf_paths(params: Params) -> list[str]:
@@ -172,6 +181,121 @@ def all_private() -> Scope:
     )
 
   return _scope(labels)
+
+
+# ----------------------------------------------- what varies between clients --
+
+
+def alternating(*patterns: str) -> Scope:
+  """Rounds take turns: round t trains the leaves of `patterns[t % n]`.
+
+  The rest of what matches waits: it is held as received, and nothing of it is
+  sent up. Leaves that no pattern matches are trained in every round. All are
+  shared, and the round is a traced number, so one program serves every turn.
+
+  `alternating('/b$', '/a$')` is the schedule of RoLoRA (arXiv 2409.02346).
+
+  Raises:
+    Error: fewer than two patterns, or one that is no regular expression; from
+      `mask`, a pattern that matches no leaf that can be trained.
+
+  >>> scope, params = alternating('b$', 'a$'), {'a': 1.0, 'b': 2.0, 'c': 3.0}
+  >>> trained = scope.mask(params, (), None, jnp.int32(3), None).trained
+  >>> [name for name in params if trained[name]]
+  ['a', 'c']
+  """
+  if len(patterns) < 2:
+    raise Error(f'alternating needs two patterns or more, got {patterns}.')
+  turns = [_compiled(p) for p in patterns]
+  labels = _everything_labels
+
+  def mask(start, profile, state, round, key):
+    del profile, state, key
+    masks = tree.full_masks(start, labels(start))
+    names = leaf_paths(masks.trained)
+    for turn in turns:
+      if not any(map(turn.search, names)):
+        raise Error(
+          f'the pattern {turn.pattern!r} matches no leaf that can be trained; '
+          f'the leaves are: {", ".join(names)}.'
+        )
+
+    def leaf(path, m):
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      mine = [i for i, turn in enumerate(turns) if turn.search(name)]
+      if not mine:
+        return m
+      return m & jnp.any(round % len(turns) == jnp.array(mine))
+
+    trained = jax.tree_util.tree_map_with_path(leaf, masks.trained)
+    return masks._replace(trained=trained)
+
+  return Scope(labels=labels, mask=mask)
+
+
+def ranks(inner: Scope | None = None) -> Scope:
+  """A client of capacity r holds and trains the first r ranks alone.
+
+  Column i of a and row i of b of every `LowRank` node, i < r, inside buffers of
+  the server's rank: one program for clients of all sizes, and a client of rank
+  r trains exactly as it would with factors of that rank and the same scale.
+
+  r is the client's profile, `Cohort.profiles` [K], or its entry 'rank' where
+  profiles are mappings. `inner` says the rest (everything shared if None).
+
+  Raises:
+    Error: from `mask`, clients without a rank in their profile.
+
+  >>> node = LowRank(jnp.ones((5, 4)), jnp.ones((4, 3)), jnp.ones(()))
+  >>> masks = ranks().mask({'q': node}, jnp.int32(2), None, 0, None)
+  >>> masks.held['q'].a.tolist(), masks.held['q'].b.shape
+  ([True, True, False, False], (4, 1))
+  """
+  inner = everything() if inner is None else inner
+
+  def mask(start, profile, state, round, key):
+    rank = rank_of(profile)
+    masks = inner.mask(start, profile, state, round, key)
+    return hold_columns(
+      masks, start, lambda node: jnp.arange(node.a.shape[-1]) < rank
+    )
+
+  return Scope(inner.labels, mask, inner.plan)
+
+
+def rank_of(profile: Any) -> Any:
+  """The rank in a client's profile: the profile, or its entry 'rank'."""
+  rank = profile.get('rank') if isinstance(profile, Mapping) else profile
+  if not hasattr(rank, 'shape'):
+    raise Error(
+      'this method needs the rank of every client in Cohort.profiles: give the '
+      'cohort profiles, an array [N] of ranks or a mapping with the entry rank.'
+    )
+  return rank
+
+
+def hold_columns(masks: Masks, start: Params, keep: Any) -> Masks:
+  """Masks restricted to columns of `LowRank` nodes.
+
+  `keep(node)` gives booleans [R], or [..., R] where they differ by layer.
+  """
+
+  def node(x, m):
+    if not isinstance(x, LowRank):
+      return m
+    columns = keep(x)
+    lead = columns.ndim > 1
+    of_a = columns[..., None, :] if lead else columns
+    return LowRank(
+      None if m.a is None else m.a & of_a,
+      None if m.b is None else m.b & columns[..., :, None],
+      m.scale,
+      m.residual,
+    )
+
+  is_leaf = lambda x: x is None or isinstance(x, LowRank)
+  apply = lambda mask: jax.tree.map(node, start, mask, is_leaf=is_leaf)
+  return Masks(held=apply(masks.held), trained=apply(masks.trained))
 
 
 def _compiled(pattern: str) -> re.Pattern:

@@ -129,6 +129,31 @@ def build(
   return Population(tuple(names), train, heldout, new_names, new, report)
 
 
+def longest(
+  population: Population, *, vocab_size: int, max_positions: int
+) -> int:
+  """The length of the longest text, of all that a model is to read.
+
+  Raises `Error` if the model cannot: its vocabulary or its positions are too
+  few.
+  """
+  parts = (population.train, population.heldout, population.new)
+  examples = [example for part in parts for own in part for example in own]
+  length = max(len(example.tokens) for example in examples)
+  token = max(int(example.tokens.max()) for example in examples)
+  if length > max_positions:
+    raise Error(
+      f'population.max_length: a text has {length} tokens, but the model has '
+      f'only {max_positions} positions.'
+    )
+  if token >= vocab_size:
+    raise Error(
+      f'the tokenizer gives token {token}, but the model has only {vocab_size} '
+      'tokens: they do not belong together.'
+    )
+  return length
+
+
 def _check(
   heldout_fraction: float,
   new_clients: float,

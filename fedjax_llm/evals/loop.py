@@ -1,7 +1,7 @@
-"""What a run tests, every time it tests: held-out text, new clients, replies."""
+"""What a run tests, each time: held-out text, new clients, replies."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,19 +101,45 @@ def _told(report: Report, names: Sequence[str]) -> dict[str, Any]:
   return told
 
 
-def questions(
+def in_turn(
   heldout: Sequence[Sequence[Example]], num: int
-) -> list[tuple[list[int], list[int]]]:
-  """The first `num` held-out texts as (prompt, reply) tokens, one a client.
+) -> list[list[Example]]:
+  """The first `num` texts in turn: one of each client, a second of each, ...
 
-  A text that is learned from its start is cut in half.
+  >>> a, b = (Example(np.full(1, i), np.ones(1, bool)) for i in range(2))
+  >>> [int(own[0].tokens[0]) for own in in_turn([[a, a], [b]], 3)]
+  [0, 1, 0]
+  """
+  depth = max(map(len, heldout), default=0)
+  texts = [own[i] for i in range(depth) for own in heldout if i < len(own)]
+  return [[text] for text in texts[:num]]
+
+
+class Question(NamedTuple):
+  client: int
+  prompt: list[int]  # tokens
+  reply: list[int]  # what the client really said
+
+
+def questions(
+  heldout: Sequence[Sequence[Example]],
+  num: int,
+  *,
+  max_prompt: int | None = None,
+) -> list[Question]:
+  """The first held-out texts of the first `num` clients that have any.
+
+  A text that is learned from its start is cut in half; of prompts above
+  `max_prompt` tokens the end is kept.
 
   >>> tokens, learned = np.arange(4), np.array([False, False, True, True])
-  >>> questions([[Example(tokens, learned)]], 1)
-  [([0, 1], [2, 3])]
+  >>> questions([[], [Example(tokens, learned)]], 1)
+  [Question(client=1, prompt=[0, 1], reply=[2, 3])]
   """
+  if max_prompt is not None and max_prompt < 1:
+    return []
   found = []
-  for own in heldout:
+  for client, own in enumerate(heldout):
     if len(found) == num:
       break
     for example in own[:1]:
@@ -121,19 +147,20 @@ def questions(
       if start < 2:
         start = max(1, len(example.tokens) // 2)
       tokens = [int(t) for t in example.tokens]
-      found.append((tokens[:start], tokens[start:]))
+      begin = 0 if max_prompt is None else max(0, start - max_prompt)
+      found.append(Question(client, tokens[begin:start], tokens[start:]))
   return found
 
 
 def replies(
-  asked: Sequence[tuple[list[int], list[int]]],
+  asked: Sequence[Question],
   generated: Mapping[str, Sequence[list[int]]],
   decode: Callable[[Sequence[int]], str],
 ) -> str:
   """Prompts, what the client really said, and what the models say, as text."""
   show = lambda tokens: ' / '.join(decode(tokens).split('\n')).strip()
   lines = []
-  for i, (prompt, reply) in enumerate(asked):
+  for i, (_, prompt, reply) in enumerate(asked):
     lines += [f'  prompt  {show(prompt)}', f'  client  {show(reply)}']
     lines += [f'  {who:7} {show(said[i])}' for who, said in generated.items()]
     lines.append('')

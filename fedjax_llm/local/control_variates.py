@@ -39,10 +39,11 @@ def scaffold(
   """
   plain = not any(optimizer.keywords.values())
   if optimizer.name != 'sgd' or not plain:
+    told = ', '.join(f'{k}={v}' for k, v in optimizer.keywords.items())
+    given = f'{optimizer.name} with {told}' if told else optimizer.name
     raise Error(
-      f'scaffold needs local.optimizer.name=sgd without momentum, got '
-      f'{optimizer.name} with {dict(optimizer.keywords)}: its control variates '
-      'are averages of plain gradients.'
+      f'scaffold needs local.name=sgd without momentum, not {given}: its '
+      'control variates are averages of plain gradients.'
     )
 
   def init(trainable: Controlled) -> Any:

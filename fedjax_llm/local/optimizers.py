@@ -21,17 +21,22 @@ class LocalOptimizer(NamedTuple):
 
   init: Callable[[Any], Any]
   update: Callable[[Any, Any, Any, jax.Array], tuple[Any, Any]]
-  learning_rate: Callable[[jax.Array], jax.Array]
+  learning_rate: Callable[[Any], Any]
   name: str
   keywords: Mapping[str, Any]
 
 
 def names() -> tuple[str, ...]:
-  """The optimizers of optax that take a learning rate."""
+  """The optimizers of optax that take a learning rate.
+
+  Without those that want more than gradients (`lbfgs`), and those whose noise
+  would be the same for every client (`noisy_sgd`).
+  """
   return tuple(
     name
     for name in dir(optax)
-    if not name.startswith('_')
+    if not name.startswith(('_', 'scale_by_'))
+    and name not in ('lbfgs', 'noisy_sgd')
     and inspect.isfunction(getattr(optax, name))
     and 'learning_rate' in inspect.signature(getattr(optax, name)).parameters
   )
@@ -39,7 +44,11 @@ def names() -> tuple[str, ...]:
 
 def schedule_names() -> tuple[str, ...]:
   """The schedules of optax, named as there."""
-  return tuple(n for n in dir(optax.schedules) if n.endswith('_schedule'))
+  return tuple(
+    name
+    for name in dir(optax)
+    if name.endswith('_schedule') and inspect.isfunction(getattr(optax, name))
+  )
 
 
 def optimizer(
@@ -65,29 +74,29 @@ def optimizer(
   >>> sgd.update({'w': jnp.ones(2)}, state, {'w': jnp.ones(2)}, 0)[0]
   {'w': Array([-0.5, -0.5], dtype=float32)}
   """
-  build = _lookup('local.optimizer.name', name, names())
-  _check('local.optimizer', name, build, keywords)
+  build = _lookup('local.name', name, names())
+  _check('local', name, build, keywords)
   rate = optax.constant_schedule(learning_rate)
   if schedule:
     settings = dict(schedule)
     schedule_name = settings.pop('name', None)
-    builder = _lookup(
-      'local.optimizer.schedule.name', schedule_name, schedule_names()
-    )
-    _check('local.optimizer.schedule', str(schedule_name), builder, settings)
+    builder = _lookup('local.schedule.name', schedule_name, schedule_names())
+    _check('local.schedule', str(schedule_name), builder, settings)
     try:
       rate = builder(**settings)
     except (TypeError, ValueError) as error:
-      raise Error(f'local.optimizer.schedule: {error}.') from error
+      raise Error(f'local.schedule: {str(error).rstrip(".")}.') from error
 
   # The rate is a field of the state: any optimizer then follows our step count
-  # instead of its own, which starts afresh in every round.
+  # instead of its own, which starts afresh in every round. Nothing else is one:
+  # several optimizers ask Python questions about their other settings.
+  others = set(inspect.signature(build).parameters) - {'learning_rate'}
   try:
-    inner = optax.inject_hyperparams(
-      build, static_args=tuple(k for k in keywords)
-    )(learning_rate=learning_rate, **keywords)
+    inner = optax.inject_hyperparams(build, static_args=others)(
+      learning_rate=learning_rate, **keywords
+    )
   except TypeError as error:
-    raise Error(f'local.optimizer: {error}.') from error
+    raise Error(f'local: {error}.') from error
 
   def update(grads, state, params, step):
     value = jnp.asarray(rate(step), jnp.float32)
@@ -106,7 +115,7 @@ def _lookup(field: str, name: Any, known: tuple[str, ...]) -> Callable:
     raise Error(
       f'{field}: {name!r} is unknown.{hint} There are: {", ".join(known)}.'
     )
-  return getattr(optax, name, None) or getattr(optax.schedules, name)
+  return getattr(optax, name)
 
 
 def _check(field: str, name: str, build: Callable, given: Mapping) -> None:

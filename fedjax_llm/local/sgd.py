@@ -11,8 +11,8 @@ from fedjax_llm.local.optimizers import LocalOptimizer
 from fedjax_llm.types import (
   ClientOutput,
   Error,
-  Loss,
   LocalUpdate,
+  Loss,
   LossSum,
   Masks,
   Params,

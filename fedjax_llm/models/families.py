@@ -7,6 +7,7 @@ uses (dropout, initial ranges) is not read: dropout is never applied.
 """
 
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -295,6 +296,8 @@ def read_config(directory: str | pathlib.Path) -> Config:
       f'model_type {kind!r} is not supported; supported: '
       f'{", ".join(supported)}.'
     )
+  # On import the library advises to install a framework that is not needed.
+  os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
   try:
     from transformers import AutoConfig
 

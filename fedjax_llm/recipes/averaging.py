@@ -28,11 +28,13 @@ def compose(update: LocalUpdate, **parts: Any) -> FederatedAlgorithm:
   """`fed_opt` with the defaults of federated averaging for what is not given.
 
   They are: updates sent as they are, their weighted mean, and a server that
-  adds it.
+  adds it. Every round tells what it did to low-rank factors
+  (`aggregators.measure`).
   """
   parts.setdefault('upload', uploads.identity())
   parts.setdefault('aggregator', aggregators.mean())
   parts.setdefault('server', server.sgd())
+  parts.setdefault('measure', aggregators.measure)
   return server.algorithm.fed_opt(update, **parts)
 
 
@@ -88,6 +90,12 @@ def scaffold(
   over all N = `num_clients` clients; it doubles what travels both ways.
   """
   inner = aggregator or aggregators.mean()
+  fold = parts.pop('fold', None)
+  if fold is not None:  # what is served, not the control variate, folds
+    parts['fold'] = lambda base, p: (
+      (done := fold(base, p.params))[0],
+      p._replace(params=done[1]),
+    )
   algorithm = compose(
     local.scaffold(loss, optimizer, clip_norm=clip_norm),
     aggregator=aggregators.control_variates(inner, num_clients),

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import tree
+from fedjax_llm import sharding, tree
 from fedjax_llm.clients import scopes
 from fedjax_llm.types import (
   Aggregate,
@@ -51,6 +51,7 @@ def fed_opt(
   fold: Callable[[Base, Params], tuple[Base, Params]] | None = None,
   measure: Callable[[Uploads, Params, Params], Metrics] | None = None,
   block_size: int | None = None,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> FederatedAlgorithm:
   """Composes a federated algorithm from its stations.
 
@@ -77,6 +78,9 @@ def fed_opt(
       in blocks keeps none).
     block_size: clients in one `vmap`; the whole cohort if None. Changes
       nothing but rounding, memory and speed.
+    mesh: a ('clients', 'model') mesh (`sharding.mesh`); a cohort is split over
+      its first axis, and blocks are then those of one device row. A streaming
+      rule costs one all-reduce a round.
 
   Raises:
     Error: a block size below one; a server optimizer with moments over a rule
@@ -98,7 +102,6 @@ def fed_opt(
       'this aggregator writes what the factors miss into the base, so it needs '
       'fold, that of the adapter: fold=adapter.fold.'
     )
-  streaming = isinstance(aggregator, StreamingAggregator)
 
   def init(key: Key, params: Params) -> ServerState:
     if aggregator.traits.writes_residual:
@@ -191,35 +194,56 @@ def fed_opt(
     key = jax.random.fold_in(state.key, state.round)
     client_key, server_key = jax.random.split(key)
     extra = aggregator.num_bytes and aggregator.num_bytes(state.aggregator)
-    run = lambda block: run_block(
-      base, params, labels, state.round, client_key, extra, block
-    )
+    shared = (base, params, state.aggregator, state.round, client_key, extra)
 
-    size = min(block_size or num_clients, num_clients)
-    if size == num_clients:
-      uploads, states, told = run(cohort)
-      sums = None
-      if streaming:
-        sums = aggregator.accumulate(
-          aggregator.zero(params), uploads, state.aggregator, params
-        )
-    else:
-      blocks = _blocks(cohort, size)
+    def train(shared, cohort):
+      """The clients of one device row, block by block."""
+      base, params, rule_state, round, key, extra = shared
+      run = lambda block: run_block(
+        base, params, labels, round, key, extra, block
+      )
+      num = cohort.ids.shape[0]
+      size = min(block_size or num, num)
+      zero = None
+      if isinstance(aggregator, StreamingAggregator):
+        zero = aggregator.zero(params)
+      if size == num:
+        uploads, states, told = run(cohort)
+        if isinstance(aggregator, StreamingAggregator):
+          sums = aggregator.accumulate(zero, uploads, rule_state, params)
+          if measure is None or mesh is not None:
+            uploads = None  # eaten: nothing of it crosses devices
+        else:
+          sums = None
+        return sums, (uploads, states, told)
 
       def body(sums, block):
         uploads, states, told = run(block)
-        if streaming:
-          sums = aggregator.accumulate(sums, uploads, state.aggregator, params)
+        if isinstance(aggregator, StreamingAggregator):
+          sums = aggregator.accumulate(sums, uploads, rule_state, params)
           uploads = None  # eaten
         return sums, (uploads, states, told)
 
-      zero = aggregator.zero(params) if streaming else None
+      blocks = jax.tree.map(
+        lambda x: x.reshape(-1, size, *x.shape[1:]), _pad(cohort, size)
+      )
       sums, outs = jax.lax.scan(body, zero, blocks)
-      uploads, states, told = jax.tree.map(
-        lambda x: x.reshape(-1, *x.shape[2:])[:num_clients], outs
+      return sums, jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[2:])[:num], outs
       )
 
-    if streaming:
+    if mesh is None:
+      sums, rows = train(shared, cohort)
+    else:
+      rows_of = mesh.shape[sharding.CLIENTS]
+      sums, rows = sharding.over_clients(train, mesh)(
+        shared, _pad(cohort, rows_of)
+      )
+      rows = jax.tree.map(lambda x: x[:num_clients], rows)
+    uploads: Any
+    uploads, states, told = rows
+
+    if isinstance(aggregator, StreamingAggregator):
       aggregate, aggregator_state = aggregator.finalize(
         sums, state.aggregator, state.params, server_key
       )
@@ -287,26 +311,26 @@ def _tell(told, cohort, aggregate, old, new) -> dict[str, jax.Array]:
     'clients/non_finite': told['clients/non_finite'],
     'clients/reported': valid,
   }
-  for name in ('local/grad_norm', 'local/accuracy'):
+  for name in ('local/grad_norm', 'local/rank', 'local/accuracy'):
     if name in told:
       weight = by_tokens if name == 'local/accuracy' else by_client
       metrics[name] = mean(name, weight)
   return metrics
 
 
-def _blocks(cohort: Cohort, size: int) -> Cohort:
-  """[K, ...] to [ceil(K / size), size, ...]; rows added are not valid."""
-  pad = -cohort.ids.shape[0] % size
+def _pad(cohort: Cohort, multiple: int) -> Cohort:
+  """[K, ...] to the next multiple of clients; rows added are not valid."""
+  num = cohort.ids.shape[0]
+  pad = -num % multiple
 
   def leaf(x):
     x = jnp.asarray(x)
-    x = jnp.concatenate([x, jnp.repeat(x[-1:], pad, axis=0)]) if pad else x
-    return x.reshape(-1, size, *x.shape[1:])
+    # The last client again, so nothing can overflow on made-up data.
+    return jnp.concatenate([x, jnp.repeat(x[-1:], pad, axis=0)]) if pad else x
 
-  blocks = jax.tree.map(leaf, cohort)
-  # Added rows repeat the last client, so nothing can overflow on made-up data.
-  real = jnp.arange(blocks.valid.size) < blocks.valid.size - pad
-  return blocks._replace(valid=blocks.valid & real.reshape(blocks.valid.shape))
+  padded = jax.tree.map(leaf, cohort)
+  real = jnp.arange(num + pad) < num
+  return padded._replace(valid=padded.valid & real)
 
 
 def _with_residuals(params: Params) -> Params:

@@ -2,5 +2,7 @@
 
 from fedjax_llm.uploads.codecs import from_optax as from_optax
 from fedjax_llm.uploads.codecs import identity as identity
+from fedjax_llm.uploads.codecs import known as known
+from fedjax_llm.uploads.sparse import top_k as top_k
 
-__all__ = ['from_optax', 'identity']
+__all__ = ['from_optax', 'identity', 'top_k']

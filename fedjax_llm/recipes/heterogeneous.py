@@ -1,0 +1,188 @@
+"""Federated LoRA with clients of different ranks.
+
+The server's factors have the largest rank; a client of rank r holds their first
+r columns (`scopes.ranks`), inside buffers of the full size, so one program
+serves clients of all sizes. Ranks come in `Cohort.profiles`. The scale s is
+the same for everybody: alpha grows with the rank.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from fedjax_llm import aggregators, local, uploads
+from fedjax_llm.clients import scopes
+from fedjax_llm.local import LocalOptimizer
+from fedjax_llm.recipes import averaging
+from fedjax_llm.recipes.homogeneous import refuse, with_rule
+from fedjax_llm.types import FederatedAlgorithm, Loss, Scope
+
+
+def zero_padding(
+  loss: Loss,
+  optimizer: LocalOptimizer,
+  *,
+  clip_norm: float | None = None,
+  **parts: Any,
+) -> FederatedAlgorithm:
+  """FedIT with ranks: the mean of factors that are padded with zeros.
+
+      a <- sum_k w_k [a_k 0],   b <- sum_k w_k [b_k; 0]
+
+  The baseline of every paper on mixed ranks (called zero padding by Cho et al.
+  2024, arXiv 2401.06432): ranks that few clients hold shrink in every round.
+  """
+  return with_rule(
+    'zero_padding',
+    aggregators.zero_padding(),
+    loss,
+    optimizer,
+    clip_norm,
+    {'scope': scopes.ranks(), **parts},
+  )
+
+
+def rbla(
+  loss: Loss,
+  optimizer: LocalOptimizer,
+  *,
+  clip_norm: float | None = None,
+  **parts: Any,
+) -> FederatedAlgorithm:
+  """RBLA: every rank is averaged over the clients that hold it.
+
+      a[:, i] <- sum_{k: r_k > i} w_k a_k[:, i] / sum_{k: r_k > i} w_k
+
+  and the rows of b likewise (Tavallaie et al. 2024, arXiv 2408.08699). A rank
+  that no client of the round holds keeps its value.
+  """
+  return with_rule(
+    'rbla',
+    aggregators.masked_mean('mask'),
+    loss,
+    optimizer,
+    clip_norm,
+    {'scope': scopes.ranks(), **parts},
+  )
+
+
+def replication_padding(
+  loss: Loss,
+  optimizer: LocalOptimizer,
+  *,
+  clip_norm: float | None = None,
+  **parts: Any,
+) -> FederatedAlgorithm:
+  """Small clients are padded with what the largest clients learned.
+
+      a_k[:, i] <- mean of a_j[:, i] over the clients of the largest rank
+
+  for the ranks that client k lacks, then the weighted mean (Byun and Lee 2025,
+  arXiv 2406.17477). With two sizes of clients it is RBLA on the larger ranks.
+  """
+  return with_rule(
+    'replication_padding',
+    aggregators.replication(),
+    loss,
+    optimizer,
+    clip_norm,
+    {'scope': scopes.ranks(), **parts},
+  )
+
+
+def flora(
+  loss: Loss,
+  optimizer: LocalOptimizer,
+  *,
+  clip_norm: float | None = None,
+  **parts: Any,
+) -> FederatedAlgorithm:
+  """FLoRA: the stacked product goes into the base, and factors start afresh.
+
+      W0 <- W0 + s sum_k w_k a_k b_k,   then a new a, and b = 0
+
+  Wang et al. 2024, arXiv 2409.05976. Exact for any mix of ranks. The fresh
+  factors are drawn from a common seed, so what goes down is the stack of the
+  round before; clients of the same rank get the same columns.
+  """
+  return with_rule(
+    'flora',
+    aggregators.flora(),
+    loss,
+    optimizer,
+    clip_norm,
+    {'scope': scopes.ranks(), 'download': uploads.known(), **parts},
+  )
+
+
+def flexlora(
+  loss: Loss,
+  optimizer: LocalOptimizer,
+  *,
+  split: str = 'b',
+  clip_norm: float | None = None,
+  **parts: Any,
+) -> FederatedAlgorithm:
+  """FlexLoRA: the mean product, rounded to each client's rank by its SVD.
+
+      s a b = SVD_R(s sum_k w_k a_k b_k); client k gets the first r_k columns
+
+  Bai et al. 2024, arXiv 2402.11505. The settings are those of
+  `aggregators.flexlora`.
+  """
+  return with_rule(
+    'flexlora',
+    aggregators.flexlora(split=split),
+    loss,
+    optimizer,
+    clip_norm,
+    {'scope': scopes.ranks(), **parts},
+  )
+
+
+def het_lora(
+  loss: Loss,
+  optimizer: LocalOptimizer,
+  *,
+  penalty: float = 5e-4,
+  gamma: float = 0.99,
+  min_rank: int = 1,
+  per: str = 'client',
+  clip_norm: float | None = None,
+  **parts: Any,
+) -> FederatedAlgorithm:
+  """HetLoRA: truncated dispatch, self-pruning, weights by what was learned.
+
+      client k: the first r_k columns; loss + penalty ||tail a|| ||tail b||;
+                r_k <- floor(gamma r_k) where the tail shrank
+      server:   mean of zero-padded factors with p_k ~ ||a_k b_k||_F
+
+  Cho et al. 2024, arXiv 2401.06432. Settings as in `local.self_pruning` and
+  `aggregators.norm_weighted`; r_k starts as the client's profile. What the
+  paper leaves open: whether the norm runs over a client or a target (`per`).
+  """
+  refuse('het_lora', 'aggregator', parts)
+  update = local.self_pruning(
+    loss,
+    optimizer,
+    penalty=penalty,
+    gamma=gamma,
+    min_rank=min_rank,
+    clip_norm=clip_norm,
+  )
+  return averaging.compose(
+    update,
+    aggregator=aggregators.norm_weighted(per=per),
+    **{'scope': _pruned_ranks(), **parts},
+  )
+
+
+def _pruned_ranks() -> Scope:
+  """The first ranks of the profile, less those that the client gave up."""
+  inner = scopes.ranks()
+
+  def mask(start, profile, state, round, key):
+    rank = jnp.minimum(scopes.rank_of(profile), state.local.rank)
+    return inner.mask(start, rank, state, round, key)
+
+  return inner._replace(mask=mask)

@@ -1,0 +1,164 @@
+"""What a run tells in words: its clients, who was left out, what came of it."""
+
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedjax_llm import metrics
+from fedjax_llm.types import Cohort, Draw, Error, Population
+
+
+def describe(population: Population) -> str:
+  """Who there is, what was left out and why, and the sizes of the clients."""
+  report: Any = population.report
+  lines = [
+    f'{report["num_clients"]} clients train on {report["train_examples"]} '
+    f'examples ({report["tokens"]:,} tokens, {report["loss_tokens"]:,} of them '
+    f'learned); {report["heldout_examples"]} examples of theirs and '
+    f'{report["num_new_clients"]} more clients are held out'
+  ]
+  reasons = {
+    'clients_left_out': 'clients without enough usable examples',
+    'clients_not_drawn': 'clients above max_clients',
+    'empty_records': 'empty records',
+    'replies_left_out': 'replies longer than max_length',
+    'heldout_duplicates': 'held-out copies of training texts',
+  }
+  for field, what in reasons.items():
+    if report.get(field):
+      named = [printable(n) for n in report.get(f'{field}_names', ())]
+      if named and len(named) < report[field]:
+        named.append('...')
+      names = f' ({", ".join(named)})' if named else ''
+      lines.append(f'left out: {report[field]} {what}{names}')
+  if report.get('replies_cut'):
+    lines.append(f'cut: {report["replies_cut"]} replies, as asked')
+  if report.get('prompts_truncated'):
+    lines.append(
+      f'cut on the left: {report["prompts_truncated"]} prompts that did not fit'
+    )
+  return '\n'.join([*lines, report['histogram']])
+
+
+def left_out(
+  told: Mapping[str, Any],
+  draw: Draw,
+  cohort: Cohort,
+  names: Sequence[str],
+  number: int,
+) -> tuple[dict[str, Any], str]:
+  """A round's metrics with the clients that did not count, and a sentence.
+
+  Raises:
+    Error: every client that reported sent values that are not finite.
+  """
+  told = dict(told)
+  broken = np.asarray(told.pop('clients/non_finite'), bool)
+  bad = [names[i] for i in np.asarray(draw.ids)[broken]]
+  some = ', '.join(map(printable, bad[:5])) + (', ...' if len(bad) > 5 else '')
+  reported = np.asarray(cohort.valid, bool)
+  if bad and len(bad) == int(reported.sum()):
+    raise Error(
+      f'round {number}: the updates of all {len(bad)} clients that reported '
+      f'are not finite ({some}): lower local.learning_rate or set '
+      'algorithm.clip_norm, in another workdir.'
+    )
+  chosen = np.asarray(draw.ids) >= 0
+  told |= {
+    'clients/reporting': int(reported.sum()) - len(bad),
+    'clients/unavailable': int((~chosen).sum()),
+    'clients/dropped_out': int((chosen & ~reported).sum()),
+    'clients/not_finite': len(bad),
+  }
+  note = ''
+  if bad:
+    told['clients/not_finite_names'] = bad
+    note = (
+      f'round {number}: left out {len(bad)} of {int(reported.sum())} clients, '
+      f'whose updates are not finite: {some}'
+    )
+  if not reported.any():
+    note = f'round {number}: no client reported, so nothing changed'
+    for field in ('loss', 'accuracy', 'grad_norm', 'update_norm'):
+      if f'local/{field}' in told:
+        told[f'local/{field}'] = float('nan')  # written as null
+  return told, note
+
+
+_ROWS = {
+  'heldout/loss': 'held-out loss, nats/token',
+  'heldout/perplexity': 'held-out perplexity',
+  'heldout/accuracy': 'held-out token accuracy',
+  'heldout/client_mean': 'mean over clients',
+  'heldout/client_worst_10': 'worst 10 % of clients',
+  'new/loss': 'loss on new clients',
+}
+_PERSONAL_ROWS = {
+  'personal/own/client_mean': "own model, client's own text",
+  'personal/common/client_mean': "own model, everybody's text",
+  'heldout/loss': 'shared part, held-out loss',
+  'new/loss': 'shared part, loss on new clients',
+}
+
+
+def summary(path: str | os.PathLike) -> str:
+  """A short table of a finished run: the losses, and what they cost.
+
+  A cell is empty where nothing was measured. Personal models are compared with
+  what the same clients were served before they trained.
+  """
+  records = metrics.read(os.path.join(path, 'metrics.jsonl'))
+  first, last = dict(records[0]), records[-1]
+  own = last.get('evals/personal/own/clients')
+  if own:
+    start = first.get('evals/heldout/clients') or {}
+    first['evals/personal/own/client_mean'] = _mean(map(start.get, own))
+  rows = []
+  for field, label in (_PERSONAL_ROWS if own else _ROWS).items():
+    field = f'evals/{field}'
+    if field in last:
+      old, new = first.get(field), last[field]
+      change = '' if old is None or new is None else new - old
+      new = 'not finite' if new is None else new  # null in the file
+      rows.append((label, '' if old is None else old, new, change))
+  notes = []
+  if untrained := last.get('evals/personal/untrained'):
+    notes.append(f'{untrained} clients were never trained: they are left out.')
+  if not rows:
+    losses = [r['local/loss'] for r in records if r.get('local/loss')]
+    told = f': {losses[0]:.4f} first, {losses[-1]:.4f} last' if losses else ''
+    notes.append(f'Nothing was tested, training losses aside{told}.')
+  total = lambda field: sum(r.get(field) or 0 for r in records)
+  up, down = total('uploads/bytes'), total('downloads/bytes')
+  seconds = total('time/round') + total('time/evals')
+  header = ('', 'before', 'after', 'change')
+  return '\n'.join(
+    [
+      *([metrics.table(rows, header), ''] if rows else []),
+      *notes,
+      f'{last["round"]} rounds, {total("local/tokens"):,.0f} tokens learned; '
+      f'{metrics.human_bytes(up)} up and {metrics.human_bytes(down)} down; '
+      f'{seconds:.0f} s',
+      f'adapter: {pathlib.Path(path) / "adapter"}',
+    ]
+  )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+  known = list(values)
+  if None in known:
+    return None
+  return sum(x for x in known if x is not None) / max(len(known), 1)
+
+
+def printable(text: str) -> str:
+  """Text that leaves the terminal as it is: control characters are escaped.
+
+  >>> printable('a\\x1b[2Jb')
+  'a\\\\x1b[2Jb'
+  """
+  keep = lambda c: c == '\n' or c.isprintable()
+  return ''.join(c if keep(c) else ascii(c)[1:-1] for c in text)

@@ -1,0 +1,102 @@
+"""What the config of a run may say: its sections, in the order of the flow."""
+
+import functools
+from typing import Any, NamedTuple
+
+import optax
+
+from fedjax_llm import (
+  adapters,
+  aggregators,
+  builders,
+  clients,
+  config,
+  data,
+  local,
+  models,
+  recipes,
+  server,
+  uploads,
+)
+from fedjax_llm.local import optimizers
+
+
+class Settings(NamedTuple):
+  """The scalars at the top of a config."""
+
+  num_rounds: int
+  seed: int = 0
+  block_size: int | None = None  # clients in one vmap; None: the whole cohort
+  checkpoint_every: int = 1
+  keep_checkpoints: int = 2
+
+
+class Evals(NamedTuple):
+  """The section `evals`: what is tested, and when."""
+
+  every: int = 1  # rounds; before the first and after the last in any case
+  batch_size: int = 8
+  per_client: int | None = None  # held-out examples a client; None: all
+  common: int = 32  # examples of everybody's, for methods with private parts
+  buckets: tuple[int, ...] = (32, 64, 128)  # row widths, against padding
+  samples: int = 2  # replies shown before and after
+  sample_tokens: int = 48
+
+
+def parts(
+  upload: Any = None,
+  aggregator: Any = None,
+  server: Any = None,
+  block_size: int | None = None,
+  fold: Any = None,
+) -> None:
+  """What the program hands to `fed_opt` through a recipe: its signature."""
+
+
+def without(namespace: Any, *names: str) -> dict[str, Any]:
+  known = builders.names(namespace)
+  return {name: known[name] for name in known if name not in names}
+
+
+SPEC = config.Spec(
+  settings=Settings,
+  sections={
+    'data': data.sources,
+    'partition': data.partition,
+    'population': data.population.build,
+    'clients': clients.sampling,
+    'cohort': clients.cohorts.cohorts,
+    'model': models,
+    'adapter': adapters,
+    'algorithm': {
+      name: config.onward(recipe, parts)
+      for name, recipe in builders.names(recipes).items()
+    },
+    'local': {
+      name: config.onward(
+        functools.partial(local.optimizer, name), getattr(optax, name)
+      )
+      for name in optimizers.names()
+    },
+    'local.schedule': {
+      name: getattr(optax, name) for name in optimizers.schedule_names()
+    },
+    'upload': without(uploads, 'from_optax'),
+    'aggregator': without(
+      aggregators, 'as_stack', 'control_variates', 'from_rule'
+    ),
+    'server': server,
+    'evals': Evals,
+  },
+  injected={
+    'population': ('records', 'tokenizer', 'partition', 'seed'),
+    'clients': ('num_clients', 'sizes', 'seed'),
+    'cohort': ('examples', 'max_length', 'pad_id', 'seed', 'profiles'),
+    'model': ('vocab_size', 'eos_ids'),
+    'algorithm': (
+      *('loss', 'optimizer', 'num_clients'),
+      *builders.parameters(parts),
+    ),
+  },
+  optional=('upload', 'aggregator', 'server', 'local.schedule'),
+)

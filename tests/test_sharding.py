@@ -1,0 +1,64 @@
+"""Clients over devices: the same round, and what crosses between them."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from fedjax_llm import sharding
+from fedjax_llm.types import Error
+
+# rule : rows of the mesh ('clients') : columns ('model') : block : cohort
+MEAN = ['mean:8:1:0:8', 'mean:4:2:0:8', 'mean:2:4:0:8', 'mean:2:2:2:8']
+RAGGED = ['mean:4:1:0:6', 'median:4:2:0:8']  # padded; a rule on the stack
+ALONE = ['mean:1:1:0:8', 'median:1:1:0:8']
+
+
+@pytest.fixture(scope='module')
+def runs():
+  flags = os.environ.get('XLA_FLAGS', '')
+  done = subprocess.run(
+    [
+      sys.executable,
+      pathlib.Path(__file__).with_name('sharded.py'),
+      *MEAN,
+      *RAGGED,
+      *ALONE,
+    ],
+    env={
+      **os.environ,
+      'JAX_PLATFORMS': 'cpu',
+      'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count=8',
+    },
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize('shape', MEAN + RAGGED)
+def test_a_mesh_changes_nothing_but_rounding(runs, shape):
+  got, want = runs[shape], runs[f'{shape.split(":")[0]}:1:1:0:8']
+  for x, y in zip(got['params'], want['params'], strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(got['loss'], want['loss'], rtol=1e-5)
+  assert got['bytes'] == want['bytes'] > 0
+  assert got['reported'][:6] == [True] * 5 + [False]
+
+
+@pytest.mark.parametrize('shape', MEAN)
+def test_one_all_reduce_a_round_crosses_clients(runs, shape):
+  found = runs[shape]['collectives']
+  assert found['clients'] == 1  # the whole adapter tree and the weights, fused
+  assert (found['model'] > 0) == (shape.split(':')[2] != '1')
+
+
+def test_devices_that_do_not_divide_into_rows_are_refused():
+  with pytest.raises(Error, match='mesh_model is 3'):
+    sharding.mesh(3, devices=np.arange(8))
