@@ -28,6 +28,7 @@ import numpy as np
 
 from fedjax_llm.types import Error
 
+_MARGIN = 1 << 16  # bytes for names, shapes and checksums
 _PART = 'part_'  # begins the name of what is not a checkpoint (yet, or again)
 
 
@@ -111,7 +112,6 @@ def open(directory: str | os.PathLike, *, max_to_keep: int = 2) -> Checkpointer:
         part.rename(path)
         _sync(folder)
     except Exception:
-      _hush()
       shutil.rmtree(part, ignore_errors=True)
       raise
     damaged.discard(round)
@@ -207,6 +207,10 @@ def _write(
         'file_kind': _kind(value),
       }
     )
+  # Asked beforehand: a write that fails halfway leaves orbax's threads behind.
+  needed = sum(x.nbytes for x in arrays.values()) + _MARGIN
+  if shutil.disk_usage(path).free < needed:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
   (path / 'meta.json').write_text(json.dumps(meta, indent=1))
   if arrays:
     with _quiet() as ocp, ocp.PyTreeCheckpointer() as checkpointer:
@@ -323,22 +327,20 @@ def _quiet() -> Iterator[Any]:
     absl.logging.set_verbosity(before)
 
 
-def _hush() -> None:
-  """After a failure orbax's threads go on and meet a loop that is closed."""
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+  """Tells an error of the disk in a sentence."""
   before = sys.excepthook
 
   def hook(kind, error, traceback):
     if 'Event loop is closed' not in str(error):
       before(kind, error, traceback)
 
+  # After a failure orbax's threads go on, and tell about a loop that is closed.
   sys.excepthook = hook
-
-
-@contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
-  """Tells an error of the disk in a sentence."""
   try:
     yield
+    sys.excepthook = before
   except OSError as e:
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
       raise Error(f'{path} cannot be saved: the disk is full.') from e

@@ -81,17 +81,20 @@ def _board(folder: str, keep: int) -> Callable[[int, Mapping[str, Any]], None]:
   At once and here: the library's own writer is a thread, which dies on a full
   disk and leaves the program waiting for ever.
   """
-  from tensorboardX import record_writer
-  from tensorboardX.proto import event_pb2, summary_pb2
+  import tensorboardX.proto.event_pb2
+  import tensorboardX.proto.summary_pb2
+  from tensorboardX.record_writer import masked_crc32c
 
+  events: Any = tensorboardX.proto.event_pb2
+  summaries: Any = tensorboardX.proto.summary_pb2
   name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}'
   path = os.path.join(folder, name)
 
   def append(**fields: Any) -> None:
-    event = event_pb2.Event(wall_time=time.time(), **fields)
+    event = events.Event(wall_time=time.time(), **fields)
     data = event.SerializeToString()
     size = struct.pack('<Q', len(data))
-    crc = lambda x: struct.pack('<I', record_writer.masked_crc32c(x))
+    crc = lambda x: struct.pack('<I', masked_crc32c(x))
     with _saving(path):
       os.makedirs(folder, exist_ok=True)
       with open(path, 'ab') as file:
@@ -99,15 +102,15 @@ def _board(folder: str, keep: int) -> Callable[[int, Mapping[str, Any]], None]:
 
   def write(round: int, record: Mapping[str, Any]) -> None:
     values = [
-      summary_pb2.Summary.Value(tag=name, simple_value=value)
+      summaries.Summary.Value(tag=name, simple_value=value)
       for name, value in record.items()
       if isinstance(value, int | float) and name != 'round'
     ]
-    append(step=round, summary=summary_pb2.Summary(value=values))
+    append(step=round, summary=summaries.Summary(value=values))
 
   append(file_version='brain.Event:2')
   if keep >= 0:  # events of rounds that are done again are hidden
-    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    start = events.SessionLog(status=events.SessionLog.START)
     append(step=keep + 1, session_log=start)
   return write
 

@@ -32,8 +32,8 @@ def describe(population: Population) -> str:
       named = [printable(n) for n in report.get(f'{field}_names', ())]
       if named and len(named) < report[field]:
         named.append('...')
-      names = f' ({", ".join(named)})' if named else ''
-      lines.append(f'left out: {report[field]} {what}{names}')
+      some = f' ({", ".join(named)})' if named else ''
+      lines.append(f'left out: {report[field]} {what}{some}')
   if report.get('replies_cut'):
     lines.append(f'cut: {report["replies_cut"]} replies, as asked')
   if report.get('prompts_truncated'):
@@ -57,7 +57,7 @@ def left_out(
   """
   told = dict(told)
   broken = np.asarray(told.pop('clients/non_finite'), bool)
-  bad = [names[i] for i in np.asarray(draw.ids)[broken]]
+  bad = [names[int(i)] for i in np.asarray(draw.ids)[broken]]
   some = ', '.join(map(printable, bad[:5])) + (', ...' if len(bad) > 5 else '')
   reported = np.asarray(cohort.valid, bool)
   if bad and len(bad) == int(reported.sum()):
@@ -121,10 +121,17 @@ def summary(path: str | os.PathLike) -> str:
     field = f'evals/{field}'
     if field in last:
       old, new = first.get(field), last[field]
+      if own and old == new:
+        continue  # nothing is shared
       change = '' if old is None or new is None else new - old
       new = 'not finite' if new is None else new  # null in the file
       rows.append((label, '' if old is None else old, new, change))
   notes = []
+  if own:
+    notes.append(
+      'Clients keep parameters of their own, in states/: the adapter holds the '
+      'shared ones and the initial private ones.'
+    )
   if untrained := last.get('evals/personal/untrained'):
     notes.append(f'{untrained} clients were never trained: they are left out.')
   if not rows:

@@ -65,6 +65,7 @@ SPEC = config.Spec(
     'partition': data.partition,
     'population': data.population.build,
     'clients': clients.sampling,
+    'profiles': clients.profiles,
     'cohort': clients.cohorts.cohorts,
     'model': models,
     'adapter': adapters,
@@ -91,6 +92,7 @@ SPEC = config.Spec(
   injected={
     'population': ('records', 'tokenizer', 'partition', 'seed'),
     'clients': ('num_clients', 'sizes', 'seed'),
+    'profiles': ('num_clients', 'seed'),
     'cohort': ('examples', 'max_length', 'pad_id', 'seed', 'profiles'),
     'model': ('vocab_size', 'eos_ids'),
     'algorithm': (
@@ -98,5 +100,5 @@ SPEC = config.Spec(
       *builders.parameters(parts),
     ),
   },
-  optional=('upload', 'aggregator', 'server', 'local.schedule'),
+  optional=('profiles', 'upload', 'aggregator', 'server', 'local.schedule'),
 )

@@ -96,6 +96,9 @@ def run(argv: list[str]) -> None:
     cohort_conf['num_steps'] *= len(sampler(0).ids)
     owned, names = (tuple(text for own in owned for text in own),), ('all',)
     sampler = clients.sampling.full(1)
+  carry = None
+  if conf.get('profiles'):
+    carry = build('profiles', num_clients=len(owned), seed=seed)
   packing = cohort_conf.get('packing', False)
   row = resolved['population']['max_length'] if packing else width
   make_cohort = builders.build(
@@ -105,6 +108,7 @@ def run(argv: list[str]) -> None:
     max_length=row,
     pad_id=tokenizer.pad_id,
     seed=seed,
+    profiles=carry,
   )
   assemble = lambda round: ((draw := sampler(round)), make_cohort(draw, round))
   max_targets = clients.cohorts.max_targets(

@@ -9,7 +9,7 @@ import pytest
 import references_lora as ref
 import toy
 
-from fedjax_llm import local, recipes, server, tree, uploads
+from fedjax_llm import clients, local, recipes, server, tree, uploads
 from fedjax_llm.clients import scopes
 from fedjax_llm.recipes import heterogeneous, homogeneous
 from fedjax_llm.types import Codec, Error, LowRank
@@ -449,3 +449,39 @@ def test_the_rule_of_fedex_works_under_other_methods(name):
   assert losses[-1] < losses[0]
   served = algorithm.personal(state.params, None)['q']
   assert np.abs(served.residual).max() > 0
+
+
+# ----------------------------------------------------------------- profiles --
+
+
+def test_ranks_meet_their_shares_and_depend_on_the_seed():
+  draw = functools.partial(clients.profiles.ranks, num_clients=40)
+  got = draw((2, 4, 8), (0.5, 0.25, 0.25))['rank']
+  assert [(got == r).sum() for r in (2, 4, 8)] == [20, 10, 10]
+  assert (got == draw((2, 4, 8), (2, 1, 1))['rank']).all()
+  assert (got != draw((2, 4, 8), (2, 1, 1), seed=1)['rank']).any()
+  counts = np.bincount(draw((1, 2, 3))['rank'])[1:]
+  assert counts.sum() == 40 and np.ptp(counts) <= 1
+
+
+@pytest.mark.parametrize(
+  'broken',
+  [
+    dict(choices=()),
+    dict(choices=(0, 2)),
+    dict(choices=(1, 2), shares=(1.0,)),
+    dict(choices=(1, 2), shares=(0.0, 0.0)),
+    dict(choices=(1, 2), shares=(-1.0, 2.0)),
+    dict(choices=(1, 2), seed=-1),
+  ],
+)
+def test_ranks_out_of_range_are_refused(broken):
+  with pytest.raises(Error, match=r'profiles|seed'):
+    clients.profiles.ranks(num_clients=4, **broken)
+
+
+def test_alternating_and_ranks_say_what_is_wrong():
+  with pytest.raises(Error, match='two patterns'):
+    scopes.alternating('/b$')
+  with pytest.raises(Error, match='matches no leaf'):
+    scopes.alternating('/b$', '/c$').mask(toy.params(), (), None, 0, None)

@@ -25,10 +25,10 @@ def measure(uploads: Uploads, old: Params, new: Params) -> Metrics:
                                   / sum_k w_k ||u_k||^2): 0 if all agree
 
   What is served is s a b and what the round added to the residual. Through
-  Gram matrices, or through the residual where there is one; in float32
-  they resolve errors down to about 1e-3 where a rule changes the basis. Nodes with a private
-  factor have no common product and are left out, and `error_by_layer` where
-  nodes differ in their number of layers.
+  Gram matrices, or through the residual where there is one; in float32 they
+  resolve errors down to about 1e-3 where a rule changes the basis. Nodes with a
+  private factor have no common product and are left out, and `error_by_layer`
+  where nodes differ in their number of layers.
   """
   if isinstance(old, Controlled):
     assert isinstance(new, Controlled)

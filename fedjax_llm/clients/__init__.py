@@ -2,21 +2,24 @@
 
 sampling  round -> Draw             cohorts  Draw -> Cohort [K, S, B, T]
 scopes    what a client trains,     store    private state of N clients
-          shares and keeps
+          shares and keeps         profiles what clients can carry
 """
 
-from fedjax_llm.clients import cohorts, sampling, scopes, store
+from fedjax_llm.clients import cohorts, profiles, sampling, scopes, store
 from fedjax_llm.clients.sampling import by_size, cyclic, full, uniform
 from fedjax_llm.clients.scopes import (
   all_private,
+  alternating,
   everything,
   frozen,
   labelled,
   private,
+  ranks,
 )
 
 __all__ = [
   'cohorts',
+  'profiles',
   'sampling',
   'scopes',
   'store',
@@ -31,4 +34,6 @@ __all__ = [
   'frozen',
   'labelled',
   'all_private',
+  'alternating',
+  'ranks',
 ]

@@ -57,6 +57,7 @@ def loop(
   """
   together = likelihood(loss)
   apart = personal(loss)
+  owners = np.concatenate([np.zeros(0), *(o.ravel() for _, o in heldout)])
 
   def examine(
     base: Base, params: Params, store: Any, key: Key
@@ -75,7 +76,9 @@ def loop(
       told['evals/personal/untrained'] = len(names) - len(ids)
     else:
       ids = ()
-    if len(ids):
+    # Clients with a model of their own may be others than those with text.
+    own = heldout if np.isin(ids, owners).any() else ()
+    if len(ids) and (own or common):
 
       def stack(places: np.ndarray) -> Params:
         states: ClientState = store.gather(ids[places])
@@ -84,7 +87,7 @@ def loop(
           jax.tree.map(jnp.asarray, states)
         )
 
-      report = apart(base, stack, ids, heldout, common, key)
+      report = apart(base, stack, ids, own, common, key)
       told |= _told(report, names)
     return told
 

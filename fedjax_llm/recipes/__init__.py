@@ -10,6 +10,21 @@ from fedjax_llm.recipes.averaging import fed_yogi as fed_yogi
 from fedjax_llm.recipes.averaging import scaffold as scaffold
 from fedjax_llm.recipes.baselines import centralised as centralised
 from fedjax_llm.recipes.baselines import local_only as local_only
+from fedjax_llm.recipes.heterogeneous import flexlora as flexlora
+from fedjax_llm.recipes.heterogeneous import flora as flora
+from fedjax_llm.recipes.heterogeneous import het_lora as het_lora
+from fedjax_llm.recipes.heterogeneous import rbla as rbla
+from fedjax_llm.recipes.heterogeneous import (
+  replication_padding as replication_padding,
+)
+from fedjax_llm.recipes.heterogeneous import zero_padding as zero_padding
+from fedjax_llm.recipes.homogeneous import fed_it as fed_it
+from fedjax_llm.recipes.homogeneous import fed_sa as fed_sa
+from fedjax_llm.recipes.homogeneous import fedex_lora as fedex_lora
+from fedjax_llm.recipes.homogeneous import ffa_lora as ffa_lora
+from fedjax_llm.recipes.homogeneous import flasc as flasc
+from fedjax_llm.recipes.homogeneous import lora_fair as lora_fair
+from fedjax_llm.recipes.homogeneous import rolora as rolora
 
 __all__ = [
   'centralised',
@@ -17,8 +32,21 @@ __all__ = [
   'fed_adam',
   'fed_avg',
   'fed_avgm',
+  'fed_it',
   'fed_prox',
+  'fed_sa',
   'fed_yogi',
+  'fedex_lora',
+  'ffa_lora',
+  'flasc',
+  'flexlora',
+  'flora',
+  'het_lora',
   'local_only',
+  'lora_fair',
+  'rbla',
+  'replication_padding',
+  'rolora',
   'scaffold',
+  'zero_padding',
 ]

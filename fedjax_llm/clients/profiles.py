@@ -1,0 +1,58 @@
+"""What clients can carry: capacities, drawn once for a whole run.
+
+A builder here returns a mapping of arrays [N], one row a client; the cohort
+carries the rows of those that take part in `Cohort.profiles`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from fedjax_llm.types import Error
+
+__all__ = ['ranks']
+
+_RANKS = 201  # purpose of the random stream
+
+
+def ranks(
+  choices: Sequence[int],
+  shares: Sequence[float] | None = None,
+  *,
+  num_clients: int,
+  seed: int = 0,
+) -> Mapping[str, np.ndarray]:
+  """A LoRA rank for every client: {'rank': [N] int32}.
+
+  The shares are met as nearly as N allows; who gets which is drawn. A rank
+  above the adapter's holds all of it.
+
+  Args:
+    choices: the ranks there are, e.g. (4, 8, 16).
+    shares: of the clients that have each of them; equal if None.
+    num_clients: N.
+    seed: of the draw.
+
+  Raises:
+    Error: no choice, a rank below one, shares that are not one a choice, not
+      positive in sum, or negative; a negative seed.
+
+  >>> ranks((2, 8), (0.75, 0.25), num_clients=8)['rank'].tolist()
+  [2, 2, 2, 2, 8, 8, 2, 2]
+  """
+  found = [int(c) for c in choices]
+  if not found or min(found) < 1:
+    raise Error(f'profiles.choices is {list(choices)}: ranks start at 1.')
+  weight = np.ones(len(found)) if shares is None else np.asarray(shares, float)
+  if weight.shape != (len(found),) or (weight < 0).any() or weight.sum() <= 0:
+    raise Error(
+      f'profiles.shares is {shares}: it takes one share of at least 0 for each '
+      f'of the {len(found)} choices.'
+    )
+  if seed < 0:
+    raise Error(f'seed is {seed}: it is a whole number of at least 0.')
+  draw = np.random.default_rng((seed, _RANKS)).random(num_clients)
+  place = (np.argsort(np.argsort(draw)) + 0.5) / num_clients
+  edges = np.cumsum(weight)[:-1] / weight.sum()
+  which = np.searchsorted(edges, place, side='right')
+  return {'rank': np.asarray(found, np.int32)[which]}
