@@ -27,6 +27,7 @@ class Settings(NamedTuple):
   num_rounds: int
   seed: int = 0
   block_size: int | None = None  # clients in one vmap; None: the whole cohort
+  mesh_model: int = 1  # devices that share a copy of the base, of all there are
   checkpoint_every: int = 1
   keep_checkpoints: int = 2
 
@@ -49,6 +50,7 @@ def parts(
   server: Any = None,
   block_size: int | None = None,
   fold: Any = None,
+  mesh: Any = None,
 ) -> None:
   """What the program hands to `fed_opt` through a recipe: its signature."""
 

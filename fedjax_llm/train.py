@@ -27,6 +27,7 @@ from fedjax_llm import (
   metrics,
   models,
   report,
+  sharding,
   tree,
   workdir,
 )
@@ -58,13 +59,11 @@ def run(argv: list[str]) -> None:
 
   # ------------------------------------------------------------- data, model --
   records = build('data')
-  if conf['model']['name'] == 'random':
-    tokenizer = data.tokenizers.bytes()
-    loaded = build(
-      'model', vocab_size=tokenizer.vocab_size, eos_ids=(tokenizer.eos_id,)
-    )
-  else:
-    loaded = build('model')
+  tokenizer = data.tokenizers.bytes()  # of models that come without their own
+  loaded = build(
+    'model', vocab_size=tokenizer.vocab_size, eos_ids=(tokenizer.eos_id,)
+  )
+  if loaded.directory is not None:
     tokenizer = data.tokenizers.pretrained(str(loaded.directory))
   population = build(
     'population',
@@ -123,6 +122,10 @@ def run(argv: list[str]) -> None:
   adapter_key, round_key = jax.random.split(jax.random.key(seed))
   base, adapter = loaded.base, build('adapter')
   initial = adapter.init(adapter_key, base)
+  mesh = None
+  if jax.device_count() > 1:  # clients over devices, the base once a row
+    mesh = sharding.mesh(settings.mesh_model)
+    base = sharding.place(base, mesh)
   parts = ('upload', 'aggregator', 'server')
   algorithm: FederatedAlgorithm = build(
     'algorithm',
@@ -131,6 +134,7 @@ def run(argv: list[str]) -> None:
     num_clients=len(owned),
     block_size=settings.block_size,
     fold=adapter.fold,
+    mesh=mesh,
     **{part: build(part) for part in parts if conf.get(part)},
   )
   # `donate` eats what the state is made of; the start is shown at the end.
@@ -285,8 +289,9 @@ def run(argv: list[str]) -> None:
     room.adapter,
     final,
     module_name=lambda path, layer: models.families.hf_module_name(
-      path, layer, loaded.config
+      path, layer, loaded.config, part=True
     ),
+    fused=lambda path: models.families.fused_rows(loaded.config, path),
     base_model=str(room.base) if keep_base else loaded.name,
     use_rslora=conf['adapter']['name'] == 'rslora',
   )

@@ -94,3 +94,50 @@ def replication(a, b, ranks, weight, old_a, old_b):
 def effective_rank(product):
   s = np.linalg.svd(product, compute_uv=False)
   return (s**2).sum() ** 2 / (s**4).sum() if s.any() else 0.0
+
+
+def fedsvd(a, b, scale, weight):
+  """Orthonormal a and the rest, for the product of the means (2505.12805)."""
+  mean_a, mean_b = mean_factors(a, b, weight)
+  product = scale[0] * mean_a @ mean_b
+  u, s, v = np.linalg.svd(product, full_matrices=False)
+  rank = mean_a.shape[1]
+  return u[:, :rank], s[:rank, None] * v[:rank] / scale[0]
+
+
+def nearest_rotation(m):
+  u, _, v = np.linalg.svd(m)
+  if np.linalg.det(u @ v) < 0:
+    v[-1] *= -1
+  return u @ v
+
+
+def fedrot(a, b, weight, old_a, old_b, aligned, strength):
+  """Clients turned onto the server's factor, then the means (2602.23638)."""
+  a, b, old_a, old_b = f64(a, b, old_a, old_b)
+  turned_a, turned_b = [], []
+  for k in range(len(a)):
+    m = a[k].T @ old_a if aligned == 'a' else b[k] @ old_b.T
+    turn = nearest_rotation(m)
+    if strength < 1:
+      same = np.eye(len(turn))
+      turn = nearest_rotation((1 - strength) * same + strength * turn)
+    turned_a.append(a[k] @ turn)
+    turned_b.append(turn.T @ b[k])
+  return mean_factors(turned_a, turned_b, weight)
+
+
+def units(start_a, start_b, change_a, change_b, budget):
+  """The units of LoRA-A2 over layers [L, ...]: booleans [L, R]."""
+  score = np.array(
+    [
+      [
+        np.linalg.norm(change_a[i][:, r]) * np.linalg.norm(start_b[i][r])
+        + np.linalg.norm(start_a[i][:, r]) * np.linalg.norm(change_b[i][r])
+        for r in range(start_a.shape[-1])
+      ]
+      for i in range(len(start_a))
+    ]
+  )
+  bound = np.sort(score.ravel())[-budget * len(start_a)]
+  return score >= bound

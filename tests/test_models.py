@@ -15,13 +15,14 @@ import pytest
 import safetensors.numpy
 
 from fedjax_llm import models
+from fedjax_llm.models import config as config_lib
 from fedjax_llm.models import families, layers, load, transformer
 from fedjax_llm.models.generate import generate
-from fedjax_llm.models.layers import Places, Rope
+from fedjax_llm.models.layers import Places
+from fedjax_llm.models.rope import Rope, rope_frequencies
 from fedjax_llm.types import Batch, Error, LowRank
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'models'
-NAMES = sorted(p.name for p in GOLDEN.iterdir())
 
 
 def texts(tokens, lengths=None) -> Batch:
@@ -76,27 +77,7 @@ def windowed():
   return load.pretrained(GOLDEN / 'mistral')
 
 
-# ------------------------------------------------------------------ parity --
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_logits_equal_those_of_torch(name):
-  loaded = load.pretrained(GOLDEN / name)
-  golden = np.load(GOLDEN / name / 'logits.npz')
-  batch = texts(golden['tokens'], golden['lengths'])
-  logits = np.asarray(run(loaded, batch)) * batch.loss_mask[..., None]
-  scale = np.abs(golden['logits']).max()
-  assert scale > 1  # the weights were not so small that all is near zero
-  np.testing.assert_allclose(logits, golden['logits'], atol=1e-5 * scale)
-
-
-def test_golden_models_cover_ropes_windows_biases_and_ties():
-  configs = [families.read_config(GOLDEN / name) for name in NAMES]
-  assert {c.rope.kind for c in configs} == {'default', 'linear', 'llama3'}
-  assert {c.family for c in configs} == set(families.FAMILIES)
-  assert {c.tied for c in configs} == {True, False}
-  assert {c.mlp_bias for c in configs} == {True, False}
-  assert {0 in c.windows for c in configs if c.windows} == {True, False}
+# ---------------------------------------------------------------- position --
 
 
 def test_a_window_changes_the_logits_only_behind_it(windowed):
@@ -112,7 +93,7 @@ def test_a_window_changes_the_logits_only_behind_it(windowed):
 
 def test_llama3_keeps_fast_frequencies_and_stretches_slow_ones():
   rope = Rope('llama3', 500000.0, 8.0, 1.0, 4.0, 8192)
-  ratio = layers.rope_frequencies(rope, 128) / layers.rope_frequencies(
+  ratio = rope_frequencies(rope, 128) / rope_frequencies(
     Rope(theta=500000.0), 128
   )
   # Wavelength 2 pi theta^(2 i / 128) against 8192 / 4 and 8192.
@@ -124,26 +105,7 @@ def test_llama3_keeps_fast_frequencies_and_stretches_slow_ones():
   assert ((between > 1 / 8) & (between < 1)).all()
 
 
-# ------------------------------------------------------ packing and padding --
-
-
-@pytest.mark.parametrize('name', ['llama', 'qwen2_windows'])
-def test_packed_texts_equal_separate_ones(name):
-  loaded = load.pretrained(GOLDEN / name)
-  rng = np.random.default_rng(0)
-  first, second = rng.integers(3, 97, 11), rng.integers(3, 97, 9)
-  packed = Batch(
-    np.concatenate([first, second, np.zeros(4, int)])[None].astype(np.int32),
-    None,
-    np.repeat([1, 2, 0], [11, 9, 4])[None].astype(np.int32),
-    np.concatenate([np.arange(11), np.arange(9), np.zeros(4, int)])[None],
-  )
-  logits = run(loaded, packed)[0]
-  apart = np.zeros((2, 11), np.int32)
-  apart[0], apart[1, :9] = first, second
-  wanted = run(loaded, texts(apart, [11, 9]))
-  np.testing.assert_allclose(logits[:11], wanted[0], atol=2e-5)
-  np.testing.assert_allclose(logits[11:20], wanted[1, :9], atol=2e-5)
+# ----------------------------------------------------------------- padding --
 
 
 def test_padding_may_stand_on_either_side(tiny):
@@ -383,18 +345,15 @@ def copy(tmp_path, name='llama', **changes):
     ({'architectures': ['MambaForCausalLM'], 'model_type': 'mamba'}, 'Mamba'),
     ({'architectures': ['LlamaForSequenceClassification']}, 'LlamaForCausalLM'),
     ({'model_type': 'mistral'}, 'LlamaForCausalLM.*mistral'),
-    ({'hidden_act': 'gelu'}, "hidden_act='gelu'"),
+    ({'hidden_act': 'mish'}, "hidden_act='mish'"),
     ({'quantization_config': {'quant_method': 'x'}}, 'quantization_config'),
     ({'attn_logit_softcapping': 50.0}, 'attn_logit_softcapping=50.0'),
     ({'rope_interleaved': True}, 'rope_interleaved=True'),
     ({'head_dim': 7}, 'head_dim.*7'),
     ({'num_key_value_heads': 3}, 'num_key_value_heads=3'),
-    *(
-      (
-        {'rope_parameters': {'rope_theta': 1e4, 'factor': 2.0, 'rope_type': t}},
-        t,
-      )
-      for t in ('dynamic', 'yarn', 'spiral')
+    (
+      {'rope_parameters': {'rope_theta': 1e4, 'rope_type': 'spiral'}},
+      'spiral',
     ),
     (
       {'rope_parameters': {'rope_theta': 1e4, 'partial_rotary_factor': 0.5}},
@@ -426,14 +385,6 @@ def test_a_mistral_with_layer_types_is_refused(tmp_path):
   types = ['full_attention', 'sliding_attention']
   with pytest.raises(Error, match=r'ministral|layer_types'):
     load.pretrained(copy(tmp_path, 'mistral', layer_types=types))
-
-
-@pytest.mark.parametrize('name', NAMES)
-def test_a_config_survives_the_way_out_and_back(tmp_path, name):
-  config = families.read_config(GOLDEN / name)
-  file = tmp_path / 'config.json'
-  file.write_text(json.dumps(families.to_hf(config)))
-  assert families.read_config(tmp_path) == config
 
 
 def test_old_rope_fields_are_read(tmp_path):
@@ -517,7 +468,7 @@ def test_a_tied_head_may_be_written_twice_but_not_differ(tmp_path):
     weights['lm_head.weight'][0, 0] += 1
 
   change(directory, differ)
-  with pytest.raises(Error, match=r'lm_head\.weight differs'):
+  with pytest.raises(Error, match=r'lm_head\.weight.*differs'):
     load.pretrained(directory)
 
 
@@ -740,7 +691,7 @@ def test_half_precision_keeps_logits_in_float32_and_near(tiny):
 
 def test_counted_parameters_are_those_of_the_tree(tiny):
   leaves = jax.tree.leaves(tiny.base)
-  assert transformer.num_params(tiny.config) == sum(x.size for x in leaves)
+  assert config_lib.num_params(tiny.config) == sum(x.size for x in leaves)
   with pytest.raises(Error, match='remat'):
     transformer.build(tiny.config, remat='some')
   with pytest.raises(Error, match='dtype'):

@@ -61,6 +61,58 @@ def rslora(
   return _low_rank(rank, alpha / max(rank, 1) ** 0.5, targets)
 
 
+def federa(
+  rank: int = 8,
+  alpha: float = 16.0,
+  targets: str | Sequence[str] = ('q_proj', 'v_proj'),
+) -> Adapter:
+  """LoRA that starts on the largest singular directions of the base.
+
+      W = U S V':   a = U_r sqrt(S_r / s),   b = sqrt(S_r / s) V_r',
+                    W <- W - s a b,           s = alpha / rank
+
+  so that the adapted model starts as the base. FeDeRA (Yan et al. 2024, arXiv
+  2404.18848), which is PiSSA's start (Meng et al. 2024, arXiv 2404.02948) in
+  federated training; every client has the same, since it follows from the base.
+  What is taken from the base sits in `residual`, which `fold` adds once a
+  round. Arguments and errors as in `lora`.
+
+  >>> import jax, jax.numpy as jnp
+  >>> base = {'layers': {'q_proj': {'kernel': jnp.diag(jnp.arange(3.0))[None]}}}
+  >>> node = federa(rank=1, alpha=1.0, targets='q_proj').init(None, base)
+  >>> float(node['layers']['q_proj'].residual[0, 2, 2].round(3))
+  -2.0
+  """
+  scale = alpha / max(rank, 1)
+  fresh = _low_rank(rank, scale, targets)
+
+  def init(key: Key, base: Base) -> Params:
+    del key  # nothing is drawn
+
+    def node(x, weights):
+      u, s, v = jnp.linalg.svd(
+        weights['kernel'].astype(jnp.float32), full_matrices=False
+      )
+      root = jnp.sqrt(s[..., :rank] / scale)
+      new = x._replace(
+        a=u[..., :rank] * root[..., None, :],
+        b=root[..., :, None] * v[..., :rank, :],
+      )
+      return new._replace(residual=-product(new))
+
+    params = fresh.init(jax.random.key(0), base)
+    return _beside(params, base, node)
+
+  return fresh._replace(init=init)
+
+
+def _beside(params: Any, base: Any, change: Callable) -> Any:
+  """`change(node, weights)` on every adapter node and the base beside it."""
+  if isinstance(params, LowRank):
+    return change(params, base)
+  return {name: _beside(params[name], base[name], change) for name in params}
+
+
 def _low_rank(rank: int, scale: float, targets: str | Sequence[str]) -> Adapter:
   if rank < 1:
     raise Error(f'adapter.rank is {rank}; it must be at least 1.')

@@ -9,6 +9,10 @@ tree. The two ways of naming belong to a model family, so they are arguments:
     path_of(name) -> (path, layer)       'model.layers.3.self_attn.q_proj'
 
 `layer` is `None` where a weight is not stacked over layers (an output head).
+Where several targets lie in one module, it is named for each of them, `path_of`
+gives all of their paths, and a third argument says where they lie:
+
+    fused(path) -> (features, total)    of the module's output, or None
 """
 
 import collections
@@ -18,18 +22,21 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_llm.adapters import fused as fused_lib
+from fedjax_llm.adapters.fused import Factors
 from fedjax_llm.types import Error, LowRank, Params
 
 Path = tuple[str, ...]
 ModuleName = Callable[[Path, int | None], str]
-PathOf = Callable[[str], tuple[Path, int | None]]
+PathOf = Callable[[str], tuple[Path | tuple[Path, ...], int | None]]
+Fused = Callable[[Path], tuple[np.ndarray, int] | None]
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 _PREFIX = 'base_model.model.'
@@ -57,6 +64,7 @@ def save(
   params: Params,
   *,
   module_name: ModuleName,
+  fused: Fused = lambda path: None,
   base_model: str,
   task_type: str = 'CAUSAL_LM',
   use_rslora: bool = False,
@@ -72,7 +80,7 @@ def save(
   Args:
     directory: where to write; its parents are made.
     params: nested dicts of `LowRank` nodes.
-    module_name: see above.
+    module_name, fused: see above.
     base_model: name or directory of the base, for who loads the adapter.
     task_type: as PEFT names them.
     use_rslora: how the scale is told, not what it is.
@@ -82,9 +90,8 @@ def save(
       (residuals and other trained leaves have no place in PEFT's files), or
       the disk refuses.
   """
-  tensors: dict[str, np.ndarray] = {}
-  ranks: dict[str, int] = {}
-  alphas: dict[str, float] = {}
+  modules: dict[str, Factors] = {}
+  parts: dict[str, list[Any]] = collections.defaultdict(list)
   for path, node in _nodes(params):
     if node.residual is not None:
       raise Error(
@@ -92,14 +99,33 @@ def save(
         'fold it into the base and save that, or save without residuals.'
       )
     a, b, scale = (np.asarray(x, np.float32) for x in node[:3])
-    rank = a.shape[-1]
+    place = fused(path)
     for layer in range(a.shape[0]) if a.ndim == 3 else [None]:
       name = module_name(path, layer)
       at = () if layer is None else layer
-      tensors[f'{_PREFIX}{name}.lora_A.weight'] = np.ascontiguousarray(a[at].T)
-      tensors[f'{_PREFIX}{name}.lora_B.weight'] = np.ascontiguousarray(b[at].T)
-      ranks[name] = rank
-      alphas[name] = _alpha(float(scale[at]), _divisor(rank, use_rslora))
+      one = Factors(a[at], b[at], scale[at])
+      if place is not None:
+        parts[name].append((place, one))
+      elif name in modules:
+        raise Error(
+          f'{"/".join(path)} is not the only target in {name}, and `fused` '
+          'does not say where it lies.'
+        )
+      else:
+        modules[name] = one
+  for name, members in parts.items():
+    total = members[0][0][1]
+    modules[name] = fused_lib.join(
+      [(place[0], one) for place, one in members], total
+    )
+  tensors: dict[str, np.ndarray] = {}
+  ranks: dict[str, int] = {}
+  alphas: dict[str, float] = {}
+  for name, (a, b, scale) in modules.items():
+    tensors[f'{_PREFIX}{name}.lora_A.weight'] = np.ascontiguousarray(a.T)
+    tensors[f'{_PREFIX}{name}.lora_B.weight'] = np.ascontiguousarray(b.T)
+    ranks[name] = a.shape[1]
+    alphas[name] = _alpha(float(scale), _divisor(ranks[name], use_rslora))
   if not tensors:
     raise Error(
       'There is no low-rank adapter to save: the parameters hold none.'
@@ -123,7 +149,7 @@ def save(
     'r': rank,
     'rank_pattern': {n: x for n, x in ranks.items() if x != rank},
     'revision': None,
-    'target_modules': sorted({name.split('.')[-1] for name in ranks}),
+    'target_modules': _target_modules(ranks),
     'task_type': task_type,
     'use_dora': False,
     'use_rslora': use_rslora,
@@ -147,6 +173,25 @@ def _nodes(params: Any, path: Path = ()) -> Iterator[tuple[Path, LowRank]]:
       f'{"/".join(path) or "The tree"} holds {type(params).__name__}, and a '
       'PEFT adapter only tells low-rank nodes.'
     )
+
+
+# Names that several modules of a network end in.
+_COMMON = {'dense', 'c_proj', 'out_proj'}
+
+
+def _target_modules(names: Iterable[str]) -> list[str] | str:
+  """The ends of the names, or a regular expression where they are common.
+
+  >>> _target_modules(['h.0.attn.c_proj', 'h.1.attn.c_proj'])
+  'h\\\\.\\\\d+\\\\.attn\\\\.c_proj'
+  """
+  ends = sorted({name.split('.')[-1] for name in names})
+  if not _COMMON & set(ends):
+    return ends
+  digits = re.compile(r'\\\.\d+\\\.')
+  return '|'.join(
+    sorted({digits.sub(r'\\.\\d+\\.', re.escape(n)) for n in names})
+  )
 
 
 def _divisor(rank: int, use_rslora: bool) -> float:
@@ -212,6 +257,7 @@ def load(
   directory: str | os.PathLike,
   *,
   path_of: PathOf,
+  fused: Fused = lambda path: None,
   template: Params | None = None,
 ) -> Params:
   """Reads a PEFT LoRA directory as nested dicts of `LowRank`, in float32.
@@ -228,7 +274,7 @@ def load(
   directory = pathlib.Path(directory)
   config = _read_config(directory / CONFIG)
   modules = _read_modules(directory / WEIGHTS)
-  layers: dict[Path, dict[int | None, Any]] = collections.defaultdict(dict)
+  layers: dict[Any, dict[int | None, Any]] = collections.defaultdict(dict)
   for name, pair in modules.items():
     a, b = pair['A'], pair['B']
     rank = _by_pattern(config, 'rank_pattern', 'r', name)
@@ -240,10 +286,13 @@ def load(
     alpha = _by_pattern(config, 'alpha_pattern', 'lora_alpha', name)
     scale = alpha / _divisor(rank, config.get('use_rslora', False))
     path, layer = path_of(name)
+    path = path if isinstance(path[0], tuple) else (path,)
     if layer in layers[path]:
       raise Error(f'{directory / WEIGHTS}: {name} appears twice.')
-    layers[path][layer] = (a.T, b.T, np.float32(scale))
+    layers[path][layer] = Factors(a.T, b.T, np.float32(scale))
 
+  wanted = {} if template is None else dict(_nodes(template))
+  layers = _split(layers, fused, wanted)
   params: dict[str, Any] = {}
   for path in sorted(layers):
     node = params
@@ -253,6 +302,43 @@ def load(
   if template is not None:
     _check_template(params, template, directory)
   return jax.tree.map(jnp.asarray, params)
+
+
+def _split(
+  layers: Mapping[tuple[Path, ...], Mapping[int | None, Factors]],
+  fused: Fused,
+  wanted: Mapping[Path, LowRank],
+) -> dict[Path, dict[int | None, Factors]]:
+  """One entry a target: those of fused modules get their parts.
+
+  A part that the adapter leaves alone, and that is not wanted, gets none.
+  """
+  found: dict[Path, dict[int | None, Factors]] = {}
+  for paths, group in layers.items():
+    if len(paths) == 1:
+      found[paths[0]] = dict(group)
+      continue
+    rows = {}
+    for path in paths:
+      place = fused(path)
+      if place is None:
+        raise Error(f'`fused` does not say where {"/".join(path)} lies.')
+      rows[path] = place[0]
+    used = [
+      path
+      for path in paths
+      if path in wanted or any(x.b[:, rows[path]].any() for x in group.values())
+    ]
+    used = sorted(used or paths)  # as they were joined
+    ranks = [wanted[p].a.shape[-1] for p in used if p in wanted]
+    parts = fused_lib.split(
+      list(group.values()),
+      [rows[p] for p in used],
+      ranks if len(ranks) == len(used) else None,
+    )
+    for path, factors in zip(used, parts, strict=True):
+      found[path] = dict(zip(group, factors, strict=True))
+  return found
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from fedjax_llm.aggregators.averaging import from_rule as from_rule
 from fedjax_llm.aggregators.averaging import masked_mean as masked_mean
 from fedjax_llm.aggregators.averaging import mean as mean
 from fedjax_llm.aggregators.averaging import uniform_mean as uniform_mean
+from fedjax_llm.aggregators.low_rank_bases import fedrot as fedrot
+from fedjax_llm.aggregators.low_rank_bases import fedsvd as fedsvd
+from fedjax_llm.aggregators.low_rank_bases import flexlora as flexlora
 from fedjax_llm.aggregators.low_rank_metrics import measure as measure
 from fedjax_llm.aggregators.low_rank_rules import fedex as fedex
-from fedjax_llm.aggregators.low_rank_rules import flexlora as flexlora
 from fedjax_llm.aggregators.low_rank_rules import flora as flora
 from fedjax_llm.aggregators.low_rank_rules import lora_fair as lora_fair
 from fedjax_llm.aggregators.low_rank_rules import norm_weighted as norm_weighted
@@ -24,6 +26,8 @@ __all__ = [
   'as_stack',
   'control_variates',
   'fedex',
+  'fedrot',
+  'fedsvd',
   'flexlora',
   'flora',
   'from_rule',

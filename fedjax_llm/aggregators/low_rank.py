@@ -19,7 +19,8 @@ def is_node(x: object) -> bool:
   return isinstance(x, LowRank)
 
 
-def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
+def dot(x: jax.Array, y: jax.Array) -> jax.Array:
+  """x @ y in float32, batched, nothing rounded on the way."""
   wide = lambda z: z.astype(jnp.float32)
   return jnp.matmul(wide(x), wide(y), precision=jax.lax.Precision.HIGHEST)
 
@@ -116,7 +117,7 @@ def residual(
 
 def dense(node: LowRank) -> jax.Array:
   """scale a b, [..., D, F]; a residual of the node is left aside."""
-  return _dot(node.a, node.b) * node.scale[..., None, None]
+  return dot(node.a, node.b) * node.scale[..., None, None]
 
 
 def svd_round(
@@ -138,7 +139,7 @@ def svd_round(
     rank: columns of the result; zeros fill those beyond the sides.
     scale: of the result, [...]; that of the node if None.
     split: where the singular values go: 'b' (a has orthonormal columns, as in
-      FlexLoRA, arXiv 2402.11505) or 'both' (a root to each).
+      FlexLoRA, arXiv 2402.11505), 'a', or 'both' (a root to each).
 
   Raises:
     Error: `split` is another word; a rank below one.
@@ -153,16 +154,18 @@ def svd_round(
   scale = node.scale if scale is None else scale
   q_a, r_a = _qr(node.a.astype(jnp.float32))
   q_b, r_b = _qr(_transpose(node.b).astype(jnp.float32))
-  small = _dot(r_a, _transpose(r_b)) * (node.scale / scale)[..., None, None]
+  small = dot(r_a, _transpose(r_b)) * (node.scale / scale)[..., None, None]
   u, s, v = jnp.linalg.svd(small, full_matrices=False)
   u, s, v = u[..., :rank], s[..., :rank], _transpose(v)[..., :rank]
   if split == 'both':
     root = jnp.sqrt(s)
     a, b = u * root[..., None, :], v * root[..., None, :]
+  elif split == 'a':
+    a, b = u * s[..., None, :], v
   else:
     a, b = u, v * s[..., None, :]
-  a = a if q_a is None else _dot(q_a, a)
-  b = b if q_b is None else _dot(q_b, b)
+  a = a if q_a is None else dot(q_a, a)
+  b = b if q_b is None else dot(q_b, b)
   missing = [(0, 0)] * (a.ndim - 1) + [(0, rank - a.shape[-1])]
   return LowRank(
     jnp.pad(a, missing), _transpose(jnp.pad(b, missing)), jnp.asarray(scale)
@@ -170,8 +173,8 @@ def svd_round(
 
 
 def check_split(name: str, split: str) -> None:
-  if split not in ('b', 'both'):
-    raise Error(f"{name}: split={split!r} is neither 'b' nor 'both'.")
+  if split not in ('a', 'b', 'both'):
+    raise Error(f"{name}: split={split!r} is none of 'a', 'b', 'both'.")
 
 
 def _qr(x: jax.Array) -> tuple[jax.Array | None, jax.Array]:
@@ -182,7 +185,7 @@ def _qr(x: jax.Array) -> tuple[jax.Array | None, jax.Array]:
 
 
 def _grams(node: LowRank) -> tuple[jax.Array, jax.Array]:
-  return _dot(_transpose(node.a), node.a), _dot(node.b, _transpose(node.b))
+  return dot(_transpose(node.a), node.a), dot(node.b, _transpose(node.b))
 
 
 def fro_norm(node: LowRank) -> jax.Array:
@@ -212,7 +215,7 @@ def effective_rank(node: LowRank) -> jax.Array:
   aa, bb = (
     g / jnp.maximum(_trace(g), 1e-30)[..., None, None] for g in (aa, bb)
   )
-  both = _dot(aa, bb)
+  both = dot(aa, bb)
   second = jnp.sum(both * _transpose(both), axis=(-1, -2))
   some = second > 0
   return jnp.where(
@@ -244,6 +247,6 @@ def ridge(
     raise Error(f'ridge: penalty={penalty} must be positive.')
   missed = residual(nodes, weight, served)
   a_t = _transpose(served.a)
-  right = _dot(_dot(a_t, missed.a), missed.b)
-  gram = _dot(a_t, served.a) + penalty * jnp.eye(a_t.shape[-2])
+  right = dot(dot(a_t, missed.a), missed.b)
+  gram = dot(a_t, served.a) + penalty * jnp.eye(a_t.shape[-2])
   return jnp.linalg.solve(gram, right)

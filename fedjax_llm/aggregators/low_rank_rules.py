@@ -1,165 +1,19 @@
-"""Rules on the clients' whole low-rank factors, over the algebra.
-
-Every rule sees the factors as the clients hold them (`tree.whole`): a client of
-a smaller rank holds zeros beyond it. Leaves outside of `LowRank` nodes (norms,
-heads) get the weighted mean of their updates. What a rule assigns does not meet
-the server optimizer.
-"""
-
-import zlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+"""Rules on whole factors: exact, corrected, and of clients of mixed ranks."""
 
 import jax
 import jax.numpy as jnp
 
 from fedjax_llm import tree
 from fedjax_llm.aggregators import low_rank
-from fedjax_llm.types import (
-  Aggregate,
-  Aggregator,
-  Error,
-  Key,
-  LowRank,
-  Traits,
-  Uploads,
+from fedjax_llm.aggregators.low_rank_nodes import (
+  NOTHING,
+  Seen,
+  by_node,
+  grown,
+  moved_to_mean,
+  per_client,
 )
-
-_NONE = LowRank(None, None, None)
-
-
-class Seen(NamedTuple):
-  """What a rule on one node sees."""
-
-  nodes: LowRank  # [K, ...] whole factors
-  weight: jax.Array  # [K], sums to one
-  server: LowRank  # what the server has
-  update: LowRank  # weighted mean of the updates; None where nothing travels
-  held: jax.Array  # [K, ..., R] bool: the columns that a client holds
-  key: Key
-
-  def served(self) -> LowRank:
-    """The server's node once the mean update is added."""
-    now = LowRank(self.server.a, self.server.b, self.server.scale)
-    return tree.add(now, self.update)
-
-
-NodeRule = Callable[[Seen], Aggregate]
-
-
-def _by_node(
-  name: str,
-  rule: NodeRule,
-  traits: Traits,
-  *,
-  weighted: bool = True,
-  assigns: bool = False,
-  rank_down: Callable[[jax.Array], Any] | None = None,
-) -> Aggregator:
-  """An aggregator from a rule on single nodes.
-
-  `assigns` says that both factors are written, so both have to travel;
-  `rank_down(held [K, ..., R])` is the rank [...] of the residual that goes
-  down, as factors or dense, whichever is less.
-  """
-
-  def init(params, key):
-    del key
-    if rank_down is None:
-      return ()
-    return jax.tree.map(
-      lambda x: (
-        jnp.zeros(x.a.shape[:-2], jnp.int32) if low_rank.is_node(x) else None
-      ),
-      params,
-      is_leaf=low_rank.is_node,
-    )
-
-  def aggregate(uploads, state, params, key):
-    del state
-    weight = _weights(uploads, weighted)
-    mean = tree.weighted_mean(uploads.update, weight)
-
-    def leaf(path, p, nodes, update, held):
-      if not low_rank.is_node(p):
-        return Aggregate(update), None
-      where = jax.tree_util.keystr(path, simple=True, separator='/')
-      _check(name, where, update, held, assigns)
-      columns = _columns(held.a, nodes.a, uploads.valid)
-      here = jax.random.fold_in(key, zlib.crc32(where.encode()))
-      delta, assign = rule(Seen(nodes, weight, p, update, columns, here))
-      down = None
-      if rank_down is not None:
-        d, f = p.a.shape[-2], p.b.shape[-1]
-        rank = jnp.minimum(rank_down(columns) * (d + f), d * f)
-        down = (p.a.dtype.itemsize * rank).astype(jnp.int32)
-      return Aggregate(_as(delta, p), _as(assign or _NONE, p)), down
-
-    outcome = jax.tree_util.tree_map_with_path(
-      leaf,
-      params,
-      tree.whole(uploads),
-      mean,
-      uploads.masks.held,
-      is_leaf=lambda x: x is None or low_rank.is_node(x),
-    )
-    part = lambda pick: jax.tree.map(
-      pick, outcome, is_leaf=lambda x: type(x) is tuple
-    )
-    result = Aggregate(part(lambda x: x[0].delta), part(lambda x: x[0].assign))
-    return result, () if rank_down is None else part(lambda x: x[1])
-
-  num_bytes = None if rank_down is None else lambda state: state
-  return Aggregator(init, aggregate, traits, num_bytes)
-
-
-def _weights(uploads: Uploads, weighted: bool) -> jax.Array:
-  given = uploads.weight if weighted else 1.0
-  given = jnp.where(uploads.valid, given, 0.0)
-  return tree.normalise(given.astype(jnp.float32))
-
-
-def _as(new: LowRank, like: LowRank) -> LowRank:
-  cast = lambda x, p: None if x is None else x.astype(p.dtype)
-  return LowRank(cast(new.a, like.a), cast(new.b, like.b), None, new.residual)
-
-
-def _check(
-  name: str, where: str, update: LowRank, held: LowRank, assigns: bool
-) -> None:
-  for factor in ('a', 'b'):
-    if getattr(update, factor) is not None:
-      continue
-    if getattr(held, factor) is not None:
-      raise Error(
-        f'{name} needs whole factors, but clients keep {where}/{factor} to '
-        'themselves: share it, or use a mean.'
-      )
-    if assigns:
-      raise Error(
-        f'{name} writes both factors, but {where}/{factor} is frozen: train '
-        'it, or use a mean, which is exact with one factor frozen.'
-      )
-
-
-def _columns(held: jax.Array | None, a: jax.Array, valid: jax.Array):
-  """The columns of a [K, ..., D, R] that each valid client holds."""
-  shape = (*a.shape[:-2], a.shape[-1])
-  mask = jnp.bool_(True) if held is None else tree.rows(held, a)
-  mask = jnp.any(jnp.broadcast_to(mask, a.shape), axis=-2)
-  return mask & valid.reshape((-1,) + (1,) * (len(shape) - 1))
-
-
-def _per_client(weight: jax.Array, like: jax.Array) -> jax.Array:
-  """[K] against [K, ...]."""
-  return weight.reshape((-1,) + (1,) * (like.ndim - 1))
-
-
-def _grown(server: LowRank, change: jax.Array) -> jax.Array:
-  return change if server.residual is None else server.residual + change
-
-
-# -------------------------------------------------------------------- rules --
+from fedjax_llm.types import Aggregate, Aggregator, Error, LowRank, Traits
 
 
 def fedex(
@@ -191,8 +45,8 @@ def fedex(
     missed = low_rank.residual(seen.nodes, seen.weight, seen.served())
     if residual_rank is not None:
       missed = low_rank.svd_round(missed, residual_rank)
-    change = _grown(seen.server, low_rank.dense(missed))
-    return Aggregate(seen.update, _NONE._replace(residual=change))
+    change = grown(seen.server, low_rank.dense(missed))
+    return Aggregate(seen.update, NOTHING._replace(residual=change))
 
   def rank_down(held):
     # A covariance of n clients spans n - 1 directions, each of R columns.
@@ -200,7 +54,7 @@ def fedex(
     rank = jnp.maximum(num_clients - 1, 0) * held.shape[-1]
     return rank if residual_rank is None else jnp.minimum(rank, residual_rank)
 
-  return _by_node(
+  return by_node(
     'fedex',
     rule,
     Traits(writes_residual=True),
@@ -228,44 +82,16 @@ def flora() -> Aggregator:
     a, b = seen.server.a, seen.server.b
     bound = a.shape[-2] ** -0.5
     fresh = jax.random.uniform(seen.key, a.shape, jnp.float32, -bound, bound)
-    new = LowRank(fresh, jnp.zeros_like(b), None, _grown(seen.server, change))
-    return Aggregate(_NONE, new)
+    new = LowRank(fresh, jnp.zeros_like(b), None, grown(seen.server, change))
+    return Aggregate(NOTHING, new)
 
-  return _by_node(
+  return by_node(
     'flora',
     rule,
     Traits(changes_basis=True, writes_residual=True),
     assigns=True,
     rank_down=lambda held: jnp.sum(held, axis=(0, -1)),
   )
-
-
-def flexlora(*, split: str = 'b') -> Aggregator:
-  """FlexLoRA: the best factors of the server's rank for the mean product.
-
-      s a b = SVD_R(sum_k w_k s_k a_k b_k)
-
-  Columns come in the order of their singular values, so a client of rank r
-  that holds the first r receives the best product of rank r (Bai et al. 2024,
-  arXiv 2402.11505, section 3.2). Never forms the product:
-  `low_rank.svd_round`, whose `split` this is.
-
-  Raises:
-    Error: `split` is neither 'b' nor 'both'; from the round, a factor that is
-      frozen or private.
-  """
-  low_rank.check_split('flexlora', split)
-
-  def rule(seen: Seen) -> Aggregate:
-    best = low_rank.svd_round(
-      low_rank.stack(seen.nodes, seen.weight),
-      seen.server.a.shape[-1],
-      scale=seen.server.scale,
-      split=split,
-    )
-    return Aggregate(_NONE, LowRank(best.a, best.b, None))
-
-  return _by_node('flexlora', rule, Traits(changes_basis=True), assigns=True)
 
 
 def lora_fair(*, penalty: float = 0.01) -> Aggregator:
@@ -294,7 +120,7 @@ def lora_fair(*, penalty: float = 0.01) -> Aggregator:
     better = low_rank.ridge(seen.nodes, seen.weight, seen.served(), penalty)
     return Aggregate(seen.update._replace(b=seen.update.b + better))
 
-  return _by_node('lora_fair', rule, Traits())
+  return by_node('lora_fair', rule, Traits())
 
 
 def zero_padding(*, weighted: bool = True) -> Aggregator:
@@ -311,10 +137,10 @@ def zero_padding(*, weighted: bool = True) -> Aggregator:
   """
 
   def rule(seen: Seen) -> Aggregate:
-    share = _per_client(seen.weight, seen.nodes.scale)
-    return Aggregate(_moved_to_mean(seen, seen.nodes, share))
+    share = per_client(seen.weight, seen.nodes.scale)
+    return Aggregate(moved_to_mean(seen, seen.nodes, share))
 
-  return _by_node('zero_padding', rule, Traits(), weighted=weighted)
+  return by_node('zero_padding', rule, Traits(), weighted=weighted)
 
 
 def norm_weighted(*, per: str = 'client') -> Aggregator:
@@ -337,15 +163,15 @@ def norm_weighted(*, per: str = 'client') -> Aggregator:
 
   def rule(seen: Seen) -> Aggregate:
     nodes = seen.nodes
-    share = _per_client(seen.weight, nodes.scale)  # [K, ...]
+    share = per_client(seen.weight, nodes.scale)  # [K, ...]
     if per == 'target':
       norms = jnp.where(share > 0, low_rank.fro_norm(nodes), 0.0)
       total = jnp.sum(norms, axis=0)
       some = total > 0
       share = jnp.where(some, norms / jnp.where(some, total, 1.0), share)
-    return Aggregate(_moved_to_mean(seen, nodes, share))
+    return Aggregate(moved_to_mean(seen, nodes, share))
 
-  inner = _by_node('norm_weighted', rule, Traits())
+  inner = by_node('norm_weighted', rule, Traits())
   if per == 'target':
     return inner
 
@@ -383,7 +209,7 @@ def replication(*, weighted: bool = True) -> Aggregator:
     held = seen.held
     count = jnp.sum(held, axis=-1)  # [K, ...]
     top = count == jnp.max(count, axis=0)
-    share = jnp.where(top, _per_client(seen.weight, count), 0.0)
+    share = jnp.where(top, per_client(seen.weight, count), 0.0)
     share = share / jnp.maximum(jnp.sum(share, axis=0), 1e-30)
 
     def filled(whole, old, mask):
@@ -395,22 +221,6 @@ def replication(*, weighted: bool = True) -> Aggregator:
       a=filled(seen.nodes.a, seen.server.a, held[..., None, :]),
       b=filled(seen.nodes.b, seen.server.b, held[..., :, None]),
     )
-    return Aggregate(
-      _moved_to_mean(seen, nodes, _per_client(seen.weight, count))
-    )
+    return Aggregate(moved_to_mean(seen, nodes, per_client(seen.weight, count)))
 
-  return _by_node('replication', rule, Traits(), weighted=weighted)
-
-
-def _moved_to_mean(seen: Seen, nodes: LowRank, share: jax.Array) -> LowRank:
-  """What brings the server to sum_k share_k of the factors; share [K, ...]."""
-  share = share[..., None, None]
-
-  def factor(whole, old, travels):
-    return None if travels is None else jnp.sum(share * whole, axis=0) - old
-
-  return LowRank(
-    factor(nodes.a, seen.server.a, seen.update.a),
-    factor(nodes.b, seen.server.b, seen.update.b),
-    None,
-  )
+  return by_node('replication', rule, Traits(), weighted=weighted)

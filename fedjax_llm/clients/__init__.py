@@ -15,6 +15,7 @@ from fedjax_llm.clients.scopes import (
   labelled,
   private,
   ranks,
+  untrained,
 )
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
   'all_private',
   'alternating',
   'ranks',
+  'untrained',
 ]

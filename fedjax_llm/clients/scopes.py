@@ -32,6 +32,7 @@ __all__ = [
   'labelled',
   'private',
   'ranks',
+  'untrained',
 ]
 
 
@@ -214,11 +215,7 @@ def alternating(*patterns: str) -> Scope:
     masks = tree.full_masks(start, labels(start))
     names = leaf_paths(masks.trained)
     for turn in turns:
-      if not any(map(turn.search, names)):
-        raise Error(
-          f'the pattern {turn.pattern!r} matches no leaf that can be trained; '
-          f'the leaves are: {", ".join(names)}.'
-        )
+      _check_match(turn, names)
 
     def leaf(path, m):
       name = jax.tree_util.keystr(path, simple=True, separator='/')
@@ -231,6 +228,44 @@ def alternating(*patterns: str) -> Scope:
     return masks._replace(trained=trained)
 
   return Scope(labels=labels, mask=mask)
+
+
+def untrained(pattern: str) -> Scope:
+  """Leaves that match change on the server alone; the rest is trained too.
+
+  Unlike frozen leaves they are sent down, and a rule may write them.
+
+  Raises:
+    Error: a pattern that is no regular expression; from `mask`, one that
+      matches no leaf that can be trained.
+
+  >>> masks = untrained('a$').mask({'a': 1.0, 'b': 2.0}, (), None, 0, None)
+  >>> bool(masks.held['a']), bool(masks.trained['a'])
+  (True, False)
+  """
+  regex = _compiled(pattern)
+
+  def mask(start, profile, state, round, key):
+    del profile, state, round, key
+    masks = tree.full_masks(start, _everything_labels(start))
+    _check_match(regex, leaf_paths(masks.trained))
+
+    def leaf(path, m):
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      return jnp.bool_(False) if regex.search(name) else m
+
+    trained = jax.tree_util.tree_map_with_path(leaf, masks.trained)
+    return masks._replace(trained=trained)
+
+  return Scope(labels=_everything_labels, mask=mask)
+
+
+def _check_match(regex: re.Pattern, names: list[str]) -> None:
+  if not any(map(regex.search, names)):
+    raise Error(
+      f'the pattern {regex.pattern!r} matches no leaf that can be trained; '
+      f'the leaves are: {", ".join(names)}.'
+    )
 
 
 def ranks(inner: Scope | None = None) -> Scope:

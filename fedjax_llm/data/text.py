@@ -210,6 +210,7 @@ def encode_counted(
     raise Error(
       f"long_replies is {long_replies!r}, but must be 'drop' or 'cut'."
     )
+  template = _template(template)  # a misspelt one, though texts need none
   if record.text is not None:
     return Encoded(_chunks(record.text, tokenizer, max_length))
   parts = []
@@ -274,17 +275,20 @@ def _messages(record: Record) -> Sequence[Message]:
 
 
 def _dialogues(record, messages, tokenizer, template) -> list[list[Piece]]:
-  if isinstance(template, str):
-    if template not in TEMPLATES:
-      raise Error(
-        f'template: there is no {template!r}; choose from '
-        f'{", ".join(TEMPLATES)}.'
-      )
-    template = TEMPLATES[template]()
   try:
-    return template(messages, tokenizer)
+    return _template(template)(messages, tokenizer)
   except Error as error:
     raise Error(f'{record.where}: {error}' if record.where else error) from None
+
+
+def _template(template: str | Template) -> Template:
+  if not isinstance(template, str):
+    return template
+  if template not in TEMPLATES:
+    raise Error(
+      f'template: there is no {template!r}; choose from {", ".join(TEMPLATES)}.'
+    )
+  return TEMPLATES[template]()
 
 
 def _with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:

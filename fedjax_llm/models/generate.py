@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_llm.models.config import longest_text
 from fedjax_llm.models.load import LoadedModel
 from fedjax_llm.models.transformer import Decoder
 from fedjax_llm.types import Base, Batch, Error, Key, Model, Params
@@ -91,6 +92,8 @@ def generate(
 
 def _check(model, prompts, max_new_tokens) -> None:
   config = model.config if isinstance(model, LoadedModel) else None
+  if config is not None and not config.causal:
+    raise Error(f'A {config.family} model is an encoder: it writes no text.')
   for index, prompt in enumerate(prompts):
     if len(prompt) == 0:
       raise Error(f'Prompt {index} is empty.')
@@ -102,10 +105,10 @@ def _check(model, prompts, max_new_tokens) -> None:
         f'{config.vocab_size}.'
       )
     total = len(prompt) + max_new_tokens
-    if total > config.max_positions:
+    if total > longest_text(config):
       raise Error(
         f'Prompt {index} and {max_new_tokens} new tokens are {total} tokens; '
-        f'the model has {config.max_positions} positions.'
+        f'the model has {longest_text(config)} positions.'
       )
 
 

@@ -5,13 +5,12 @@ the adapter rides beside each. Norms, rotations and softmax run in float32
 whatever the compute dtype is.
 """
 
-import math
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fedjax_llm.types import Error, LowRank
 
@@ -28,6 +27,7 @@ def linear(x, w: Mapping[str, Any], leaf=None, out_dtype=None) -> jax.Array:
 
       LowRank(a, b, scale)    y += scale * (x @ a) @ b
       an array [D, F]         y += x @ delta
+      {'kernel': leaf, 'bias': array}     both, or one of them
       None                    nothing
 
   The change stays a product of its own, so that under `vmap` over adapters
@@ -46,7 +46,8 @@ def linear(x, w: Mapping[str, Any], leaf=None, out_dtype=None) -> jax.Array:
 
   y = dot(x, w['kernel'])
   if 'bias' in w:
-    y = y + w['bias'].astype(dtype)
+    y = y + changed(w, leaf, 'bias').astype(dtype)
+  leaf = change_of(leaf, 'kernel', 'kernel')
   if leaf is None:
     return y
   if not isinstance(leaf, LowRank):
@@ -56,20 +57,50 @@ def linear(x, w: Mapping[str, Any], leaf=None, out_dtype=None) -> jax.Array:
   return y if leaf.residual is None else y + dot(x, leaf.residual)
 
 
+def change_of(leaf: Any, name: str, main: str) -> Any:
+  """What an adapter's leaf says about the weight `name` of a module.
+
+  A leaf that is no dict is about the module's `main` weight.
+  """
+  if isinstance(leaf, Mapping):
+    return leaf.get(name)
+  return leaf if name == main else None
+
+
+def changed(w: Mapping[str, Any], leaf: Any, name: str, main: str = 'kernel'):
+  """The weight `name` with the adapter's dense change, if there is one."""
+  change = change_of(leaf, name, main)
+  return w[name] if change is None else w[name] + change
+
+
 def embed(tokens, w: Mapping[str, Any], leaf, dtype) -> jax.Array:
   """Rows of the embedding (+ those of a dense change), [...] -> [..., D]."""
   rows = jnp.take(w['embedding'], tokens, axis=0).astype(dtype)
+  leaf = change_of(leaf, 'embedding', 'embedding')
   if leaf is None:
     return rows
   return rows + jnp.take(leaf, tokens, axis=0).astype(dtype)
 
 
-def rms_norm(x, w: Mapping[str, Any], leaf, eps: float) -> jax.Array:
-  """x / sqrt(mean(x^2) + eps) * scale, [..., D] (arXiv:1910.07467)."""
-  scale = w['scale'] if leaf is None else w['scale'] + leaf
+def norm(x, w: Mapping[str, Any], leaf, kind: str, eps: float) -> jax.Array:
+  """Normalises the last axis, in float32.
+
+  rms             x / sqrt(mean(x^2) + eps) * scale  (arXiv:1910.07467)
+  rms_plus_one    the same times (1 + scale)
+  layer           (x - mean) / sqrt(var + eps) * scale + bias
+                  (arXiv:1607.06450)
+  """
+  scale = changed(w, leaf, 'scale', 'scale').astype(jnp.float32)
   wide = x.astype(jnp.float32)
+  if kind == 'layer':
+    wide = wide - jnp.mean(wide, -1, keepdims=True)
+  elif kind == 'rms_plus_one':
+    scale = 1 + scale
   wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + eps)
-  return (wide * scale.astype(jnp.float32)).astype(x.dtype)
+  wide = wide * scale
+  if kind == 'layer':
+    wide = wide + changed(w, leaf, 'bias', 'scale').astype(jnp.float32)
+  return wide.astype(x.dtype)
 
 
 def check_adapter(base: Any, params: Any, path: tuple[str, ...] = ()) -> None:
@@ -77,8 +108,14 @@ def check_adapter(base: Any, params: Any, path: tuple[str, ...] = ()) -> None:
   if params is None:
     return
   where = '/'.join(path) or 'the adapter'
-  if not isinstance(base, Mapping):
-    raise Error(f'The adapter has {where}, which no layer of the model reads.')
+  if not isinstance(base, Mapping):  # a weight: {'bias': change} of a module
+    if isinstance(params, LowRank) and path[-1] == 'kernel':
+      return
+    if getattr(params, 'shape', None) != base.shape:
+      raise Error(
+        f'The adapter has {where}, which no layer of the model reads.'
+      )
+    return
   if isinstance(params, Mapping):
     for name, child in params.items():
       if name not in base:
@@ -92,61 +129,6 @@ def check_adapter(base: Any, params: Any, path: tuple[str, ...] = ()) -> None:
     raise Error(f'A low-rank adapter cannot act on {where}: it is no matrix.')
   elif not {'kernel', 'scale', 'embedding'} & set(base):
     raise Error(f'The adapter has an array at {where}, which is no weight.')
-
-
-# --------------------------------------------------------------- positions --
-
-
-class Rope(NamedTuple):
-  """Rotary position embedding (arXiv:2104.09864) and how it is stretched.
-
-  `kind` is 'default', 'linear' (frequencies over `factor`) or 'llama3' (only
-  the slow ones over `factor`, with a smooth band between).
-  """
-
-  kind: str = 'default'
-  theta: float = 10000.0
-  factor: float = 1.0
-  low_freq_factor: float = 1.0
-  high_freq_factor: float = 4.0
-  original_max_positions: int = 8192
-
-
-def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-  """Radians a position, float32 [head_dim / 2].
-
-  >>> rope_frequencies(Rope(theta=100.0), 4).round(3).tolist()
-  [1.0, 0.10000000149011612]
-  """
-  frequency = rope.theta ** -(np.arange(0, head_dim, 2) / head_dim)
-  if rope.kind == 'linear':
-    frequency = frequency / rope.factor
-  elif rope.kind == 'llama3':
-    # Turns over the original context: many -> keep, few -> stretch.
-    turns = rope.original_max_positions * frequency / (2 * math.pi)
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    frequency = keep * frequency + (1 - keep) * frequency / rope.factor
-  elif rope.kind != 'default':
-    raise Error(
-      f'rope type {rope.kind!r} is not supported; supported: default, linear, '
-      'llama3.'
-    )
-  return frequency.astype(np.float32)
-
-
-def rope_angles(positions, frequencies) -> tuple[jax.Array, jax.Array]:
-  """cos and sin, float32 [..., T, 1, head_dim / 2]."""
-  angle = positions.astype(jnp.float32)[..., None, None] * frequencies
-  return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotates the pairs (i, i + half) of each head, [B, T, H, head_dim]."""
-  cos, sin = angles
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  parts = [first * cos - second * sin, second * cos + first * sin]
-  return jnp.concatenate(parts, axis=-1).astype(x.dtype)
 
 
 # --------------------------------------------------------------- attention --
@@ -184,10 +166,14 @@ def attention(
   *,
   window=None,
   causal: bool = True,
+  scale: float | None = None,
+  softcap: float = 0.0,
   implementation: str = 'xla',
   block: int = 128,
 ) -> jax.Array:
-  """softmax(q k^T / sqrt(head_dim)) v over the visible keys.
+  """softmax(cap(scale * q k^T)) v over the visible keys.
+
+  `scale` is 1 / sqrt(head_dim) unless given; cap is `softcapped`.
 
   `q` [B, T, H, head_dim]; `k`, `v` [B, S, KV, head_dim] where H is a multiple
   of KV: the query heads of one group share their keys, which are never
@@ -198,47 +184,65 @@ def attention(
   keys up to their own end, so about half of the products and less memory. It
   is for rows whose tokens stand in the order of their places.
   """
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  attend = functools.partial(
+    _attend, window=window, causal=causal, scale=scale, cap=softcap
+  )
   if implementation == 'xla':
-    return _attend(q, k, v, queries, keys, window, causal)
+    return attend(q, k, v, queries, keys)
   if implementation != 'blocked':
     raise Error(
       f'attention implementation {implementation!r} is not one of xla, blocked.'
     )
   length = q.shape[1]
   if length != k.shape[1] or not causal or length <= block:
-    return _attend(q, k, v, queries, keys, window, causal)
+    return attend(q, k, v, queries, keys)
   out = []
   for start in range(0, length, block):
     end = min(start + block, length)
     rows = Places(*(x[:, start:end] for x in queries))
     seen = Places(*(x[:, :end] for x in keys))
-    out.append(
-      _attend(
-        q[:, start:end], k[:, :end], v[:, :end], rows, seen, window, causal
-      )
-    )
+    out.append(attend(q[:, start:end], k[:, :end], v[:, :end], rows, seen))
   return jnp.concatenate(out, axis=1)
 
 
-def _attend(q, k, v, queries, keys, window, causal):
+def softcapped(x, cap: float):
+  """cap * tanh(x / cap), or x where there is no cap (0)."""
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
+def _attend(q, k, v, queries, keys, *, window, causal, scale, cap):
   groups = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
   scores = jnp.einsum(
     'btkgd,bskd->bktgs', groups, k, preferred_element_type=jnp.float32
   )
   seen = visible(queries, keys, window, causal)[:, None, :, None, :]
-  scores = jnp.where(seen, scores / math.sqrt(q.shape[-1]), MASKED)
+  scores = jnp.where(seen, softcapped(scores * scale, cap), MASKED)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   return jnp.einsum('bktgs,bskd->btkgd', weights, v).reshape(q.shape)
 
 
 # --------------------------------------------------------------------- mlp --
 
-ACTIVATIONS = {'silu': jax.nn.silu}
+_gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+
+ACTIVATIONS = {
+  'silu': jax.nn.silu,
+  'relu': jax.nn.relu,
+  'tanh': jnp.tanh,
+  'gelu': functools.partial(jax.nn.gelu, approximate=False),
+  'gelu_new': _gelu_tanh,
+  'gelu_pytorch_tanh': _gelu_tanh,
+}
 
 
-def gated_mlp(x, w, p: Mapping[str, Any], activation: str) -> jax.Array:
-  """down(act(gate x) * up x) (arXiv:2002.05202)."""
-  gate = linear(x, w['gate_proj'], p.get('gate_proj'))
-  up = linear(x, w['up_proj'], p.get('up_proj'))
-  inner = ACTIVATIONS[activation](gate) * up
+def mlp(x, w, p: Mapping[str, Any], activation: str) -> jax.Array:
+  """down(act(up x)), or down(act(gate x) * up x) where there is a gate
+  (arXiv:2002.05202)."""
+  act = ACTIVATIONS[activation]
+  inner = linear(x, w['up_proj'], p.get('up_proj'))
+  if 'gate_proj' in w:
+    inner = act(linear(x, w['gate_proj'], p.get('gate_proj'))) * inner
+  else:
+    inner = act(inner)
   return linear(inner, w['down_proj'], p.get('down_proj'))

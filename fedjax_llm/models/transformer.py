@@ -1,125 +1,24 @@
-"""One config-driven decoder: stacked layers under one `lax.scan`.
+"""One config-driven network: stacked layers under one `lax.scan`.
 
-    hidden = norm(scan(block)(embed(tokens)));  logits = hidden @ head
+    hidden = norm(scan(block)(embed(tokens)));  logits = head(hidden)
 
-A block is  x += attention(norm(x));  x += mlp(norm(x)).  The base is a tree
-of nested dicts whose layers are stacked, [L, ...]; the adapter mirrors it down
-to the weights that it changes, and is absent elsewhere.
+The base is a tree of nested dicts whose layers are stacked, [L, ...]; the
+adapter mirrors it down to the weights that it changes, and is absent elsewhere.
+What differs from layer to layer (windows, rotations) travels through the scan
+as arrays.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm.models import layers
-from fedjax_llm.models.layers import Places, Rope
-from fedjax_llm.types import Base, Batch, Error, Key, Model, Params
-
-# ------------------------------------------------------------------ config --
-
-
-class Config(NamedTuple):
-  """What a network is; static and hashable.
-
-  `windows[l]` is how many places back layer l looks, itself included (0: the
-  whole text; an empty tuple: every layer sees the whole text).
-  """
-
-  family: str
-  vocab_size: int
-  hidden_size: int
-  intermediate_size: int
-  num_layers: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  max_positions: int
-  activation: str = 'silu'
-  norm_eps: float = 1e-6
-  rope: Rope = Rope()
-  windows: tuple[int, ...] = ()
-  qkv_bias: bool = False
-  output_bias: bool = False
-  mlp_bias: bool = False
-  tied: bool = False
-  bos_id: int | None = None
-  eos_ids: tuple[int, ...] = ()
-  pad_id: int | None = None
-
-
-def shapes(config: Config) -> dict[str, Any]:
-  """The shape of every weight, in the structure of the base.
-
-  >>> from fedjax_llm import models
-  >>> shapes(models.random().config)['norm']
-  {'scale': (64,)}
-  """
-  c = config
-  width, inner = c.hidden_size, c.intermediate_size
-  heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-
-  def matrix(d, f, bias):
-    kernel = {'kernel': (c.num_layers, d, f)}
-    return {**kernel, 'bias': (c.num_layers, f)} if bias else kernel
-
-  tree = {
-    'embed_tokens': {'embedding': (c.vocab_size, width)},
-    'layers': {
-      'input_layernorm': {'scale': (c.num_layers, width)},
-      'self_attn': {
-        'q_proj': matrix(width, heads, c.qkv_bias),
-        'k_proj': matrix(width, kv_heads, c.qkv_bias),
-        'v_proj': matrix(width, kv_heads, c.qkv_bias),
-        'o_proj': matrix(heads, width, c.output_bias),
-      },
-      'post_attention_layernorm': {'scale': (c.num_layers, width)},
-      'mlp': {
-        'gate_proj': matrix(width, inner, c.mlp_bias),
-        'up_proj': matrix(width, inner, c.mlp_bias),
-        'down_proj': matrix(inner, width, c.mlp_bias),
-      },
-    },
-    'norm': {'scale': (width,)},
-  }
-  if not c.tied:
-    tree['lm_head'] = {'kernel': (width, c.vocab_size)}
-  return tree
-
-
-def _is_shape(x: Any) -> bool:
-  return isinstance(x, tuple)
-
-
-def num_params(config: Config) -> int:
-  """How many numbers the base holds (tied weights once)."""
-  leaves = jax.tree.leaves(shapes(config), is_leaf=_is_shape)
-  return sum(math.prod(shape) for shape in leaves)
-
-
-def init(config: Config, key: Key, dtype: Any = jnp.float32) -> Base:
-  """A random base: matrices ~ N(0, 1 / fan-in), norms one, biases zero."""
-  paths, structure = jax.tree.flatten_with_path(
-    shapes(config), is_leaf=_is_shape
-  )
-
-  def leaf(index, path, shape):
-    kind = path[-1].key
-    if kind == 'scale':
-      return jnp.ones(shape, dtype)
-    if kind == 'bias':
-      return jnp.zeros(shape, dtype)
-    fan_in = shape[-1] if kind == 'embedding' else shape[-2]
-    noise = jax.random.normal(jax.random.fold_in(key, index), shape)
-    return (noise / math.sqrt(fan_in)).astype(dtype)
-
-  return jax.tree.unflatten(
-    structure, [leaf(i, path, shape) for i, (path, shape) in enumerate(paths)]
-  )
-
+from fedjax_llm.models import blocks, layers, rope
+from fedjax_llm.models.config import Config, longest_text
+from fedjax_llm.models.layers import Places
+from fedjax_llm.types import Base, Batch, Error, Model, Params
 
 # ------------------------------------------------------------------- cache --
 
@@ -147,58 +46,6 @@ class Decoder(NamedTuple):
 # ----------------------------------------------------------------- network --
 
 
-class _Layer(NamedTuple):
-  """What travels through the scan beside the activations."""
-
-  base: Any
-  params: Any
-  window: Any
-  keys: Any = None
-  values: Any = None
-
-
-def _child(params: Any, name: str) -> Any:
-  return params.get(name) if isinstance(params, Mapping) else None
-
-
-def _block(config: Config, implementation: str, x, layer: _Layer, context):
-  """One layer, [B, T, D] -> [B, T, D], and its keys and values."""
-  angles, queries, keys, slot = context
-  w = layer.base
-  p: Mapping[str, Any] = layer.params or {}
-  attn_w, attn_p = w['self_attn'], p.get('self_attn') or {}
-
-  def norm(x, name):
-    return layers.rms_norm(x, w[name], p.get(name), config.norm_eps)
-
-  def heads(y, name, num):
-    y = layers.linear(y, attn_w[name], attn_p.get(name))
-    return y.reshape(*y.shape[:2], num, config.head_dim)
-
-  y = norm(x, 'input_layernorm')
-  q = layers.rotate(heads(y, 'q_proj', config.num_heads), angles)
-  k = layers.rotate(heads(y, 'k_proj', config.num_kv_heads), angles)
-  v = heads(y, 'v_proj', config.num_kv_heads)
-  if layer.keys is not None:
-    put = jax.lax.dynamic_update_slice_in_dim
-    k = put(layer.keys, k, slot, axis=1)
-    v = put(layer.values, v, slot, axis=1)
-  y = layers.attention(
-    q,
-    k,
-    v,
-    queries,
-    keys,
-    window=layer.window,
-    implementation=implementation,
-  )
-  y = y.reshape(*y.shape[:2], -1)
-  x = x + layers.linear(y, attn_w['o_proj'], attn_p.get('o_proj'))
-  y = norm(x, 'post_attention_layernorm')
-  x = x + layers.gated_mlp(y, w['mlp'], p.get('mlp') or {}, config.activation)
-  return x, (k, v)
-
-
 def _rematerialised(block: Callable, remat: str, unroll: int) -> Callable:
   # Inside a rolled loop nothing can be merged with the forward pass anyway.
   prevent_cse = unroll > 1
@@ -212,45 +59,132 @@ def _rematerialised(block: Callable, remat: str, unroll: int) -> Callable:
   raise Error(f'remat={remat!r} is not one of none, full, dots.')
 
 
+def _embed(config: Config, base, params, batch: Batch, dtype):
+  """Tokens, places and types as vectors, [B, T, D]."""
+
+  def rows(index, name):
+    return layers.embed(index, base[name], blocks.child(params, name), dtype)
+
+  x = rows(batch.tokens, 'embed_tokens')
+  if config.embedding_scale != 1:
+    x = x * jnp.asarray(config.embedding_scale, dtype)
+  if config.num_learned_positions:
+    # A place beyond the table gives NaN; padding may stand anywhere.
+    place = jnp.where(batch.segments > 0, batch.positions, 0)
+    x = x + rows(place + config.first_position, 'embed_positions')
+  if config.num_token_types:
+    x = x + rows(jnp.zeros_like(batch.tokens), 'embed_types')
+  if config.embedding_norm:
+    x = _norm(config, base, params, x, 'embed_norm')
+  return x
+
+
+def _norm(config: Config, base, params, x, name):
+  leaf = blocks.child(params, name)
+  return layers.norm(x, base[name], leaf, config.norm, config.norm_eps)
+
+
+def _per_layer(config: Config):
+  """Windows and (frequencies, factors): arrays [L, ...] where layers differ."""
+  for name in ('windows', 'layer_ropes'):
+    if len(getattr(config, name)) not in (0, config.num_layers):
+      raise Error(
+        f'{len(getattr(config, name))} {name} for {config.num_layers} layers.'
+      )
+  windows = config.windows or (0,)
+  if len(set(windows)) > 1:
+    windows = np.asarray(windows, np.int32)
+  else:  # one static number
+    windows = windows[0] or None
+  ropes = config.layer_ropes or (config.rope,)
+  tables = [rope.rope_frequencies(r, config.rotary_dim) for r in ropes]
+  if len(set(ropes)) > 1:
+    factors = np.asarray([r.attention_factor for r in ropes], np.float32)
+    return windows, (np.stack(tables), factors)
+  if ropes[0].kind == 'none':
+    return windows, None
+  return windows, (tables[0], ropes[0].attention_factor)
+
+
 def _walk(config, implementation, dtype, remat, unroll):
   """The scan over layers that `build` and `decoder` share."""
-  frequencies = layers.rope_frequencies(config.rope, config.head_dim)
-  windows = config.windows
-  if len(windows) not in (0, config.num_layers):
-    raise Error(f'{len(windows)} windows for {config.num_layers} layers.')
-  mixed = len(set(windows)) > 1  # otherwise the window is one static number
+  windows, ropes = _per_layer(config)
+  mixed_windows = isinstance(windows, np.ndarray)
+  mixed_ropes = ropes is not None and ropes[0].ndim > 1
+  stretched = config.rope.kind in ('dynamic', 'longrope')
 
   def walk(base, params, batch, cache=None, slot=0):
     layers.check_adapter(base, params)
+    length = jnp.shape(batch.tokens)[-1]
+    if stretched and cache is None and length > longest_text(config):
+      raise Error(
+        f'Rows of {length} tokens are longer than the {longest_text(config)} '
+        f'up to which the rope type {config.rope.kind!r} is supported.'
+      )
     queries = Places(batch.positions, batch.segments)
     keys = queries if cache is None else cache.places
-    angles = layers.rope_angles(batch.positions, frequencies)
-    x = layers.embed(
-      batch.tokens, base['embed_tokens'], _child(params, 'embed_tokens'), dtype
-    )
-    context = (angles, queries, keys, slot)
-    static = None if mixed or not windows or not windows[0] else windows[0]
+    x = _embed(config, base, params, batch, dtype)
+
+    def angles(table):
+      return rope.rope_angles(batch.positions, *table)
+
+    common = None if mixed_ropes or ropes is None else angles(ropes)
 
     def body(x, layer):
-      if not mixed:
-        layer = layer._replace(window=static)
-      x, kv = _block(config, implementation, x, layer, context)
+      layer = layer._replace(
+        window=layer.window if mixed_windows else windows,
+        angles=angles(layer.angles) if mixed_ropes else common,
+      )
+      x, kv = blocks.block(
+        config, implementation, x, layer, (queries, keys, slot)
+      )
       return x, (None if cache is None else kv)
 
-    xs = _Layer(
+    xs = blocks.Layer(
       base['layers'],
-      _child(params, 'layers'),
-      np.asarray(windows, np.int32) if mixed else None,
+      blocks.child(params, 'layers'),
+      windows if mixed_windows else None,
+      ropes if mixed_ropes else None,
       None if cache is None else cache.keys,
       None if cache is None else cache.values,
     )
     x, kv = jax.lax.scan(
       _rematerialised(body, remat, unroll), x, xs, unroll=unroll
     )
-    norm_p = _child(params, 'norm')
-    return layers.rms_norm(x, base['norm'], norm_p, config.norm_eps), kv
+    return _norm(
+      config, base, params, x, 'norm'
+    ) if config.final_norm else x, kv
 
   return walk
+
+
+def _head(config: Config, base, params, x):
+  """[..., D] -> float32 logits [..., V] (of a classifier: [..., labels])."""
+
+  def linear(x, name, **settings):
+    return layers.linear(x, base[name], blocks.child(params, name), **settings)
+
+  if config.head == 'none':
+    raise Error(
+      f'This {config.family} model has no head; pretrained(..., labels=[...]) '
+      'gives it a new classifier.'
+    )
+  act = layers.ACTIVATIONS.get(config.head_activation)
+  if config.head == 'classifier':
+    x = linear(x, 'pooler')
+    return linear(act(x) if act else x, 'classifier', out_dtype=jnp.float32)
+  if config.head == 'masked_lm':
+    x = linear(x, 'head_dense')
+    x = _norm(config, base, params, act(x) if act else x, 'head_norm')
+  w, leaf = base.get('lm_head', {}), blocks.child(params, 'lm_head')
+  if config.tied:
+    rows = blocks.child(params, 'embed_tokens')
+    rows = layers.change_of(rows, 'embedding', 'embedding')
+    w = {**w, 'kernel': base['embed_tokens']['embedding'].T}
+    bias = layers.change_of(leaf, 'bias', 'bias')
+    leaf = {'kernel': None if rows is None else rows.T, 'bias': bias}
+  logits = layers.linear(x, w, leaf, out_dtype=jnp.float32)
+  return layers.softcapped(logits, config.logit_cap)
 
 
 def build(
@@ -281,7 +215,7 @@ def build(
   }
   if attention not in (*walks, 'auto'):
     raise Error(f'attention={attention!r} is not one of auto, xla, blocked.')
-  _rematerialised(_block, remat, unroll)  # a wrong name is told here
+  _rematerialised(blocks.block, remat, unroll)  # a wrong name is told here
 
   def hidden(base: Base, params: Params, batch: Batch) -> jax.Array:
     name = attention
@@ -292,14 +226,7 @@ def build(
     return walks[name](base, params, batch)[0]
 
   def logits(base: Base, params: Params, hidden: jax.Array) -> jax.Array:
-    x = hidden.astype(compute_dtype)
-    if config.tied:
-      leaf = _child(params, 'embed_tokens')
-      w = {'kernel': base['embed_tokens']['embedding'].T}
-      leaf = None if leaf is None else leaf.T
-    else:
-      w, leaf = base['lm_head'], _child(params, 'lm_head')
-    return layers.linear(x, w, leaf, out_dtype=jnp.float32)
+    return _head(config, base, params, hidden.astype(compute_dtype))
 
   return Model(hidden, logits)
 
@@ -307,7 +234,10 @@ def build(
 def decoder(
   config: Config, *, unroll: int = 1, compute_dtype: Any = jnp.float32
 ) -> Decoder:
-  """The network with a cache of keys and values, for generation."""
+  """The network with a cache of keys and values, for generation.
+
+  An encoder has none: reading with it raises `Error`.
+  """
   walk = _walk(config, 'xla', compute_dtype, 'none', unroll)
 
   def empty(batch_size: int, slots: int) -> Cache:
@@ -319,6 +249,8 @@ def decoder(
     return Cache(heads, heads, Places(nothing, nothing))
 
   def extend(base, params, batch: Batch, cache: Cache, slot):
+    if not config.causal:
+      raise Error(f'A {config.family} model is an encoder: it writes no text.')
     put = jax.lax.dynamic_update_slice_in_dim
     places = Places(
       put(cache.places.positions, batch.positions, slot, axis=1),

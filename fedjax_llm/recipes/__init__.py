@@ -13,6 +13,7 @@ from fedjax_llm.recipes.baselines import local_only as local_only
 from fedjax_llm.recipes.heterogeneous import flexlora as flexlora
 from fedjax_llm.recipes.heterogeneous import flora as flora
 from fedjax_llm.recipes.heterogeneous import het_lora as het_lora
+from fedjax_llm.recipes.heterogeneous import hlora as hlora
 from fedjax_llm.recipes.heterogeneous import rbla as rbla
 from fedjax_llm.recipes.heterogeneous import (
   replication_padding as replication_padding,
@@ -20,9 +21,12 @@ from fedjax_llm.recipes.heterogeneous import (
 from fedjax_llm.recipes.heterogeneous import zero_padding as zero_padding
 from fedjax_llm.recipes.homogeneous import fed_it as fed_it
 from fedjax_llm.recipes.homogeneous import fed_sa as fed_sa
+from fedjax_llm.recipes.homogeneous import fed_svd as fed_svd
 from fedjax_llm.recipes.homogeneous import fedex_lora as fedex_lora
+from fedjax_llm.recipes.homogeneous import fedrot_lora as fedrot_lora
 from fedjax_llm.recipes.homogeneous import ffa_lora as ffa_lora
 from fedjax_llm.recipes.homogeneous import flasc as flasc
+from fedjax_llm.recipes.homogeneous import lora_a2 as lora_a2
 from fedjax_llm.recipes.homogeneous import lora_fair as lora_fair
 from fedjax_llm.recipes.homogeneous import rolora as rolora
 
@@ -35,14 +39,18 @@ __all__ = [
   'fed_it',
   'fed_prox',
   'fed_sa',
+  'fed_svd',
   'fed_yogi',
   'fedex_lora',
+  'fedrot_lora',
   'ffa_lora',
   'flasc',
   'flexlora',
   'flora',
   'het_lora',
+  'hlora',
   'local_only',
+  'lora_a2',
   'lora_fair',
   'rbla',
   'replication_padding',

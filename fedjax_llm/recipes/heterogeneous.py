@@ -140,6 +140,30 @@ def flexlora(
   )
 
 
+def hlora(
+  loss: Loss,
+  optimizer: LocalOptimizer,
+  *,
+  clip_norm: float | None = None,
+  **parts: Any,
+) -> FederatedAlgorithm:
+  """HLoRA, as NVIDIA FLARE's MedGemma example means it.
+
+      a b = SVD_R(sum_k w_k a_k b_k) with the singular values on a
+
+  and every client truncates it to its rank. The rule of FlexLoRA, where they
+  are on b; b is the factor beside the output, whose rows are orthonormal here.
+  """
+  return with_rule(
+    'hlora',
+    aggregators.flexlora(split='a'),
+    loss,
+    optimizer,
+    clip_norm,
+    {'scope': scopes.ranks(), **parts},
+  )
+
+
 def het_lora(
   loss: Loss,
   optimizer: LocalOptimizer,

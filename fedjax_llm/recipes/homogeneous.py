@@ -11,7 +11,7 @@ Every recipe takes a loss and a local optimizer, and hands further keywords
 
 from typing import Any
 
-from fedjax_llm import aggregators, server, uploads
+from fedjax_llm import aggregators, local, server, uploads
 from fedjax_llm.clients import scopes
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.recipes import averaging
@@ -141,6 +141,78 @@ def lora_fair(
   """
   rule = aggregators.lora_fair(penalty=penalty)
   return with_rule('lora_fair', rule, loss, optimizer, clip_norm, parts)
+
+
+def fed_svd(
+  loss: Loss,
+  optimizer: LocalOptimizer,
+  *,
+  every: int = 1,
+  clip_norm: float | None = None,
+  **parts: Any,
+) -> FederatedAlgorithm:
+  """FedSVD: b alone is trained, and the server factors the product anew.
+
+      b <- sum_k w_k b_k;   s a b = U S V':   a <- U,   b <- S V' / s
+
+  Lee et al. 2025, arXiv 2505.12805: exact as FFA-LoRA, with a that follows
+  what was learned. Both factors go down, b comes up. `every` as in
+  `aggregators.fedsvd`.
+  """
+  rule = aggregators.fedsvd(every=every)
+  scope = {'scope': scopes.untrained('/a$')}
+  return with_rule(
+    'fed_svd', rule, loss, optimizer, clip_norm, {**scope, **parts}
+  )
+
+
+def fedrot_lora(
+  loss: Loss,
+  optimizer: LocalOptimizer,
+  *,
+  strength: float = 1.0,
+  first: str = 'a',
+  clip_norm: float | None = None,
+  **parts: Any,
+) -> FederatedAlgorithm:
+  """FedRot-LoRA: clients' factors are turned onto the server's before the mean.
+
+      a <- sum_k w_k a_k R_k,   b <- sum_k w_k R_k' b_k,   R_k a rotation
+
+  Zhang et al. 2026, arXiv 2602.23638; settings as in `aggregators.fedrot`. A
+  client can turn its factors itself, so the bytes are those of FedIT.
+  """
+  rule = aggregators.fedrot(strength=strength, first=first)
+  return with_rule('fedrot_lora', rule, loss, optimizer, clip_norm, parts)
+
+
+def lora_a2(
+  loss: Loss,
+  optimizer: LocalOptimizer,
+  *,
+  budget: int = 2,
+  clip_norm: float | None = None,
+  **parts: Any,
+) -> FederatedAlgorithm:
+  """LoRA-A2: alternating factors, and of each only the units that matter.
+
+      even t: b <- b + sum_k w_k m_k db_k;   odd t: a <- a + sum_k w_k m_k da_k
+
+  with m_k the client's choice of rank-one units, `budget` a target and layer
+  on average (Koo et al. 2025, arXiv 2410.22815). The score and the trial pass
+  are those of `local.selected`; a unit that a client leaves out is a vote for
+  no change. The paper's own learning rate for each factor is left to the
+  optimizer, and every client has the same budget. What was chosen travels as
+  well, a bit a unit.
+  """
+  update = local.selected(
+    local.sgd(loss, optimizer, clip_norm=clip_norm), budget=budget
+  )
+  mine = {
+    'scope': scopes.alternating('/b$', '/a$'),
+    'upload': uploads.identity(bitmap=True),
+  }
+  return averaging.compose(update, **{**mine, **parts})
 
 
 def flasc(

@@ -34,14 +34,15 @@ def _masked_bytes(leaf: jax.Array, mask: jax.Array | None) -> jax.Array:
   return jnp.sum(mask, dtype=jnp.int32) * each
 
 
-def identity(entries: str = 'trained') -> Codec:
+def identity(entries: str = 'trained', bitmap: bool = False) -> Codec:
   """The message is the tree itself, at the entries that need to travel.
 
   An upload sends the entries that were trained, a download those that the
   client holds (`entries='held'`: a value that is held but not trained has to
-  arrive too). The others are zero in the message and cost nothing; both sides
-  know the masks. Bytes are the entries inside the mask times the size of the
-  leaf's dtype, exactly.
+  arrive too). The others are zero in the message and cost nothing. Bytes are
+  the entries inside the mask times the size of the leaf's dtype, exactly. Both
+  sides know the masks, unless the client chose them: with `bitmap` each mask
+  that lets anything through costs a bit an entry as well.
 
   Raises:
     Error: `entries` is another word; a leaf of 2 GiB or more.
@@ -70,9 +71,15 @@ def identity(entries: str = 'trained') -> Codec:
     del start, key
     return message
 
+  def count(leaf, mask):
+    num = _masked_bytes(leaf, mask)
+    if bitmap and mask is not None and mask.ndim:
+      num += jnp.where(jnp.any(mask), jnp.int32(-(-mask.size // 8)), 0)
+    return num
+
   def num_bytes(message, masks):
     return jax.tree.map(
-      lambda x, m: None if x is None else _masked_bytes(x, m),
+      lambda x, m: None if x is None else count(x, m),
       message,
       getattr(masks, entries),
       is_leaf=lambda x: x is None,

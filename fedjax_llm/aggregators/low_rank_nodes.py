@@ -1,0 +1,173 @@
+"""Aggregators from a rule on one low-rank node.
+
+A rule sees the factors as the clients hold them (`tree.whole`): a client of a
+smaller rank holds zeros beyond it. Leaves outside of `LowRank` nodes (norms,
+heads) get the weighted mean of their updates. What a rule assigns does not meet
+the server optimizer.
+"""
+
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm import tree
+from fedjax_llm.aggregators import low_rank
+from fedjax_llm.types import (
+  Aggregate,
+  Aggregator,
+  Error,
+  Key,
+  LowRank,
+  Traits,
+  Uploads,
+)
+
+NOTHING = LowRank(None, None, None)
+
+
+class Seen(NamedTuple):
+  """What a rule on one node sees."""
+
+  nodes: LowRank  # [K, ...] whole factors
+  weight: jax.Array  # [K], sums to one
+  server: LowRank  # what the server has
+  update: LowRank  # weighted mean of the updates; None where nothing travels
+  held: jax.Array  # [K, ..., R] bool: the columns that a client holds
+  key: Key
+
+  def served(self) -> LowRank:
+    """The server's node once the mean update is added."""
+    now = LowRank(self.server.a, self.server.b, self.server.scale)
+    return tree.add(now, self.update)
+
+
+NodeRule = Callable[[Seen], Aggregate]
+
+
+def by_node(
+  name: str,
+  rule: NodeRule,
+  traits: Traits,
+  *,
+  weighted: bool = True,
+  assigns: bool = False,
+  rank_down: Callable[[jax.Array], Any] | None = None,
+) -> Aggregator:
+  """An aggregator from a rule on single nodes.
+
+  `assigns` says that both factors are written, so both have to travel;
+  `rank_down(held [K, ..., R])` is the rank [...] of the residual that goes
+  down, as factors or dense, whichever is less.
+  """
+
+  def init(params, key):
+    del key
+    if rank_down is None:
+      return ()
+    return jax.tree.map(
+      lambda x: (
+        jnp.zeros(x.a.shape[:-2], jnp.int32) if low_rank.is_node(x) else None
+      ),
+      params,
+      is_leaf=low_rank.is_node,
+    )
+
+  def aggregate(uploads, state, params, key):
+    del state
+    weight = _weights(uploads, weighted)
+    mean = tree.weighted_mean(uploads.update, weight)
+
+    def leaf(path, p, nodes, update, held):
+      if not low_rank.is_node(p):
+        return Aggregate(update), None
+      where = jax.tree_util.keystr(path, simple=True, separator='/')
+      _check(name, where, update, held, assigns)
+      columns = _columns(held.a, nodes.a, uploads.valid)
+      here = jax.random.fold_in(key, zlib.crc32(where.encode()))
+      delta, assign = rule(Seen(nodes, weight, p, update, columns, here))
+      down = None
+      if rank_down is not None:
+        d, f = p.a.shape[-2], p.b.shape[-1]
+        rank = jnp.minimum(rank_down(columns) * (d + f), d * f)
+        down = (p.a.dtype.itemsize * rank).astype(jnp.int32)
+      return Aggregate(_as(delta, p), _as(assign or NOTHING, p)), down
+
+    outcome = jax.tree_util.tree_map_with_path(
+      leaf,
+      params,
+      tree.whole(uploads),
+      mean,
+      uploads.masks.held,
+      is_leaf=lambda x: x is None or low_rank.is_node(x),
+    )
+    part = lambda pick: jax.tree.map(
+      pick, outcome, is_leaf=lambda x: type(x) is tuple
+    )
+    result = Aggregate(part(lambda x: x[0].delta), part(lambda x: x[0].assign))
+    return result, () if rank_down is None else part(lambda x: x[1])
+
+  num_bytes = None if rank_down is None else lambda state: state
+  return Aggregator(init, aggregate, traits, num_bytes)
+
+
+def _weights(uploads: Uploads, weighted: bool) -> jax.Array:
+  given = uploads.weight if weighted else 1.0
+  given = jnp.where(uploads.valid, given, 0.0)
+  return tree.normalise(given.astype(jnp.float32))
+
+
+def _as(new: LowRank, like: LowRank) -> LowRank:
+  cast = lambda x, p: None if x is None else x.astype(p.dtype)
+  return LowRank(cast(new.a, like.a), cast(new.b, like.b), None, new.residual)
+
+
+def _check(
+  name: str, where: str, update: LowRank, held: LowRank, assigns: bool
+) -> None:
+  for factor in ('a', 'b'):
+    if getattr(update, factor) is not None:
+      continue
+    if getattr(held, factor) is not None:
+      raise Error(
+        f'{name} needs whole factors, but clients keep {where}/{factor} to '
+        'themselves: share it, or use a mean.'
+      )
+    if assigns:
+      raise Error(
+        f'{name} writes both factors, but {where}/{factor} is frozen: train '
+        'it, or use a mean, which is exact with one factor frozen.'
+      )
+
+
+def _columns(held: jax.Array | None, a: jax.Array, valid: jax.Array):
+  """The columns of a [K, ..., D, R] that each valid client holds."""
+  shape = (*a.shape[:-2], a.shape[-1])
+  mask = jnp.bool_(True) if held is None else tree.rows(held, a)
+  mask = jnp.any(jnp.broadcast_to(mask, a.shape), axis=-2)
+  return mask & valid.reshape((-1,) + (1,) * (len(shape) - 1))
+
+
+def per_client(weight: jax.Array, like: jax.Array) -> jax.Array:
+  """[K] against [K, ...]."""
+  return weight.reshape((-1,) + (1,) * (like.ndim - 1))
+
+
+def grown(server: LowRank, change: jax.Array) -> jax.Array:
+  return change if server.residual is None else server.residual + change
+
+
+def moved_to_mean(seen: Seen, nodes: LowRank, share: jax.Array) -> LowRank:
+  """What brings the server to sum_k share_k of the factors; share [K, ...]."""
+  share = share[..., None, None]
+
+  def factor(whole, old, travels):
+    return None if travels is None else jnp.sum(share * whole, axis=0) - old
+
+  return LowRank(
+    factor(nodes.a, seen.server.a, seen.update.a),
+    factor(nodes.b, seen.server.b, seen.update.b),
+    None,
+  )

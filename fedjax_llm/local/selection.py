@@ -1,0 +1,101 @@
+"""Local training of the rank-one units that matter to a client."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm.types import (
+  ClientOutput,
+  Error,
+  LocalUpdate,
+  LowRank,
+  Masks,
+  Params,
+)
+
+
+def selected(inner: LocalUpdate, *, budget: int) -> LocalUpdate:
+  """Trains once to see which units matter, and again with those alone.
+
+  The score of unit i of a target in a layer is the size of its change,
+
+      ||da[:, i]|| ||b[i]|| + ||a[:, i]|| ||db[i]||
+
+  where one term is zero if rounds take turns between the factors. The units of
+  the largest scores stay trainable, `budget` times the number of (target,
+  layer) pairs in all, chosen over all of them together: LoRA-A2's adaptive rank
+  selection (Koo et al. 2025, arXiv 2410.22815). Costs twice the local steps; a
+  client keeps the state of the second pass.
+
+  Raises:
+    Error: a budget below one; from the round, no `LowRank` node or a budget
+      above the rank.
+  """
+  if budget < 1:
+    raise Error(f'selected: budget={budget} must be at least 1.')
+
+  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
+    trial = inner.run(base, start, state, batches, masks, round, key)
+    scores = [
+      _scores(node, change)
+      for node, change in zip(
+        _nodes(start), _nodes(trial.update, start), strict=True
+      )
+    ]
+    if not scores:
+      raise Error('selected needs low-rank factors: adapter.name=lora.')
+    flat = jnp.concatenate([jnp.ravel(s) for s in scores])
+    rank = min(s.shape[-1] for s in scores)
+    if budget > rank:
+      raise Error(f'selected: budget={budget} is above the rank, {rank}.')
+    pairs = sum(s.size // s.shape[-1] for s in scores)
+    _, best = jax.lax.top_k(flat, budget * pairs)
+    chosen, kept, at = jnp.zeros(flat.size, bool).at[best].set(True), [], 0
+    for s in scores:
+      kept.append(chosen[at : at + s.size].reshape(s.shape))
+      at += s.size
+    trained = _only(masks.trained, start, kept)
+    masks = Masks(masks.held, trained)
+    return inner.run(base, start, state, batches, masks, round, key)
+
+  return LocalUpdate(inner.init, run)
+
+
+def _is_node(x: Any) -> bool:
+  return x is None or isinstance(x, LowRank)
+
+
+def _nodes(params: Params, like: Params | None = None) -> list[LowRank]:
+  leaves, treedef = jax.tree.flatten(
+    params if like is None else like, is_leaf=_is_node
+  )
+  found = leaves if like is None else treedef.flatten_up_to(params)
+  return [x for x, y in zip(found, leaves) if isinstance(y, LowRank)]
+
+
+def _scores(node: LowRank, change: LowRank) -> jax.Array:
+  """[..., R]"""
+  size = lambda x, axis: jnp.sqrt(jnp.sum(jnp.square(x), axis=axis))
+  score = jnp.zeros((*node.a.shape[:-2], node.a.shape[-1]))
+  if change.a is not None:
+    score += size(change.a, -2) * size(node.b, -1)
+  if change.b is not None:
+    score += size(node.a, -2) * size(change.b, -1)
+  return score
+
+
+def _only(mask: Any, start: Params, kept: list[jax.Array]) -> Any:
+  rest = iter(kept)
+
+  def node(x, m):
+    if not isinstance(x, LowRank):
+      return m
+    units = next(rest)
+    of_a, of_b = units[..., None, :], units[..., :, None]
+    return m._replace(
+      a=None if m.a is None else m.a & of_a,
+      b=None if m.b is None else m.b & of_b,
+    )
+
+  return jax.tree.map(node, start, mask, is_leaf=_is_node)

@@ -1,0 +1,212 @@
+"""What a network is: its configuration, the shapes of its weights, a start.
+
+The tree of weights has the same names in every family, so that adapters and
+their targets read alike:
+
+    embed_tokens, embed_positions, embed_types, embed_norm
+    layers/  input_layernorm, self_attn/{q,k,v,o}_proj, self_attn/{q,k}_norm,
+             post_attention_layernorm, mlp/{gate,up,down}_proj, ...
+    norm, head_dense, head_norm, lm_head    or    pooler, classifier
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm.models import rope as rope_lib
+from fedjax_llm.models.rope import Rope
+from fedjax_llm.types import Base, Key
+
+
+class Config(NamedTuple):
+  """What a network is; static and hashable.
+
+  `windows[l]` is how many places back layer l looks, itself included (0: the
+  whole text; an empty tuple: every layer sees the whole text), and
+  `layer_ropes[l]` how it rotates (an empty tuple: all of them by `rope`).
+
+  `residual` says where the norms stand in a block:
+
+      pre        x += attention(norm x);  x += mlp(norm x)
+      post       x = norm(x + attention(x));  x = norm(x + mlp(x))
+      sandwich   x += norm(attention(norm x));  x += norm(mlp(norm x))
+      parallel   x += attention(norm x) + mlp(norm' x)
+      shared     x += attention(y) + mlp(y),  y = norm x
+  """
+
+  family: str
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  max_positions: int
+  # Blocks.
+  activation: str = 'silu'
+  gated: bool = True
+  residual: str = 'pre'
+  norm: str = 'rms'
+  norm_eps: float = 1e-6
+  final_norm: bool = True
+  # Attention.
+  causal: bool = True
+  rope: Rope = Rope()
+  layer_ropes: tuple[Rope, ...] = ()
+  partial_rotary: float = 1.0  # the part of a head that is rotated
+  windows: tuple[int, ...] = ()
+  qk_norm: bool = False
+  score_scale: float | None = None  # None: 1 / sqrt(head_dim)
+  score_cap: float = 0.0
+  qkv_bias: bool = False
+  output_bias: bool = False
+  mlp_bias: bool = False
+  # Embedding.
+  embedding_scale: float = 1.0
+  num_learned_positions: int = 0  # rows of the table; 0: there is none
+  first_position: int = 0  # the row of a text's first token
+  num_token_types: int = 0  # every token is of type 0
+  embedding_norm: bool = False
+  # Head.
+  head: str = 'lm'  # 'lm' | 'masked_lm' | 'classifier' | 'none'
+  tied: bool = False
+  head_bias: bool = False
+  head_activation: str = ''
+  logit_cap: float = 0.0
+  labels: tuple[str, ...] = ()  # of a classifier
+  # Tokens.
+  bos_id: int | None = None
+  eos_ids: tuple[int, ...] = ()
+  pad_id: int | None = None
+
+  @property
+  def rotary_dim(self) -> int:
+    return int(self.head_dim * self.partial_rotary)
+
+
+def longest_text(config: Config) -> int:
+  """Tokens that a text may have."""
+  ropes = (config.rope, *config.layer_ropes)
+  bounds = [rope_lib.longest_text(r, config.max_positions) for r in ropes]
+  return min([config.max_positions, *(b for b in bounds if b is not None)])
+
+
+def shapes(config: Config) -> dict[str, Any]:
+  """The shape of every weight, in the structure of the base.
+
+  >>> from fedjax_llm import models
+  >>> shapes(models.random().config)['norm']
+  {'scale': (64,)}
+  """
+  c = config
+  width, inner = c.hidden_size, c.intermediate_size
+  heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+
+  def matrix(d, f, bias, *lead):
+    kernel = {'kernel': (*lead, d, f)}
+    return {**kernel, 'bias': (*lead, f)} if bias else kernel
+
+  def norm(d, *lead):
+    return {k: (*lead, d) for k in ('scale', 'bias')[: 1 + (c.norm == 'layer')]}
+
+  n = c.num_layers
+  attention = {
+    'q_proj': matrix(width, heads, c.qkv_bias, n),
+    'k_proj': matrix(width, kv_heads, c.qkv_bias, n),
+    'v_proj': matrix(width, kv_heads, c.qkv_bias, n),
+    'o_proj': matrix(heads, width, c.output_bias, n),
+  }
+  if c.qk_norm:
+    attention.update(q_norm=norm(c.head_dim, n), k_norm=norm(c.head_dim, n))
+  mlp = {
+    'up_proj': matrix(width, inner, c.mlp_bias, n),
+    'down_proj': matrix(inner, width, c.mlp_bias, n),
+  }
+  if c.gated:
+    mlp['gate_proj'] = matrix(width, inner, c.mlp_bias, n)
+  norms = NORMS_OF[c.residual]
+  tree: dict[str, Any] = {
+    'embed_tokens': {'embedding': (c.vocab_size, width)},
+    'layers': {
+      'self_attn': attention,
+      'mlp': mlp,
+      **{name: norm(width, n) for name in norms},
+    },
+  }
+  if c.num_learned_positions:
+    tree['embed_positions'] = {'embedding': (c.num_learned_positions, width)}
+  if c.num_token_types:
+    tree['embed_types'] = {'embedding': (c.num_token_types, width)}
+  if c.embedding_norm:
+    tree['embed_norm'] = norm(width)
+  if c.final_norm:
+    tree['norm'] = norm(width)
+  return {**tree, **_head_shapes(c, norm, matrix)}
+
+
+# The norms of one block, by where they stand.
+NORMS_OF = {
+  'pre': ('input_layernorm', 'post_attention_layernorm'),
+  'post': ('post_attention_layernorm', 'post_mlp_layernorm'),
+  'sandwich': (
+    *('input_layernorm', 'attention_output_norm'),
+    *('post_attention_layernorm', 'mlp_output_norm'),
+  ),
+  'parallel': ('input_layernorm', 'post_attention_layernorm'),
+  'shared': ('input_layernorm',),
+}
+
+
+def _head_shapes(c: Config, norm, matrix) -> dict[str, Any]:
+  width = c.hidden_size
+  if c.head == 'none':
+    return {}
+  if c.head == 'classifier':
+    return {
+      'pooler': matrix(width, width, True),
+      'classifier': matrix(width, len(c.labels), True),
+    }
+  tree: dict[str, Any] = {}
+  if c.head == 'masked_lm':
+    tree['head_dense'] = matrix(width, width, True)
+    tree['head_norm'] = norm(width)
+  whole = matrix(width, c.vocab_size, c.head_bias)
+  if c.tied:
+    del whole['kernel']
+  if whole:
+    tree['lm_head'] = whole
+  return tree
+
+
+def _is_shape(x: Any) -> bool:
+  return isinstance(x, tuple)
+
+
+def num_params(config: Config) -> int:
+  """How many numbers the base holds (tied weights once)."""
+  leaves = jax.tree.leaves(shapes(config), is_leaf=_is_shape)
+  return sum(math.prod(shape) for shape in leaves)
+
+
+def init(config: Config, key: Key, dtype: Any = jnp.float32) -> Base:
+  """A random base: matrices ~ N(0, 1 / fan-in), norms one, biases zero."""
+  paths, structure = jax.tree.flatten_with_path(
+    shapes(config), is_leaf=_is_shape
+  )
+
+  def leaf(index, path, shape):
+    kind = path[-1].key
+    if kind == 'scale' and config.norm != 'rms_plus_one':
+      return jnp.ones(shape, dtype)
+    if kind in ('scale', 'bias'):
+      return jnp.zeros(shape, dtype)
+    fan_in = shape[-1] if kind == 'embedding' else shape[-2]
+    noise = jax.random.normal(jax.random.fold_in(key, index), shape)
+    return (noise / math.sqrt(fan_in)).astype(dtype)
+
+  return jax.tree.unflatten(
+    structure, [leaf(i, path, shape) for i, (path, shape) in enumerate(paths)]
+  )

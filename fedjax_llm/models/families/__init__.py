@@ -1,0 +1,26 @@
+"""Hugging Face checkpoints and ours: the same network in two vocabularies.
+
+A family says how its `config.json` becomes a `Config` and back, and which
+tensor of a checkpoint is which leaf of the base.
+"""
+
+from fedjax_llm.models.families.config_json import from_hf as from_hf
+from fedjax_llm.models.families.config_json import read_config as read_config
+from fedjax_llm.models.families.config_json import to_hf as to_hf
+from fedjax_llm.models.families.names import FAMILIES as FAMILIES
+from fedjax_llm.models.families.names import Tensor as Tensor
+from fedjax_llm.models.families.names import copies as copies
+from fedjax_llm.models.families.names import family as family
+from fedjax_llm.models.families.names import fused_rows as fused_rows
+from fedjax_llm.models.families.names import hf_module_name as hf_module_name
+from fedjax_llm.models.families.names import modules as modules
+from fedjax_llm.models.families.names import our_path as our_path
+from fedjax_llm.models.families.names import our_paths as our_paths
+from fedjax_llm.models.families.names import ours as ours
+from fedjax_llm.models.families.names import put as put
+from fedjax_llm.models.families.names import says_nothing as says_nothing
+from fedjax_llm.models.families.names import spellings as spellings
+from fedjax_llm.models.families.names import tensors as tensors
+from fedjax_llm.models.families.tables import Family as Family
+from fedjax_llm.models.families.tables import Module as Module
+from fedjax_llm.models.families.tables import Path as Path

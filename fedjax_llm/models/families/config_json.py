@@ -1,0 +1,262 @@
+"""config.json to `Config` and back.
+
+A value that the network does not implement is refused by name. What training
+alone uses (dropout, initial ranges) is not read: dropout is never applied.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedjax_llm.models import layers
+from fedjax_llm.models.config import Config
+from fedjax_llm.models.families import ropes
+from fedjax_llm.models.families.names import FAMILIES, family
+from fedjax_llm.models.families.tables import Family
+from fedjax_llm.types import Error
+
+# Switches that other networks have: here they have one value or none, unless
+# a family says that it handles them.
+_ONLY = {
+  'is_encoder_decoder': (False,),
+  'is_decoder': (False,),
+  'add_cross_attention': (False,),
+  'quantization_config': (),
+  'position_embedding_type': ('absolute',),
+  'use_bidirectional_attention': (False,),
+  'rope_interleaved': (False,),
+  'partial_rotary_factor': (1.0,),
+  'attn_logit_softcapping': (),
+  'final_logit_softcapping': (),
+  'logit_scale': (1.0,),
+  'logits_scaling': (1.0,),
+  'attention_multiplier': (),
+  'embedding_multiplier': (1.0,),
+  'residual_multiplier': (1.0,),
+  'use_qk_norm': (False,),
+  'qk_layernorm': (False,),
+  'parallel_attn': (False,),
+  'no_rope_layers': (),
+  'num_experts': (0, 1),
+  'num_local_experts': (0, 1),
+  'scale_attn_weights': (True,),
+  'scale_attn_by_inverse_layer_idx': (False,),
+  'reorder_and_upcast_attn': (False,),
+  'do_layer_norm_before': (True,),
+  '_remove_final_layer_norm': (False,),
+  'enable_bias': (True,),
+  'layer_norm_elementwise_affine': (True,),
+  'sinusoidal_pos_embds': (False,),
+}
+
+
+def read_config(
+  directory: str | pathlib.Path,
+  *,
+  labels: Sequence[str] | None = None,
+) -> Config:
+  """The `Config` of a Hugging Face directory.
+
+  `labels` asks for a classifier of these classes whatever head the checkpoint
+  has.
+
+  Raises `Error` for a directory without a readable config.json, an
+  architecture outside `FAMILIES`, and any value that is not implemented.
+  """
+  file = pathlib.Path(directory) / 'config.json'
+  if not file.is_file():
+    raise Error(f'{directory} has no config.json, so it is no model directory.')
+  try:
+    raw = json.loads(file.read_text())
+    if not isinstance(raw, dict):
+      raise ValueError('it is no JSON object')
+  except ValueError as error:
+    raise Error(f'{file} cannot be read: {error}.') from error
+
+  kind = raw.get('model_type')
+  named = raw.get('architectures') or []
+  supported = {name: k for k, f in FAMILIES.items() for name in f.heads}
+  architecture = str(named[0]) if named else ''
+  if kind not in FAMILIES or (named and supported.get(architecture) != kind):
+    raise Error(
+      f'{file}: the architecture {architecture or "(none)"} with '
+      f'model_type {kind!r} is not supported; supported: '
+      f'{", ".join(supported)}.'
+    )
+  try:
+    from transformers import AutoConfig
+
+    hf = AutoConfig.from_pretrained(str(file.parent))
+  except Exception as error:  # of many kinds, by the version of transformers
+    text = ' '.join(str(error).split()).rstrip('.')
+    raise Error(f'{file} is not a valid {kind} config: {text}.') from error
+  try:
+    return from_hf(hf, raw, labels=labels)
+  except Error as error:
+    raise Error(f'{file}: {error}') from error
+
+
+def from_hf(
+  hf: Any,
+  raw: Mapping[str, Any] | None = None,
+  *,
+  labels: Sequence[str] | None = None,
+) -> Config:
+  """A transformers config object to ours.
+
+  `raw` is its file, for the fields that the object does not keep.
+  """
+  raw = {} if raw is None else raw
+  if hf.model_type not in FAMILIES:  # transformers may read it as another
+    raise Error(
+      f'model_type {hf.model_type!r} is not supported; supported: '
+      f'{", ".join(FAMILIES)}.'
+    )
+  kind = FAMILIES[hf.model_type]
+  for field, allowed in _ONLY.items():
+    value = raw.get(field, getattr(hf, field, None))
+    if value is None or value in allowed or field in kind.handled:
+      continue
+    raise Error(
+      f'{field}={value!r} is not supported; supported: '
+      f'{", ".join(map(repr, (None, *allowed)))}.'
+    )
+  head = _head(hf, kind, labels)
+  eos = hf.eos_token_id
+  fields = {
+    **_common(hf, kind),
+    'head': head,
+    'bos_id': hf.bos_token_id,
+    'eos_ids': () if eos is None else tuple(eos if _is_list(eos) else [eos]),
+    'pad_id': hf.pad_token_id,
+    **kind.read(hf, head),
+  }
+  if labels is not None:
+    fields['labels'] = tuple(labels)
+  config = Config(family=hf.model_type, **fields)
+  _check(config, kind)
+  return config
+
+
+def _head(hf: Any, kind: Family, labels: Sequence[str] | None) -> str:
+  named = getattr(hf, 'architectures', None) or list(kind.heads)
+  if labels is None:
+    return kind.heads[named[0]]
+  if 'classifier' not in kind.heads.values():
+    raise Error(
+      f'labels={list(labels)} asks for a classifier, which a '
+      f'{hf.model_type} model does not have here.'
+    )
+  if len(set(labels)) != len(labels) or len(labels) < 1:
+    raise Error(f'labels={list(labels)} must name each class once.')
+  return 'classifier'
+
+
+def _common(hf: Any, kind: Family) -> dict[str, Any]:
+  """The fields that the families share, under the family's names."""
+  values: dict[str, Any] = {}
+  for ours, theirs in kind.fields.items():
+    if theirs is None or ours in ('rope_theta', 'partial_rotary'):
+      continue
+    values[ours] = getattr(hf, theirs, None)
+  values['tied'] = bool(values['tied'])
+  if 'norm_eps' in values:
+    values['norm_eps'] = float(values['norm_eps'])
+  width, heads = values['hidden_size'], values['num_heads']
+  if values.get('num_kv_heads') is None:
+    values['num_kv_heads'] = heads
+  if values.get('head_dim') is None:
+    if width % heads:
+      raise Error(
+        f'{kind.fields["hidden_size"]}={width} is no multiple of '
+        f'{kind.fields["num_heads"]}={heads}.'
+      )
+    values['head_dim'] = width // heads
+  if kind.fields['rope_theta'] is None:
+    return values
+  rope = hf.rope_parameters
+  if 'rope_theta' in rope:  # otherwise by kinds of layers: the family reads it
+    partial = kind.fields['partial_rotary'] is not None
+    values['rope'] = ropes.read(rope, values['max_positions'], partial=partial)
+    if partial:
+      values['partial_rotary'] = float(rope.get('partial_rotary_factor') or 1.0)
+  return values
+
+
+def _check(config: Config, kind: Family) -> None:
+  name = kind.fields
+  if config.activation not in layers.ACTIVATIONS:
+    raise Error(
+      f'{name["activation"]}={config.activation!r} is not supported; '
+      f'supported: {", ".join(layers.ACTIVATIONS)}.'
+    )
+  if name['rope_theta'] is not None:
+    size = config.rotary_dim
+    if config.head_dim < 2 or size < 2 or size % 2 or size > config.head_dim:
+      what = '' if size == config.head_dim else f', of which {size} rotate,'
+      raise Error(
+        f'head_dim={config.head_dim}{what} is not supported; it must be even.'
+      )
+    for rope in {config.rope, *config.layer_ropes}:
+      if rope.kind == 'longrope' and 2 * len(rope.short) != size:
+        raise Error(
+          f'rope_parameters.short_factor has {len(rope.short)} numbers for '
+          f'{size // 2} frequencies.'
+        )
+  if config.num_heads % config.num_kv_heads:
+    raise Error(
+      f'num_attention_heads={config.num_heads} is no multiple of '
+      f'num_key_value_heads={config.num_kv_heads}.'
+    )
+
+
+def to_hf(config: Config) -> dict[str, Any]:
+  """The config.json of a network, read alike by old and new transformers.
+
+  Raises `Error` where the family's fields cannot say what the network is.
+  """
+  c, kind = config, family(config)
+  values: dict[str, Any] = {
+    'architectures': [next(a for a, h in kind.heads.items() if h == c.head)],
+    'model_type': c.family,
+  }
+  for ours, theirs in kind.fields.items():
+    if theirs is not None and ours != 'rope_theta':
+      values[theirs] = getattr(c, ours)
+  theta = kind.fields['rope_theta']
+  if theta is not None:
+    values[theta] = c.rope.theta
+    values['rope_scaling'] = ropes.write(c.rope)
+  eos = list(c.eos_ids)
+  values |= {
+    'bos_token_id': c.bos_id,
+    'eos_token_id': eos[0] if len(eos) == 1 else eos or None,
+    'pad_token_id': c.pad_id,
+    **kind.write(c),
+  }
+  _check_written(config, values)
+  return values
+
+
+def _check_written(config: Config, values: Mapping[str, Any]) -> None:
+  from transformers import AutoConfig
+
+  rest = {k: v for k, v in values.items() if k != 'model_type'}
+  if rest.get('rope_scaling'):  # transformers writes into its arguments
+    rest['rope_scaling'] = dict(rest['rope_scaling'])
+  again = from_hf(AutoConfig.for_model(config.family, **rest), values)
+  if again != config:
+    differ = [
+      name
+      for name, x, y in zip(config._fields, config, again, strict=True)
+      if x != y
+    ]
+    raise Error(
+      f'A {config.family} config.json cannot say {", ".join(differ)} of this '
+      'network.'
+    )
+
+
+def _is_list(x: Any) -> bool:
+  return isinstance(x, list | tuple)

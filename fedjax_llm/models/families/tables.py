@@ -1,0 +1,129 @@
+"""What a family is: the names of its modules and the fields of its config."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from fedjax_llm.models.config import Config
+from fedjax_llm.types import Error
+
+Path = tuple[str, ...]
+
+
+class Module(NamedTuple):
+  """One module: our path, their name ('{}' is the layer), and its kind.
+
+  Where one of their modules holds several of ours, `fused` says how: their
+  features lie one module after the other ('stacked'), or head by head
+  ('by_head'), in the order of the table.
+  """
+
+  path: Path
+  name: str
+  kind: str  # a key of LEAVES
+  fused: str = ''
+
+
+# Our leaf and their tensor. Torch keeps the matrices of 'linear' as (out, in).
+LEAVES = {
+  'linear': (('kernel', 'weight'), ('bias', 'bias')),
+  'conv1d': (('kernel', 'weight'), ('bias', 'bias')),
+  'norm': (('scale', 'weight'), ('bias', 'bias')),
+  'embedding': (('embedding', 'weight'),),
+  'weight': (('kernel', 'weight'),),
+  'bias': (('bias', 'bias'),),
+}
+
+# Our field and theirs; a family replaces what it calls otherwise, and by None
+# what it does not have.
+FIELDS: Mapping[str, str | None] = {
+  'vocab_size': 'vocab_size',
+  'hidden_size': 'hidden_size',
+  'intermediate_size': 'intermediate_size',
+  'num_layers': 'num_hidden_layers',
+  'num_heads': 'num_attention_heads',
+  'num_kv_heads': 'num_key_value_heads',
+  'head_dim': 'head_dim',
+  'max_positions': 'max_position_embeddings',
+  'activation': 'hidden_act',
+  'norm_eps': 'rms_norm_eps',
+  'tied': 'tie_word_embeddings',
+  'partial_rotary': None,
+  'rope_theta': 'rope_theta',  # None: no rotation
+}
+
+
+class Family(NamedTuple):
+  """A kind of checkpoint.
+
+  `heads` maps an architecture to our kind of head, the default first.
+  `read(hf, head) -> Config fields` beside those of `fields`;
+  `write(config) -> config.json fields`, likewise.
+  """
+
+  heads: Mapping[str, str]
+  modules: tuple[Module, ...]
+  read: Callable[[Any, str], dict[str, Any]]
+  write: Callable[[Config], dict[str, Any]]
+  fields: Mapping[str, str | None] = FIELDS
+  handled: frozenset[str] = frozenset()  # switches that `read` understands
+  prefix: str = 'model.'  # of the body; checkpoints of the body alone lack it
+  spellings: tuple[tuple[str, str], ...] = ()  # (pattern, older name)
+  unread: str = r'.*rotary_emb\.inv_freq'  # tensors that say nothing to us
+
+
+def layer_modules(
+  prefix: str, table: Mapping[str, tuple[str, str]]
+) -> tuple[Module, ...]:
+  """Modules of a layer: 'self_attn/q_proj' -> (their name, kind[ fused])."""
+  modules = []
+  for path, (name, kind) in table.items():
+    kind, _, fused = kind.partition(' ')
+    path = ('layers', *path.split('/'))
+    modules.append(Module(path, f'{prefix}.{{}}.{name}', kind, fused))
+  return tuple(modules)
+
+
+# ------------------------------------------------------------------ windows --
+
+WINDOW_TYPES = ('full_attention', 'sliding_attention')
+
+
+def read_windows(hf: Any) -> tuple[int, ...]:
+  """`Config.windows` by layer_types and sliding_window."""
+  window = hf.sliding_window or 0
+  known = dict(zip(WINDOW_TYPES, (0, window)))
+  types = hf.layer_types
+  for kind in types:
+    if kind not in known:
+      raise Error(
+        f'layer_types has {kind!r}, which is not supported; supported: '
+        f'{", ".join(WINDOW_TYPES)}.'
+      )
+  if len(types) != hf.num_hidden_layers:
+    raise Error(
+      f'layer_types has {len(types)} entries for {hf.num_hidden_layers} layers.'
+    )
+  if 'sliding_attention' in types and not window:
+    raise Error('layer_types has sliding_attention but sliding_window is null.')
+  windows = tuple(known[kind] for kind in types)
+  return windows if any(windows) else ()
+
+
+def write_windows(config: Config) -> dict[str, Any]:
+  windows = config.windows or (0,) * config.num_layers
+  return {
+    'sliding_window': max(windows) or None,
+    'layer_types': [WINDOW_TYPES[bool(w)] for w in windows],
+  }
+
+
+def read_one_window(hf: Any) -> tuple[int, ...]:
+  """`Config.windows` of a family whose layers are all alike."""
+  window = hf.sliding_window
+  types = set(getattr(hf, 'layer_types', None) or ())
+  if len(types) > 1 or (types and types != {WINDOW_TYPES[bool(window)]}):
+    raise Error(
+      f'layer_types={sorted(types)} is not supported for {hf.model_type} with '
+      f'sliding_window={window}: its layers are all alike.'
+    )
+  return (window,) * hf.num_hidden_layers if window else ()

@@ -1,0 +1,228 @@
+"""Weights in and out: safetensors files and our tree of stacked arrays."""
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedjax_llm.models import config as config_lib
+from fedjax_llm.models import families
+from fedjax_llm.models.config import Config
+from fedjax_llm.types import Base, Error
+
+_READABLE = {'F32', 'BF16', 'F16'}
+_INDEX = 'model.safetensors.index.json'
+_SINGLE = 'model.safetensors'
+
+# ----------------------------------------------------------------- reading --
+
+
+@contextlib.contextmanager
+def _open(file: pathlib.Path) -> Iterator[Any]:
+  import safetensors
+
+  try:
+    with safetensors.safe_open(str(file), 'numpy') as handle:
+      yield handle
+  except (safetensors.SafetensorError, OSError) as error:
+    raise Error(f'{file} cannot be read (damaged or cut off?): {error}.') from (
+      error
+    )
+
+
+def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Where each tensor of a checkpoint lies."""
+  single, index = directory / _SINGLE, directory / _INDEX
+  if single.is_file():
+    with _open(single) as handle:
+      return dict.fromkeys(handle.keys(), single)
+  if not index.is_file():
+    others = sorted(p.name for p in directory.glob('*.bin'))
+    hint = f' ({others[0]} is not read: only safetensors)' if others else ''
+    raise Error(
+      f'{directory} has no weights: neither {_SINGLE} nor {_INDEX}{hint}.'
+    )
+  try:
+    weight_map = json.loads(index.read_text())['weight_map']
+    where = {name: directory / file for name, file in weight_map.items()}
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise Error(f'{index} has no readable weight_map: {error}.') from error
+  held = {}
+  for file in sorted(set(where.values())):
+    if not file.is_file():
+      raise Error(f'{index} names {file.name}, which is not in the directory.')
+    with _open(file) as handle:
+      held.update(dict.fromkeys(handle.keys(), file))
+  for name, file in where.items():
+    if held.get(name) != file:
+      raise Error(f'{index} says that {file.name} holds {name}; it does not.')
+  return held
+
+
+def _some(names: Sequence[str]) -> str:
+  more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+  return ', '.join(names[:3]) + more
+
+
+# What a checkpoint of another head may lack.
+_CLASSIFIER = ('pooler', 'classifier')
+
+
+def _stored(directory, config, files, may_lack) -> dict[str, str]:
+  """Under which name the checkpoint holds each tensor; checks all of them.
+
+  Names, shapes and dtypes, before any weight is read.
+  """
+  table = {t.name: t for t in families.tensors(config)}
+  stored = {}
+  for name in table:
+    for spelling in families.spellings(name, config):
+      if spelling in files:
+        stored[name] = spelling
+        break
+  missing = [n for n in table if n not in stored]
+  if missing := [n for n in missing if table[n].path[0] not in may_lack]:
+    raise Error(f'{directory} lacks the tensors {_some(missing)}.')
+  held, again = set(stored.values()), families.copies(config)
+  unknown = [
+    name
+    for name in files
+    if name not in held
+    and name not in again
+    and not families.says_nothing(name, config)
+  ]
+  if unknown:
+    raise Error(
+      f'{directory} holds tensors that a {config.family} model with this '
+      f'config.json does not have: {_some(unknown)}.'
+    )
+  by_file: dict[pathlib.Path, list[str]] = {}
+  for name, spelling in stored.items():
+    by_file.setdefault(files[spelling], []).append(name)
+  for file, names in by_file.items():
+    with _open(file) as handle:
+      for name in names:
+        entry = handle.get_slice(stored[name])
+        shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
+        if shape != table[name].shape:
+          raise Error(
+            f'{file}: {stored[name]} has shape {list(shape)}, but config.json '
+            f'asks for {list(table[name].shape)}.'
+          )
+        if dtype not in _READABLE:
+          raise Error(
+            f'{file}: {stored[name]} is stored as {dtype}; only '
+            f'{", ".join(sorted(_READABLE))} are read.'
+          )
+  return stored
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """An empty array at a multiple of 64 bytes: jax on CPU takes it as it is."""
+  size = int(np.prod(shape)) * dtype.itemsize
+  raw = np.empty(size + 64, np.uint8)
+  start = -raw.ctypes.data % 64
+  return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def read_base(
+  directory: pathlib.Path,
+  config: Config,
+  dtype: np.dtype,
+  *,
+  seed: int | None = None,
+) -> Base:
+  """The weights of a checkpoint as our tree of stacked arrays.
+
+  With a `seed` the weights of a classifier may be missing and are drawn.
+  """
+  files = _files(directory)
+  stored = _stored(
+    directory, config, files, () if seed is None else _CLASSIFIER
+  )
+
+  def read(name):
+    # Opened anew for each tensor: the pages of a mapped file that were read
+    # count as memory until the file is closed.
+    with _open(files[name]) as handle:
+      return handle.get_tensor(name)
+
+  for name, first in families.copies(config).items():
+    if name in files and not np.array_equal(read(stored[first]), read(name)):
+      raise Error(
+        f'{directory}: config.json ties {name} to {stored[first]} '
+        '(tie_word_embeddings), but it differs.'
+      )
+  parts: dict[families.Path, list[families.Tensor]] = {}
+  for tensor in families.tensors(config):
+    parts.setdefault(tensor.path, []).append(tensor)
+  base: dict[str, Any] = {}
+  for path, group in parts.items():
+    node = base
+    for name in path[:-1]:
+      node = node.setdefault(name, {})
+    shape: Any = config_lib.shapes(config)
+    for name in path:
+      shape = shape[name]
+    leaf = _aligned(shape, dtype)
+    for tensor in group:
+      row = leaf if tensor.layer is None else leaf[tensor.layer]
+      if tensor.name in stored:
+        row[...] = families.ours(tensor, read(stored[tensor.name]))
+      elif tensor.path[-1] == 'bias':
+        row[...] = 0
+      else:
+        draw = np.random.default_rng((seed or 0, _CLASSIFIER.index(path[0])))
+        row[...] = 0.02 * draw.standard_normal(shape)
+    node[path[-1]] = jax.device_put(leaf)
+  return base
+
+
+# ----------------------------------------------------------------- writing --
+
+
+def save(directory: str | os.PathLike, config: Config, base: Base) -> None:
+  """Writes a Hugging Face directory that transformers loads.
+
+  config.json and model.safetensors, in the dtype of the base. Files appear
+  whole or not at all.
+  """
+  from safetensors.numpy import save_file
+
+  directory = pathlib.Path(directory)
+  weights: dict[str, np.ndarray] = {}
+  for tensor in families.tensors(config):
+    leaf = base
+    for name in tensor.path:
+      leaf = leaf[name]
+    value = np.asarray(leaf)
+    value = value if tensor.layer is None else value[tensor.layer]
+    families.put(tensor, value, weights)
+    if weights[tensor.name].shape != tensor.shape:
+      raise Error(
+        f'{tensor.name} has shape {list(weights[tensor.name].shape)}, but the '
+        f'config asks for {list(tensor.shape)}.'
+      )
+  weights = {n: np.ascontiguousarray(w) for n, w in weights.items()}
+  dtype = str(next(iter(weights.values())).dtype)
+  text = json.dumps({**families.to_hf(config), 'torch_dtype': dtype}, indent=2)
+
+  files = {name: directory / name for name in (_SINGLE, 'config.json')}
+  drafts = {n: f.with_name(f'.{n}.{os.getpid()}') for n, f in files.items()}
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(weights, str(drafts[_SINGLE]), metadata={'format': 'pt'})
+    drafts['config.json'].write_text(text + '\n')
+    # safetensors writes files that only their owner may read.
+    drafts[_SINGLE].chmod(drafts['config.json'].stat().st_mode)
+    for name, file in files.items():
+      os.replace(drafts[name], file)
+  except Exception as error:
+    for draft in drafts.values():
+      draft.unlink(missing_ok=True)
+    raise Error(f'{directory} could not be written: {error}.') from error
