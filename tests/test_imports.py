@@ -22,7 +22,7 @@ TABLE = {
   'local': ('types', 'tree'),
   'uploads': ('types', 'tree'),
   'aggregators': ('types', 'tree'),
-  'server': ('types', 'tree', 'clients'),
+  'server': ('types', 'tree', 'clients', 'sharding'),
   'evals': ('types', 'models', 'adapters'),
   'recipes': (
     *('types', 'tree', 'adapters', 'clients'),
@@ -31,11 +31,13 @@ TABLE = {
   'builders': ('types',),
   'config': ('types', 'builders'),
   'checkpoint': ('types',),
+  'sharding': ('types',),
   'metrics': ('types',),
+  'report': ('types', 'metrics'),
   'workdir': ('types', 'config', 'metrics'),
 }
 # Programs, and the front door, know the whole house.
-PROGRAMS = ('__init__', 'train', 'plan', 'export', 'generate', 'report')
+PROGRAMS = ('__init__', 'sections', 'train', 'plan', 'export', 'generate')
 # What the language of the house itself may need.
 OUTSIDE = {
   'types': ('jax', 'optax', 'numpy'),

@@ -1,6 +1,7 @@
 """The recipes of the LoRA family on a federation that is checked by hand."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,16 @@ import pytest
 import references_lora as ref
 import toy
 
-from fedjax_llm import adapters, clients, local, recipes, server, tree, uploads
+from fedjax_llm import (
+  adapters,
+  aggregators,
+  clients,
+  local,
+  recipes,
+  server,
+  tree,
+  uploads,
+)
 from fedjax_llm.clients import scopes
 from fedjax_llm.recipes import heterogeneous, homogeneous
 from fedjax_llm.types import (
@@ -83,7 +93,7 @@ def watched(codec):
   return Codec(init, encode, codec.decode, codec.num_bytes)
 
 
-def cohort(states=None, profiles=RANKS, **more):
+def cohort(states=None, profiles: Any = RANKS, **more):
   """Clients whose targets come from one low-rank teacher, nearly."""
   plain = toy.cohort(num_clients=K, steps=3, states=states, **more)
   rng = np.random.default_rng(5)
@@ -213,7 +223,8 @@ def test_what_is_served_is_not_the_mean_and_the_metric_says_by_how_much(name):
   before, after, states, told = history[2]
   a, b = ends(before, states)
   want = ref.mean_product(a, b, np.ones(K), cohort().weight)
-  gap = np.float64(after.params['q'].a) @ np.float64(after.params['q'].b) - want
+  mean_a, mean_b = ref.f64(after.params['q'].a, after.params['q'].b)
+  gap = mean_a @ mean_b - want
   error = np.linalg.norm(gap) / np.linalg.norm(want)
   assert error > 1e-4
   np.testing.assert_allclose(told['aggregators/error'], error, rtol=0.02)
@@ -374,7 +385,8 @@ def test_lora_a2_trains_the_units_of_the_largest_scores():
 
   update = local.selected(LocalUpdate(lambda p: (), run), budget=1)
   for round, factor in ((0, 'b'), (1, 'a')):
-    masks = scopes.alternating('/b$', '/a$').mask(start, (), None, round, None)
+    turns: Any = scopes.alternating('/b$', '/a$')
+    masks = turns.mask(start, (), None, round, None)
     out = update.run(None, start, (), None, masks, round, None)
     zero = slope['q']._replace(**{k: 0 * getattr(slope['q'], k)
                                   for k in 'ab' if k != factor})  # fmt: skip
@@ -420,7 +432,7 @@ def test_flasc_of_density_one_is_fed_adam():
   plain = recipes.fed_avg(
     toy.loss,
     toy.sgd(0.1),
-    aggregator=recipes.averaging.aggregators.uniform_mean(),
+    aggregator=aggregators.uniform_mean(),
     server=server.fed_adam(
       settings['server_learning_rate'], tau=settings['tau']
     ),
@@ -491,7 +503,7 @@ def test_combinations_that_make_no_sense_are_refused_when_built():
   with pytest.raises(Error, match='needs fold'):
     homogeneous.fedex_lora(toy.loss, toy.sgd())
   with pytest.raises(Error, match='brings its own aggregator'):
-    build('fedex_lora', aggregator=recipes.averaging.aggregators.mean())
+    build('fedex_lora', aggregator=aggregators.mean())
   with pytest.raises(Error, match='brings its own server'):
     build('flasc', server=server.sgd())
 
@@ -509,7 +521,7 @@ def test_clients_without_a_rank_are_refused():
 @pytest.mark.parametrize('name', ['fed_prox', 'fed_adam', 'scaffold'])
 def test_the_rule_of_fedex_works_under_other_methods(name):
   more = {'num_clients': K} if name == 'scaffold' else {}
-  rule = recipes.averaging.aggregators.fedex()
+  rule = aggregators.fedex()
   algorithm = getattr(recipes, name)(
     toy.loss, toy.sgd(0.1), aggregator=rule, fold=toy.fold, **more
   )
@@ -557,7 +569,8 @@ def test_ranks_out_of_range_are_refused(broken):
 def test_alternating_and_ranks_say_what_is_wrong():
   with pytest.raises(Error, match='two patterns'):
     scopes.alternating('/b$')
-  for scope in (scopes.alternating('/b$', '/c$'), scopes.untrained('/c$')):
+  wrong: Any = (scopes.alternating('/b$', '/c$'), scopes.untrained('/c$'))
+  for scope in wrong:
     with pytest.raises(Error, match='matches no leaf'):
       scope.mask(toy.params(), (), None, 0, None)
 

@@ -183,7 +183,7 @@ def test_rounding_makes_no_matrix_of_the_full_size():
   [
     lambda: low_rank.svd_round(NODE, 0),
     lambda: low_rank.svd_round(NODE, 1, split='c'),
-    lambda: low_rank.ridge(NODE, None, NODE, 0.0),
+    lambda: low_rank.ridge(NODE, jnp.ones(1), NODE, 0.0),
     lambda: aggregators.fedex(residual_rank=0),
     lambda: aggregators.lora_fair(penalty=-1.0),
     lambda: aggregators.flexlora(split='sqrt'),
@@ -239,9 +239,9 @@ def uploads_of(shape, seed, ranks=None, drop=None):
   )
   params = {'bias': np.ones(2, np.float32), 'q': server}
   ranks = np.full(k, r) if ranks is None else np.asarray(ranks)
-  masks = jax.vmap(
-    lambda rank: RANKS.mask(params, rank, None, 0, None)
-  )(jnp.asarray(ranks))
+  masks = jax.vmap(lambda rank: RANKS.mask(params, rank, None, 0, None))(
+    jnp.asarray(ranks)
+  )
   start = tree.broadcast(params, k)
   held = masks.held['q']
   start['q'] = start['q']._replace(
@@ -425,9 +425,7 @@ def test_flexlora_is_exact_once_the_rank_holds_the_stack():
   uploads, params, whole, _ = uploads_of('small', 9)
   uploads = tree.take(uploads, np.array([0, 1]))
   ranks = jnp.array([1, 1])  # two clients of rank one in buffers of rank two
-  masks = jax.vmap(
-    lambda rank: RANKS.mask(params, rank, None, 0, None)
-  )(ranks)
+  masks = jax.vmap(lambda rank: RANKS.mask(params, rank, None, 0, None))(ranks)
   uploads = uploads._replace(masks=masks)
   new, _, told = applied('flexlora')(uploads, params, KEY)
   whole = tree.whole(uploads)['q']

@@ -35,7 +35,7 @@ def compose(update: LocalUpdate, **parts: Any) -> FederatedAlgorithm:
   parts.setdefault('aggregator', aggregators.mean())
   parts.setdefault('server', server.sgd())
   parts.setdefault('measure', aggregators.measure)
-  return server.algorithm.fed_opt(update, **parts)
+  return server.fed_opt(update, **parts)
 
 
 def fed_avg(
