@@ -36,6 +36,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   # Clients that train as one program; the rest of the cohort follows in further
   # blocks. None is the whole cohort: fastest, if it fits the memory.
   config.block_size = None
+  config.mesh_model = 1  # devices that share a copy of the model
   config.checkpoint_every = 1  # rounds; a killed run goes on from the last one
   config.keep_checkpoints = 2  # a damaged one can be passed over
 
@@ -71,6 +72,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     availability=1.0,  # the probability that a client can be drawn
     dropout=0.0,  # the probability that one that was drawn does not report
   )
+  # What clients can carry, for methods that ask: dict(name='ranks',
+  # choices=(4, 8)). None: all can carry the same.
+  config.profiles = None
   # What each of them does: local steps, rows a step, and how much it counts.
   config.cohort = dict(
     num_steps=2 if smoke else 4,

@@ -55,9 +55,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.evals = dict(every=10, per_client=4, buckets=(128, 256))
   if smoke:  # genres of Shakespeare's plays are the categories
     config.data = ml_collections.ConfigDict(dict(name='packaged'))
-    config.partition.num_clients = 8
+    config.partition.update(num_clients=8)
     config.population.update(template='plain', max_length=96, new_clients=2)
-    config.clients.cohort_size = 4
+    config.clients.update(cohort_size=4)
     config.cohort.update(num_steps=2, batch_size=2)
     config.model = ml_collections.ConfigDict(
       dict(

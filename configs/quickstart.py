@@ -39,5 +39,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.evals = dict(every=8, per_client=2, batch_size=8, buckets=(64, 96))
   if smoke:  # the same machinery on a random model
     config.population.update(template='plain', max_clients=8)
+    config.clients.update(cohort_size=4)
     config.model = dict(name='random')
   return config

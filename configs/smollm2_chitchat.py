@@ -58,6 +58,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   if smoke:  # the same machinery on Shakespeare's roles and a random model
     config.data = ml_collections.ConfigDict(dict(name='packaged'))
     config.population.update(template='plain', max_clients=8, new_clients=2)
-    config.clients.cohort_size = 4
+    config.clients.update(cohort_size=4)
     config.model = dict(name='random')
   return config

@@ -19,7 +19,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.partition = dict(name='natural')
   config.population = dict(template='plain', max_length=128, new_clients=2)
   if smoke:
-    config.population.max_clients = 6
+    config.population.update(max_clients=6)
 
   config.clients = dict(name='uniform', cohort_size=4 if smoke else 8)
   config.cohort = dict(num_steps=2 if smoke else 4, batch_size=2)

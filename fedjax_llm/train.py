@@ -120,12 +120,12 @@ def run(argv: list[str]) -> None:
 
   # ---------------------------- adapter, local, uploads, aggregators, server --
   adapter_key, round_key = jax.random.split(jax.random.key(seed))
+  mesh = None
+  if max(jax.device_count(), settings.mesh_model) > 1:
+    mesh = sharding.mesh(settings.mesh_model)  # clients over devices
+    loaded = loaded._replace(base=sharding.place(loaded.base, mesh))
   base, adapter = loaded.base, build('adapter')
   initial = adapter.init(adapter_key, base)
-  mesh = None
-  if jax.device_count() > 1:  # clients over devices, the base once a row
-    mesh = sharding.mesh(settings.mesh_model)
-    base = sharding.place(base, mesh)
   parts = ('upload', 'aggregator', 'server')
   algorithm: FederatedAlgorithm = build(
     'algorithm',

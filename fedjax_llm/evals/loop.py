@@ -32,9 +32,10 @@ def loop(
 ) -> Callable[..., dict[str, Any]]:
   """Everything a run tests, as one function.
 
-  The served parameters are tested on `heldout` (texts of clients that train)
-  and on `new` (clients that never do): 'evals/heldout/loss' and so on, and
-  'evals/heldout/clients', the loss of each client by name. A method with
+  The served parameters are tested on `heldout` (texts of clients that train),
+  on `new` (clients that never do) and on `common` (some of everybody's):
+  'evals/heldout/loss' and so on, and 'evals/heldout/clients', the loss of each
+  client by name. A method with
   private parts is also tested client by client, each with what it is served:
   'evals/personal/own/...' on the client's own held-out text and
   'evals/personal/common/...' on `common`. Clients that no round has trained yet
@@ -46,7 +47,7 @@ def loop(
     algorithm: whose `personal` says what is served.
     heldout: groups of batches with owners, ids into `names`.
     new: the same for clients that never train, ids into `new_names`.
-    common: texts on which every personal model is tested.
+    common: texts on which the served and every personal model is tested.
     names: of the clients that train.
     new_names: of the others.
     has_private: whether clients keep parameters of their own.
@@ -67,6 +68,7 @@ def loop(
     for name, groups, who in (
       ('heldout', heldout, names),
       ('new', new, new_names),
+      ('common', common, names),
     ):
       if groups:
         report = together(base, served, groups, key, name)
@@ -107,15 +109,23 @@ def _told(report: Report, names: Sequence[str]) -> dict[str, Any]:
 def in_turn(
   heldout: Sequence[Sequence[Example]], num: int
 ) -> list[list[Example]]:
-  """The first `num` texts in turn: one of each client, a second of each, ...
+  """Each client's share of `num` texts: one of each, a second of each, ...
 
-  >>> a, b = (Example(np.full(1, i), np.ones(1, bool)) for i in range(2))
-  >>> [int(own[0].tokens[0]) for own in in_turn([[a, a], [b]], 3)]
-  [0, 1, 0]
+  >>> text = Example(np.ones(1, np.int32), np.ones(1, bool))
+  >>> [len(own) for own in in_turn([[text] * 3, [text], []], 3)]
+  [2, 1, 0]
   """
   depth = max(map(len, heldout), default=0)
-  texts = [own[i] for i in range(depth) for own in heldout if i < len(own)]
-  return [[text] for text in texts[:num]]
+  turns = [
+    (i, k)
+    for i in range(depth)
+    for k, own in enumerate(heldout)
+    if i < len(own)
+  ]
+  shares: list[list[Example]] = [[] for _ in heldout]
+  for i, k in turns[:num]:
+    shares[k].append(heldout[k][i])
+  return shares
 
 
 class Question(NamedTuple):

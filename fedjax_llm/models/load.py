@@ -43,7 +43,7 @@ def assemble(
   attention: str = 'auto',
 ) -> LoadedModel:
   """A base that is already there, with the functions that read it."""
-  dtype = jnp.dtype(compute_dtype)
+  dtype = _dtype(compute_dtype, 'compute_dtype')
   model = transformer.build(
     config,
     remat=remat,
@@ -79,6 +79,18 @@ def random(
   >>> loaded.base['layers']['mlp']['up_proj']['kernel'].shape
   (3, 64, 128)
   """
+  sizes = {
+    'vocab_size': vocab_size,
+    'hidden_size': hidden_size,
+    'intermediate_size': intermediate_size,
+    'num_layers': num_layers,
+    'num_heads': num_heads,
+    'num_kv_heads': num_kv_heads,
+    'max_positions': max_positions,
+  }
+  for field, size in sizes.items():
+    if size < 1:
+      raise Error(f'{field}={size} must be at least 1.')
   if hidden_size % (2 * num_heads):
     raise Error(f'{hidden_size=} is no multiple of 2 * {num_heads=}.')
   if num_heads % num_kv_heads:
@@ -147,10 +159,14 @@ def pretrained(
   )
 
 
-def _dtype(name: Any) -> np.dtype:
-  if str(name) not in DTYPES:
-    raise Error(f'dtype={name!r} is not one of {", ".join(DTYPES)}.')
-  return jnp.dtype(name)
+def _dtype(name: Any, field: str = 'dtype') -> np.dtype:
+  try:
+    dtype = jnp.dtype(name)
+  except TypeError:
+    dtype = None
+  if dtype is None or dtype.name not in DTYPES:
+    raise Error(f'{field}={name!r} is not one of {", ".join(DTYPES)}.')
+  return dtype
 
 
 def _find(path: str | os.PathLike) -> pathlib.Path:

@@ -5,6 +5,7 @@ alone uses (dropout, initial ranges) is not read: dropout is never applied.
 """
 
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -85,9 +86,7 @@ def read_config(
       f'{", ".join(supported)}.'
     )
   try:
-    from transformers import AutoConfig
-
-    hf = AutoConfig.from_pretrained(str(file.parent))
+    hf = _auto_config().from_pretrained(str(file.parent))
   except Exception as error:  # of many kinds, by the version of transformers
     text = ' '.join(str(error).split()).rstrip('.')
     raise Error(f'{file} is not a valid {kind} config: {text}.') from error
@@ -239,13 +238,19 @@ def to_hf(config: Config) -> dict[str, Any]:
   return values
 
 
-def _check_written(config: Config, values: Mapping[str, Any]) -> None:
+def _auto_config() -> Any:
+  # On import the library advises to install a framework that is not needed.
+  os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
   from transformers import AutoConfig
 
+  return AutoConfig
+
+
+def _check_written(config: Config, values: Mapping[str, Any]) -> None:
   rest = {k: v for k, v in values.items() if k != 'model_type'}
   if rest.get('rope_scaling'):  # transformers writes into its arguments
     rest['rope_scaling'] = dict(rest['rope_scaling'])
-  again = from_hf(AutoConfig.for_model(config.family, **rest), values)
+  again = from_hf(_auto_config().for_model(config.family, **rest), values)
   if again != config:
     differ = [
       name
