@@ -20,14 +20,14 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   smoke = arg == 'smoke'
   config = ml_collections.ConfigDict()
   config.num_rounds = 2 if smoke else 8
-  config.block_size = 2
+  config.block_size = 4
 
   config.data = dict(name='packaged', dataset='shakespeare_mini')
   config.partition = dict(name='natural')
-  config.population = dict(template='chat', max_length=128, new_clients=4)
+  config.population = dict(template='chat', max_length=96, new_clients=4)
 
   config.clients = dict(name='uniform', cohort_size=8)
-  config.cohort = dict(num_steps=2, batch_size=2, weight_by='tokens')
+  config.cohort = dict(num_steps=4, batch_size=1, weight_by='tokens')
 
   cache = os.environ.get('FEDJAX_LLM_CACHE') or '~/.cache/fedjax_llm'
   path = os.path.expanduser(f'{cache}/SmolLM2-135M-Instruct')
@@ -36,7 +36,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.algorithm = dict(name='fed_avg')
   config.local = dict(name='adamw', learning_rate=2e-3)
 
-  config.evals = dict(every=8, per_client=2, batch_size=8, buckets=(64, 96))
+  config.evals = dict(every=8, per_client=2, common=0, buckets=(64,))
   if smoke:  # the same machinery on a random model
     config.population.update(template='plain', max_clients=8)
     config.clients.update(cohort_size=4)

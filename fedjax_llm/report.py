@@ -116,6 +116,8 @@ def summary(path: str | os.PathLike) -> str:
   if own:
     start = first.get('evals/heldout/clients') or {}
     first['evals/personal/own/client_mean'] = _mean(map(start.get, own))
+    same = first.get('evals/common/loss')  # the same model for everybody
+    first['evals/personal/common/client_mean'] = same
   rows = []
   for field, label in (_PERSONAL_ROWS if own else _ROWS).items():
     field = f'evals/{field}'

@@ -53,8 +53,8 @@ def base_specs(base: Base, mesh: Mesh) -> Any:
 
   >>> import jax.numpy as jnp
   >>> base = {'layers': {'o_proj': {'kernel': jnp.zeros((2, 4, 6))}}}
-  >>> base_specs(base, mesh())['layers']['o_proj']['kernel']
-  PartitionSpec(None, 'model', None)
+  >>> tuple(base_specs(base, mesh())['layers']['o_proj']['kernel'])
+  (None, 'model', None)
   """
   num = mesh.shape[MODEL]
 

@@ -4,6 +4,8 @@ Clients are loops, products are full matrices, and W + s B A is kept in the
 orientation of this code base: W + s a b, a of [D, R], b of [R, F].
 """
 
+from typing import Any
+
 import numpy as np
 
 
@@ -16,14 +18,14 @@ def shares(weight):
   return w / w.sum()
 
 
-def mean_product(a, b, scale, weight):
+def mean_product(a, b, scale, weight) -> Any:
   """sum_k w_k s_k a_k b_k: what the clients computed."""
   w = shares(weight)
   a, b, scale = f64(a, b, scale)
   return sum(w[k] * scale[k] * a[k] @ b[k] for k in range(len(a)))
 
 
-def mean_factors(a, b, weight):
+def mean_factors(a, b, weight) -> Any:
   w = shares(weight)
   a, b = f64(a, b)
   one = sum(w[k] * a[k] for k in range(len(a)))
@@ -80,8 +82,8 @@ def replication(a, b, ranks, weight, old_a, old_b):
   a, b, old_a, old_b = f64(a, b, old_a, old_b)
   top = [k for k in range(len(a)) if ranks[k] == max(ranks)]
   total = sum(weight[k] for k in top)
-  copy_a = sum(weight[k] * a[k] for k in top) / total
-  copy_b = sum(weight[k] * b[k] for k in top) / total
+  copy_a: Any = sum(weight[k] * a[k] for k in top) / total
+  copy_b: Any = sum(weight[k] * b[k] for k in top) / total
   full_a, full_b = a.copy(), b.copy()
   for k in range(len(a)):
     for i in range(ranks[k], a.shape[-1]):

@@ -129,7 +129,8 @@ def main(shapes: list[str]) -> None:
       'bytes': int(np.sum(told['uploads/bytes'])),
       'reported': np.asarray(told['clients/reported']).tolist(),
       # A rule on the stack moves the stack: only sums are one all-reduce.
-      'collectives': rule == 'mean' and collectives(program.as_text(), mesh),
+      'collectives': rule == 'mean'
+      and collectives(program.as_text() or '', mesh),
     }
   print(json.dumps(out))
 

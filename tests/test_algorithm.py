@@ -244,7 +244,7 @@ def test_scaffold_equals_its_algorithm_written_as_a_loop():
 
 
 def test_scaffold_refuses_optimizers_other_than_plain_sgd():
-  with pytest.raises(Error, match='scaffold needs local.name=sgd'):
+  with pytest.raises(Error, match=r'scaffold needs local\.name=sgd'):
     recipes.scaffold(toy.loss, local.optimizer('adamw'), num_clients=4)
   with pytest.raises(Error, match='momentum'):
     recipes.scaffold(

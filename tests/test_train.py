@@ -274,8 +274,9 @@ def test_personal_models_are_compared_with_what_was_served_before(whole):
   last = told[-1]['evals/personal/own/client_mean']
   assert own.split()[-3:] == [f'{x:.4f}' for x in (first, last, last - first)]
   (other,) = [x for x in printed.splitlines() if x.startswith('own model, ev')]
-  common = told[-1]['evals/personal/common/client_mean']
-  assert other.split()[-2:] == ['text', f'{common:.4f}']  # no cell before
+  first = told[0]['evals/common/loss']
+  last = told[-1]['evals/personal/common/client_mean']
+  assert other.split()[-3:] == [f'{x:.4f}' for x in (first, last, last - first)]
   assert told[1]['uploads/bytes'] == 0
 
 

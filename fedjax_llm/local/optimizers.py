@@ -5,7 +5,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -20,7 +19,7 @@ class LocalOptimizer(NamedTuple):
   """
 
   init: Callable[[Any], Any]
-  update: Callable[[Any, Any, Any, jax.Array], tuple[Any, Any]]
+  update: Callable[[Any, Any, Any, Any], tuple[Any, Any]]
   learning_rate: Callable[[Any], Any]
   name: str
   keywords: Mapping[str, Any]

@@ -14,7 +14,7 @@ import shutil
 import sys
 
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 import transformers
 
 HERE = pathlib.Path(__file__).parent / 'models'

@@ -58,7 +58,8 @@ def main() -> None:
     torch.manual_seed(seed)
     of = 'llama' if name in LLAMA else name
     base = HERE / 'models' / of
-    architecture = transformers.AutoConfig.from_pretrained(base).architectures
+    found = transformers.AutoConfig.from_pretrained(base)
+    architecture = found.architectures or ['']
     base = getattr(transformers, architecture[0]).from_pretrained(
       base, dtype=torch.float32
     )
