@@ -148,7 +148,8 @@ def summary(path: str | os.PathLike) -> str:
     [
       *([metrics.table(rows, header), ''] if rows else []),
       *notes,
-      f'{last["round"]} rounds, {total("local/tokens"):,.0f} tokens learned; '
+      f'{last["round"]} round{"s" if last["round"] > 1 else ""}, '
+      f'{total("local/tokens"):,.0f} tokens learned; '
       f'{metrics.human_bytes(up)} up and {metrics.human_bytes(down)} down; '
       f'{seconds:.0f} s',
       f'adapter: {pathlib.Path(path) / "adapter"}',

@@ -190,8 +190,11 @@ def run(argv: list[str]) -> None:
     room.checkpoints, max_to_keep=settings.keep_checkpoints
   )
   restored, done = saver.restore(state), 0
+  meta = {'data': data.population.digest(population)}
   if restored is not None:
     state, done = restored.state, restored.round
+    if {**meta, **restored.meta} != meta:
+      raise Error(f'{args.workdir} holds a run on other texts or clients.')
     if done > num_rounds:
       raise Error(f'{args.workdir} is at round {done}, above {num_rounds=}.')
     print('\n'.join([*restored.notices, f'resuming after round {done}']))
@@ -201,7 +204,7 @@ def run(argv: list[str]) -> None:
 
   def save(number: int) -> None:
     store.commit(number)
-    saver.save(number, state)
+    saver.save(number, state, meta)
     store.prune(min(saver.rounds()))
 
   if restored is None:

@@ -188,9 +188,9 @@ def shown(texts, tmp_path_factory):
   def watched(*args, **keywords):
     saver = opened(*args, **keywords)
 
-    def save(number, state):
+    def save(number, state, meta):
       saved.update(jax.device_get(state.params))
-      saver.save(number, state)
+      saver.save(number, state, meta)
 
     return saver._replace(save=save)
 
@@ -448,6 +448,18 @@ def test_a_workdir_of_another_config_is_refused(texts, whole):
   status, _, err = run(command(texts, folder, *others))
   assert (status, err.count('\n')) == (1, 1)
   assert 'local.learning_rate was 0.01, is 0.5; seed was 0, is 3' in err
+  assert everything(folder) == before
+
+
+def test_a_run_does_not_go_on_with_other_texts(texts, tmp_path):
+  path, folder = tmp_path / 'texts.jsonl', tmp_path / 'run'
+  path.write_text(texts.read_text())
+  done(quick(path, folder, '--config.num_rounds=1'))
+  path.write_text(texts.read_text().replace('lazy', 'tired'))
+  before = everything(folder)
+  status, _, err = run(quick(path, folder, '--config.num_rounds=2'))
+  assert (status, err.count('\n')) == (1, 1)
+  assert 'holds a run on other texts or clients' in err
   assert everything(folder) == before
 
 

@@ -4,6 +4,7 @@ Every choice is keyed by (seed, client name, content): it does not depend on
 the order of the records or on which other clients there are.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -152,6 +153,22 @@ def longest(
       'tokens: they do not belong together.'
     )
   return length
+
+
+def digest(population: Population) -> str:
+  """A checksum of who holds which texts: a run goes on with the same alone."""
+  found = hashlib.blake2b(digest_size=16)
+  sides = (
+    (population.names, population.train),
+    (population.names, population.heldout),
+    (population.new_names, population.new),
+  )
+  for names, part in sides:
+    for name, own in zip(names, part, strict=True):
+      found.update(repr((name, len(own))).encode())
+      for example in own:
+        found.update(repr(len(example.tokens)).encode() + _content(example))
+  return found.hexdigest()
 
 
 def _check(
