@@ -253,8 +253,9 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(
     ends.append(found.round)
     shutil.rmtree(folder)
     moments += 3 if moments < 10 else 1
-  # How many files orbax writes, and so how many moments there are, varies.
-  assert set(ends) == {6, 8} and (ends[0], ends[-1]) == (6, 8)
+  # How many moments there are varies: orbax renames from threads of its own,
+  # and may or may not outlive being interrupted there.
+  assert set(ends) <= {6, 8} and ends[-1] == 8
 
 
 # --------------------------------------------------------------- full disk --
