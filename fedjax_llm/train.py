@@ -43,7 +43,7 @@ def run(argv: list[str]) -> None:
     conf[section], SPEC.sections[section], **injected
   )
   test: Evals = build('evals')
-  config.at_least(settings, num_rounds=1, seed=0, block_size=1)
+  config.at_least(settings, num_rounds=1, seed=0, block_size=1, mesh_model=1)
   config.at_least(settings, checkpoint_every=1, keep_checkpoints=1)
   config.at_least(test, 'evals.', every=1, batch_size=1, per_client=0)
   config.at_least(test, 'evals.', common=0, samples=0, sample_tokens=1)

@@ -148,7 +148,7 @@ def _replace(file: pathlib.Path, text: str) -> None:
 
 def _lock(folder: pathlib.Path) -> Any:
   """Held until the process ends, however it ends."""
-  held = (folder / '.lock').open('w')
+  held = (folder / '.lock').open('a')
   try:
     import fcntl
 
