@@ -40,6 +40,11 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.checkpoint_every = 1  # rounds; a killed run goes on from the last one
   config.keep_checkpoints = 2  # a damaged one can be passed over
 
+  # ------------------------------------------------------------------ task --
+  # `causal_lm`: to go on with a text. `classification`: an encoder tells a
+  # text's label, see configs/minilm_classification.py.
+  config.task = dict(name='causal_lm')
+
   # ------------------------------------------------------------------ data --
   # `packaged`, `jsonl` (files, lists of files and patterns, plain or .gz) or
   # `hf` (whatever `datasets` reads). Text is told by `text_key`, by

@@ -58,7 +58,9 @@ class Checkpointer(NamedTuple):
   rounds: Callable[[], list[int]]
 
 
-def open(directory: str | os.PathLike, *, max_to_keep: int = 2) -> Checkpointer:
+def open(
+  directory: str | os.PathLike, *, max_to_keep: int = 2, mine: bool = True
+) -> Checkpointer:
   """Opens a directory of checkpoints; the first `save` creates it.
 
   What an interrupted `save` left behind is removed.
@@ -67,6 +69,9 @@ def open(directory: str | os.PathLike, *, max_to_keep: int = 2) -> Checkpointer:
     directory: of these checkpoints alone.
     max_to_keep: how many rounds are kept; with 2 a damaged one can be passed
       over.
+    mine: False in a process that leaves the checkpoints to another one: it
+      saves nothing and finds nothing. What a round computes is whole on every
+      device, so one process can write all of it.
 
   Raises:
     Error: `max_to_keep` is below 1.
@@ -82,6 +87,8 @@ def open(directory: str | os.PathLike, *, max_to_keep: int = 2) -> Checkpointer:
   """
   if max_to_keep < 1:
     raise Error(f'max_to_keep is {max_to_keep}: one checkpoint must be kept.')
+  if not mine:
+    return Checkpointer(lambda *_: None, lambda _: None, lambda: [])
   folder = pathlib.Path(directory).absolute()
   for left in folder.glob(f'{_PART}*'):
     shutil.rmtree(left)
@@ -213,7 +220,7 @@ def _write(
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
   (path / 'meta.json').write_text(json.dumps(meta, indent=1))
   if arrays:
-    with _quiet() as ocp, ocp.PyTreeCheckpointer() as checkpointer:
+    with _quiet() as ocp, _alone(ocp) as checkpointer:
       checkpointer.save(path / 'state', arrays)
   files = {}
   for file in sorted(p for p in path.rglob('*') if p.is_file()):
@@ -284,7 +291,7 @@ def _read(path: pathlib.Path, manifest: dict[str, Any], template: Any) -> Any:
   full = [x['file_key'] for x in stored if x['file_key']]
   arrays: Any = {}
   if full:
-    with _quiet() as ocp, ocp.PyTreeCheckpointer() as checkpointer:
+    with _quiet() as ocp, _alone(ocp) as checkpointer:
       as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
       arrays = checkpointer.restore(
         path / 'state', restore_args=dict.fromkeys(full, as_numpy)
@@ -325,6 +332,15 @@ def _quiet() -> Iterator[Any]:
     yield orbax.checkpoint
   finally:
     absl.logging.set_verbosity(before)
+
+
+def _alone(ocp: Any) -> Any:
+  """Orbax in this process, whatever other processes there are."""
+  options = ocp.options.MultiprocessingOptions(
+    primary_host=jax.process_index(), active_processes={jax.process_index()}
+  )
+  handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+  return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 @contextlib.contextmanager

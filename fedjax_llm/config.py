@@ -314,6 +314,8 @@ def at_least(values: Any, prefix: str = '', /, **least: int) -> None:
   """
   for field, bound in least.items():
     value = getattr(values, field)
+    if isinstance(value, str):  # a word that stands for a number
+      continue
     if value is not None and value < bound:
       raise Error(f'{prefix}{field} is {value}; it must be at least {bound}.')
 

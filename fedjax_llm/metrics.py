@@ -210,7 +210,7 @@ def summarise(device_metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Progress(NamedTuple):
-  """`update(round, loss, tokens_per_second)` after every round;
+  """`update(round, loss, speed)` after every round;
   `write(text)` prints a line above the bar; `close()` ends it."""
 
   update: Callable[[int, float, float], None]
@@ -222,11 +222,12 @@ def progress(
   num_rounds: int,
   start: int = 0,
   *,
+  unit: str = 'tokens',
   every: float = 10.0,
   file: Any = None,
   clock: Callable[[], float] = time.monotonic,
 ) -> Progress:
-  """A bar with round, loss, tokens a second and the time that is left.
+  """A bar with round, loss, speed in units a second and the time left.
 
   Where `file` (default: standard error) is no terminal, it is a plain line at
   most every `every` seconds, and one for the last round, so that logs stay
@@ -248,14 +249,14 @@ def progress(
   marks: list[tuple[int, float]] = [(start, clock())]
   printed = [-math.inf]
 
-  def update(round: int, loss: float, tokens_per_second: float) -> None:
+  def update(round: int, loss: float, speed: float) -> None:
     now = clock()
     since, began = marks[-1]
     seconds = (now - began) / max(round - since, 1)
     if len(marks) == 1:
       marks.append((round, now))
     left = _clock_time(seconds * (num_rounds - round))
-    told = f'loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, {left} left'
+    told = f'loss {loss:.4f}, {speed:,.0f} {unit}/s, {left} left'
     if bar is not None:
       bar.set_postfix_str(told, refresh=False)
       bar.update(round - bar.n)

@@ -8,16 +8,20 @@ from typing import Any
 import numpy as np
 
 from fedjax_llm import metrics
-from fedjax_llm.types import Cohort, Draw, Error, Population
+from fedjax_llm.types import Draw, Error, Population
 
 
 def describe(population: Population) -> str:
   """Who there is, what was left out and why, and the sizes of the clients."""
   report: Any = population.report
+  labels = report.get('labels')
+  learned = f'{report["loss_tokens"]:,} of them learned'
+  if labels is not None:
+    learned = f'{len(labels)} labels'
   lines = [
     f'{report["num_clients"]} clients train on {report["train_examples"]} '
-    f'examples ({report["tokens"]:,} tokens, {report["loss_tokens"]:,} of them '
-    f'learned); {report["heldout_examples"]} examples of theirs and '
+    f'examples ({report["tokens"]:,} tokens, {learned}); '
+    f'{report["heldout_examples"]} examples of theirs and '
     f'{report["num_new_clients"]} more clients are held out'
   ]
   reasons = {
@@ -34,6 +38,18 @@ def describe(population: Population) -> str:
         named.append('...')
       some = f' ({", ".join(named)})' if named else ''
       lines.append(f'left out: {report[field]} {what}{some}')
+  if labels is not None:
+    each = [f'{printable(name)} {count}' for name, count in labels.items()]
+    more = [f'and {len(each) - 12} more'] if len(each) > 12 else []
+    lines.append(f'labels: {", ".join([*each[:12], *more])}')
+  if never := report.get('labels_untrained'):
+    each = [f'{printable(name)} ({count})' for name, count in never.items()]
+    lines.append(
+      f'tested, but nobody trains on it: {", ".join(each)}: no model here can '
+      'know these labels'
+    )
+  if report.get('texts_cut'):
+    lines.append(f'cut at the end: {report["texts_cut"]} texts')
   if report.get('replies_cut'):
     lines.append(f'cut: {report["replies_cut"]} replies, as asked')
   if report.get('prompts_truncated'):
@@ -46,7 +62,6 @@ def describe(population: Population) -> str:
 def left_out(
   told: Mapping[str, Any],
   draw: Draw,
-  cohort: Cohort,
   names: Sequence[str],
   number: int,
 ) -> tuple[dict[str, Any], str]:
@@ -56,17 +71,18 @@ def left_out(
     Error: every client that reported sent values that are not finite.
   """
   told = dict(told)
-  broken = np.asarray(told.pop('clients/non_finite'), bool)
+  # Rows beyond the draw are padding.
+  broken = np.asarray(told.pop('clients/non_finite'), bool)[: len(draw.ids)]
+  chosen = np.asarray(draw.ids) >= 0
+  reported = np.asarray(draw.reports, bool) & chosen
   bad = [names[int(i)] for i in np.asarray(draw.ids)[broken]]
   some = ', '.join(map(printable, bad[:5])) + (', ...' if len(bad) > 5 else '')
-  reported = np.asarray(cohort.valid, bool)
   if bad and len(bad) == int(reported.sum()):
     raise Error(
       f'round {number}: the updates of all {len(bad)} clients that reported '
       f'are not finite ({some}): lower local.learning_rate or set '
       'algorithm.clip_norm, in another workdir.'
     )
-  chosen = np.asarray(draw.ids) >= 0
   told |= {
     'clients/reporting': int(reported.sum()) - len(bad),
     'clients/unavailable': int((~chosen).sum()),
@@ -96,6 +112,20 @@ _ROWS = {
   'heldout/client_worst_10': 'worst 10 % of clients',
   'new/loss': 'loss on new clients',
 }
+# Of texts that are classified.
+_LABEL_ROWS = {
+  'heldout/accuracy': 'held-out accuracy',
+  'heldout/client_accuracy_mean': 'mean over clients',
+  'heldout/client_accuracy_worst_10': 'worst 10 % of clients',
+  'new/accuracy': 'accuracy on new clients',
+  'heldout/loss': 'held-out loss, nats/label',
+}
+_PERSONAL_LABEL_ROWS = {
+  'personal/own/client_accuracy_mean': "own model, client's own texts",
+  'personal/common/client_accuracy_mean': "own model, everybody's texts",
+  'heldout/accuracy': 'shared part, held-out accuracy',
+  'new/accuracy': 'shared part, accuracy on new clients',
+}
 _PERSONAL_ROWS = {
   'personal/own/client_mean': "own model, client's own text",
   'personal/common/client_mean': "own model, everybody's text",
@@ -113,13 +143,25 @@ def summary(path: str | os.PathLike) -> str:
   records = metrics.read(os.path.join(path, 'metrics.jsonl'))
   first, last = dict(records[0]), records[-1]
   own = last.get('evals/personal/own/clients')
+  labelled = 'evals/heldout/accuracies' in last
+  table = {
+    (False, False): _ROWS,
+    (False, True): _PERSONAL_ROWS,
+    (True, False): _LABEL_ROWS,
+    (True, True): _PERSONAL_LABEL_ROWS,
+  }[labelled, bool(own)]
   if own:
     start = first.get('evals/heldout/clients') or {}
     first['evals/personal/own/client_mean'] = _mean(map(start.get, own))
     same = first.get('evals/common/loss')  # the same model for everybody
     first['evals/personal/common/client_mean'] = same
+    if labelled:
+      start = first['evals/heldout/accuracies']
+      field = 'evals/personal/{}/client_accuracy_mean'
+      first[field.format('own')] = _mean(map(start.get, own))
+      first[field.format('common')] = first.get('evals/common/accuracy')
   rows = []
-  for field, label in (_PERSONAL_ROWS if own else _ROWS).items():
+  for field, label in table.items():
     field = f'evals/{field}'
     if field in last:
       old, new = first.get(field), last[field]
@@ -149,7 +191,8 @@ def summary(path: str | os.PathLike) -> str:
       *([metrics.table(rows, header), ''] if rows else []),
       *notes,
       f'{last["round"]} round{"s" if last["round"] > 1 else ""}, '
-      f'{total("local/tokens"):,.0f} tokens learned; '
+      f'{total("local/tokens"):,.0f} {"label" if labelled else "token"}s '
+      'learned; '
       f'{metrics.human_bytes(up)} up and {metrics.human_bytes(down)} down; '
       f'{seconds:.0f} s',
       f'adapter: {pathlib.Path(path) / "adapter"}',

@@ -1,7 +1,7 @@
 """What the config of a run may say: its sections, in the order of the flow."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import optax
 
@@ -12,10 +12,12 @@ from fedjax_llm import (
   clients,
   config,
   data,
+  hosts,
   local,
   models,
   recipes,
   server,
+  tasks,
   uploads,
 )
 from fedjax_llm.local import optimizers
@@ -26,10 +28,14 @@ class Settings(NamedTuple):
 
   num_rounds: int
   seed: int = 0
-  block_size: int | None = None  # clients in one vmap; None: the whole cohort
+  # Clients in one vmap; None: the whole cohort; 'auto': by speed and memory.
+  block_size: int | Literal['auto'] | None = None
+  widths: tuple[int, ...] = ()  # that a block's rows may have, against padding
   mesh_model: int = 1  # devices that share a copy of the base, of all there are
   checkpoint_every: int = 1
   keep_checkpoints: int = 2
+  # Where compiled programs are kept for the next start; none: nowhere.
+  compilation_cache: str | None = 'auto'
 
 
 class Evals(NamedTuple):
@@ -49,6 +55,7 @@ def parts(
   aggregator: Any = None,
   server: Any = None,
   block_size: int | None = None,
+  widths: tuple[int, ...] = (),
   fold: Any = None,
   mesh: Any = None,
 ) -> None:
@@ -63,6 +70,7 @@ def without(namespace: Any, *names: str) -> dict[str, Any]:
 SPEC = config.Spec(
   settings=Settings,
   sections={
+    'task': tasks,
     'data': data.sources,
     'partition': data.partition,
     'population': data.population.build,
@@ -90,17 +98,21 @@ SPEC = config.Spec(
     ),
     'server': server,
     'evals': Evals,
+    'hosts': hosts.join,
   },
   injected={
-    'population': ('records', 'tokenizer', 'partition', 'seed'),
+    'population': ('records', 'tokenizer', 'partition', 'labels', 'seed'),
     'clients': ('num_clients', 'sizes', 'seed'),
     'profiles': ('num_clients', 'seed'),
     'cohort': ('examples', 'max_length', 'pad_id', 'seed', 'profiles'),
-    'model': ('vocab_size', 'eos_ids'),
+    'model': ('vocab_size', 'eos_ids', 'labels', 'place'),
     'algorithm': (
       *('loss', 'optimizer', 'num_clients'),
       *builders.parameters(parts),
     ),
   },
-  optional=('profiles', 'upload', 'aggregator', 'server', 'local.schedule'),
+  optional=(
+    *('task', 'profiles', 'upload', 'aggregator', 'server'),
+    'local.schedule',
+  ),
 )

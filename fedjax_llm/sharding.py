@@ -6,7 +6,7 @@ the round. 'model' stays automatic: the compiler splits the products with the
 base by how its weights lie.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fedjax_llm.types import Base, Error
+from fedjax_llm.types import Base, Cohort, Draw, Error
 
 CLIENTS, MODEL = 'clients', 'model'
 
@@ -31,7 +31,9 @@ def mesh(num_model: int = 1, devices: Any = None) -> Mesh:
   >>> mesh().shape[MODEL]
   1
   """
-  devices = np.asarray(jax.devices() if devices is None else devices)
+  if devices is None:  # those of a process beside each other
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+  devices = np.asarray(devices)
   if num_model < 1 or devices.size % num_model:
     raise Error(
       f'mesh_model is {num_model}: it must divide the {devices.size} devices.'
@@ -43,31 +45,46 @@ def mesh(num_model: int = 1, devices: Any = None) -> Mesh:
   )
 
 
-def base_specs(base: Base, mesh: Mesh) -> Any:
-  """How the weights of the base lie over 'model', leaf by leaf.
+def spec(names: Sequence[str], shape: Sequence[int], num: int) -> P:
+  """How one leaf of the base lies over `num` devices of 'model'.
 
   The vocabulary of the embedding, the outputs of a linear map and the inputs of
   the one that follows it are split (Shoeybi et al. 2019, arXiv 1909.08053,
   section 3); a side that the axis does not divide, and all else, is whole on
-  every device.
+  every device. The parts of a quantised kernel lie as the kernel does.
+
+  >>> tuple(spec(['layers', 'o_proj', 'kernel'], (2, 4, 6), 2))
+  (None, 'model', None)
+  """
+  axis = None
+  if names[-1] == 'embedding':
+    axis = 0
+  if 'kernel' in names[1:]:
+    rows = names[names.index('kernel') - 1] in _ROWS
+    axis = len(shape) - 2 if rows else len(shape) - 1
+  if axis is None or shape[axis] % num:
+    return P()
+  return P(*(MODEL if i == axis else None for i in range(len(shape))))
+
+
+def placement(mesh: Mesh) -> Callable[[Sequence[str], Any], NamedSharding]:
+  """`place(path, shape)` of the leaves of a base, for `models.pretrained`."""
+  num = mesh.shape[MODEL]
+  return lambda path, shape: NamedSharding(mesh, spec(path, shape, num))
+
+
+def base_specs(base: Base, mesh: Mesh) -> Any:
+  """How the weights of the base lie over 'model', leaf by leaf: `spec`.
 
   >>> import jax.numpy as jnp
   >>> base = {'layers': {'o_proj': {'kernel': jnp.zeros((2, 4, 6))}}}
   >>> tuple(base_specs(base, mesh())['layers']['o_proj']['kernel'])
   (None, 'model', None)
   """
-  num = mesh.shape[MODEL]
 
   def leaf(path, x):
-    names = [getattr(k, 'key', None) for k in path]
-    axis = None
-    if names[-1] == 'embedding':
-      axis = 0
-    elif names[-1] == 'kernel':
-      axis = x.ndim - 2 if names[-2] in _ROWS else x.ndim - 1
-    if axis is None or x.shape[axis] % num:
-      return P()
-    return P(*(MODEL if i == axis else None for i in range(x.ndim)))
+    names = [str(getattr(k, 'key', getattr(k, 'name', k))) for k in path]
+    return spec(names, x.shape, mesh.shape[MODEL])
 
   return jax.tree.map_with_path(leaf, base)
 
@@ -88,6 +105,9 @@ def over_clients(train: Callable[[Any, Any], Any], mesh: Mesh) -> Callable:
   must divide; `sums` are added up over all of them, in one all-reduce.
   """
 
+  if mesh.shape[CLIENTS] == 1:  # all clients are here: nothing to add up
+    return train
+
   def part(shared, rows):
     sums, rows = train(shared, rows)
     # Adapters are whole on every device of a row: left to itself the compiler
@@ -105,3 +125,140 @@ def over_clients(train: Callable[[Any, Any], Any], mesh: Mesh) -> Callable:
     axis_names={CLIENTS},
     check_vma=False,
   )
+
+
+# ------------------------------------------------------------ many processes --
+#
+# A round is computed by the devices of all processes, everything else by each
+# process on its own. So arrays have two views that share their memory: over
+# the whole mesh, and over the rows of it that are here (`nearby`). Of a process
+# that is alone the two are one, and most of these functions do nothing.
+
+
+def nearby(mesh: Mesh) -> Mesh:
+  """The rows of the mesh whose devices are this process's.
+
+  Raises:
+    Error: a row has devices of several processes, or one process has more rows
+      than another.
+  """
+  if jax.process_count() == 1:
+    return mesh
+  owners = np.vectorize(lambda d: d.process_index)(mesh.devices)
+  rows = np.bincount(owners[:, 0], minlength=jax.process_count())
+  if (owners != owners[:, :1]).any() or len(set(rows.tolist())) > 1:
+    raise Error(
+      f'mesh_model is {mesh.shape[MODEL]}: it must divide the devices of each '
+      f'process, of which this one has {jax.local_device_count()}, and all the '
+      'same number.'
+    )
+  return Mesh(
+    mesh.devices[owners[:, 0] == jax.process_index()],
+    mesh.axis_names,
+    axis_types=mesh.axis_types,
+  )
+
+
+def compiled(round: Callable, mesh: Mesh | None) -> Callable:
+  """`FederatedAlgorithm.round` as a program, which consumes the state.
+
+  On several processes it takes what `everywhere`, `joined` and `widened` give;
+  the state and the metrics come out whole on every device, the states of
+  clients split as the clients are.
+  """
+  if mesh is None or jax.process_count() == 1:
+    return jax.jit(round, donate_argnums=0)
+  whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(CLIENTS))
+  return jax.jit(round, donate_argnums=0, out_shardings=(whole, split, whole))
+
+
+def everywhere(tree: Any, mesh: Mesh | None) -> Any:
+  """Values that all processes have, as arrays whole on every device."""
+  if mesh is None or jax.process_count() == 1:
+    return tree
+  whole = NamedSharding(mesh, P())
+
+  def leaf(x):
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+      data = leaf(jax.random.key_data(x))
+      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, whole, lambda at: x[at])
+
+  return jax.tree.map(leaf, tree)
+
+
+def widened(base: Base, mesh: Mesh | None) -> Base:
+  """The base that every process has on its `nearby` rows, over the mesh."""
+  if mesh is None or jax.process_count() == 1:
+    return base
+  return jax.tree.map(lambda x: _seen(x, mesh, x.sharding.spec), base)
+
+
+def here(tree: Any, mesh: Mesh | None) -> Any:
+  """Arrays that are whole on every device, for this process alone."""
+  if mesh is None or jax.process_count() == 1:
+    return tree
+  near = nearby(mesh)
+  return jax.tree.map(lambda x: _seen(x, near, P()), tree)
+
+
+def _seen(x: jax.Array, mesh: Mesh, spec: P) -> jax.Array:
+  """The same shards as an array over another mesh."""
+  shards = [shard.data for shard in x.addressable_shards]
+  where = NamedSharding(mesh, spec)
+  return jax.make_array_from_single_device_arrays(x.shape, where, shards)
+
+
+def dealt(draw: Draw, sizes: Sequence[int], mesh: Mesh) -> Draw:
+  """The same clients, dealt out to the rows of the mesh, large ones first.
+
+  `sizes[id]` says how much a client has to do: all processes know it without
+  looking at each other's texts. Rows of padding come last.
+
+  >>> draw = Draw(np.array([0, 1, 2, -1]), np.array([1, 1, 1, 0], bool))
+  >>> dealt(draw, [5, 9, 7], mesh()).ids.tolist()
+  [1, 2, 0, -1]
+  """
+  num, ids = len(draw.ids), np.asarray(draw.ids)
+  size = np.where(ids < 0, -1, np.asarray(sizes)[np.maximum(ids, 0)])
+  order, rows = np.lexsort((np.arange(num), -size)), mesh.shape[CLIENTS]
+  places = np.append(order, np.full(-num % rows, -1))
+  places = places.reshape(-1, rows).T.ravel()
+  return jax.tree.map(lambda x: np.asarray(x)[places[places >= 0]], draw)
+
+
+def own_rows(draw: Draw, mesh: Mesh | None) -> tuple[Draw, slice]:
+  """A draw that the rows of the mesh divide, and which part is this process's.
+
+  Padding is put at its end; of a process that is alone, nothing.
+  """
+  if mesh is None or jax.process_count() == 1:
+    return draw, slice(0, len(draw.ids))
+  pad = -len(draw.ids) % mesh.shape[CLIENTS]
+  ids = np.append(draw.ids, np.full(pad, -1)).astype(np.int32)
+  reports = np.append(draw.reports, np.zeros(pad)).astype(bool)
+  each = len(ids) // jax.process_count()
+  start = each * jax.process_index()
+  return Draw(ids, reports), slice(start, start + each)
+
+
+def joined(cohort: Cohort, mesh: Mesh | None) -> Cohort:
+  """The whole cohort, to which every process gives its own rows."""
+  if mesh is None or jax.process_count() == 1:
+    return cohort
+  split = NamedSharding(mesh, P(CLIENTS))
+  give = lambda x: jax.make_array_from_process_local_data(split, np.asarray(x))
+  return jax.tree.map(give, cohort)
+
+
+def held(rows: Any) -> Any:
+  """This process's rows, in NumPy, of arrays split over 'clients'."""
+  if jax.process_count() == 1:
+    return jax.device_get(rows)
+
+  def leaf(x):
+    parts = {s.index[0].start or 0: s.data for s in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[at]) for at in sorted(parts)])
+
+  return jax.tree.map(leaf, rows)

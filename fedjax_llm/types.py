@@ -67,6 +67,16 @@ class Controlled(NamedTuple):
   control: Any
 
 
+class Dual(NamedTuple):
+  """Two sets of parameters at one base: everybody's, and a client's own.
+
+  A scope keeps `personal` with the client. What is served is a view of both.
+  """
+
+  shared: Any
+  personal: Any
+
+
 class Adapter(NamedTuple):
   """A parameter-efficient change of the base.
 
@@ -87,11 +97,14 @@ class Example(NamedTuple):
   """One text as a client holds it.
 
   `loss_mask[t]` says that token t is to be learned: predicted from the tokens
-  before it. Token 0 has nothing before it and never counts.
+  before it. Token 0 has nothing before it and never counts. A text to be
+  classified has a label, and no token of it is to be learned.
   """
 
   tokens: np.ndarray  # [T] int32
   loss_mask: np.ndarray  # [T] bool
+  label: int | None = None  # the number of its class
+  types: np.ndarray | None = None  # [T] int32: 0 in a first text, 1 in a second
 
 
 class Population(NamedTuple):
@@ -114,13 +127,16 @@ class Batch(NamedTuple):
 
   `segments` is 0 on padding and 1, 2, ... on the texts packed in a row;
   `positions` restart with every text. A step without any loss token is padding
-  and changes nothing.
+  and changes nothing. Texts to be classified stand one a row, with a label; -1
+  marks a row of padding.
   """
 
   tokens: Any  # int32
   loss_mask: Any  # bool
   segments: Any  # int32
   positions: Any  # int32
+  label: Any = None  # [..., B] int32, where texts are classified
+  types: Any = None  # int32: which of two texts a token is of
 
 
 # ----------------------------------------------------------------- clients --

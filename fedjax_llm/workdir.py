@@ -14,19 +14,22 @@ import json
 import os
 import pathlib
 import signal
-import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
-from fedjax_llm import config
+from fedjax_llm import config, hosts
 from fedjax_llm.types import Error
 
 # What may change between a run and its resumption, without changing a number
 # that was already written.
-_FREE = ('num_rounds', 'checkpoint_every', 'keep_checkpoints')
+_FREE = (
+  *('num_rounds', 'checkpoint_every', 'keep_checkpoints'),
+  *('compilation_cache', 'chosen', 'hosts'),
+)
 
 
 class Stopped(BaseException):
@@ -39,6 +42,8 @@ class Workdir(NamedTuple):
   `take()` makes the folder and keeps other processes out of it,
   `save_config()` writes the resolved config, `finish(round, text)` the report,
   and `finished(round)` is the report of a run that is done with that round.
+  `chosen` is what the run chose by itself where its config says 'auto': that of
+  an earlier start, and written with the config.
   """
 
   path: pathlib.Path
@@ -50,24 +55,51 @@ class Workdir(NamedTuple):
   save_config: Callable[[], None]
   finish: Callable[[int, str], None]
   finished: Callable[[int], str | None]
+  chosen: dict[str, Any]
 
 
-def open(path: str, resolved: Mapping[str, Any]) -> Workdir:
+def open(
+  path: str, resolved: Mapping[str, Any], *, mine: bool = True
+) -> Workdir:
   """Looks at the folder.
 
+  With `mine=False`, in a process that leaves the folder to another one, it is
+  never looked at and nothing is written.
+
   Raises:
-    Error: it is no folder, it holds other things than a run, or the run in it
-      had another config (the fields that differ are named). From `take`:
-      another process is at work in it.
+    Error: it is an address or no folder, it holds other things than a run, or
+      the run in it had another config (the fields that differ are named). From
+      `take`: another process is at work in it.
   """
   folder = pathlib.Path(path)
   file, report = folder / 'config.json', folder / 'report.txt'
+  chosen: dict[str, Any] = {}
+  if '://' in path:
+    raise Error(
+      f'--workdir {path} is an address, but a run is kept in a folder: mount '
+      'the bucket or take a shared file system, and name the path.'
+    )
+  if not mine:
+    nothing = lambda *_: None
+    return Workdir(
+      path=folder,
+      checkpoints=folder / 'checkpoints',
+      states=folder / 'states',
+      adapter=folder / 'adapter',
+      base=folder / 'base',
+      take=nothing,
+      save_config=nothing,
+      finish=nothing,
+      finished=nothing,
+      chosen=chosen,
+    )
   if folder.exists() and not folder.is_dir():
     raise Error(f'--workdir {path} is a file, not a folder.')
   if file.exists():
     try:
       before = json.loads(file.read_text())
       differ = config.same(before, resolved, ignore=_FREE)
+      chosen |= before.get('chosen') or {}
     except (ValueError, AttributeError) as error:
       raise Error(f'{file} is damaged ({error}).') from error
     if differ:
@@ -95,7 +127,8 @@ def open(path: str, resolved: Mapping[str, Any]) -> Workdir:
     locks.append(_lock(folder))
 
   def save_config() -> None:
-    _replace(file, json.dumps(resolved, indent=2, sort_keys=True) + '\n')
+    told = {**resolved, 'chosen': chosen} if chosen else resolved
+    _replace(file, json.dumps(told, indent=2, sort_keys=True) + '\n')
 
   def finish(round: int, text: str) -> None:
     _replace(report, f'{_title(round)}\n\n{text}\n')
@@ -117,6 +150,7 @@ def open(path: str, resolved: Mapping[str, Any]) -> Workdir:
     save_config=save_config,
     finish=finish,
     finished=finished,
+    chosen=chosen,
   )
 
 
@@ -172,23 +206,29 @@ def status(program: Callable[[], None]) -> int:
   try:
     with stoppable():
       program()
+      hosts.leave()
     return 0
   except Error as error:
     told = str(error)
   except OSError as error:
     told = f'{error.filename or "the system"}: {error.strerror or error}.'
   except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
+    if 'RESOURCE_EXHAUSTED' in str(error):
+      told = 'out of memory: set block_size, or lower cohort.batch_size.'
+    elif hosts.several():
+      told = hosts.explained(error)
+    else:
       raise
-    told = 'out of memory: set block_size, or lower cohort.batch_size.'
   except Stopped:
-    print(f'stopped; {goes_on}')
-    return 0
+    return hosts.end(f'stopped; {goes_on}', 0)
   except KeyboardInterrupt:
-    print(f'\nstopped; {goes_on}', file=sys.stderr)
-    return 130
-  print(f'error: {told}', file=sys.stderr)
-  return 1
+    return hosts.end(f'\nstopped; {goes_on}', 130)
+  except Exception as error:
+    if not hosts.several():
+      raise
+    traceback.print_exc()
+    told = f'{type(error).__name__}: {error}'
+  return hosts.end(f'error: {told}', 1)
 
 
 @contextlib.contextmanager

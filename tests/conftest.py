@@ -4,7 +4,7 @@ import os
 
 # Programs and references that tests use or run; with --doctest-modules every
 # file would be imported.
-collect_ignore = ['golden', 'sharded.py', 'toy.py']
+collect_ignore = ['golden', 'multihost.py', 'sharded.py', 'toy.py']
 collect_ignore_glob = ['references*.py']
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')

@@ -108,7 +108,7 @@ def test_the_order_of_the_rows_changes_nothing_but_rounding():
     mix = lambda x, order=order, owner=owner: x.reshape(
       owner.size, *x.shape[2:]
     )[order].reshape(x.shape)
-    shuffled.append((Batch(*map(mix, batch)), mix(owner)))
+    shuffled.append((jax.tree.map(mix, batch), mix(owner)))
   evaluate = evals.likelihood(fake_loss)
   one = evaluate(BASE, PARAMS, groups, KEY).metrics
   other = evaluate(BASE, PARAMS, shuffled[::-1], KEY).metrics

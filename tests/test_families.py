@@ -15,14 +15,18 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from fedjax_llm import local
 from fedjax_llm.models import families, load, rope
 from fedjax_llm.models import generate as generate_text
 from fedjax_llm.models.rope import Rope
-from fedjax_llm.types import Batch, Error, LowRank
+from fedjax_llm.types import Batch, Error, LowRank, Model
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'models'
 NAMES = sorted(p.name for p in GOLDEN.iterdir())
 CONFIGS = {name: families.read_config(GOLDEN / name) for name in NAMES}
+# What `golden/make_training.py` wrote: two batches, and torch's loss of them.
+LOSSES = json.loads((GOLDEN.parent / 'losses.json').read_text())
+BATCHES = dict(np.load(GOLDEN.parent / 'batches.npz'))
 DECODERS = [name for name in NAMES if CONFIGS[name].causal]
 LENGTH = 24
 
@@ -106,6 +110,39 @@ def test_packed_texts_equal_separate_ones(name):
   np.testing.assert_allclose(found[11:20], wanted[1, :9], atol=2e-5 * scale)
 
 
+@pytest.mark.parametrize('name', sorted(LOSSES))
+def test_losses_of_padded_and_packed_texts_are_those_of_torch(name):
+  """Their own loss, and their own reading of packed rows."""
+  loaded, outputs = golden(name)
+  head = loaded.config.head
+  packs = head != 'classifier'  # which has one text a row
+  assert set(LOSSES[name]) == ({'padded', 'packed'} if packs else {'padded'})
+  for kind, wanted in LOSSES[name].items():
+    get = lambda what, kind=kind: BATCHES[f'{kind}/{what}']
+    batch = Batch(
+      get('tokens'), get('next') >= 0, get('segments'), get('positions')
+    )
+    logits = outputs(batch)
+    if loaded.config.causal:
+      at_once = Model(lambda *_, x=logits: x, lambda base, params, x: x)
+      sums = local.causal_lm(at_once)({}, {}, batch, jax.random.key(0))
+      found = sums.total / sums.count
+    else:
+      logits, labels = np.asarray(logits, np.float64), get('masked')
+      if head == 'classifier':
+        logits, labels = logits[:, 0], BATCHES['classes']
+      picked = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+      found = -np.log(picked[labels >= 0, labels[labels >= 0]]).mean()
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, err_msg=kind)
+
+
+def test_packed_golden_texts_are_longer_than_every_window():
+  families_seen = {CONFIGS[name].family for name in LOSSES}
+  assert families_seen == set(families.FAMILIES)
+  longest = BATCHES['packed/positions'].max() + 1
+  assert max(w for c in CONFIGS.values() for w in c.windows) < longest
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_only_encoders_see_what_comes_later(name):
   loaded, outputs = golden(name)
@@ -164,7 +201,10 @@ def test_text_read_in_two_parts_equals_text_read_at_once(name):
   loaded, outputs = golden(name)
   tokens = np.random.default_rng(0).integers(3, 97, (2, LENGTH))
   batch = texts(tokens, [LENGTH, LENGTH])
-  half = [Batch(*(np.split(x, 2, axis=1)[i] for x in batch)) for i in (0, 1)]
+  half = [
+    jax.tree.map(lambda x, i=i: np.split(x, 2, axis=1)[i], batch)
+    for i in (0, 1)
+  ]
 
   @jax.jit
   def read(batch, cache, slot):

@@ -29,15 +29,22 @@ TABLE = {
     *('local', 'uploads', 'aggregators', 'server'),
   ),
   'builders': ('types',),
+  'command': ('types',),
   'config': ('types', 'builders'),
   'checkpoint': ('types',),
   'sharding': ('types',),
   'metrics': ('types',),
+  'hosts': ('types',),
+  'exchange': ('hosts',),
+  'compilation': ('types',),
   'report': ('types', 'metrics'),
-  'workdir': ('types', 'config', 'metrics'),
+  'workdir': ('types', 'config', 'metrics', 'hosts'),
 }
 # Programs, and the front door, know the whole house.
-PROGRAMS = ('__init__', 'sections', 'train', 'plan', 'export', 'generate')
+PROGRAMS = (
+  *('__init__', 'sections', 'tasks', 'train', 'plan'),
+  *('rebuild', 'export', 'generate'),
+)
 # What the language of the house itself may need.
 OUTSIDE = {
   'types': ('jax', 'optax', 'numpy'),

@@ -288,7 +288,7 @@ def test_vmap_over_adapters_equals_a_loop(tiny, together):
   params, batches = _clients(tiny, 3)
   step = jax.jit(_loss_and_gradient(tiny))
   for k, client in enumerate(params):
-    own = Batch(*(x[k] for x in batches))
+    own = jax.tree.map(lambda x, k=k: x[k], batches)
     alone = step(client, tiny.base, own)
     for x, y in zip(jax.tree.leaves(stacked), jax.tree.leaves(alone)):
       np.testing.assert_allclose(x[k], y, rtol=1e-4, atol=1e-4)

@@ -18,7 +18,7 @@ from fedjax_llm.models import families
 from fedjax_llm.types import Batch, Error, LowRank
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
-NAMES = ('lora', 'rslora', 'patterns')
+NAMES = ('lora', 'rslora', 'patterns', 'dora')
 PREFIX = 'base_model.model.model.layers.'
 
 
@@ -258,7 +258,7 @@ def test_what_a_plain_adapter_cannot_say_is_not_written(
   'fields, words',
   [
     ({'peft_type': 'IA3'}, "peft_type is 'IA3'"),
-    ({'use_dora': True}, 'use_dora = True'),
+    ({'use_dora': True}, 'lacks a magnitude'),
     ({'bias': 'all'}, "bias = 'all'"),
     ({'modules_to_save': ['lm_head']}, 'modules_to_save'),
     ({'init_lora_weights': 'pissa'}, "'pissa', which changes the base"),

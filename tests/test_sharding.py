@@ -13,6 +13,7 @@ from fedjax_llm import sharding
 from fedjax_llm.types import Error
 
 # rule : rows of the mesh ('clients') : columns ('model') : block : cohort
+ONE_ROW = ['mean:1:2:0:8']  # all devices share one copy of the base
 MEAN = ['mean:8:1:0:8', 'mean:4:2:0:8', 'mean:2:4:0:8', 'mean:2:2:2:8']
 RAGGED = ['mean:4:1:0:6', 'median:4:2:0:8']  # padded; a rule on the stack
 ALONE = ['mean:1:1:0:8', 'median:1:1:0:8']
@@ -27,6 +28,7 @@ def runs():
       pathlib.Path(__file__).with_name('sharded.py'),
       *MEAN,
       *RAGGED,
+      *ONE_ROW,
       *ALONE,
     ],
     env={
@@ -42,7 +44,7 @@ def runs():
   return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize('shape', MEAN + RAGGED)
+@pytest.mark.parametrize('shape', MEAN + RAGGED + ONE_ROW)
 def test_a_mesh_changes_nothing_but_rounding(runs, shape):
   got, want = runs[shape], runs[f'{shape.split(":")[0]}:1:1:0:8']
   for x, y in zip(got['params'], want['params'], strict=True):

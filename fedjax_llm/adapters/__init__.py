@@ -3,12 +3,33 @@
 The names in `__all__` are those that a config may use.
 """
 
+from fedjax_llm.adapters import cores as cores
+from fedjax_llm.adapters import gates as gates
 from fedjax_llm.adapters import targets as targets
+from fedjax_llm.adapters.changes import Dense as Dense
+from fedjax_llm.adapters.changes import fold as fold
+from fedjax_llm.adapters.changes import merge as merge
+from fedjax_llm.adapters.changes import overlay as overlay
+from fedjax_llm.adapters.changes import product as product
+from fedjax_llm.adapters.cores import lora_xs as lora_xs
+from fedjax_llm.adapters.cores import ravan as ravan
+from fedjax_llm.adapters.dense import beside as beside
+from fedjax_llm.adapters.dense import complete as complete
+from fedjax_llm.adapters.dense import dense as dense
+from fedjax_llm.adapters.dora import dora as dora
 from fedjax_llm.adapters.low_rank import federa as federa
-from fedjax_llm.adapters.low_rank import fold as fold
 from fedjax_llm.adapters.low_rank import lora as lora
-from fedjax_llm.adapters.low_rank import merge as merge
-from fedjax_llm.adapters.low_rank import product as product
 from fedjax_llm.adapters.low_rank import rslora as rslora
+from fedjax_llm.adapters.tensor_train import tensor_train as tensor_train
+from fedjax_llm.adapters.vera import vera as vera
 
-__all__ = ['federa', 'lora', 'rslora']
+__all__ = [
+  'dora',
+  'federa',
+  'lora',
+  'lora_xs',
+  'ravan',
+  'rslora',
+  'tensor_train',
+  'vera',
+]

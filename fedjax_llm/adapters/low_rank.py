@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm.adapters import targets as targets_lib
+from fedjax_llm.adapters.changes import fold, merge, product
+from fedjax_llm.adapters.dense import saved_beside
 from fedjax_llm.types import Adapter, Base, Error, Key, LowRank, Params
 
 
@@ -19,6 +21,7 @@ def lora(
   rank: int = 8,
   alpha: float = 16.0,
   targets: str | Sequence[str] = ('q_proj', 'v_proj'),
+  modules_to_save: str | Sequence[str] = (),
 ) -> Adapter:
   """LoRA: scale = alpha / rank (Hu et al. 2021, arXiv 2106.09685, section 4.1).
 
@@ -29,9 +32,12 @@ def lora(
     rank: R, at most the smaller side of every target.
     alpha: numerator of the scale.
     targets: see `targets.find`.
+    modules_to_save: modules that are trained whole beside, such as the head
+      of a classifier: see `dense`.
 
   Raises:
-    Error: a rank below one or above a target's sides; no target found.
+    Error: a rank below one or above a target's sides; no target or module
+      found; a target that is also trained whole.
 
   >>> import jax, jax.numpy as jnp
   >>> base = {'layers': {'q_proj': {'kernel': jnp.zeros((2, 6, 4))}}}
@@ -39,13 +45,15 @@ def lora(
   >>> params['layers']['q_proj'].a.shape, params['layers']['q_proj'].b.shape
   ((2, 6, 3), (2, 3, 4))
   """
-  return _low_rank(rank, alpha / max(rank, 1), targets)
+  inner = _low_rank(rank, alpha / max(rank, 1), targets)
+  return saved_beside(inner, modules_to_save)
 
 
 def rslora(
   rank: int = 8,
   alpha: float = 16.0,
   targets: str | Sequence[str] = ('q_proj', 'v_proj'),
+  modules_to_save: str | Sequence[str] = (),
 ) -> Adapter:
   """Rank-stabilised LoRA: scale = alpha / sqrt(rank).
 
@@ -58,13 +66,15 @@ def rslora(
   >>> params['layers']['q_proj'].scale
   Array([8., 8.], dtype=float32)
   """
-  return _low_rank(rank, alpha / max(rank, 1) ** 0.5, targets)
+  inner = _low_rank(rank, alpha / max(rank, 1) ** 0.5, targets)
+  return saved_beside(inner, modules_to_save)
 
 
 def federa(
   rank: int = 8,
   alpha: float = 16.0,
   targets: str | Sequence[str] = ('q_proj', 'v_proj'),
+  modules_to_save: str | Sequence[str] = (),
 ) -> Adapter:
   """LoRA that starts on the largest singular directions of the base.
 
@@ -90,6 +100,11 @@ def federa(
     del key  # nothing is drawn
 
     def node(x, weights):
+      if hasattr(weights['kernel'], 'qvalue'):
+        raise Error(
+          'federa starts from the singular values of the weights, which a '
+          'quantised base does not have: leave model.quantisation out.'
+        )
       u, s, v = jnp.linalg.svd(
         weights['kernel'].astype(jnp.float32), full_matrices=False
       )
@@ -103,7 +118,7 @@ def federa(
     params = fresh.init(jax.random.key(0), base)
     return _beside(params, base, node)
 
-  return fresh._replace(init=init)
+  return saved_beside(fresh._replace(init=init), modules_to_save)
 
 
 def _beside(params: Any, base: Any, change: Callable) -> Any:
@@ -147,55 +162,7 @@ def _low_rank(rank: int, scale: float, targets: str | Sequence[str]) -> Adapter:
   return Adapter(init, merge, fold)
 
 
-def product(node: LowRank) -> jax.Array:
-  """The change of the weight, scale * a @ b + residual: [..., D, F]."""
-  delta = jnp.matmul(node.a, node.b, precision=jax.lax.Precision.HIGHEST)
-  delta = delta * node.scale[..., None, None]
-  return delta if node.residual is None else delta + node.residual
-
-
-def merge(base: Base, params: Params) -> Base:
-  """The base with every change written into its weights.
-
-  >>> import jax, jax.numpy as jnp
-  >>> base = {'layers': {'q_proj': {'kernel': jnp.ones((1, 2, 2))}}}
-  >>> node = LowRank(jnp.ones((1, 2, 1)), jnp.ones((1, 1, 2)), jnp.ones(1))
-  >>> merge(base, {'layers': {'q_proj': node}})['layers']['q_proj']['kernel']
-  Array([[[2., 2.],
-          [2., 2.]]], dtype=float32)
-  """
-  return _write(base, params, product)
-
-
-def fold(base: Base, params: Params) -> tuple[Base, Params]:
-  """Moves the residuals into the base: done once a round, outside `vmap`."""
-  folded = _write(base, params, lambda node: node.residual)
-  is_node = lambda x: isinstance(x, LowRank)
-  bare = jax.tree.map(
-    lambda x: x._replace(residual=None) if is_node(x) else x,
-    params,
-    is_leaf=is_node,
-  )
-  return folded, bare
-
-
 def _node(base: Base, path: Sequence[str]) -> Any:
   for name in path:
     base = base[name]
-  return base
-
-
-def _write(base: Any, params: Any, change: Callable[[LowRank], Any]) -> Any:
-  """Adds `change(node)` to the kernel beside every adapter node."""
-  if isinstance(params, LowRank):
-    delta = change(params)
-    if delta is None:
-      return base
-    kernel = base['kernel']
-    return {**base, 'kernel': (kernel + delta).astype(kernel.dtype)}
-  if isinstance(params, dict):
-    return {
-      **base,
-      **{name: _write(base[name], params[name], change) for name in params},
-    }
   return base

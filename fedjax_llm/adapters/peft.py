@@ -13,6 +13,11 @@ Where several targets lie in one module, it is named for each of them, `path_of`
 gives all of their paths, and a third argument says where they lie:
 
     fused(path) -> (features, total)    of the module's output, or None
+
+Modules that are trained whole (`Dense` leaves: PEFT's `modules_to_save`) go by
+the names of their tensors, which two more arguments translate:
+
+    to_tensors({path of a leaf: our array}) -> {name: array}, and from_tensors
 """
 
 import collections
@@ -30,7 +35,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm.adapters import fused as fused_lib
+from fedjax_llm.adapters import peft_dora, peft_whole
+from fedjax_llm.adapters.changes import as_low_rank
 from fedjax_llm.adapters.fused import Factors
+from fedjax_llm.adapters.peft_whole import FromTensors, ToTensors
 from fedjax_llm.types import Error, LowRank, Params
 
 Path = tuple[str, ...]
@@ -48,8 +56,10 @@ _UNDERSTOOD = frozenset(
     'alpha_pattern', 'auto_mapping', 'base_model_name_or_path',
     'exclude_modules', 'fan_in_fan_out', 'inference_mode', 'layers_pattern',
     'layers_to_transform', 'lora_alpha', 'lora_dropout', 'megatron_config',
-    'megatron_core', 'peft_type', 'peft_version', 'qalora_group_size', 'r',
-    'rank_pattern', 'revision', 'target_modules', 'task_type', 'use_rslora',
+    'megatron_core', 'modules_to_save', 'peft_type', 'peft_version',
+    'qalora_group_size', 'r',
+    'rank_pattern', 'revision', 'target_modules', 'task_type', 'use_dora',
+    'use_rslora',
   ]
 )  # fmt: skip
 # Ways to start that leave the base as it is; the others rewrite it.
@@ -65,6 +75,7 @@ def save(
   *,
   module_name: ModuleName,
   fused: Fused = lambda path: None,
+  to_tensors: ToTensors | None = None,
   base_model: str,
   task_type: str = 'CAUSAL_LM',
   use_rslora: bool = False,
@@ -79,17 +90,20 @@ def save(
 
   Args:
     directory: where to write; its parents are made.
-    params: nested dicts of `LowRank` nodes.
-    module_name, fused: see above.
+    params: nested dicts of `LowRank` nodes and `Dense` leaves. Nodes that act
+      as factors are written as those factors, and `Dora` with its magnitude.
+    module_name, fused, to_tensors: see above.
     base_model: name or directory of the base, for who loads the adapter.
     task_type: as PEFT names them.
     use_rslora: how the scale is told, not what it is.
 
   Raises:
-    Error: there is no adapter in `params`, or something else than one
-      (residuals and other trained leaves have no place in PEFT's files), or
+    Error: there is no low-rank adapter in `params`, or something that has no
+      place in PEFT's files (residuals, changes that are added to a weight), or
       the disk refuses.
   """
+  params, whole = peft_whole.split(as_low_rank(params))
+  params, magnitudes = peft_dora.split(params)
   modules: dict[str, Factors] = {}
   parts: dict[str, list[Any]] = collections.defaultdict(list)
   for path, node in _nodes(params):
@@ -131,6 +145,11 @@ def save(
       'There is no low-rank adapter to save: the parameters hold none.'
     )
 
+  named = peft_dora.named(magnitudes, module_name, fused)
+  tensors |= {f'{_PREFIX}{name}': value for name, value in named.items()}
+  named = peft_whole.named(whole, to_tensors)
+  tensors |= {f'{_PREFIX}{name}': value for name, value in named.items()}
+
   rank, alpha = _most_frequent(ranks), _most_frequent(alphas)
   config = {
     'alpha_pattern': {n: x for n, x in alphas.items() if x != alpha},
@@ -144,14 +163,14 @@ def save(
     'layers_to_transform': None,
     'lora_alpha': alpha,
     'lora_dropout': 0.0,
-    'modules_to_save': None,
+    'modules_to_save': peft_whole.modules(named, task_type) or None,
     'peft_type': 'LORA',
     'r': rank,
     'rank_pattern': {n: x for n, x in ranks.items() if x != rank},
     'revision': None,
     'target_modules': _target_modules(ranks),
     'task_type': task_type,
-    'use_dora': False,
+    'use_dora': bool(magnitudes),
     'use_rslora': use_rslora,
   }
   try:
@@ -171,7 +190,7 @@ def _nodes(params: Any, path: Path = ()) -> Iterator[tuple[Path, LowRank]]:
   elif params is not None:
     raise Error(
       f'{"/".join(path) or "The tree"} holds {type(params).__name__}, and a '
-      'PEFT adapter only tells low-rank nodes.'
+      'PEFT adapter only tells low-rank nodes and weights that are saved whole.'
     )
 
 
@@ -258,9 +277,13 @@ def load(
   *,
   path_of: PathOf,
   fused: Fused = lambda path: None,
+  from_tensors: FromTensors | None = None,
   template: Params | None = None,
 ) -> Params:
   """Reads a PEFT LoRA directory as nested dicts of `LowRank`, in float32.
+
+  What it saves beside, `modules_to_save`, becomes `Dense` leaves; nodes of a
+  DoRA are `Dora`.
 
   Layers of one target whose ranks differ are padded with zeros to the largest
   rank, which computes the same. With a `template` (say, of `Adapter.init`, or
@@ -268,12 +291,17 @@ def load(
 
   Raises:
     Error: a file is missing or cannot be read, the adapter is of another kind
-      than LoRA or uses something that a plain LoRA does not have, a tensor is
+      than LoRA or uses something that LoRA and DoRA do not have, a tensor is
       missing, superfluous or of a wrong shape, or it does not fit the template.
   """
   directory = pathlib.Path(directory)
   config = _read_config(directory / CONFIG)
-  modules = _read_modules(directory / WEIGHTS)
+  modules, beside, vectors = _read_modules(
+    directory / WEIGHTS,
+    config.get('modules_to_save') or (),
+    bool(config.get('use_dora')),
+  )
+  whole = peft_whole.read(beside, from_tensors, directory)
   layers: dict[Any, dict[int | None, Any]] = collections.defaultdict(dict)
   for name, pair in modules.items():
     a, b = pair['A'], pair['B']
@@ -291,7 +319,9 @@ def load(
       raise Error(f'{directory / WEIGHTS}: {name} appears twice.')
     layers[path][layer] = Factors(a.T, b.T, np.float32(scale))
 
-  wanted = {} if template is None else dict(_nodes(template))
+  bare, wanted_whole = peft_whole.split(template)
+  bare, wanted_lengths = peft_dora.split(bare)
+  wanted = {} if template is None else dict(_nodes(bare))
   layers = _split(layers, fused, wanted)
   params: dict[str, Any] = {}
   for path in sorted(layers):
@@ -300,8 +330,16 @@ def load(
       node = node.setdefault(name, {})
     node[path[-1]] = _stack(layers[path], path, layers, directory)
   if template is not None:
-    _check_template(params, template, directory)
-  return jax.tree.map(jnp.asarray, params)
+    _check_template(params, bare, directory)
+    peft_whole.check(whole, wanted_whole, directory)
+    if bool(wanted_lengths) != bool(vectors):
+      kind = lambda found: 'a DoRA' if found else 'a LoRA without magnitudes'
+      raise Error(
+        f'{directory} is {kind(vectors)}, and {kind(wanted_lengths)} is needed.'
+      )
+  params = jax.tree.map(jnp.asarray, params)
+  params = peft_dora.put(params, peft_dora.stacked(vectors, path_of, fused))
+  return peft_whole.put(params, whole)
 
 
 def _split(
@@ -379,8 +417,15 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
   return config
 
 
-def _read_modules(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
-  """Module name -> {'A': [R, D], 'B': [F, R]}."""
+def _read_modules(
+  path: pathlib.Path, saved: Iterable[str], dora: bool
+) -> tuple[
+  dict[str, dict[str, np.ndarray]],
+  dict[str, np.ndarray],
+  dict[str, np.ndarray],
+]:
+  """Module name -> {'A': [R, D], 'B': [F, R]}; what is saved beside; and of a
+  DoRA the magnitude [F] of every module."""
   import safetensors
   import safetensors.numpy
 
@@ -398,8 +443,17 @@ def _read_modules(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
   except safetensors.SafetensorError as error:
     raise Error(f'{path} is not a safetensors file ({error}).') from error
   modules: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
+  beside, vectors = {}, {}
   for key in sorted(tensors):
     match = re.fullmatch(re.escape(_PREFIX) + r'(.+)\.lora_([AB])\.weight', key)
+    name = key.removeprefix(_PREFIX)
+    if match is None and peft_whole.is_saved(name, saved) and name != key:
+      beside[name] = tensors[key].astype(np.float32)
+      continue
+    module, _, last = name.rpartition('.')
+    if dora and last == peft_dora.SUFFIX:
+      vectors[module] = tensors[key].astype(np.float32)
+      continue
     if match is None:
       raise Error(f'{path}: the tensor {key!r} is no part of a plain LoRA.')
     modules[match[1]][match[2]] = tensors[key].astype(np.float32)
@@ -408,8 +462,22 @@ def _read_modules(path: pathlib.Path) -> dict[str, dict[str, np.ndarray]]:
       missing = 'B' if 'A' in pair else 'A'
       raise Error(f'{path}: {_PREFIX}{name}.lora_{missing}.weight is missing.')
   if not modules:
-    raise Error(f'{path} holds no tensor.')
-  return modules
+    raise Error(f'{path} holds no tensor of a LoRA.')
+  if saved and not beside:
+    raise Error(
+      f'{path} holds no tensor of modules_to_save={list(saved)}, which '
+      f'{CONFIG} names.'
+    )
+  for name in modules.keys() ^ vectors.keys() if dora else ():
+    lacks = 'factors' if name in vectors else 'a magnitude'
+    raise Error(f'{path}: {name} lacks {lacks}, which a DoRA has.')
+  for name, vector in vectors.items():
+    if vector.shape != modules[name]['B'].shape[:1]:
+      raise Error(
+        f'{path}: the magnitude of {name} is {vector.shape}, but its B is '
+        f'{modules[name]["B"].shape}.'
+      )
+  return modules, beside, vectors
 
 
 def _by_pattern(

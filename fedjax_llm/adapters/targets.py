@@ -1,10 +1,13 @@
 """Which weights of the base an adapter acts on."""
 
 import re
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from fedjax_llm.types import Base, Error
+import jax
+
+from fedjax_llm.types import Base, Error, Key, Params
 
 Path = tuple[str, ...]
 
@@ -70,3 +73,25 @@ def find(base: Base, targets: str | Sequence[str]) -> list[Path]:
   if not chosen:
     raise Error('adapter.targets is empty: name at least one weight.')
   return sorted(chosen)
+
+
+def grow(
+  base: Base,
+  targets: str | Sequence[str],
+  key: Key,
+  node: Callable[[Key, Any], Any],
+) -> Params:
+  """The tree that has `node(key, kernel)` at every target: see `find`.
+
+  Keys follow from the names of the targets: adding one changes no other.
+  """
+  params: dict[str, Any] = {}
+  for path in find(base, targets):
+    name_key = jax.random.fold_in(key, zlib.crc32('/'.join(path).encode()))
+    module, parent = base, params
+    for name in path:
+      module = module[name]
+    for name in path[:-1]:
+      parent = parent.setdefault(name, {})
+    parent[path[-1]] = node(name_key, module['kernel'])
+  return params

@@ -111,7 +111,9 @@ def uniform_mean() -> StreamingAggregator:
   return _mean_by(_equal)
 
 
-def masked_mean(denominator: str = 'mask') -> StreamingAggregator:
+def masked_mean(
+  denominator: str = 'mask', weighted: bool = True
+) -> StreamingAggregator:
   """The weighted mean of each entry over the clients that trained it.
 
       denominator='mask':    sum_k w_k m_k u_k / sum_k w_k m_k
@@ -120,7 +122,8 @@ def masked_mean(denominator: str = 'mask') -> StreamingAggregator:
   where m_k is `uploads.masks.trained`. 'mask' is the mean over the holders of
   a rank, a layer or a block (RBLA, arXiv 2408.08699; FedRA, arXiv 2311.11227);
   'weight' is padding with zeros. Where nobody trained the delta is zero, so
-  the server keeps what it has. With full masks both are `mean`.
+  the server keeps what it has. With full masks both are `mean`. Without
+  `weighted` clients count the same.
 
   Raises:
     Error: `denominator` is another word.
@@ -139,7 +142,8 @@ def masked_mean(denominator: str = 'mask') -> StreamingAggregator:
       f"masked_mean: denominator={denominator!r} is neither 'mask' nor "
       "'weight'."
     )
-  by_weight = _mean_by(_given)
+  counted = _given if weighted else _equal
+  by_weight = _mean_by(counted)
 
   def zero(params):
     zeros = tree.zeros_like(params, jnp.float32)
@@ -153,7 +157,7 @@ def masked_mean(denominator: str = 'mask') -> StreamingAggregator:
     if denominator == 'weight':
       inside = uploads._replace(update=update)
       return by_weight.accumulate(sums, inside, state, params)
-    weight = _given(uploads)
+    weight = counted(uploads)
 
     def holders(u, m):  # sum_k w_k m_k, contracted before it is broadcast
       if u is None:

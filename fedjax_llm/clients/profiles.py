@@ -10,9 +10,9 @@ import numpy as np
 
 from fedjax_llm.types import Error
 
-__all__ = ['ranks']
+__all__ = ['layers', 'ranks']
 
-_RANKS = 201  # purpose of the random stream
+_RANKS, _LAYERS = 201, 202  # purposes of the random streams
 
 
 def ranks(
@@ -40,19 +40,45 @@ def ranks(
   >>> ranks((2, 8), (0.75, 0.25), num_clients=8)['rank'].tolist()
   [2, 2, 2, 2, 8, 8, 2, 2]
   """
+  return {'rank': _drawn(choices, shares, num_clients, (seed, _RANKS))}
+
+
+def layers(
+  choices: Sequence[int],
+  shares: Sequence[float] | None = None,
+  *,
+  num_clients: int,
+  seed: int = 0,
+) -> Mapping[str, np.ndarray]:
+  """How many layers a client can hold: {'layers': [N] int32}.
+
+  Arguments and errors as in `ranks`.
+
+  >>> layers((1, 3), num_clients=4)['layers'].tolist()
+  [1, 1, 3, 3]
+  """
+  return {'layers': _drawn(choices, shares, num_clients, (seed, _LAYERS))}
+
+
+def _drawn(
+  choices: Sequence[int],
+  shares: Sequence[float] | None,
+  num_clients: int,
+  key: tuple[int, int],
+) -> np.ndarray:
   found = [int(c) for c in choices]
   if not found or min(found) < 1:
-    raise Error(f'profiles.choices is {list(choices)}: ranks start at 1.')
+    raise Error(f'profiles.choices is {list(choices)}: they start at 1.')
   weight = np.ones(len(found)) if shares is None else np.asarray(shares, float)
   if weight.shape != (len(found),) or (weight < 0).any() or weight.sum() <= 0:
     raise Error(
       f'profiles.shares is {shares}: it takes one share of at least 0 for each '
       f'of the {len(found)} choices.'
     )
-  if seed < 0:
-    raise Error(f'seed is {seed}: it is a whole number of at least 0.')
-  draw = np.random.default_rng((seed, _RANKS)).random(num_clients)
+  if key[0] < 0:
+    raise Error(f'seed is {key[0]}: it is a whole number of at least 0.')
+  draw = np.random.default_rng(key).random(num_clients)
   place = (np.argsort(np.argsort(draw)) + 0.5) / num_clients
   edges = np.cumsum(weight)[:-1] / weight.sum()
   which = np.searchsorted(edges, place, side='right')
-  return {'rank': np.asarray(found, np.int32)[which]}
+  return np.asarray(found, np.int32)[which]

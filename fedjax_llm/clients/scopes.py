@@ -29,7 +29,9 @@ __all__ = [
   'alternating',
   'everything',
   'frozen',
+  'in_turn',
   'labelled',
+  'layers',
   'private',
   'ranks',
   'untrained',
@@ -49,19 +51,24 @@ def leaf_paths(params: Params) -> list[str]:
 
 
 def _everything_labels(params: Params) -> Any:
-  """Shared on floating leaves; Frozen on the rest, scales and residuals."""
+  """Shared on floating leaves; Frozen on the rest, scales and residuals.
+
+  And on the fields that a node of another kind names as `FROZEN`.
+  """
 
   def trainable(x):
     return Shared if jnp.issubdtype(_dtype(x), jnp.floating) else Frozen
 
   def node(x):
-    if not isinstance(x, LowRank):
+    if not is_node(x):
       return trainable(x)
+    still = getattr(x, 'FROZEN', ('scale', 'residual'))
     labels = jax.tree.map(trainable, x)
-    still = jax.tree.map(lambda _: Frozen, x)
-    return labels._replace(scale=still.scale, residual=still.residual)
+    frozen = jax.tree.map(lambda _: Frozen, x)
+    return labels._replace(**{name: getattr(frozen, name) for name in still})
 
-  return jax.tree.map(node, params, is_leaf=lambda x: isinstance(x, LowRank))
+  is_node = lambda x: isinstance(x, LowRank) or hasattr(x, 'FROZEN')
+  return jax.tree.map(node, params, is_leaf=is_node)
 
 
 def _dtype(x: Any) -> Any:
@@ -230,6 +237,87 @@ def alternating(*patterns: str) -> Scope:
   return Scope(labels=labels, mask=mask)
 
 
+def in_turn(pattern: str) -> Scope:
+  """Rounds take turns between the parts of every node, the last one first.
+
+  The pattern's group is a part's number: `in_turn('/cores/([0-9]+)$')` trains
+  core n - 1 - t % n in round t, of the n that a tensor train has. Leaves that
+  do not match are trained in every round.
+
+  Raises:
+    Error: a pattern that is no regular expression, or without one group; from
+      `mask`, one that matches no leaf that can be trained.
+
+  >>> scope, params = in_turn('([0-9])$'), {'c0': 1.0, 'c1': 2.0}
+  >>> trained = scope.mask(params, (), None, jnp.int32(2), None).trained
+  >>> [name for name in params if trained[name]]
+  ['c1']
+  """
+  regex = _compiled(pattern)
+  if regex.groups != 1:
+    raise Error(f'the pattern {pattern!r} needs one group, that of a number.')
+
+  def mask(start, profile, state, round, key):
+    del profile, state, key
+    masks = tree.full_masks(start, _everything_labels(start))
+    names = leaf_paths(masks.trained)
+    _check_match(regex, names)
+    places = {n: int(m[1]) for n in names if (m := regex.search(n))}
+    num = 1 + max(places.values())
+
+    def leaf(path, m):
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      if name not in places:
+        return m
+      return m & (round % num == num - 1 - places[name])
+
+    trained = jax.tree_util.tree_map_with_path(leaf, masks.trained)
+    return masks._replace(trained=trained)
+
+  return Scope(labels=_everything_labels, mask=mask)
+
+
+def layers(inner: Scope | None = None) -> Scope:
+  """A client holds and trains some layers, drawn anew for it in every round.
+
+  As many as its profile says, `Cohort.profiles` or its entry 'layers', out of
+  the L that leaves under 'layers/' are stacked over; the rest is as `inner`
+  says. FedRA's allocation (arXiv 2311.11227).
+
+  Raises:
+    Error: from `mask`, clients without that number in their profile, or nothing
+      that is stacked over layers.
+
+  >>> params = {'layers': {'a': jnp.ones((3, 2))}, 'head': jnp.ones(2)}
+  >>> key = jax.random.key(0)
+  >>> held = layers().mask(params, jnp.int32(2), None, 0, key).held
+  >>> held['layers']['a'].shape, int(held['layers']['a'].sum())
+  ((3, 1), 2)
+  """
+  inner = everything() if inner is None else inner
+
+  def mask(start, profile, state, round, key):
+    size = _of_profile(profile, 'layers', 'number of layers')
+    masks = inner.mask(start, profile, state, round, key)
+    below = jax.tree.leaves(start.get('layers', ()))
+    if not below:
+      raise Error('this method needs leaves that are stacked over layers.')
+    num = below[0].shape[0]
+    order = jnp.argsort(jax.random.uniform(key, (num,)))
+    keep = jnp.argsort(order) < size
+
+    def narrow(masks):
+      def leaf(x, m):
+        return m & keep.reshape(-1, *[1] * (x.ndim - 1))
+
+      some = tree.map_present(leaf, start['layers'], masks['layers'])
+      return {**masks, 'layers': some}
+
+    return Masks(*map(narrow, masks))
+
+  return Scope(inner.labels, mask, inner.plan)
+
+
 def untrained(pattern: str) -> Scope:
   """Leaves that match change on the server alone; the rest is trained too.
 
@@ -300,13 +388,17 @@ def ranks(inner: Scope | None = None) -> Scope:
 
 def rank_of(profile: Any) -> Any:
   """The rank in a client's profile: the profile, or its entry 'rank'."""
-  rank = profile.get('rank') if isinstance(profile, Mapping) else profile
-  if not hasattr(rank, 'shape'):
+  return _of_profile(profile, 'rank', 'rank')
+
+
+def _of_profile(profile: Any, name: str, what: str) -> Any:
+  value = profile.get(name) if isinstance(profile, Mapping) else profile
+  if not hasattr(value, 'shape'):
     raise Error(
-      'this method needs the rank of every client in Cohort.profiles: give the '
-      'cohort profiles, an array [N] of ranks or a mapping with the entry rank.'
+      f'this method needs the {what} of every client in Cohort.profiles: give '
+      f'the cohort profiles, an array [N] or a mapping with the entry {name}.'
     )
-  return rank
+  return value
 
 
 def hold_columns(masks: Masks, start: Params, keep: Any) -> Masks:

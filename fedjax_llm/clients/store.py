@@ -46,7 +46,11 @@ class Store(NamedTuple):
 
 
 def open(
-  directory: str | os.PathLike, template: ClientState, *, at_round: int
+  directory: str | os.PathLike,
+  template: ClientState,
+  *,
+  at_round: int,
+  mine: bool = True,
 ) -> Store:
   """Opens or creates a store as it was when `at_round` was committed.
 
@@ -57,6 +61,8 @@ def open(
     directory: of this store alone.
     template: the state of a client never seen, arrays without a client axis.
     at_round: the round of the server's checkpoint; 0 at the start of a run.
+    mine: False in a process that leaves the store to another one: it reads and
+      writes nothing.
 
   Raises:
     Error: the store has no such round, is damaged (the file is named), is of
@@ -75,7 +81,7 @@ def open(
   """
   layout = _layout(template)
   row_bytes, leaves = layout.num_bytes, layout.describe()
-  if not row_bytes:
+  if not row_bytes or not mine:
     return _stateless(template)
   folder = pathlib.Path(directory)
   base = journal.read_base(folder, leaves, at_round)

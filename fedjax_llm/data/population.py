@@ -32,6 +32,7 @@ def build(
   new_clients: float = 0,
   min_examples: int = 1,
   max_clients: int | None = None,
+  labels: Sequence[str] | None = None,
   seed: int = 0,
 ) -> Population:
   """The population of a federation.
@@ -43,15 +44,18 @@ def build(
   is not held out. (A client with one long text holds out some of its chunks.)
   `new_clients` clients (a number below 1 is a fraction) never train at all.
   Clients with fewer than `min_examples` usable examples are left out;
-  `max_clients` keeps at most so many, new ones included.
+  `max_clients` keeps at most so many, new ones included. With `labels` the
+  texts are to be classified: `text.classified` instead of `text.encode`.
 
   `report` has `num_records`, `num_clients`, `num_new_clients`,
   `clients_left_out` (with `clients_left_out_names`, the first few),
   `clients_not_drawn`, `empty_records`, `replies_left_out`, `replies_cut`,
   `prompts_truncated`, `heldout_duplicates`, `clients_without_heldout`,
   `train_examples`, `heldout_examples`, `new_examples`, `tokens` (of training
-  examples), `loss_tokens` (of those, learned) and `histogram` (examples a
-  client, as text).
+  examples), `loss_tokens` (of those, learned), `histogram` (examples a client,
+  as text), `texts_cut` and, of texts to be classified, `labels` (training
+  examples of each) and `labels_untrained` (the tested examples of labels that
+  nobody trains on).
 
   Raises `Error` if a number makes no sense or no client is left.
 
@@ -74,12 +78,16 @@ def build(
     name = waiting.pop()
     units = []
     for record in holdings[name]:
-      encoded = text.encode_counted(
-        record, tokenizer, template, max_length, long_replies
-      )
+      if labels is None:
+        encoded = text.encode_counted(
+          record, tokenizer, template, max_length, long_replies
+        )
+      else:
+        encoded = text.classified(record, tokenizer, labels, max_length)
       counts['prompts_truncated'] += encoded.prompts_truncated
       counts['replies_left_out'] += encoded.replies_left_out
       counts['replies_cut'] += encoded.replies_cut
+      counts['texts_cut'] += encoded.texts_cut
       if encoded.examples:
         units.append(encoded.examples)
       elif not encoded.replies_left_out:
@@ -126,8 +134,27 @@ def build(
     'tokens': sum(len(e.tokens) for one in train for e in one),
     'loss_tokens': sum(int(e.loss_mask.sum()) for one in train for e in one),
     'histogram': histogram(owners),
+    'texts_cut': counts['texts_cut'],
   }
+  if labels is not None:
+    report |= _labels(labels, train, (*heldout, *new))
   return Population(tuple(names), train, heldout, new_names, new, report)
+
+
+def _labels(
+  labels: Sequence[str], train: Sequence[Unit | Any], tested: Sequence[Any]
+) -> dict[str, dict[str, int]]:
+  """How many examples of each label train, and what nobody can have learned."""
+  trained = Counter(example.label for own in train for example in own)
+  asked = Counter(example.label for own in tested for example in own)
+  return {
+    'labels': {name: trained[i] for i, name in enumerate(labels)},
+    'labels_untrained': {
+      name: asked[i]
+      for i, name in enumerate(labels)
+      if asked[i] and not trained[i]
+    },
+  }
 
 
 def longest(
@@ -168,6 +195,8 @@ def digest(population: Population) -> str:
       found.update(repr((name, len(own))).encode())
       for example in own:
         found.update(repr(len(example.tokens)).encode() + _content(example))
+        if example.label is not None:
+          found.update(repr(example.label).encode())
   return found.hexdigest()
 
 

@@ -36,6 +36,7 @@ class Record(NamedTuple):
   messages: tuple[Message, ...] | None = None
   label: str | None = None
   where: str = ''
+  pair: str | None = None  # a second text, beside `text`
 
 
 class _Keys(NamedTuple):
@@ -48,6 +49,7 @@ class _Keys(NamedTuple):
   messages: str | None
   label: str | None
   context: str | None
+  pair: str | None
 
 
 def packaged(dataset: str = 'shakespeare_mini') -> list[Record]:
@@ -89,6 +91,7 @@ def jsonl(
   messages_key: str | None = None,
   label_key: str | None = None,
   context_key: str | None = None,
+  text_pair_key: str | None = None,
 ) -> list[Record]:
   """Records from files with one JSON object a line, plain or .gz.
 
@@ -99,8 +102,10 @@ def jsonl(
   `response_key`, or by `text_key`, or by `messages_key` (the default,
   'messages': a list of `{"role": ..., "content": ...}`). `context_key` may name
   a field that is appended to the prompt after a blank line where it holds
-  something. `label_key` names the field for label partitions. Blank lines are
-  skipped.
+  something. `label_key` names the field with the class of the text, a string or
+  an integer, for label partitions and for classification; `text_pair_key` one
+  with a second text beside `text_key`, to be classified together. Blank lines
+  are skipped.
 
   Raises `Error` for a missing or empty file, for a line that is no JSON object,
   and for a field that is missing or of the wrong type.
@@ -120,6 +125,7 @@ def jsonl(
     messages_key,
     label_key,
     context_key,
+    text_pair_key,
     source='jsonl',
   )
   records = []
@@ -152,12 +158,14 @@ def hf(
   messages_key: str | None = None,
   label_key: str | None = None,
   context_key: str | None = None,
+  text_pair_key: str | None = None,
 ) -> list[Record]:
   """Records from anything that the `datasets` library reads.
 
   `path` is a name on the hub, a directory written by `save_to_disk`, a folder
   of data files, or files (.parquet, .csv, .json, .jsonl, also .gz). Columns are
-  named as in `jsonl`; a column of class numbers gives the class names.
+  named as in `jsonl`; a column of class numbers gives the class names, and -1
+  says that there is none.
 
   Raises `Error` if the data set, its split or a column cannot be had.
   """
@@ -169,6 +177,7 @@ def hf(
     messages_key,
     label_key,
     context_key,
+    text_pair_key,
     source='hf',
   )
   data = _load_hf(path, subset, split)
@@ -184,7 +193,11 @@ def hf(
     for key, to_name in classes.items():
       if isinstance(row[key], int) and row[key] >= 0:
         row[key] = to_name(row[key])
-    records.append(_record(row, keys, f'{name}[{split}], row {number}'))
+    where = f'{name}[{split}], row {number}'
+    # Test sets hide their classes so.
+    hidden = label_key in classes and row[label_key] in (-1, None)
+    record = _record(row, keys._replace(label=None) if hidden else keys, where)
+    records.append(record)
   if not records:
     raise Error(f'{name}: the split {split!r} is empty.')
   return records
@@ -194,7 +207,7 @@ def hf(
 
 
 def _keys(
-  client, prompt, response, text, messages, label, context, *, source
+  client, prompt, response, text, messages, label, context, pair, *, source
 ) -> _Keys:
   forms = {
     'prompt_key and response_key': prompt or response,
@@ -216,15 +229,19 @@ def _keys(
       f'{source}: context_key={context!r} is part of a prompt and needs '
       'prompt_key and response_key.'
     )
+  if pair and not text:
+    raise Error(
+      f'{source}: text_pair_key={pair!r} is a second text and needs text_key.'
+    )
   if not given:
     messages = 'messages'
-  return _Keys(client, prompt, response, text, messages, label, context)
+  return _Keys(client, prompt, response, text, messages, label, context, pair)
 
 
 def _record(row: Any, keys: _Keys, where: str) -> Record:
   if not isinstance(row, dict):
     raise Error(f'{where}: this line is no JSON object: {_short(row)}.')
-  client = label = prompt = response = text = messages = None
+  client = label = prompt = response = text = messages = pair = None
   if keys.client:
     client = _string(row, keys.client, where, numbers=True)
     if not client:
@@ -240,9 +257,10 @@ def _record(row: Any, keys: _Keys, where: str) -> Record:
         prompt = f'{prompt}\n\n{context}'
   elif keys.text:
     text = _string(row, keys.text, where)
+    pair = _string(row, keys.pair, where) if keys.pair else None
   else:
     messages = _messages(row, keys.messages, where)
-  return Record(client, prompt, response, text, messages, label, where)
+  return Record(client, prompt, response, text, messages, label, where, pair)
 
 
 def _value(row: dict, key: str, where: str) -> Any:

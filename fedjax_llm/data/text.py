@@ -33,6 +33,7 @@ class Encoded(NamedTuple):
   prompts_truncated: int = 0
   replies_left_out: int = 0
   replies_cut: int = 0
+  texts_cut: int = 0
 
 
 # (messages, tokenizer) -> dialogues, each a list of pieces that ends in a reply
@@ -222,6 +223,63 @@ def encode_counted(
     [example for part in parts for example in part.examples],
     *(sum(counts) for counts in zip(*(part[1:] for part in parts))),
   )
+
+
+def classified(
+  record: Record,
+  tokenizer: Tokenizer,
+  labels: Sequence[str],
+  max_length: int = 256,
+) -> Encoded:
+  """The example of a record whose text is to be classified; none if empty.
+
+  The tokens are those that the tokenizer makes of a whole text, or of two:
+
+      [CLS] text [SEP]    or    [CLS] text [SEP] second text [SEP]
+
+  What is longer than `max_length` is cut at its end, of two texts the longer
+  one first. A prompt with its response is read as two texts. No token has a
+  loss; the label is the place of the record's in `labels`.
+
+  Raises `Error` for a chat, a record without a label and an unknown label.
+
+  >>> from fedjax_llm.data import tokenizers
+  >>> record = Record(text='fine', label='glad')
+  >>> (example,) = classified(
+  ...   record, tokenizers.bytes(), ['sad', 'glad']
+  ... ).examples
+  >>> example.tokens.tolist(), example.label
+  ([257, 102, 105, 110, 101, 258], 1)
+  """
+  where = record.where or 'record'
+  if max_length < 4:
+    raise Error(f'max_length is {max_length}, but must be 4 or more.')
+  if record.label is None:
+    raise Error(
+      f'{where}: this text has no label, so it cannot be classified; give the '
+      'source a label_key.'
+    )
+  if record.label not in labels:
+    raise Error(
+      f'{where}: the label {record.label!r} is not one of '
+      f'{", ".join(map(repr, labels))}.'
+    )
+  text, pair = record.text, record.pair
+  if text is None:
+    text, pair = record.prompt, record.response
+  if text is None or tokenizer.whole is None:
+    what = 'a chat' if text is None else f'for the tokenizer {tokenizer.name}'
+    raise Error(f'{where}: classification is of texts or of pairs, not {what}.')
+  if not text.strip() and not (pair or '').strip():
+    return Encoded([])
+  tokens, types, is_cut = tokenizer.whole(text, pair, max_length)
+  example = Example(
+    np.asarray(tokens, np.int32),
+    np.zeros(len(tokens), bool),
+    label=list(labels).index(record.label),
+    types=np.asarray(types, np.int32) if any(types) else None,
+  )
+  return Encoded([example], texts_cut=int(is_cut))
 
 
 def prompt(

@@ -34,6 +34,17 @@ class Tokenizer(NamedTuple):
   eos_id: int
   pad_id: int
   chat: Callable[[Sequence[Mapping[str, str]], bool], str | None]
+  # (text, second text or None, max_length) -> tokens and types, with the
+  # special tokens of a whole text; cut at the end, of two the longer one first
+  whole: Callable[[str, str | None, int], 'Whole'] | None = None
+
+
+class Whole(NamedTuple):
+  """A text as an encoder reads it; `types` say which of two a token is of."""
+
+  tokens: list[int]
+  types: list[int]
+  is_cut: bool
 
 
 def bytes() -> Tokenizer:
@@ -46,6 +57,8 @@ def bytes() -> Tokenizer:
   ([104, 195, 169], 'hé')
   >>> tokenizer.chat([{'role': 'user', 'content': 'hi'}], True)
   'user: hi\\nassistant: '
+  >>> tokenizer.whole('hi', 'ho', 6).tokens
+  [257, 104, 258, 104, 111, 258]
   """
 
   def encode(text):
@@ -59,6 +72,16 @@ def bytes() -> Tokenizer:
     lines = [f'{m["role"]}: {m["content"]}\n' for m in messages]
     return ''.join(lines) + ('assistant: ' if add_generation_prompt else '')
 
+  def whole(text, other, max_length):
+    first, second = encode(text), encode(other or '')
+    room = max_length - (2 if other is None else 3)
+    over = max(0, len(first) + len(second) - room)
+    for _ in range(over):
+      (first if len(first) >= len(second) else second).pop()
+    one = [257, *first, 258]
+    two = [] if other is None else [*second, 258]
+    return Whole(one + two, [0] * len(one) + [1] * len(two), over > 0)
+
   return Tokenizer(
     name='bytes',
     encode=encode,
@@ -68,13 +91,15 @@ def bytes() -> Tokenizer:
     eos_id=258,
     pad_id=256,
     chat=chat,
+    whole=whole,
   )
 
 
 def pretrained(path: str) -> Tokenizer:
   """The tokenizer of a Hugging Face directory or hub name.
 
-  Padding uses the tokenizer's pad token, or its end token where it has none.
+  Padding uses the tokenizer's pad token, or its end token where it has none;
+  the end token of an encoder is the one that separates texts.
   A chat template that asks for today's date gets a fixed one, so that a run
   that is resumed tomorrow sees the same tokens.
 
@@ -90,7 +115,9 @@ def pretrained(path: str) -> Tokenizer:
   elif os.path.isabs(where) or where.startswith('.'):
     raise Error(f'{where}: there is no such directory.')
   tokenizer = _load(where)
-  if tokenizer.eos_token_id is None:
+  eos = tokenizer.eos_token_id
+  eos = tokenizer.sep_token_id if eos is None else eos
+  if eos is None:
     raise Error(f'{where}: the tokenizer has no end-of-text token (eos_token).')
   template = None
   if tokenizer.chat_template is not None:
@@ -116,7 +143,22 @@ def pretrained(path: str) -> Tokenizer:
       add_generation_prompt=add_generation_prompt,
     )
 
-  bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+  def whole(text, other, max_length):
+    found = tokenizer(
+      text,
+      other,
+      truncation=True,
+      max_length=max_length,
+      return_token_type_ids=True,
+      return_overflowing_tokens=True,
+      verbose=False,
+    )
+    ids, types = found['input_ids'], found['token_type_ids']
+    if not tokenizer.is_fast:
+      return Whole(list(ids), list(types), bool(found['num_truncated_tokens']))
+    return Whole(list(ids[0]), list(types[0]), len(ids) > 1)
+
+  bos = tokenizer.bos_token_id
   adds_bos = bos is not None and tokenizer.encode('a')[:1] == [bos]
   pad = tokenizer.pad_token_id
   return Tokenizer(
@@ -128,6 +170,7 @@ def pretrained(path: str) -> Tokenizer:
     eos_id=eos,
     pad_id=eos if pad is None else pad,
     chat=chat,
+    whole=whole,
   )
 
 

@@ -10,16 +10,32 @@ from fedjax_llm.evals.loop import in_turn as in_turn
 from fedjax_llm.evals.loop import loop as loop
 from fedjax_llm.evals.loop import questions as questions
 from fedjax_llm.evals.loop import replies as replies
+from fedjax_llm.evals.memory import Memory as Memory
+from fedjax_llm.evals.memory import recalling as recalling
+from fedjax_llm.evals.memory import remember as remember
+from fedjax_llm.evals.mixing import Instances as Instances
+from fedjax_llm.evals.mixing import fuse as fuse
+from fedjax_llm.evals.mixing import instance_mixed as instance_mixed
+from fedjax_llm.evals.mixing import instance_weights as instance_weights
+from fedjax_llm.evals.mixing import text_states as text_states
 
 __all__ = [
   'ClientSums',
+  'Instances',
+  'Memory',
   'Question',
   'Report',
+  'fuse',
   'in_turn',
+  'instance_mixed',
+  'instance_weights',
   'likelihood',
   'loop',
   'personal',
   'questions',
+  'recalling',
+  'remember',
   'replies',
   'summary',
+  'text_states',
 ]

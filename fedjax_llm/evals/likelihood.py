@@ -48,8 +48,6 @@ def summary(sums: ClientSums, worst: float = 0.1) -> dict[str, float]:
   count = np.sum(sums.count)
   loss = float(np.sum(sums.total) / count)
   each = sums.total / sums.count
-  # Rounded first: 0.1 * 30 is a little more than 3.
-  num = max(1, math.ceil(round(worst * len(each), 6)))
   with np.errstate(over='ignore'):
     perplexity = float(np.exp(loss))
   return {
@@ -57,9 +55,16 @@ def summary(sums: ClientSums, worst: float = 0.1) -> dict[str, float]:
     'perplexity': perplexity,
     'accuracy': float(np.sum(sums.correct) / count),
     'client_mean': float(np.mean(each)),
-    f'client_worst_{round(100 * worst)}': float(np.mean(np.sort(each)[-num:])),
+    f'client_worst_{round(100 * worst)}': worst_mean(each, worst),
     'client_std': float(np.std(each)),
   }
+
+
+def worst_mean(each: np.ndarray, worst: float = 0.1) -> float:
+  """The mean of the ceil(worst * n) largest of n numbers."""
+  # Rounded first: 0.1 * 30 is a little more than 3.
+  num = max(1, math.ceil(round(worst * len(each), 6)))
+  return float(np.mean(np.sort(each)[-num:]))
 
 
 def likelihood(loss: Loss, *, worst: float = 0.1) -> Callable[..., Report]:
@@ -268,12 +273,13 @@ def _deal(
   for c, rows in enumerate(found):
     index[c, : len(rows)] = rows
   index = index.reshape(len(chunks), depth, width)
-  flat_batch = jax.tree.map(
-    lambda x: np.asarray(x).reshape(num_rows, -1), batch
-  )
-  dealt = jax.tree.map(
-    lambda x: np.where(index[..., None] < 0, np.zeros_like(x[:1]), x[index]),
-    flat_batch,
-  )
+
+  def deal(x):
+    x = np.asarray(x).reshape(num_rows, *np.shape(x)[2:])
+    empty = (index < 0).reshape(*index.shape, *(1,) * (x.ndim - 1))
+    # Zeros, in `segments` too: nothing counts a row without a text.
+    return np.where(empty, np.zeros_like(x[:1]), x[index])
+
+  dealt = jax.tree.map(deal, batch)
   where = np.where(index < 0, -1, place[index] % size)
   return dealt, where

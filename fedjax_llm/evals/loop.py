@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm.evals.likelihood import Group, Report, likelihood, personal
+from fedjax_llm.evals.likelihood import (
+  Group,
+  Report,
+  likelihood,
+  personal,
+  worst_mean,
+)
 from fedjax_llm.types import (
   Base,
   ClientState,
@@ -29,6 +35,7 @@ def loop(
   names: Sequence[str] = (),
   new_names: Sequence[str] = (),
   has_private: bool = False,
+  labelled: bool = False,
 ) -> Callable[..., dict[str, Any]]:
   """Everything a run tests, as one function.
 
@@ -51,6 +58,9 @@ def loop(
     names: of the clients that train.
     new_names: of the others.
     has_private: whether clients keep parameters of their own.
+    labelled: texts are classified. Then 'evals/heldout/accuracies' has the
+      accuracy of each client by name, and 'client_accuracy_mean' and
+      'client_accuracy_worst_10' their mean and that of the worst tenth.
 
   Returns:
     `examine(base, params, store, key) -> {'evals/...': ...}`; `store` has
@@ -72,7 +82,7 @@ def loop(
     ):
       if groups:
         report = together(base, served, groups, key, name)
-        told |= _told(report, who)
+        told |= _told(report, who, labelled)
     if has_private:
       ids = store.seen()
       told['evals/personal/untrained'] = len(names) - len(ids)
@@ -90,19 +100,27 @@ def loop(
         )
 
       report = apart(base, stack, ids, own, common, key)
-      told |= _told(report, names)
+      told |= _told(report, names, labelled)
     return told
 
   return examine
 
 
-def _told(report: Report, names: Sequence[str]) -> dict[str, Any]:
+def _told(
+  report: Report, names: Sequence[str], labelled: bool
+) -> dict[str, Any]:
   told: dict[str, Any] = dict(report.metrics)
   for kind, sums in report.clients.items():
-    told[f'evals/{kind}/clients'] = {
-      names[i]: float(total / count)
-      for i, total, count in zip(sums.ids, sums.total, sums.count, strict=True)
-    }
+    who = [names[i] for i in sums.ids]
+    by_name = lambda x, who=who: dict(zip(who, map(float, x), strict=True))
+    told[f'evals/{kind}/clients'] = by_name(sums.total / sums.count)
+    if labelled:
+      each = sums.correct / sums.count
+      told |= {
+        f'evals/{kind}/accuracies': by_name(each),
+        f'evals/{kind}/client_accuracy_mean': float(np.mean(each)),
+        f'evals/{kind}/client_accuracy_worst_10': 0.0 - worst_mean(-each),
+      }
   return told
 
 

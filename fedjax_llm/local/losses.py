@@ -3,7 +3,16 @@
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm.types import Base, Batch, Key, Loss, LossSum, Model, Params
+from fedjax_llm.types import (
+  Base,
+  Batch,
+  Error,
+  Key,
+  Loss,
+  LossSum,
+  Model,
+  Params,
+)
 
 
 def causal_lm(
@@ -60,6 +69,40 @@ def causal_lm(
         *(jax.ops.segment_sum(x, row, num_segments=num_rows) for x in parts)
       )
     return LossSum(*(jnp.sum(x) for x in parts))
+
+  return loss
+
+
+def classification(model: Model, *, per_row: bool = False) -> Loss:
+  """Cross-entropy of a text's class: -log p(y | x), one term a row.
+
+  The classifier reads the state of a row's first token, so a row holds one
+  text. Rows without a label (-1) are padding.
+
+  Args:
+    model: hidden states and a classifier's head, [..., D] -> [..., classes].
+    per_row: one number a row, [B], instead of their sum.
+
+  Returns:
+    A `Loss` that gives sums in nats and counts in labels.
+
+  Raises:
+    Error: from the loss, batches without labels.
+  """
+
+  def loss(base: Base, params: Params, batch: Batch, key: Key) -> LossSum:
+    del key  # no dropout
+    if batch.label is None:
+      raise Error('these texts have no labels, so nothing can classify them.')
+    first = model.hidden(base, params, batch)[:, 0]  # [B, D]
+    real = (batch.label >= 0) & (batch.segments[:, 0] > 0)
+    first = jnp.where(real[:, None], first, 0)  # else NaN leaks backwards
+    target = jnp.where(real, batch.label, 0)
+    parts = _cross_entropy(
+      lambda h: model.logits(base, params, h), first, target, real, len(first)
+    )
+    sums = LossSum(parts[0], real.astype(jnp.float32), parts[1])
+    return sums if per_row else LossSum(*(jnp.sum(x) for x in sums))
 
   return loss
 

@@ -5,10 +5,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_llm.types import Error
+from fedjax_llm.types import Error, LowRank
 
 
 class LocalOptimizer(NamedTuple):
@@ -54,6 +55,7 @@ def optimizer(
   name: str = 'adamw',
   learning_rate: float = 1e-3,
   schedule: Mapping[str, Any] | None = None,
+  b_ratio: float = 1.0,
   **keywords: Any,
 ) -> LocalOptimizer:
   """An optax optimizer by name; `keywords` are that optimizer's own.
@@ -64,9 +66,11 @@ def optimizer(
     schedule: `dict(name='cosine_decay_schedule', init_value=1e-3,
       decay_steps=100)`: an optax schedule of the step over the whole run,
       round * S + s, though the optimizer's moments start afresh each round.
+    b_ratio: how many times faster the factors b learn: see `lora_plus`.
 
   Raises:
-    Error: an unknown optimizer, schedule or keyword.
+    Error: an unknown optimizer, schedule or keyword; a ratio that is not
+      positive.
 
   >>> sgd = optimizer('sgd', 0.5)
   >>> state = sgd.init({'w': jnp.ones(2)})
@@ -104,7 +108,52 @@ def optimizer(
     )
     return inner.update(grads, state, params)
 
-  return LocalOptimizer(inner.init, update, rate, name, keywords)
+  found = LocalOptimizer(inner.init, update, rate, name, keywords)
+  return found if b_ratio == 1 else lora_plus(found, b_ratio)
+
+
+def lora_plus(optimizer: LocalOptimizer, ratio: float = 16.0) -> LocalOptimizer:
+  """LoRA+: the factors b of low-rank adapters learn faster than the factors a.
+
+      eta_b = ratio * eta_a
+
+  Hayou et al. 2024, arXiv 2402.12354, which starts its search at 2^4. b is the
+  factor that starts at zero, "B" in papers. The steps of b are multiplied,
+  weight decay included: for every optimizer whose step is proportional to its
+  rate that is a rate of their own. A ratio of one is LoRA.
+
+  Raises:
+    Error: a ratio that is not positive; from the first step, parameters without
+      low-rank factors.
+
+  >>> faster = lora_plus(optimizer('sgd', 0.5), ratio=4.0)
+  >>> grads = LowRank(jnp.ones(1), jnp.ones(1), None)
+  >>> step, _ = faster.update(grads, faster.init(grads), grads, 0)
+  >>> step.a.tolist(), step.b.tolist()
+  ([-0.5], [-2.0])
+  """
+  if ratio <= 0:
+    raise Error(f'local.b_ratio is {ratio}; it must be above 0.')
+  is_node = lambda x: isinstance(x, LowRank)
+
+  def update(grads, state, params, step):
+    updates, state = optimizer.update(grads, state, params, step)
+    leaves = jax.tree.leaves(updates, is_leaf=is_node)
+    if not any(map(is_node, leaves)):
+      raise Error(
+        'local.b_ratio needs low-rank factors: adapter.name=lora, or leave it '
+        'out.'
+      )
+    faster = lambda x: None if x.b is None else (x.b * ratio).astype(x.b.dtype)
+    return jax.tree.map(
+      lambda x: x._replace(b=faster(x)) if is_node(x) else x,
+      updates,
+      is_leaf=is_node,
+    ), state
+
+  return optimizer._replace(
+    update=update, keywords={**optimizer.keywords, 'b_ratio': ratio}
+  )
 
 
 def _lookup(field: str, name: Any, known: tuple[str, ...]) -> Callable:

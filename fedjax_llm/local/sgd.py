@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from fedjax_llm import tree
 from fedjax_llm.local.optimizers import LocalOptimizer
 from fedjax_llm.types import (
+  Batch,
   ClientOutput,
   Error,
   LocalUpdate,
@@ -105,14 +106,15 @@ def descend(
   leaves at the end, the optimizer state and the metrics.
   """
   num_steps = jax.tree.leaves(batches)[0].shape[0]
+  texts, needed = _contents(batches, num_steps)
 
   def mean_loss(trained, batch, key):
     sums = loss(base, tree.merge(trained, start), batch, key)
     return sums.total / jnp.maximum(sums.count, 1.0), sums
 
-  def step(carry, xs):
-    trained, optimizer_state = carry
-    batch, index = xs
+  def step(index, carry):
+    trained, optimizer_state, told = carry
+    batch = jax.tree.map(lambda x: x[index], batches)
     grads, sums = jax.grad(mean_loss, has_aux=True)(
       trained, batch, jax.random.fold_in(key, index)
     )
@@ -128,27 +130,50 @@ def descend(
     )
     real = sums.count > 0  # a step without a loss token is padding
     keep = lambda n, o: jnp.where(real, n, o)
-    carry = (
+    rate = optimizer.learning_rate(count)
+    now = (sums, jnp.int32(1), rate, tree.norm(grads))
+    return (
       tree.map_present(keep, new, trained),
       jax.tree.map(keep, new_state, optimizer_state),
+      jax.tree.map(lambda t, x: t + jnp.where(real, x, 0), told, now),
     )
-    sums = jax.tree.map(lambda x: jnp.where(real, x, 0.0), sums)
-    rate = jnp.where(real, optimizer.learning_rate(count), 0.0)
-    norm = jnp.where(real, tree.norm(grads), 0.0)
-    return carry, (sums, real, rate, norm)
 
   trained = tree.like(start, masks.trained)
-  (end, optimizer_state), (sums, real, rate, norm) = jax.lax.scan(
-    step, (trained, optimizer_state), (batches, jnp.arange(num_steps))
+  zero = jnp.float32(0)
+  told = (LossSum(zero, zero, zero), jnp.int32(0), zero, zero)
+  # Steps of padding at the end are not computed: under `vmap` the loop ends
+  # with the client that needs most.
+  end, optimizer_state, told = jax.lax.fori_loop(
+    0, needed, step, (trained, optimizer_state, told)
   )
-  sums = LossSum(*(jnp.sum(x) for x in sums))
-  taken = jnp.sum(real)
+  sums, taken, rate, norm = told
   metrics = {
     'loss': sums.total / jnp.maximum(sums.count, 1.0),
     'accuracy': sums.correct / jnp.maximum(sums.count, 1.0),
     'tokens': sums.count,
     'steps': taken,
-    'learning_rate_sum': jnp.sum(rate),
-    'grad_norm': jnp.sum(norm) / jnp.maximum(taken, 1),
+    'learning_rate_sum': rate,
+    'grad_norm': norm / jnp.maximum(taken, 1),
   }
+  if texts:
+    metrics['text_tokens'] = sum(
+      jnp.sum(x.segments > 0, dtype=jnp.float32) for x in texts
+    )
+    metrics['loop_steps'] = needed
   return end, optimizer_state, metrics
+
+
+def _contents(batches: Any, num_steps: int) -> tuple[list[Batch], Any]:
+  """The texts of [S, ...] batches, and up to which step there are any.
+
+  Batches of something else than texts are taken to fill every step.
+  """
+  is_text = lambda x: isinstance(x, Batch)
+  leaves = jax.tree.leaves(batches, is_leaf=is_text)
+  texts = [x for x in leaves if is_text(x)]
+  if len(texts) < len(leaves):
+    return [], num_steps
+  some = jnp.zeros(num_steps, bool)
+  for x in texts:
+    some |= jnp.any(x.segments > 0, axis=tuple(range(1, x.segments.ndim)))
+  return texts, jnp.max(jnp.where(some, jnp.arange(num_steps) + 1, 0))

@@ -11,5 +11,9 @@ from fedjax_llm.models.load import LoadedModel as LoadedModel
 from fedjax_llm.models.load import pretrained as pretrained
 from fedjax_llm.models.load import random as random
 from fedjax_llm.models.load import save as save
+from fedjax_llm.models.own import Own as Own
+from fedjax_llm.models.own import own as own
+from fedjax_llm.models.quantised import num_bytes as num_bytes
+from fedjax_llm.models.random_encoder import random_encoder as random_encoder
 
-__all__ = ['pretrained', 'random']
+__all__ = ['pretrained', 'random', 'random_encoder']

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from fedjax_llm.models import layers, rope
+from fedjax_llm.models.attention import attention
 from fedjax_llm.models.config import Config
 
 
@@ -80,7 +81,7 @@ def _attention(config: Config, implementation: str, y, layer: Layer, context):
     put = jax.lax.dynamic_update_slice_in_dim
     k = put(layer.keys, k, slot, axis=1)
     v = put(layer.values, v, slot, axis=1)
-  y = layers.attention(
+  y = attention(
     q,
     k,
     v,

@@ -68,7 +68,7 @@ class Config(NamedTuple):
   embedding_scale: float = 1.0
   num_learned_positions: int = 0  # rows of the table; 0: there is none
   first_position: int = 0  # the row of a text's first token
-  num_token_types: int = 0  # every token is of type 0
+  num_token_types: int = 0  # `Batch.types`; every token is of type 0 without
   embedding_norm: bool = False
   # Head.
   head: str = 'lm'  # 'lm' | 'masked_lm' | 'classifier' | 'none'

@@ -1,8 +1,9 @@
-"""Text from a model: greedy or at a temperature, many prompts at once.
+"""Text from a model: greedy or sampled, many prompts at once.
 
-Prompts are padded on the right to a few lengths, so that few programs are
-compiled. Tokens see places, not slots: the gap between a short prompt and its
-reply is padding that nobody reads.
+Rows of a batch may be of different adapters (`tenants`). Prompts are padded on
+the right to a few lengths, so that few programs are compiled. Tokens see
+places, not slots: the gap between a short prompt and its reply is padding that
+nobody reads.
 """
 
 import functools
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm.models.config import longest_text
+from fedjax_llm.models import requests, tenants
 from fedjax_llm.models.load import LoadedModel
 from fedjax_llm.models.transformer import Decoder
 from fedjax_llm.types import Base, Batch, Error, Key, Model, Params
@@ -27,19 +28,32 @@ def generate(
   *,
   max_new_tokens: int,
   temperature: float = 0.0,
+  top_p: float = 1.0,
   eos_id: int | Sequence[int] | None = None,
   key: Key | None = None,
+  seeds: Sequence[int] | None = None,
+  adapters: Sequence[Params] = (),
+  which: Sequence[int] | None = None,
   batch_size: int = 32,
 ) -> list[list[int]]:
   """The new tokens of each prompt, without the one that ended it.
 
   Greedy at `temperature` 0, otherwise sampled from softmax(logits /
-  temperature) by `key`, folded with the prompt's place in the list and the
-  number of the new token. A `LoadedModel` keeps keys and values in a cache; a
-  bare `Model` reads the whole text again for each token, to the same end.
+  temperature) by `key`, folded with the prompt's seed (its place in the list
+  unless `seeds` says otherwise) and the number of the new token: what else is
+  in the batch does not matter. With `top_p` < 1 only the likeliest tokens
+  count, as few as have that probability together (Holtzman et al. 2019,
+  arXiv:1904.09751, section 3.1), and with the last of them those that are just
+  as likely.
+
+  Either all prompts are read with `params`, or prompt i with
+  `adapters[which[i]]` (-1: with none), whose ranks may differ; then `params`
+  is empty. A `LoadedModel` keeps keys and values in a cache; a bare `Model`
+  reads the whole text again for each token, to the same end.
 
   Raises `Error` for an empty prompt, a token outside the vocabulary, a text
-  longer than the model's positions, and a temperature without a key.
+  longer than the model's positions, a temperature without key and seeds, and
+  adapters that are not of this base.
 
   >>> from fedjax_llm import models
   >>> loaded = models.random(vocab_size=32)
@@ -53,11 +67,20 @@ def generate(
     raise Error(f'{max_new_tokens=} must be at least 1.')
   if not temperature >= 0:
     raise Error(f'{temperature=} must not be negative.')
-  if temperature > 0 and key is None:
+  if not 0 < top_p <= 1:
+    raise Error(f'{top_p=} must be above 0 and at most 1.')
+  if temperature > 0 and key is None and seeds is None:
     raise Error(f'{temperature=} samples, so it needs a key.')
   if batch_size < 1:
     raise Error(f'{batch_size=} must be at least 1.')
-  _check(model, prompts, max_new_tokens)
+  config = model.config if isinstance(model, LoadedModel) else None
+  requests.check(config, prompts, max_new_tokens)
+  draws = requests.seeds(seeds, len(prompts))
+  owners = requests.owners(which, params, adapters, len(prompts))
+  if owners is not None:
+    for index, adapter in enumerate(adapters if config else ()):
+      tenants.check(base, adapter, f'adapter {index}')
+    params = tenants.stack(base, adapters)
   stops = np.atleast_1d(np.asarray([] if eos_id is None else eos_id, np.int32))
   # -1 is no token: one program serves any few stop tokens.
   stops = np.pad(stops, (0, -len(stops) % 8), constant_values=-1)
@@ -65,68 +88,34 @@ def generate(
     network, decoder = model.model, model.decoder
   else:
     network, decoder = model, None
-  key = jax.random.key(0) if key is None else key  # unused when greedy
+  key = jax.random.key(0) if key is None else key
 
   replies = []
   for start in range(0, len(prompts), batch_size):
-    chunk = prompts[start : start + batch_size]
-    tokens, lengths = _pad(chunk)
+    chunk = slice(start, start + batch_size)
+    tokens, lengths = requests.pad(prompts[chunk])
     new = _run(
       base,
       params,
       tokens,
       lengths,
-      start + np.arange(len(lengths), dtype=np.int32),
+      requests.filled(draws[chunk], len(lengths), 0),
+      None
+      if owners is None
+      else requests.filled(owners[chunk], len(lengths), -1),
       stops,
       np.float32(temperature or 1.0),
+      np.float32(top_p),
       key,
       network=network,
       decoder=decoder,
       num_new=max_new_tokens,
       greedy=temperature == 0,
+      nucleus=top_p < 1,
     )
-    for row in np.asarray(new)[: len(chunk)]:
+    for row in np.asarray(new)[: len(prompts[chunk])]:
       replies.append([int(token) for token in row if token >= 0])
   return replies
-
-
-def _check(model, prompts, max_new_tokens) -> None:
-  config = model.config if isinstance(model, LoadedModel) else None
-  if config is not None and not config.causal:
-    raise Error(f'A {config.family} model is an encoder: it writes no text.')
-  for index, prompt in enumerate(prompts):
-    if len(prompt) == 0:
-      raise Error(f'Prompt {index} is empty.')
-    if config is None:
-      continue
-    if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-      raise Error(
-        f'Prompt {index} has a token outside the vocabulary of '
-        f'{config.vocab_size}.'
-      )
-    total = len(prompt) + max_new_tokens
-    if total > longest_text(config):
-      raise Error(
-        f'Prompt {index} and {max_new_tokens} new tokens are {total} tokens; '
-        f'the model has {longest_text(config)} positions.'
-      )
-
-
-def _bucket(number: int, least: int) -> int:
-  """The next power of two, at least `least`."""
-  return max(least, 1 << (number - 1).bit_length())
-
-
-def _pad(prompts) -> tuple[np.ndarray, np.ndarray]:
-  """[B, P] padded on the right and their lengths [B]; extra rows have 0."""
-  rows = _bucket(len(prompts), 1)
-  width = _bucket(max(map(len, prompts)), 16)
-  tokens = np.zeros((rows, width), np.int32)
-  lengths = np.zeros(rows, np.int32)
-  for row, prompt in enumerate(prompts):
-    tokens[row, : len(prompt)] = prompt
-    lengths[row] = len(prompt)
-  return tokens, lengths
 
 
 class _Reader(NamedTuple):
@@ -187,30 +176,47 @@ def _uncached(model: Model, base, params, tokens, lengths, num_new):
   return _Reader(start, more)
 
 
+def _nucleus(logits, top_p) -> jax.Array:
+  """Minus infinity outside of the likeliest tokens, [V] -> [V]."""
+  ordered = jnp.sort(logits, descending=True)
+  share = jax.nn.softmax(ordered)
+  kept = jnp.cumsum(share) - share < top_p  # what is before a token
+  least = jnp.min(jnp.where(kept, ordered, jnp.inf))
+  return jnp.where(logits >= least, logits, -jnp.inf)
+
+
 @functools.partial(
-  jax.jit, static_argnames=('network', 'decoder', 'num_new', 'greedy')
+  jax.jit,
+  static_argnames=('network', 'decoder', 'num_new', 'greedy', 'nucleus'),
 )
 def _run(
   base,
   params,
   tokens,
   lengths,
-  rows,
+  seeds,
+  which,
   stops,
   temperature,
+  top_p,
   key,
   *,
   network: Model,
   decoder: Decoder | None,
   num_new: int,
   greedy: bool,
+  nucleus: bool,
 ):
   """New tokens [B, num_new], -1 from the end of a reply on."""
+  if which is not None:
+    params = tenants.rows(params, which)
+    network = tenants.model(network)
+    decoder = None if decoder is None else tenants.decoder(decoder)
   if decoder is None:
     reader = _uncached(network, base, params, tokens, lengths, num_new)
   else:
     reader = _cached(decoder, base, params, tokens, lengths, num_new)
-  keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+  keys = jax.vmap(lambda seed: jax.random.fold_in(key, seed))(seeds)
 
   def pick(hidden, step):
     logits = network.logits(base, params, hidden)
@@ -218,8 +224,10 @@ def _run(
       return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw(key, logits):
+      logits = logits / temperature
       return jax.random.categorical(
-        jax.random.fold_in(key, step), logits / temperature
+        jax.random.fold_in(key, step),
+        _nucleus(logits, top_p) if nucleus else logits,
       )
 
     return jax.vmap(draw)(keys, logits).astype(jnp.int32)
@@ -241,7 +249,7 @@ def _run(
 
   hidden, carry = reader.start()
   token = pick(hidden, jnp.int32(0))
-  out = jnp.full((len(rows), num_new), -1, jnp.int32)
+  out = jnp.full((len(lengths), num_new), -1, jnp.int32)
   out, done = write(out, token, 0, lengths == 0)
   state = (jnp.int32(1), token, carry, out, done)
   return jax.lax.while_loop(unfinished, body, state)[3]

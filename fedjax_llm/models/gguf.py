@@ -318,9 +318,9 @@ def _write_weights(
     file.write(len(head).to_bytes(8, 'little'))
     file.write(head)
     for _, _, read in weights:
-      file.write(
-        np.ascontiguousarray(read().astype(kind, copy=False)).data.cast('B')
-      )
+      # As bytes: NumPy gives nobody a buffer of bfloat16.
+      w = np.ascontiguousarray(read().astype(kind, copy=False))
+      file.write(w.view(np.uint8).data)
 
 
 def _check_names(

@@ -7,15 +7,17 @@ whatever the compute dtype is.
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm.types import Error, LowRank
-
-# A finite stand-in for minus infinity: a row without any key stays finite.
-MASKED = -1e30
+from fedjax_llm.adapters.changes import Amended, Dora, factors, gain, is_node
+from fedjax_llm.models import quantised
+from fedjax_llm.models.attention import Places as Places
+from fedjax_llm.models.attention import attention as attention
+from fedjax_llm.models.attention import softcapped as softcapped
+from fedjax_llm.types import Error
 
 # ---------------------------------------------------------------- weights --
 
@@ -27,12 +29,18 @@ def linear(x, w: Mapping[str, Any], leaf=None, out_dtype=None) -> jax.Array:
 
       LowRank(a, b, scale)    y += scale * (x @ a) @ b
       an array [D, F]         y += x @ delta
+      Dora(direction, m)      y = gain * (x @ W + the direction's change)
       {'kernel': leaf, 'bias': array}     both, or one of them
       None                    nothing
 
-  The change stays a product of its own, so that under `vmap` over adapters
-  the base product is one unbatched matmul with the rows of all clients.
+  Another node with `factors()` acts as those factors.
 
+  The change stays a product of its own, so that under `vmap` over adapters
+  the base product is one unbatched matmul with the rows of all clients. A
+  quantised kernel is written out for that product alone; what was folded into
+  it is a product of its own (`Amended`).
+
+  >>> from fedjax_llm.types import LowRank
   >>> x = jnp.ones([1, 2])
   >>> w = {'kernel': jnp.eye(2)}
   >>> leaf = LowRank(jnp.ones([2, 1]), jnp.ones([1, 2]), scale=0.5)
@@ -42,19 +50,32 @@ def linear(x, w: Mapping[str, Any], leaf=None, out_dtype=None) -> jax.Array:
   dtype = x.dtype if out_dtype is None else out_dtype
 
   def dot(x, kernel):
-    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
+    if isinstance(kernel, Amended):
+      return dot(x, kernel.weight) + dot(x, kernel.change)
+    kernel = quantised.dense(kernel, x.dtype)
+    return jnp.matmul(x, kernel, preferred_element_type=dtype)
 
-  y = dot(x, w['kernel'])
+  def plain(kernel):
+    if isinstance(kernel, Amended):
+      return plain(kernel.weight) + kernel.change
+    return quantised.dense(kernel, jnp.float32)
+
+  change = change_of(leaf, 'kernel', 'kernel')
+  if isinstance(change, Dora):
+    y = linear(x, {'kernel': w['kernel']}, change.direction, dtype)
+    y = y * gain(plain(w['kernel']), change).astype(dtype)
+  else:
+    y = dot(x, w['kernel'])
   if 'bias' in w:
     y = y + changed(w, leaf, 'bias').astype(dtype)
-  leaf = change_of(leaf, 'kernel', 'kernel')
-  if leaf is None:
+  if change is None or isinstance(change, Dora):
     return y
-  if not isinstance(leaf, LowRank):
-    return y + dot(x, leaf)
-  scale = jnp.asarray(leaf.scale, x.dtype)
-  y = y + dot((x @ leaf.a.astype(x.dtype)) * scale, leaf.b)
-  return y if leaf.residual is None else y + dot(x, leaf.residual)
+  node = factors(change)
+  if node is None:
+    return y + dot(x, change)
+  scale = jnp.asarray(node.scale, x.dtype)
+  y = y + dot((x @ node.a.astype(x.dtype)) * scale, node.b)
+  return y if node.residual is None else y + dot(x, node.residual)
 
 
 def change_of(leaf: Any, name: str, main: str) -> Any:
@@ -109,7 +130,7 @@ def check_adapter(base: Any, params: Any, path: tuple[str, ...] = ()) -> None:
     return
   where = '/'.join(path) or 'the adapter'
   if not isinstance(base, Mapping):  # a weight: {'bias': change} of a module
-    if isinstance(params, LowRank) and path[-1] == 'kernel':
+    if is_node(params) and path[-1] == 'kernel':
       return
     if getattr(params, 'shape', None) != base.shape:
       raise Error(
@@ -125,101 +146,10 @@ def check_adapter(base: Any, params: Any, path: tuple[str, ...] = ()) -> None:
           f'{have} there.'
         )
       check_adapter(base[name], child, (*path, name))
-  elif isinstance(params, LowRank) and 'kernel' not in base:
+  elif is_node(params) and 'kernel' not in base:
     raise Error(f'A low-rank adapter cannot act on {where}: it is no matrix.')
   elif not {'kernel', 'scale', 'embedding'} & set(base):
     raise Error(f'The adapter has an array at {where}, which is no weight.')
-
-
-# --------------------------------------------------------------- attention --
-
-
-class Places(NamedTuple):
-  """Where tokens stand; both [B, T] int32. Segment 0 is padding."""
-
-  positions: Any
-  segments: Any
-
-
-def visible(queries: Places, keys: Places, window, causal: bool) -> jax.Array:
-  """Which keys a query may read, bool [B, T, S].
-
-  The same text, no later place, and fewer than `window` places back (0: the
-  whole text). It reads places, not indices, so a cache may have gaps.
-  """
-  same = queries.segments[:, :, None] == keys.segments[:, None, :]
-  distance = queries.positions[:, :, None] - keys.positions[:, None, :]
-  seen = same & (keys.segments > 0)[:, None, :]
-  if causal:
-    seen &= distance >= 0
-  if window is not None:
-    seen &= (distance < window) | (jnp.asarray(window) == 0)
-  return seen
-
-
-def attention(
-  q,
-  k,
-  v,
-  queries: Places,
-  keys: Places,
-  *,
-  window=None,
-  causal: bool = True,
-  scale: float | None = None,
-  softcap: float = 0.0,
-  implementation: str = 'xla',
-  block: int = 128,
-) -> jax.Array:
-  """softmax(cap(scale * q k^T)) v over the visible keys.
-
-  `scale` is 1 / sqrt(head_dim) unless given; cap is `softcapped`.
-
-  `q` [B, T, H, head_dim]; `k`, `v` [B, S, KV, head_dim] where H is a multiple
-  of KV: the query heads of one group share their keys, which are never
-  repeated. `window` is None, an int or a traced scalar. A query that sees no
-  key (padding) gives a finite value without meaning.
-
-  `implementation='blocked'` takes the queries `block` at a time against the
-  keys up to their own end, so about half of the products and less memory. It
-  is for rows whose tokens stand in the order of their places.
-  """
-  scale = q.shape[-1] ** -0.5 if scale is None else scale
-  attend = functools.partial(
-    _attend, window=window, causal=causal, scale=scale, cap=softcap
-  )
-  if implementation == 'xla':
-    return attend(q, k, v, queries, keys)
-  if implementation != 'blocked':
-    raise Error(
-      f'attention implementation {implementation!r} is not one of xla, blocked.'
-    )
-  length = q.shape[1]
-  if length != k.shape[1] or not causal or length <= block:
-    return attend(q, k, v, queries, keys)
-  out = []
-  for start in range(0, length, block):
-    end = min(start + block, length)
-    rows = Places(*(x[:, start:end] for x in queries))
-    seen = Places(*(x[:, :end] for x in keys))
-    out.append(attend(q[:, start:end], k[:, :end], v[:, :end], rows, seen))
-  return jnp.concatenate(out, axis=1)
-
-
-def softcapped(x, cap: float):
-  """cap * tanh(x / cap), or x where there is no cap (0)."""
-  return cap * jnp.tanh(x / cap) if cap else x
-
-
-def _attend(q, k, v, queries, keys, *, window, causal, scale, cap):
-  groups = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-  scores = jnp.einsum(
-    'btkgd,bskd->bktgs', groups, k, preferred_element_type=jnp.float32
-  )
-  seen = visible(queries, keys, window, causal)[:, None, :, None, :]
-  scores = jnp.where(seen, softcapped(scores * scale, cap), MASKED)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum('bktgs,bskd->btkgd', weights, v).reshape(q.shape)
 
 
 # --------------------------------------------------------------------- mlp --

@@ -1,5 +1,7 @@
 """Models to use: those of Hugging Face directories, and random ones."""
 
+import functools
+import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -10,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm.models import config as config_lib
-from fedjax_llm.models import families, transformer
+from fedjax_llm.models import families, quantised, transformer
 from fedjax_llm.models.config import Config
 from fedjax_llm.models.transformer import Decoder
+from fedjax_llm.models.weights import Place as Place
 from fedjax_llm.models.weights import read_base as read_base
 from fedjax_llm.models.weights import save as save
 from fedjax_llm.types import Base, Error, Model
@@ -39,16 +42,20 @@ def assemble(
   directory: pathlib.Path | None = None,
   remat: str = 'none',
   unroll: int = 1,
-  compute_dtype: Any = jnp.float32,
+  compute_dtype: Any = 'auto',
+  logits_dtype: Any = 'float32',
   attention: str = 'auto',
 ) -> LoadedModel:
   """A base that is already there, with the functions that read it."""
-  dtype = _dtype(compute_dtype, 'compute_dtype')
+  if compute_dtype == 'auto':
+    compute_dtype = 'float32' if _on_cpu() else 'bfloat16'
+  dtype = _dtype(compute_dtype, 'compute_dtype', 'auto')
   model = transformer.build(
     config,
     remat=remat,
     unroll=unroll,
     compute_dtype=dtype,
+    logits_dtype=_dtype(logits_dtype, 'logits_dtype'),
     attention=attention,
   )
   decoder = transformer.decoder(config, compute_dtype=dtype)
@@ -70,10 +77,14 @@ def random(
   dtype: str = 'float32',
   remat: str = 'none',
   unroll: int = 1,
-  compute_dtype: Any = 'float32',
+  compute_dtype: Any = 'auto',
+  logits_dtype: Any = 'float32',
+  quantisation: str | None = None,
   attention: str = 'auto',
 ) -> LoadedModel:
   """A tiny Llama-type network with random weights.
+
+  Precision, quantisation and attention are those of `pretrained`.
 
   >>> loaded = random(num_layers=3)
   >>> loaded.base['layers']['mlp']['up_proj']['kernel'].shape
@@ -108,13 +119,16 @@ def random(
     tied=tied,
     eos_ids=tuple(eos_ids),
   )
+  quantised.check(quantisation)
+  base = config_lib.init(config, jax.random.key(seed), _dtype(dtype))
   return assemble(
     config,
-    config_lib.init(config, jax.random.key(seed), _dtype(dtype)),
+    quantised.base(base, quantisation),
     name=f'random-{seed}',
     remat=remat,
     unroll=unroll,
     compute_dtype=compute_dtype,
+    logits_dtype=logits_dtype,
     attention=attention,
   )
 
@@ -124,48 +138,114 @@ def pretrained(
   *,
   labels: Sequence[str] | None = None,
   seed: int = 0,
+  place: Place | None = None,
   dtype: str = 'float32',
   remat: str = 'none',
   unroll: int = 1,
-  compute_dtype: Any = 'float32',
+  compute_dtype: Any = 'auto',
+  logits_dtype: Any = 'float32',
+  quantisation: str | None = None,
   attention: str = 'auto',
 ) -> LoadedModel:
   """The network of a Hugging Face directory, or of a name on the hub.
 
-  `dtype` is that of the weights in memory, `compute_dtype` that of the
-  activations. Tensors are read one at a time into stacked arrays, so that
-  memory grows by little more than the parameters.
+  `dtype` is that of the weights in memory, `compute_dtype` that of activations
+  and products ('auto': bfloat16 on accelerators, float32 on CPU) and
+  `logits_dtype` that of the head's products, forwards and backwards. Norms,
+  rotations, softmax and losses are computed in float32 in any case, and
+  adapters are kept in it.
+
+  `quantisation` ('int8', 'int4', 'nf4') keeps the matrices of the layers in few
+  bits, each quantised as soon as it is read (`quantised`). `attention` is how
+  it is computed (`attention.choose`).
+
+  Tensors are read one at a time into stacked arrays, so that
+  memory grows by little more than the parameters. `place(path, shape)` gives
+  the sharding of each leaf (`sharding.placement(mesh)`): every device then gets
+  its shard as it is read, and no whole copy is on the host.
 
   An encoder has the head that its checkpoint has. `labels` asks for a
   classifier of these classes: where the checkpoint lacks its weights they are
   drawn by `seed`, N(0, 0.02^2), with zero biases.
 
   Raises `Error` for a directory without config.json or safetensors, an
-  architecture or value that is not implemented, and tensors that are missing,
-  unknown or of another shape.
+  architecture or value that is not implemented, tensors that are missing,
+  unknown or of another shape, files that are damaged or missing, and a
+  tokenizer with more tokens than the embedding.
   """
   wanted = _dtype(dtype)
   directory = _find(path)
+  quantised.check(quantisation)
   config = families.read_config(directory, labels=labels)
+  _check_tokenizer(directory, config)
   return assemble(
     config,
-    read_base(directory, config, wanted, seed=None if labels is None else seed),
+    read_base(
+      directory,
+      config,
+      wanted,
+      seed=None if labels is None else seed,
+      place=place,
+      change=functools.partial(quantised.leaf, kind=quantisation),
+    ),
     name=os.fspath(path),
     directory=directory,
     remat=remat,
     unroll=unroll,
     compute_dtype=compute_dtype,
+    logits_dtype=logits_dtype,
     attention=attention,
   )
 
 
-def _dtype(name: Any, field: str = 'dtype') -> np.dtype:
+def _on_cpu() -> bool:
+  return jax.default_backend() == 'cpu'
+
+
+# What a tokenizer puts into texts by itself.
+_ROLES = ('bos', 'eos', 'pad', 'unk', 'sep', 'cls', 'mask')
+
+
+def _check_tokenizer(directory: pathlib.Path, config: Config) -> None:
+  """Every token of the tokenizer beside the weights has a row.
+
+  Special tokens without a role in texts may lie beyond (Gemma 3 has one for
+  pictures).
+  """
+  file, settings = directory / 'tokenizer.json', 'tokenizer_config.json'
+  if not file.is_file():
+    return
+  try:
+    content, roles = json.loads(file.read_text(encoding='utf-8')), {}
+    if (directory / settings).is_file():
+      file = directory / settings
+      roles = json.loads(file.read_text(encoding='utf-8'))
+      file = directory / 'tokenizer.json'
+    used = [roles.get(f'{role}_token') for role in _ROLES]
+    used = [x['content'] if isinstance(x, dict) else x for x in used]
+    vocab = content['model']['vocab']  # a dict, or a list in order of the ids
+    ids = [*(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))]
+    for token in content.get('added_tokens') or ():
+      if token['content'] in used or not token.get('special'):
+        ids.append(token['id'])
+    largest = max(ids, default=-1)
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise Error(f'{file} cannot be read: {error!r}.') from error
+  if largest >= config.vocab_size:
+    raise Error(
+      f'{file} has tokens up to number {largest}, but the embedding has only '
+      f'{config.vocab_size} rows (vocab_size): they do not belong together.'
+    )
+
+
+def _dtype(name: Any, field: str = 'dtype', *others: str) -> np.dtype:
   try:
     dtype = jnp.dtype(name)
   except TypeError:
     dtype = None
   if dtype is None or dtype.name not in DTYPES:
-    raise Error(f'{field}={name!r} is not one of {", ".join(DTYPES)}.')
+    known = ', '.join((*others, *DTYPES))
+    raise Error(f'{field}={name!r} is not one of {known}.')
   return dtype
 
 

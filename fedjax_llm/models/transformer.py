@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_llm import adapters
 from fedjax_llm.models import blocks, layers, rope
+from fedjax_llm.models.attention import Places, choose
 from fedjax_llm.models.config import Config, longest_text
-from fedjax_llm.models.layers import Places
 from fedjax_llm.types import Base, Batch, Error, Model, Params
 
 # ------------------------------------------------------------------- cache --
@@ -73,7 +74,8 @@ def _embed(config: Config, base, params, batch: Batch, dtype):
     place = jnp.where(batch.segments > 0, batch.positions, 0)
     x = x + rows(place + config.first_position, 'embed_positions')
   if config.num_token_types:
-    x = x + rows(jnp.zeros_like(batch.tokens), 'embed_types')
+    types = jnp.zeros_like(batch.tokens) if batch.types is None else batch.types
+    x = x + rows(types, 'embed_types')
   if config.embedding_norm:
     x = _norm(config, base, params, x, 'embed_norm')
   return x
@@ -114,7 +116,8 @@ def _walk(config, implementation, dtype, remat, unroll):
   stretched = config.rope.kind in ('dynamic', 'longrope')
 
   def walk(base, params, batch, cache=None, slot=0):
-    layers.check_adapter(base, params)
+    base, params = adapters.overlay(base, params)
+    layers.check_adapter(base, adapters.gates.without(params))
     length = jnp.shape(batch.tokens)[-1]
     if stretched and cache is None and length > longest_text(config):
       raise Error(
@@ -135,9 +138,11 @@ def _walk(config, implementation, dtype, remat, unroll):
         window=layer.window if mixed_windows else windows,
         angles=angles(layer.angles) if mixed_ropes else common,
       )
-      x, kv = blocks.block(
+      y, kv = blocks.block(
         config, implementation, x, layer, (queries, keys, slot)
       )
+      gate = blocks.child(layer.params, adapters.gates.NAME)
+      x = y if gate is None else jnp.where(gate > 0, y, x)
       return x, (None if cache is None else kv)
 
     xs = blocks.Layer(
@@ -158,8 +163,8 @@ def _walk(config, implementation, dtype, remat, unroll):
   return walk
 
 
-def _head(config: Config, base, params, x):
-  """[..., D] -> float32 logits [..., V] (of a classifier: [..., labels])."""
+def _head(config: Config, base, params, x, dtype):
+  """[..., D] -> logits [..., V] of `dtype` (of a classifier: [..., labels])."""
 
   def linear(x, name, **settings):
     return layers.linear(x, base[name], blocks.child(params, name), **settings)
@@ -172,7 +177,7 @@ def _head(config: Config, base, params, x):
   act = layers.ACTIVATIONS.get(config.head_activation)
   if config.head == 'classifier':
     x = linear(x, 'pooler')
-    return linear(act(x) if act else x, 'classifier', out_dtype=jnp.float32)
+    return linear(act(x) if act else x, 'classifier', out_dtype=dtype)
   if config.head == 'masked_lm':
     x = linear(x, 'head_dense')
     x = _norm(config, base, params, act(x) if act else x, 'head_norm')
@@ -183,7 +188,7 @@ def _head(config: Config, base, params, x):
     w = {**w, 'kernel': base['embed_tokens']['embedding'].T}
     bias = layers.change_of(leaf, 'bias', 'bias')
     leaf = {'kernel': None if rows is None else rows.T, 'bias': bias}
-  logits = layers.linear(x, w, leaf, out_dtype=jnp.float32)
+  logits = layers.linear(x, w, leaf, out_dtype=dtype)
   return layers.softcapped(logits, config.logit_cap)
 
 
@@ -193,13 +198,15 @@ def build(
   remat: str = 'none',
   unroll: int = 1,
   compute_dtype: Any = jnp.float32,
+  logits_dtype: Any = jnp.float32,
   attention: str = 'auto',
 ) -> Model:
   """The network as two pure functions.
 
   `remat`: what the backward pass computes again ('none', 'full': everything,
   'dots': all but the products with the base). `unroll`: layers a loop turn.
-  `attention`: 'xla', 'blocked', or 'auto' (blocked on CPU for T > 256).
+  `attention`: 'auto', 'blocked', 'xla', 'cudnn' or 'splash' (`attention.py`).
+  Norms, rotations and softmax are in float32 whatever the dtypes are.
 
   >>> from fedjax_llm import models
   >>> loaded = models.random(vocab_size=32)
@@ -209,24 +216,22 @@ def build(
   >>> loaded.model.logits(loaded.base, {}, hidden).shape
   (1, 4, 32)
   """
-  walks = {
-    name: _walk(config, name, compute_dtype, remat, unroll)
-    for name in ('xla', 'blocked')
-  }
-  if attention not in (*walks, 'auto'):
-    raise Error(f'attention={attention!r} is not one of auto, xla, blocked.')
+  way = choose(
+    attention,
+    softcap=config.score_cap,
+    mixed_windows=len(set(config.windows)) > 1,
+    compute_dtype=compute_dtype,
+  )
+  walk = _walk(config, way, compute_dtype, remat, unroll)
   _rematerialised(blocks.block, remat, unroll)  # a wrong name is told here
 
   def hidden(base: Base, params: Params, batch: Batch) -> jax.Array:
-    name = attention
-    if name == 'auto':
-      long = jnp.shape(batch.tokens)[-1] > 256
-      blocked = long and jax.default_backend() == 'cpu'
-      name = 'blocked' if blocked else 'xla'
-    return walks[name](base, params, batch)[0]
+    return walk(base, params, batch)[0]
 
   def logits(base: Base, params: Params, hidden: jax.Array) -> jax.Array:
-    return _head(config, base, params, hidden.astype(compute_dtype))
+    base, params = adapters.overlay(base, params)
+    hidden = hidden.astype(compute_dtype)
+    return _head(config, base, params, hidden, logits_dtype)
 
   return Model(hidden, logits)
 
@@ -238,7 +243,7 @@ def decoder(
 
   An encoder has none: reading with it raises `Error`.
   """
-  walk = _walk(config, 'xla', compute_dtype, 'none', unroll)
+  walk = _walk(config, 'blocked', compute_dtype, 'none', unroll)
 
   def empty(batch_size: int, slots: int) -> Cache:
     shape = (config.num_layers, batch_size, slots)

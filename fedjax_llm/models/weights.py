@@ -4,20 +4,25 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm.models import config as config_lib
-from fedjax_llm.models import families
+from fedjax_llm.models import families, quantised
 from fedjax_llm.models.config import Config
 from fedjax_llm.types import Base, Error
 
 _READABLE = {'F32', 'BF16', 'F16'}
 _INDEX = 'model.safetensors.index.json'
 _SINGLE = 'model.safetensors'
+
+# (path, shape) of a leaf of the base -> how it lies on the devices.
+Place = Callable[[families.Path, tuple[int, ...]], jax.sharding.Sharding]
+Bounds = tuple[tuple[int, int], ...]  # (start, end) of every axis
 
 # ----------------------------------------------------------------- reading --
 
@@ -130,30 +135,85 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def _sliced(tensor: families.Tensor, bounds: Bounds):
+  """What to read of a tensor for these bounds of ours, and how to take it."""
+  slices = [slice(*pair) for pair in bounds]
+  if tensor.rows is not None:
+    rows = tensor.rows[slices[-1]]
+    first, last = int(rows.min()), int(rows.max())
+    slices[-1] = slice(first, last + 1)
+    tensor = tensor._replace(rows=rows - first)
+  return tuple(slices[::-1] if tensor.transpose else slices), tensor
+
+
+class _Reader:
+  """Reads slices of tensors, each from a file opened for it alone.
+
+  The pages of a mapped file that were read count as memory until it is closed.
+  """
+
+  def __init__(self, files: dict[str, pathlib.Path]):
+    self.files = files
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    with _open(self.files[name]) as handle:
+      return tuple(handle.get_slice(name).get_shape())
+
+  def read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+    with _open(self.files[name]) as handle:
+      return handle.get_slice(name)[slices]
+
+  def equal(self, one: str, other: str, rows: int = 8192) -> bool:
+    """Whether two tensors are the same, a few rows in memory at a time."""
+    shape = self.shape(one)
+    return shape == self.shape(other) and all(
+      np.array_equal(self.read(one, part), self.read(other, part))
+      for start in range(0, shape[0], rows)
+      for part in [(slice(start, min(start + rows, shape[0])),)]
+    )
+
+
+def _on_devices(
+  shape: tuple[int, ...],
+  sharding: jax.sharding.Sharding,
+  part: Callable[[Bounds], np.ndarray],
+) -> jax.Array:
+  """An array of which every device gets its own part, read once for all."""
+  owners: dict[Bounds, list[Any]] = {}
+  for device, index in sharding.addressable_devices_indices_map(shape).items():
+    bounds = tuple(s.indices(n)[:2] for s, n in zip(index or (), shape))
+    owners.setdefault(bounds, []).append(device)
+  arrays = []
+  for bounds, devices in owners.items():
+    value = part(bounds)
+    # Only one part waits on the host at a time.
+    arrays += jax.block_until_ready([jax.device_put(value, d) for d in devices])
+  return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
 def read_base(
   directory: pathlib.Path,
   config: Config,
   dtype: np.dtype,
   *,
   seed: int | None = None,
+  place: Place | None = None,
+  change: Callable[[families.Path, jax.Array], Any] | None = None,
 ) -> Base:
   """The weights of a checkpoint as our tree of stacked arrays.
 
   With a `seed` the weights of a classifier may be missing and are drawn.
+  `place` says how each leaf lies on the devices: then only what this process
+  needs is read, a shard at a time. `change(path, leaf)` replaces a leaf as soon
+  as it is there (quantisation).
   """
   files = _files(directory)
   stored = _stored(
     directory, config, files, () if seed is None else _CLASSIFIER
   )
-
-  def read(name):
-    # Opened anew for each tensor: the pages of a mapped file that were read
-    # count as memory until the file is closed.
-    with _open(files[name]) as handle:
-      return handle.get_tensor(name)
-
+  reader = _Reader(files)
   for name, first in families.copies(config).items():
-    if name in files and not np.array_equal(read(stored[first]), read(name)):
+    if name in files and not reader.equal(stored[first], name):
       raise Error(
         f'{directory}: config.json ties {name} to {stored[first]} '
         '(tie_word_embeddings), but it differs.'
@@ -161,47 +221,83 @@ def read_base(
   parts: dict[families.Path, list[families.Tensor]] = {}
   for tensor in families.tensors(config):
     parts.setdefault(tensor.path, []).append(tensor)
+
+  def drawn(path, shape):
+    if path[-1] == 'bias':
+      return np.zeros(shape)
+    draw = np.random.default_rng((seed or 0, _CLASSIFIER.index(path[0])))
+    return 0.02 * draw.standard_normal(shape)
+
   base: dict[str, Any] = {}
   for path, group in parts.items():
     node = base
+    shape: Any = config_lib.shapes(config)
     for name in path[:-1]:
       node = node.setdefault(name, {})
-    shape: Any = config_lib.shapes(config)
     for name in path:
       shape = shape[name]
-    leaf = _aligned(shape, dtype)
-    for tensor in group:
-      row = leaf if tensor.layer is None else leaf[tensor.layer]
-      if tensor.name in stored:
-        row[...] = families.ours(tensor, read(stored[tensor.name]))
-      elif tensor.path[-1] == 'bias':
-        row[...] = 0
-      else:
-        draw = np.random.default_rng((seed or 0, _CLASSIFIER.index(path[0])))
-        row[...] = 0.02 * draw.standard_normal(shape)
-    node[path[-1]] = jax.device_put(leaf)
+
+    def part(bounds, path=path, group=group, shape=shape):
+      out = _aligned(tuple(end - start for start, end in bounds), dtype)
+      for tensor in group:
+        inner, row = bounds, out
+        if tensor.layer is not None:
+          (first, end), *inner = bounds
+          if not first <= tensor.layer < end:
+            continue
+          row = out[tensor.layer - first]
+        if tensor.name in stored:
+          slices, tensor = _sliced(tensor, tuple(inner))
+          row[...] = families.ours(
+            tensor, reader.read(stored[tensor.name], slices)
+          )
+        else:
+          row[...] = drawn(path, shape)[tuple(slice(*b) for b in inner)]
+      return out
+
+    if place is None:
+      leaf = jax.device_put(part(tuple((0, n) for n in shape)))
+    else:
+      leaf = _on_devices(shape, place(path, shape), part)
+    node[path[-1]] = leaf if change is None else change(path, leaf)
   return base
 
 
 # ----------------------------------------------------------------- writing --
 
 
+def _layer(leaf: Any, layer: int | None) -> np.ndarray:
+  """One layer of a leaf; a quantised one is written out."""
+  if isinstance(leaf, np.ndarray | jax.Array):
+    value = np.asarray(leaf)
+    return value if layer is None else value[layer]
+  row = jax.tree.map(lambda x: x if layer is None else x[layer], leaf)
+  return np.asarray(quantised.dense(row, jnp.float32))
+
+
 def save(directory: str | os.PathLike, config: Config, base: Base) -> None:
   """Writes a Hugging Face directory that transformers loads.
 
-  config.json and model.safetensors, in the dtype of the base. Files appear
-  whole or not at all.
+  config.json and model.safetensors, in the dtype of the base; quantised
+  matrices are written out in float32. Files appear whole or not at all. Leaves
+  of a user's own network are written as they are, under their paths with dots.
   """
   from safetensors.numpy import save_file
 
   directory = pathlib.Path(directory)
   weights: dict[str, np.ndarray] = {}
-  for tensor in families.tensors(config):
+  known = () if config.family == families.OWN else families.tensors(config)
+  if not known:
+    for path, leaf in jax.tree.leaves_with_path(base):
+      weights['.'.join(key.key for key in path)] = np.asarray(leaf)
+    said: Any = {'model_type': families.OWN}
+  else:
+    said = families.to_hf(config)
+  for tensor in known:
     leaf = base
     for name in tensor.path:
       leaf = leaf[name]
-    value = np.asarray(leaf)
-    value = value if tensor.layer is None else value[tensor.layer]
+    value = _layer(leaf, tensor.layer)
     families.put(tensor, value, weights)
     if weights[tensor.name].shape != tensor.shape:
       raise Error(
@@ -210,7 +306,7 @@ def save(directory: str | os.PathLike, config: Config, base: Base) -> None:
       )
   weights = {n: np.ascontiguousarray(w) for n, w in weights.items()}
   dtype = str(next(iter(weights.values())).dtype)
-  text = json.dumps({**families.to_hf(config), 'torch_dtype': dtype}, indent=2)
+  text = json.dumps({**said, 'torch_dtype': dtype}, indent=2)
 
   files = {name: directory / name for name in (_SINGLE, 'config.json')}
   drafts = {n: f.with_name(f'.{n}.{os.getpid()}') for n, f in files.items()}

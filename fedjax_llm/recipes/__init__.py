@@ -29,17 +29,38 @@ from fedjax_llm.recipes.homogeneous import flasc as flasc
 from fedjax_llm.recipes.homogeneous import lora_a2 as lora_a2
 from fedjax_llm.recipes.homogeneous import lora_fair as lora_fair
 from fedjax_llm.recipes.homogeneous import rolora as rolora
+from fedjax_llm.recipes.personal_structure import perfit as perfit
+from fedjax_llm.recipes.personalised import ditto as ditto
+from fedjax_llm.recipes.personalised import fd_lora as fd_lora
+from fedjax_llm.recipes.personalised import fed_dpa_f as fed_dpa_f
+from fedjax_llm.recipes.personalised import fed_dpa_t as fed_dpa_t
+from fedjax_llm.recipes.personalised import fed_lora as fed_lora
+from fedjax_llm.recipes.personalised import fed_rep as fed_rep
+from fedjax_llm.recipes.structured import fed_ra as fed_ra
+from fedjax_llm.recipes.structured import fed_sb as fed_sb
+from fedjax_llm.recipes.structured import fed_tt_plus as fed_tt_plus
+from fedjax_llm.recipes.structured import ravan as ravan
+from fedjax_llm.recipes.structured import slora as slora
 
 __all__ = [
   'centralised',
+  'ditto',
+  'fd_lora',
   'fed_adagrad',
   'fed_adam',
   'fed_avg',
   'fed_avgm',
+  'fed_dpa_f',
+  'fed_dpa_t',
   'fed_it',
+  'fed_lora',
   'fed_prox',
+  'fed_ra',
+  'fed_rep',
   'fed_sa',
+  'fed_sb',
   'fed_svd',
+  'fed_tt_plus',
   'fed_yogi',
   'fedex_lora',
   'fedrot_lora',
@@ -52,9 +73,12 @@ __all__ = [
   'local_only',
   'lora_a2',
   'lora_fair',
+  'perfit',
+  'ravan',
   'rbla',
   'replication_padding',
   'rolora',
   'scaffold',
+  'slora',
   'zero_padding',
 ]

@@ -6,7 +6,7 @@ Clients run as `vmap` inside blocks and blocks as a `lax.scan`, so memory is
 that of one block; the frozen base is an argument that no client axis touches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from fedjax_llm import sharding, tree
 from fedjax_llm.clients import scopes
+from fedjax_llm.server.widths import narrowed
 from fedjax_llm.types import (
   Aggregate,
   AnyAggregator,
@@ -51,6 +52,7 @@ def fed_opt(
   fold: Callable[[Base, Params], tuple[Base, Params]] | None = None,
   measure: Callable[[Uploads, Params, Params], Metrics] | None = None,
   block_size: int | None = None,
+  widths: Sequence[int] = (),
   mesh: jax.sharding.Mesh | None = None,
 ) -> FederatedAlgorithm:
   """Composes a federated algorithm from its stations.
@@ -78,18 +80,23 @@ def fed_opt(
       in blocks keeps none).
     block_size: clients in one `vmap`; the whole cohort if None. Changes
       nothing but rounding, memory and speed.
+    widths: a block's rows are cut to the smallest of these that holds its
+      longest text (`narrowed`). Changes nothing but rounding and speed.
     mesh: a ('clients', 'model') mesh (`sharding.mesh`); a cohort is split over
       its first axis, and blocks are then those of one device row. A streaming
       rule costs one all-reduce a round.
 
   Raises:
-    Error: a block size below one; a server optimizer with moments over a rule
-      that changes the basis of the factors (moments of the old basis would be
-      applied to the new one); a rule that writes residuals without `fold`.
+    Error: a block size or a width below one; a server optimizer with moments
+      over a rule that changes the basis of the factors (moments of the old
+      basis would be applied to the new one); a rule that writes residuals
+      without `fold`.
   """
   scope = scope or scopes.everything()
   if block_size is not None and block_size < 1:
     raise Error(f'block_size is {block_size}; it must be at least 1.')
+  if min(widths, default=1) < 1:
+    raise Error(f'widths are {tuple(widths)}; each must be at least 1.')
   if aggregator.traits.changes_basis and jax.tree.leaves(
     jax.eval_shape(server.init, jnp.zeros(1))
   ):
@@ -167,9 +174,18 @@ def fed_opt(
     return sent, start, out.masks, states, finite, told
 
   def run_block(base, params, labels, round, key, extra, block: Cohort):
-    sent, start, masks, states, finite, told = jax.vmap(
-      lambda row: client(base, params, labels, round, key, extra, row)
-    )(block)
+    def run(batches):
+      return jax.vmap(
+        lambda row: client(base, params, labels, round, key, extra, row)
+      )(block._replace(batches=batches))
+
+    outs, places = narrowed(run, block.batches, widths)
+    sent, start, masks, states, finite, told = outs
+    if 'local/loop_steps' in told:
+      # Of the whole block, told by its first client.
+      steps = jnp.max(told.pop('local/loop_steps')) * len(block.ids)
+      first = jnp.arange(len(block.ids)) == 0
+      told['clients/places'] = jnp.where(first, steps * places, 0)
     valid = block.valid & finite
     uploads = Uploads(
       update=tree.where(valid, sent, tree.zeros_like(sent)),
@@ -311,6 +327,10 @@ def _tell(told, cohort, aggregate, old, new) -> dict[str, jax.Array]:
     'clients/non_finite': told['clients/non_finite'],
     'clients/reported': valid,
   }
+  if 'clients/places' in told:
+    places = jnp.sum(told['clients/places'].astype(jnp.float32))
+    texts = jnp.sum(clean(told['local/text_tokens']))
+    metrics['clients/useful_tokens'] = texts / jnp.maximum(places, 1)
   for name in ('local/grad_norm', 'local/rank', 'local/accuracy'):
     if name in told:
       weight = by_tokens if name == 'local/accuracy' else by_client

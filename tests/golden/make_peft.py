@@ -47,8 +47,14 @@ ADAPTERS = {
     target_modules=['query', 'value', 'intermediate.dense', 'output.dense'],
     task_type=None,
   ),
+  'gemma3': dict(
+    r=3, lora_alpha=6, target_modules=['q_proj', 'k_proj', 'down_proj']
+  ),
+  'dora': dict(
+    r=3, lora_alpha=5, target_modules=['q_proj', 'down_proj'], use_dora=True
+  ),
 }
-LLAMA = ('lora', 'rslora', 'patterns')
+LLAMA = ('lora', 'rslora', 'patterns', 'dora')
 
 
 def main() -> None:

@@ -7,7 +7,10 @@ tensor of a checkpoint is which leaf of the base.
 from fedjax_llm.models.families.config_json import from_hf as from_hf
 from fedjax_llm.models.families.config_json import read_config as read_config
 from fedjax_llm.models.families.config_json import to_hf as to_hf
+from fedjax_llm.models.families.leaves import from_checkpoint as from_checkpoint
+from fedjax_llm.models.families.leaves import to_checkpoint as to_checkpoint
 from fedjax_llm.models.families.names import FAMILIES as FAMILIES
+from fedjax_llm.models.families.names import OWN as OWN
 from fedjax_llm.models.families.names import Tensor as Tensor
 from fedjax_llm.models.families.names import copies as copies
 from fedjax_llm.models.families.names import family as family

@@ -12,7 +12,7 @@ from fedjax_llm.models.families.tables import (
 )
 from fedjax_llm.models.rope import Rope
 
-_ENCODER = {
+SHAPE = {
   'norm': 'layer',
   'gated': False,
   'residual': 'post',
@@ -84,7 +84,7 @@ def _write_labels(c):
 
 def _read_bert(hf, head):
   return {
-    **_ENCODER,
+    **SHAPE,
     'num_learned_positions': hf.max_position_embeddings,
     'num_token_types': hf.type_vocab_size,
     **_read_head(hf, head, hf.hidden_act, 'tanh'),
@@ -156,7 +156,7 @@ ROBERTA = Family(
 
 def _read_distilbert(hf, head):
   return {
-    **_ENCODER,
+    **SHAPE,
     'norm_eps': 1e-12,
     'num_learned_positions': hf.max_position_embeddings,
     **_read_head(hf, head, hf.activation, 'relu'),

@@ -31,6 +31,9 @@ FAMILIES: Mapping[str, Family] = {
   'distilbert': encoders.DISTILBERT,
 }
 
+# The family of a user's own network, whose names are those of its base.
+OWN = 'own'
+
 
 def family(config: Config) -> Family:
   if config.family not in FAMILIES:
@@ -80,6 +83,8 @@ def hf_module_name(
   'model.layers.3.self_attn.q_proj'
   """
   wanted = tuple(path.split('/') if isinstance(path, str) else path)
+  if config.family == OWN:
+    return '.'.join((*wanted, *([] if layer is None else [str(layer)])))
   for module in modules(config):
     if module.path != wanted:
       continue
@@ -126,7 +131,7 @@ def fused_rows(config: Config, path: Path) -> tuple[np.ndarray, int] | None:
 
   None where the module at `path` is one of theirs by itself.
   """
-  table = modules(config)
+  table = () if config.family == OWN else modules(config)
   module = next((m for m in table if m.path == path), None)
   if module is None or not module.fused:
     return None

@@ -1,0 +1,123 @@
+"""The modules that a PEFT directory saves whole beside its low-rank factors.
+
+PEFT writes them under the names that they have in the model, without the name
+of the adapter: `base_model.model.classifier.weight`.
+"""
+
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_llm.adapters.changes import Dense
+from fedjax_llm.types import Error, LowRank, Params
+
+Path = tuple[str, ...]
+Leaves = Mapping[Path, Any]
+ToTensors = Callable[[Leaves], Mapping[str, np.ndarray]]
+FromTensors = Callable[[Mapping[str, np.ndarray]], Leaves]
+
+# PEFT saves these of a classifier whole, whatever its config says, with all
+# that is in them.
+_HEADS = {'SEQ_CLS': ('classifier', 'score')}
+
+
+def split(params: Params) -> tuple[Params, dict[Path, Any]]:
+  """The tree without its `Dense` leaves, and those by their paths.
+
+  >>> split({'q': LowRank(1, 2, 3), 'score': {'bias': Dense(4)}})[1]
+  {('score', 'bias'): 4}
+  """
+  whole: dict[Path, Any] = {}
+
+  def take(path, leaf):
+    if not isinstance(leaf, Dense):
+      return leaf
+    if leaf.value is not None:
+      whole[tuple(key.key for key in path)] = leaf.value
+    return None
+
+  is_node = lambda x: isinstance(x, LowRank | Dense)
+  return jax.tree_util.tree_map_with_path(take, params, is_leaf=is_node), whole
+
+
+def put(params: Params, whole: Leaves) -> Params:
+  """The inverse of `split`."""
+  for path, value in whole.items():
+    node = params
+    for name in path[:-1]:
+      node = node.setdefault(name, {})
+    node[path[-1]] = Dense(jnp.asarray(value, jnp.float32))
+  return params
+
+
+def named(whole: Leaves, to_tensors: ToTensors | None) -> dict[str, np.ndarray]:
+  """The tensors of these leaves, in float32."""
+  if not whole:
+    return {}
+  if to_tensors is None:
+    raise Error(
+      f'{"/".join(min(whole))} is trained whole, and `to_tensors` does not say '
+      'what PEFT calls it.'
+    )
+  wide = {path: np.asarray(x, np.float32) for path, x in whole.items()}
+  return dict(to_tensors(wide))
+
+
+def modules(tensors: Iterable[str], task_type: str) -> list[str]:
+  """The names for `modules_to_save`.
+
+  >>> modules(['classifier.dense.bias', 'bert.pooler.dense.bias'], 'SEQ_CLS')
+  ['bert.pooler.dense', 'classifier']
+  """
+  heads = _HEADS.get(task_type, ())
+  names = {name.rpartition('.')[0] for name in tensors}
+  first = lambda name: name.partition('.')[0]
+  return sorted({first(n) if first(n) in heads else n for n in names})
+
+
+def is_saved(name: str, saved: Iterable[str]) -> bool:
+  """Whether a tensor belongs to a module that `modules_to_save` names.
+
+  PEFT takes every module whose name ends so, and what is in it.
+
+  >>> is_saved('classifier.dense.bias', ['classifier', 'score'])
+  True
+  """
+  parts = name.split('.')
+  inside = ('.'.join(parts[:i]) for i in range(1, len(parts)))
+  return any(module.endswith(tuple(saved)) for module in inside)
+
+
+def read(
+  tensors: Mapping[str, np.ndarray],
+  from_tensors: FromTensors | None,
+  directory: pathlib.Path,
+) -> Leaves:
+  if not tensors:
+    return {}
+  if from_tensors is None:
+    raise Error(
+      f'{directory} saves {min(tensors)} whole, and `from_tensors` does not '
+      'say what that is here.'
+    )
+  try:
+    return from_tensors(tensors)
+  except Error as error:
+    raise Error(f'{directory}: {error}') from error
+
+
+def check(found: Leaves, wanted: Leaves, directory: pathlib.Path) -> None:
+  """Raises an `Error` unless both have the same leaves of the same shapes."""
+  for path in sorted(found.keys() ^ wanted.keys()):
+    what = 'does not save' if path in wanted else 'also saves'
+    raise Error(f'{directory} {what} {"/".join(path)} whole.')
+  for path, value in found.items():
+    if tuple(value.shape) != tuple(wanted[path].shape):
+      raise Error(
+        f'{directory}: {"/".join(path)} is {tuple(value.shape)}, and '
+        f'{tuple(wanted[path].shape)} is needed.'
+      )

@@ -1,0 +1,194 @@
+"""How much of a personal adapter a text gets, decided when it is tested.
+
+Each is a `Loss` or a search over `Dual` parameters, so `evals.personal` tests
+every client with them: the parameters of a client are what the loss needs.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm.adapters import multi
+from fedjax_llm.types import (
+  Base,
+  Batch,
+  Dual,
+  Error,
+  Key,
+  Loss,
+  LossSum,
+  Model,
+  Params,
+)
+
+
+class Instances(NamedTuple):
+  """A client's adapters, and what some of its own texts look like."""
+
+  params: Dual
+  states: Any  # [S, D], by `text_states` of the local model
+
+
+def text_states(model: Model, *, at: str = 'prompt') -> Callable[..., Any]:
+  """h(x), the last layer's state of one token of each text.
+
+  Args:
+    model: of which `hidden` is used.
+    at: 'prompt', the token before the first one to be learned, so that a reply
+      says nothing about its own weight; 'end', the last token. One text a row.
+
+  Returns:
+    `states(base, params, batch) -> [B, D]` float32.
+
+  Raises:
+    Error: another `at`.
+  """
+  if at not in ('prompt', 'end'):
+    raise Error(f"text_states: at={at!r} is neither 'prompt' nor 'end'.")
+
+  def states(base: Base, params: Params, batch: Batch) -> jax.Array:
+    hidden = model.hidden(base, params, batch)  # [B, T, D]
+    length = jnp.sum(batch.segments > 0, axis=-1)
+    place = length - 1
+    if at == 'prompt':
+      learned = jnp.any(batch.loss_mask, axis=-1)
+      first = jnp.argmax(batch.loss_mask, axis=-1)
+      place = jnp.where(learned, first - 1, place)
+    index = jnp.maximum(place, 0)[:, None, None]
+    return jnp.take_along_axis(hidden, index, 1)[:, 0].astype(jnp.float32)
+
+  return states
+
+
+def local_model(params: Dual) -> Params:
+  """The personal adapter alone, at the base that both parts share.
+
+  >>> local_model(Dual({'q': 1.0}, {'q': 2.0}))
+  {'q': 2.0}
+  """
+  return multi.with_residuals(params.personal, params.shared)
+
+
+def instance_weights(
+  model: Model, *, strength: float = 0.5, at: str = 'prompt'
+) -> Callable[..., jax.Array]:
+  """FedDPA's weight of the local adapter for each text.
+
+      alpha(x) = strength / S sum_{j <= S} cos(h(x), h(x_j))
+
+  over S texts x_j of the client's own training data, with h of the local model
+  (Yang et al. 2024, arXiv 2403.19211; the authors' code takes S = 5, strength
+  0.5 and the prompt's last token).
+
+  Returns:
+    `weights(base, instances, batch) -> [B]`.
+  """
+  states_of = text_states(model, at=at)
+
+  def weights(base: Base, instances: Instances, batch: Batch) -> jax.Array:
+    unit = lambda x: (
+      x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-8)
+    )
+    here = unit(states_of(base, local_model(instances.params), batch))
+    near = unit(instances.states)
+    cosine = jnp.matmul(here, near.T, precision=jax.lax.Precision.HIGHEST)
+    return strength * jnp.mean(cosine, axis=-1)
+
+  return weights
+
+
+def instance_mixed(
+  loss: Loss, model: Model, *, strength: float = 0.5, at: str = 'prompt'
+) -> Loss:
+  """The loss of W x + alpha(x) local x + (1 - alpha(x)) global x, a row each.
+
+  Args:
+    loss: sums for each row of a batch, [B].
+    model: gives the states; others as in `instance_weights`.
+
+  Returns:
+    A `Loss` on `Instances`, for `evals.personal`.
+  """
+  weigh = instance_weights(model, strength=strength, at=at)
+
+  def mixed(base, params: Instances, batch: Batch, key: Key) -> LossSum:
+    alpha = weigh(base, params, batch)
+    both = params.params
+    own = multi.without_residuals(both.personal)
+
+    def row(share, text):
+      served = multi.mix((own, both.shared), (share, 1 - share))
+      one = jax.tree.map(lambda x: x[None], text)
+      sums = loss(base, served, one, key)
+      return jax.tree.map(lambda x: x[0], sums)
+
+    return jax.vmap(row)(alpha, batch)
+
+  return mixed
+
+
+def fuse(
+  loss: Loss,
+  *,
+  penalty: float = 0.05,
+  first: tuple[float, float] = (0.5, 0.5),
+  num_candidates: int = 8,
+  num_generations: int = 20,
+  spread: float = 0.5,
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+  """FDLoRA's fusion: the weights of two adapters, found without gradients.
+
+      min over (w_1, w_2) of L(w_1 theta_p + w_2 theta_s)
+                             + penalty (|w_1| + |w_2|)
+
+  on a few texts, L the token mean (Qi et al. 2024, arXiv 2406.07925). The paper
+  leaves the search to a library; here every generation draws `num_candidates`
+  normal steps of a `spread` that shrinks by 0.85, and keeps the best so far.
+
+  Returns:
+    `search(base, params: Dual, batch, key) -> (weights [2], objective)`, to be
+    jitted and `vmap`ped over clients; `adapters.blend` makes the adapter.
+
+  Raises:
+    Error: a negative penalty, fewer than one candidate or generation.
+  """
+  if penalty < 0 or num_candidates < 1 or num_generations < 1:
+    raise Error(
+      f'fuse: penalty={penalty} must not be negative, and num_candidates='
+      f'{num_candidates} and num_generations={num_generations} must be at '
+      'least 1.'
+    )
+
+  def search(base: Base, params: Dual, batch: Any, key: Key):
+    def objective(weights):
+      pair = (params.personal, params.shared)
+      fused = multi.blend(pair, (weights[0], weights[1]))
+      sums = loss(base, fused, batch, key)
+      mean = jnp.sum(sums.total) / jnp.maximum(jnp.sum(sums.count), 1.0)
+      return mean + penalty * jnp.sum(jnp.abs(weights))
+
+    def generation(carry, number):
+      best, value = carry
+      draws = jax.random.normal(
+        jax.random.fold_in(key, number), (num_candidates, 2)
+      )
+      tried = best + spread * 0.85**number * draws
+      values = jax.vmap(objective)(tried)
+      least = jnp.nanargmin(values)
+      better = values[least] < value
+      return (
+        jnp.where(better, tried[least], best),
+        jnp.where(better, values[least], value),
+      ), None
+
+    begin = jnp.asarray(first, jnp.float32)
+    (best, value), _ = jax.lax.scan(
+      generation,
+      (begin, objective(begin)),
+      jnp.arange(num_generations),
+    )
+    return best, value
+
+  return search

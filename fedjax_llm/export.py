@@ -1,0 +1,210 @@
+"""What a run made, for other tools.
+
+    python -m fedjax_llm.export --workdir DIR --to peft|merged --out DIR
+        [--client NAME] [--rank R]
+
+'peft' is an adapter directory that PEFT loads, 'merged' a whole model that
+transformers loads. The run may be finished or not: what its newest checkpoint
+holds is exported, without training.
+
+What a method wrote into the base goes into a merged model as it is, and into a
+PEFT adapter as a low-rank change of the base before the run: of the rank that
+it needs, where that is at most a quarter of the smaller side of each weight,
+or of `--rank R`, the nearest such change.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fedjax_llm import adapters, command, models, rebuild, workdir
+from fedjax_llm.adapters import peft
+from fedjax_llm.models import families
+from fedjax_llm.types import Error, LowRank, Params
+
+# What a change may lose of its size and still count as told exactly.
+_TOLERANCE = 1e-5
+
+# Files beside the weights that other tools read.
+_BESIDE = (
+  *('tokenizer*', 'special_tokens_map.json', 'added_tokens.json'),
+  *('vocab.json', 'vocab.txt', 'merges.txt', '*.model', 'chat_template*'),
+  'generation_config.json',
+)
+
+
+def run(argv: list[str]) -> None:
+  args = _arguments(argv)
+  out = pathlib.Path(args.out)
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise Error(f'--out {out} exists and is not empty: take a new folder.')
+  if args.rank is not None and args.rank < 1:
+    raise Error(f'--rank {args.rank} must be at least 1.')
+  if args.rank is not None and args.to != 'peft':
+    raise Error('--rank is of an adapter: leave it out, or use --to peft.')
+  made = rebuild.open(args.workdir, client=args.client)
+  whole = out.absolute()
+  draft = whole.with_name(f'.{whole.name}.partial')
+  shutil.rmtree(draft, ignore_errors=True)
+  try:
+    draft.mkdir(parents=True)
+    if args.to == 'merged':
+      told = _merged(draft, made)
+    else:
+      told = _adapter(draft, out, made, args.rank)
+    if out.exists():
+      out.rmdir()
+    os.replace(draft, out)
+  finally:
+    shutil.rmtree(draft, ignore_errors=True)
+  print('\n'.join([*made.notes, f'{out}: {made.what}, as {told}']))
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog='fedjax_llm.export',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add('--workdir', required=True, metavar='DIR', help='of the run')
+  add('--to', required=True, choices=['peft', 'merged'])
+  add('--out', required=True, metavar='DIR', help='a new or an empty folder')
+  add(
+    '--client', metavar='NAME', help="that client's model, with what it keeps"
+  )
+  add('--rank', type=int, metavar='R', help='of the adapter')
+  return command.parse(parser, argv)
+
+
+# ------------------------------------------------------------------ merged --
+
+
+def _merged(folder: pathlib.Path, made: rebuild.Made) -> str:
+  loaded = made.loaded
+  models.save(folder, loaded.config, adapters.merge(loaded.base, made.params))
+  missing = ' without a tokenizer (its texts were bytes)'
+  if loaded.directory is not None:
+    missing = ''
+    for pattern in _BESIDE:
+      for file in loaded.directory.glob(pattern):
+        if file.is_file():
+          shutil.copyfile(file, folder / file.name)
+  return f'a merged {loaded.config.family} model{missing}'
+
+
+# ----------------------------------------------------------------- adapter --
+
+
+def _adapter(
+  folder: pathlib.Path, out: pathlib.Path, made: rebuild.Made, rank: int | None
+) -> str:
+  loaded, params = made.loaded, made.params
+  changed = any(x.residual is not None for _, x in low_rank(params))
+  lost = 0.0
+  if changed or rank is not None:
+    params, lost = factored(params, rank)
+  base_model = loaded.name
+  if loaded.directory is None:  # nobody else has this base
+    models.save(folder / 'base', loaded.config, loaded.base)
+    base_model = str(out.absolute() / 'base')
+  peft.save(
+    folder,
+    adapters.complete(params, loaded.base, made.task.head),
+    module_name=lambda path, layer: families.hf_module_name(
+      path, layer, loaded.config, part=True
+    ),
+    fused=lambda path: families.fused_rows(loaded.config, path),
+    to_tensors=lambda leaves: families.to_checkpoint(leaves, loaded.config),
+    base_model=base_model,
+    task_type=made.task.peft_type,
+    use_rslora=(
+      made.config['adapter']['name'] == 'rslora' and params is made.params
+    ),
+  )
+  if loaded.config.labels:
+    labels = json.dumps(loaded.config.labels)
+    (folder / 'labels.json').write_text(f'{labels}\n')
+  ranks = sorted({node.a.shape[-1] for _, node in low_rank(params)})
+  told = ' and '.join(map(str, ranks)) or '0'
+  nearest = ''
+  if lost > _TOLERANCE:
+    nearest = f' (nearest: one weight loses {lost:.1%} of its change)'
+  return f'a PEFT adapter of rank {told} of {base_model}{nearest}'
+
+
+def low_rank(params: Params, path: tuple[str, ...] = ()) -> list[Any]:
+  """Every (path, node) of the low-rank nodes."""
+  if isinstance(params, LowRank):
+    return [(path, params)]
+  if not isinstance(params, Mapping):
+    return []
+  return [x for name in params for x in low_rank(params[name], (*path, name))]
+
+
+def factored(params: Params, rank: int | None = None) -> tuple[Params, float]:
+  """Low-rank nodes without residuals: U S^(1/2), S^(1/2) V' of each change.
+
+  Exact for rank None, where every layer of a weight gets the largest rank that
+  one of them needs; else the nearest of this rank. Also the largest part that
+  a change loses, ||rest||_F / ||change||_F.
+
+  Raises `Error` where a change needs more than a quarter of its smaller side.
+  """
+  worst = 0.0
+
+  def walk(node, path):
+    nonlocal worst
+    if isinstance(node, Mapping):
+      return {name: walk(node[name], (*path, name)) for name in node}
+    if not isinstance(node, LowRank):
+      return node
+    change = np.asarray(adapters.product(node), np.float64)
+    *lead, d, f = change.shape
+    # One after the other: NumPy's batches take no less time.
+    parts = [
+      np.linalg.svd(one, full_matrices=False)
+      for one in change.reshape(-1, d, f)
+    ]
+    tails = [_tails(s) for _, s, _ in parts]
+    need = max(int(np.sum(tail > _TOLERANCE)) for tail in tails)
+    if rank is None and need > min(d, f) // 4:
+      raise Error(
+        f'The base changed by more than a plain PEFT adapter can tell: '
+        f'{"/".join(path)} ({d} x {f}) needs rank {need}; use --to merged, or '
+        '--rank R for the nearest adapter of rank R.'
+      )
+    keep = min(max(need, 1) if rank is None else rank, d, f)
+    worst = max([worst, *(float(t[keep]) for t in tails if keep < len(t))])
+    a = [u[:, :keep] * np.sqrt(s[:keep]) for u, s, _ in parts]
+    b = [np.sqrt(s[:keep])[:, None] * v[:keep] for _, s, v in parts]
+    shaped = lambda x, *to: np.stack(x).astype(np.float32).reshape(*lead, *to)
+    return LowRank(
+      a=shaped(a, d, keep),
+      b=shaped(b, keep, f),
+      scale=np.ones(lead, np.float32),
+    )
+
+  return walk(params, ()), worst
+
+
+def _tails(s: np.ndarray) -> np.ndarray:
+  """What is left of a change beyond rank 0, 1, 2, ..., of all of it."""
+  left = np.sqrt(np.cumsum((s**2)[::-1])[::-1])
+  return left / max(left[0], np.finfo(s.dtype).tiny)
+
+
+def main(argv: list[str] | None = None) -> int:
+  return workdir.status(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == '__main__':
+  sys.exit(main())

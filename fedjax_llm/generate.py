@@ -1,0 +1,126 @@
+"""Text from a model and any number of adapters, side by side.
+
+    python -m fedjax_llm.generate --model DIR [--adapter DIR ...]
+        --prompt "..." [--prompt "..." ...] [--chat]
+
+One reply for each prompt and adapter, all of them in one batch. Adapters are
+PEFT directories, of runs or of PEFT itself; `--adapter none` is the model as it
+is. The same `--seed` draws the same reply, whatever else is asked.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from fedjax_llm import command, data, models, rebuild, workdir
+from fedjax_llm.data.sources import Record
+from fedjax_llm.data.tokenizers import Tokenizer
+from fedjax_llm.models import LoadedModel
+from fedjax_llm.models.load import DTYPES
+from fedjax_llm.types import Error
+
+_NONE = 'none'
+
+
+def run(argv: list[str]) -> None:
+  args = _arguments(argv)
+  names = list(dict.fromkeys(args.adapter or [_NONE]))
+  folders = [name for name in names if name != _NONE]
+  loaded = models.pretrained(args.model, dtype=args.dtype)
+  if args.tokenizer == 'bytes':
+    tokenizer = data.tokenizers.bytes()
+  else:
+    tokenizer = data.tokenizers.pretrained(
+      args.tokenizer or str(loaded.directory)
+    )
+  adapters = [rebuild.load_adapter(pathlib.Path(x), loaded) for x in folders]
+  template = 'chat' if args.chat else args.template
+  prompts = [_encode(text, tokenizer, template) for text in args.prompt]
+  asked = [(i, name) for i in range(len(prompts)) for name in names]
+  replies = models.generate(
+    loaded,
+    loaded.base,
+    {},
+    [prompts[i] for i, _ in asked],
+    max_new_tokens=args.max_new_tokens,
+    temperature=args.temperature,
+    top_p=args.top_p,
+    eos_id=_ends(loaded, tokenizer),
+    # Of one prompt every adapter gets the same luck.
+    seeds=[(args.seed + i) % 2**32 for i, _ in asked],
+    adapters=adapters,
+    which=[folders.index(x) if x != _NONE else -1 for _, x in asked],
+    batch_size=args.batch_size,
+  )
+  width = max(map(len, [*names, 'prompt']))
+  for (i, name), reply in zip(asked, replies, strict=True):
+    if name == names[0]:
+      print(('\n' if i else '') + _row('prompt', args.prompt[i], width))
+    print(_row(name, tokenizer.decode(reply), width))
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog='fedjax_llm.generate',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  many = {'action': 'append', 'default': []}
+  add('--model', required=True, help='a Hugging Face directory, or a hub name')
+  add('--adapter', **many, metavar='DIR', help="a PEFT directory, or 'none'")
+  add('--prompt', **many, required=True, metavar='TEXT')
+  add('--max-new-tokens', type=int, default=128, metavar='N')
+  add('--temperature', type=float, default=0.0, help='0: the likeliest token')
+  add('--top-p', type=float, default=1.0, metavar='P', help='nucleus sampling')
+  add('--seed', type=int, default=0)
+  how = parser.add_mutually_exclusive_group()
+  how.add_argument(
+    '--template',
+    choices=list(data.text.TEMPLATES),
+    help='the form of the training; without one the prompt is as it is',
+  )
+  how.add_argument('--chat', action='store_true', help='--template chat')
+  add('--tokenizer', metavar='DIR', help="another than the model's, or 'bytes'")
+  add('--dtype', default='float32', choices=list(DTYPES))
+  add('--batch-size', type=int, default=32, metavar='N')
+  return command.parse(parser, argv)
+
+
+def _encode(text: str, tokenizer: Tokenizer, template: str | None) -> list[int]:
+  if template is not None:
+    record = Record(messages=({'role': 'user', 'content': text},))
+    return data.text.prompt(record, tokenizer, template)
+  ids = tokenizer.encode(text)
+  bos = tokenizer.bos_id
+  return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def _ends(loaded: LoadedModel, tokenizer: Tokenizer) -> Sequence[int]:
+  """Every token that ends a reply: of model, tokenizer and generation."""
+  ends = {tokenizer.eos_id, *loaded.config.eos_ids}
+  file = (loaded.directory or pathlib.Path()) / 'generation_config.json'
+  if file.is_file():
+    try:
+      found = json.loads(file.read_text()).get('eos_token_id')
+    except (ValueError, AttributeError) as error:
+      raise Error(f'{file} cannot be read: {error}.') from error
+    ends |= set(found if isinstance(found, list) else [found]) - {None}
+  return sorted(ends)
+
+
+def _row(title: str, text: str, width: int) -> str:
+  """Lines of a text beside its title."""
+  gap = '\n' + ' ' * (width + 2)
+  return f'{title:{width}}  {gap.join(text.strip().splitlines())}'
+
+
+def main(argv: list[str] | None = None) -> int:
+  return workdir.status(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == '__main__':
+  sys.exit(main())

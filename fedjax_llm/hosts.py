@@ -1,0 +1,334 @@
+"""Several processes as one program: who they are and what they tell each other.
+
+Every process runs the same program on the devices of its machine. Rounds are
+computed by all of them together; process 0 alone reads and writes the workdir,
+tests the model and speaks. What it finds there reaches the others in words
+(`from_first`), through JAX's coordination service, or in arrays (`exchange`),
+through the devices.
+
+Every process reads all texts, since any of them may get any client, but makes
+arrays only of its own clients' and reads the weights that lie on its own
+devices.
+
+A process that fails ends all of them: it leaves its last words with the
+coordination service, where every process looks a few times a second, and
+process 0 says them, once.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+
+from fedjax_llm.types import Error
+
+_END, _STOP, _GONE = (f'fedjax_llm/{name}' for name in ('end', 'stop', 'gone'))
+_LOOK = 0.2  # seconds between two looks for last words
+
+# Of this process, as the connection itself is.
+_turns = itertools.count()
+_leaving = threading.Event()
+
+
+# --------------------------------------------------------- coming and going --
+
+
+def join(
+  *,
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  heartbeat: int = 100,
+  patience: int = 300,
+) -> None:
+  """Makes this process one of several; nothing where no coordinator is named.
+
+  Args:
+    coordinator: 'address:port' of process 0, the same on all processes; or
+      'auto' where JAX finds out by itself (TPU pods, Slurm, Open MPI,
+      Kubernetes).
+    num_processes: how many there are; not with 'auto'.
+    process_id: which one this is, from 0; not with 'auto'.
+    heartbeat: seconds of silence after which a process counts as lost, and all
+      others end.
+    patience: seconds to wait for the others at the beginning.
+
+  Raises:
+    Error: a field is missing or out of range, nobody could be reached, or
+      'auto' where there is nothing to find.
+  """
+  if coordinator is None:
+    for field, value in (
+      ('num_processes', num_processes),
+      ('process_id', process_id),
+    ):
+      if value is not None:
+        raise Error(
+          f'hosts.{field} is {value}, but hosts.coordinator is missing: the '
+          'address:port of process 0, or auto.'
+        )
+    return
+  for field, value in (('heartbeat', heartbeat), ('patience', patience)):
+    if value < 1:
+      raise Error(f'hosts.{field} is {value}; it must be at least 1.')
+  found: dict[str, Any] = {}
+  if coordinator != 'auto':
+    found = _explicit(coordinator, num_processes, process_id)
+  elif num_processes is not None or process_id is not None:
+    raise Error(
+      'hosts.coordinator=auto finds hosts.num_processes and hosts.process_id '
+      'by itself: leave them out.'
+    )
+  # Its SIGTERM would come before ours.
+  jax.config.update('jax_enable_preemption_service', False)
+  try:
+    jax.distributed.initialize(
+      **found,
+      initialization_timeout=patience,
+      heartbeat_timeout_seconds=heartbeat,
+    )
+  except (ValueError, RuntimeError) as error:
+    told = ' '.join(str(error).split())[:200]
+    raise Error(
+      f'hosts.coordinator={coordinator}: the processes did not find each other '
+      f'({told}).'
+    ) from error
+  if not first():
+    # Only process 0 reports; errors and warnings of all can still be seen.
+    sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
+  threading.Thread(target=_watch, daemon=True).start()
+
+
+def _explicit(
+  coordinator: str, num_processes: int | None, process_id: int | None
+) -> dict[str, Any]:
+  host, _, port = coordinator.rpartition(':')
+  if not host or not port.isdigit():
+    raise Error(
+      f'hosts.coordinator is {coordinator!r}: it is address:port, or auto.'
+    )
+  if num_processes is None or num_processes < 1:
+    raise Error(
+      f'hosts.num_processes is {num_processes}; with a coordinator it must be '
+      'at least 1.'
+    )
+  if process_id is None or not 0 <= process_id < num_processes:
+    raise Error(
+      f'hosts.process_id is {process_id}; it must be one of 0 to '
+      f'{num_processes - 1}.'
+    )
+  return {
+    'coordinator_address': coordinator,
+    'num_processes': num_processes,
+    'process_id': process_id,
+    'cluster_detection_method': 'deactivate',
+  }
+
+
+def _group() -> Any:
+  """What JAX knows of the others; its client is None of a lone process."""
+  from jax._src import distributed
+
+  return distributed.global_state
+
+
+def _client() -> Any:
+  return _group().client
+
+
+def several() -> bool:
+  """Whether `join` has made this process one of several."""
+  return _client() is not None
+
+
+def index() -> int:
+  """Which process this is, from 0."""
+  return _group().process_id
+
+
+def count() -> int:
+  """How many processes there are."""
+  return _group().num_processes
+
+
+def first() -> bool:
+  """Whether this is process 0: it reads, writes, tests and speaks."""
+  return index() == 0
+
+
+def leave() -> None:
+  """Ends the work of several; returns when process 0 has come here too."""
+  if several():
+    from_first(lambda: None)
+    _leaving.set()
+    with contextlib.suppress(jax.errors.JaxRuntimeError, RuntimeError):
+      jax.distributed.shutdown()
+
+
+# --------------------------------------------------------------------- words --
+
+
+def from_first(ask: Callable[[], Any]) -> Any:
+  """What `ask()` gives on process 0, as JSON; the others wait for it.
+
+  Every process must come through the same calls in the same order.
+
+  >>> from_first(lambda: {'round': 3})
+  {'round': 3}
+  """
+  if not several():
+    return ask()
+  client, turn = _client(), next(_turns)
+  if first():
+    told = json.dumps(ask())
+    client.key_value_set(_said(turn), told)
+    return json.loads(told)
+  while True:
+    try:
+      return json.loads(client.blocking_key_value_get(_said(turn), 10_000))
+    except jax.errors.JaxRuntimeError as error:
+      if 'DEADLINE_EXCEEDED' not in str(error):
+        raise
+
+
+def _said(turn: int) -> str:
+  return f'fedjax_llm/said/{turn}'
+
+
+def meet() -> None:
+  """Returns when every process has come here.
+
+  A collective waits only so long for a process that is still busy otherwise.
+  """
+  if several():
+    turn = next(_turns)
+    _client().wait_at_barrier(f'fedjax_llm/meet/{turn}', 1000 * 24 * 3600)
+
+
+def agree(what: str, value: Any) -> None:
+  """Raises an `Error` on a process whose value is not that of process 0."""
+  mine = json.dumps(value, sort_keys=True)
+  if from_first(lambda: mine) != mine:
+    raise Error(f'{what} must be the same as on process 0, but it is not.')
+
+
+def anybody(asked: bool) -> bool:
+  """Whether any process has asked to stop; the same answer on all of them.
+
+  Who asks after process 0 has looked is heard at the next call.
+  """
+  if several() and asked and not first():
+    _client().key_value_set(_STOP, '', allow_overwrite=True)
+  return from_first(lambda: asked or (several() and _look(_STOP) is not None))
+
+
+def _look(key: str) -> str | None:
+  try:
+    return _client().key_value_try_get(key)
+  except jax.errors.JaxRuntimeError as error:
+    if 'NOT_FOUND' in str(error):
+      return None
+    raise
+
+
+# ------------------------------------------------------------------- the end --
+
+
+def end(told: str, status: int) -> int:
+  """Says why the program ends; the exit status.
+
+  One of several does not return: all of them end with this status, and process
+  0 says it, whoever found it out.
+  """
+  if not several():
+    _say(told, status)
+    return status
+  if not first():
+    # What all find out process 0 says in its own words.
+    time.sleep(1)
+    if told.startswith('error: '):
+      told = told.replace('error:', f'error: process {index()}:', 1)
+  words = json.dumps({'told': told, 'status': status})
+  try:
+    _client().key_value_set(_END, words)
+  except jax.errors.JaxRuntimeError as error:
+    if 'ALREADY_EXISTS' not in str(error):
+      _say(told, status)
+      _exit(status)
+  time.sleep(30)  # `_watch` ends this process
+  _exit(status)
+
+
+_LOST = (
+  'another process was lost; the same command on all goes on from the last '
+  'checkpoint'
+)
+_WORDS = ('gloo', 'nccl', 'connection', 'heartbeat', 'coordination', 'barrier')
+
+
+def explained(error: Exception) -> str:
+  """A sentence about an error of the runtime in one of several processes.
+
+  >>> explained(RuntimeError('Gloo all-reduce failed: read error'))[:24]
+  'another process was lost'
+  """
+  told = ' '.join(str(error).split())
+  if any(word in told.lower() for word in _WORDS):
+    return f'{_LOST} ({told[:80]} ...).'
+  traceback.print_exception(error)
+  return f'{type(error).__name__}: {told[:200]}'
+
+
+def _watch() -> None:
+  """Looks for last words until this process leaves in peace."""
+  misses = 0
+  while not _leaving.wait(_LOOK):
+    try:
+      words = _look(_END)
+      misses = 0
+    except jax.errors.JaxRuntimeError:
+      misses += 1
+      if misses < 5 or _leaving.is_set():
+        continue
+      words = json.dumps({'told': f'error: {_LOST}.', 'status': 1})
+    if words is not None:
+      _obey(**json.loads(words), lost=misses > 0)
+
+
+def _obey(told: str, status: int, lost: bool) -> None:
+  if lost or first():
+    _say(told, status)
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    if lost:
+      pass
+    elif first():
+      # The service ends with process 0: the others go before it.
+      deadline = time.monotonic() + 5
+      others = count() - 1
+      while time.monotonic() < deadline:
+        if len(_client().key_value_dir_get(_GONE)) >= others:
+          break
+        time.sleep(0.05)
+    else:
+      _client().key_value_set(f'{_GONE}/{index()}', '')
+  _exit(status)
+
+
+def _say(told: str, status: int) -> None:
+  file = sys.stderr if status else sys.stdout
+  print(told, file=file, flush=True)
+
+
+def _exit(status: int) -> NoReturn:
+  for file in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):
+      file.flush()
+  os._exit(status)  # a collective may still wait for somebody

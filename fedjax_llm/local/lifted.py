@@ -1,0 +1,41 @@
+"""Local training in other parameters than those that travel."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm import tree
+from fedjax_llm.types import ClientOutput, LocalUpdate, Masks, Params
+
+
+def lifted(
+  inner: LocalUpdate,
+  lift: Callable[[Params], Params],
+  settle: Callable[[Params], Params],
+) -> LocalUpdate:
+  """`inner` on parameters with more leaves, which are gone when it is done.
+
+  `lift(start)` fills leaves that are absent, `inner` trains them with the rest,
+  and `settle(end)` puts what they learned into the leaves that were there:
+  `settle(lift(p)) == p`. The update, the masks and the bytes are those of the
+  parameters that travel.
+  """
+
+  def widened(masks, start, wide):
+    new = lambda x, old, m: jnp.bool_(True) if old is None is not x else m
+    part = lambda m: jax.tree.map(
+      new, wide, start, m, is_leaf=lambda x: x is None
+    )
+    return Masks(part(masks.held), part(masks.trained))
+
+  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
+    wide = lift(start)
+    out = inner.run(
+      base, wide, state, batches, widened(masks, start, wide), round, key
+    )
+    end = settle(tree.add(wide, out.update))
+    update = tree.like(tree.sub(end, start), masks.trained)
+    return out._replace(update=update, masks=masks)
+
+  return LocalUpdate(lambda trainable: inner.init(lift(trainable)), run)

@@ -1,0 +1,91 @@
+"""What is asked of `generate`: checked, and padded to a few shapes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedjax_llm.models.config import Config, longest_text
+from fedjax_llm.types import Error, Params
+
+
+def seeds(given: Sequence[int] | None, num: int) -> np.ndarray:
+  if given is None:
+    return np.arange(num, dtype=np.uint32)
+  if len(given) != num:
+    raise Error(f'There are {len(given)} seeds for {num} prompts.')
+  for seed in given:
+    if not 0 <= seed < 2**32:
+      raise Error(f'The seed {seed} is not between 0 and 2**32 - 1.')
+  return np.asarray(given, np.uint32)
+
+
+def owners(
+  which: Sequence[int] | None,
+  params: Params,
+  adapters: Sequence[Any],
+  num: int,
+) -> np.ndarray | None:
+  """Which adapter reads which prompt; None where there is but one for all."""
+  if which is None and not adapters:
+    return None
+  if jax.tree.leaves(params):
+    raise Error('Prompts are read with params or with adapters, not with both.')
+  if which is None or len(which) != num:
+    have = 'not given' if which is None else f'of {len(which)} entries'
+    raise Error(f'`which` is {have}: it names an adapter for {num} prompts.')
+  for index in which:
+    if not -1 <= index < len(adapters):
+      raise Error(
+        f'`which` names adapter {index}; there are {len(adapters)}, from 0 on, '
+        'and -1 for none.'
+      )
+  return np.asarray(which, np.int32)
+
+
+def filled(values: np.ndarray, num: int, filler: int) -> np.ndarray:
+  return np.pad(values, (0, num - len(values)), constant_values=filler)
+
+
+def check(
+  config: Config | None,
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int,
+) -> None:
+  """Raises `Error` for a prompt that cannot be read, or not be gone on with."""
+  if config is not None and not config.causal:
+    raise Error(f'A {config.family} model is an encoder: it writes no text.')
+  for index, prompt in enumerate(prompts):
+    if len(prompt) == 0:
+      raise Error(f'Prompt {index} is empty.')
+    if config is None:
+      continue
+    if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+      raise Error(
+        f'Prompt {index} has a token outside the vocabulary of '
+        f'{config.vocab_size}.'
+      )
+    total = len(prompt) + max_new_tokens
+    if total > longest_text(config):
+      raise Error(
+        f'Prompt {index} and {max_new_tokens} new tokens are {total} tokens; '
+        f'the model has {longest_text(config)} positions.'
+      )
+
+
+def _bucket(number: int, least: int) -> int:
+  """The next power of two, at least `least`."""
+  return max(least, 1 << (number - 1).bit_length())
+
+
+def pad(prompts) -> tuple[np.ndarray, np.ndarray]:
+  """[B, P] padded on the right and their lengths [B]; extra rows have 0."""
+  rows = _bucket(len(prompts), 1)
+  width = _bucket(max(map(len, prompts)), 16)
+  tokens = np.zeros((rows, width), np.int32)
+  lengths = np.zeros(rows, np.int32)
+  for row, prompt in enumerate(prompts):
+    tokens[row, : len(prompt)] = prompt
+    lengths[row] = len(prompt)
+  return tokens, lengths

@@ -1,0 +1,207 @@
+"""Many adapters in one batch: each row of it is read with its own.
+
+The rows are a `vmap` over adapters with the base outside, so that the product
+with a weight of the base stays one matmul of all rows, and only the small
+products differ from row to row.
+
+In a stack the adapters lie on axis 1 below 'layers', where axis 0 is walked by
+`lax.scan`, and on axis 0 elsewhere: nothing is transposed on the way.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm.adapters import Dense, overlay
+from fedjax_llm.models import layers
+from fedjax_llm.models.layers import Places
+from fedjax_llm.models.transformer import Cache, Decoder
+from fedjax_llm.types import Base, Error, LowRank, Model, Params
+
+Path = tuple[str, ...]
+
+# The weight of a module that a leaf on the module itself is about.
+_MAIN = ('kernel', 'scale', 'embedding')
+
+
+def check(base: Base, params: Params, name: str) -> None:
+  """Raises `Error` naming the module that an adapter does not fit.
+
+  >>> base = {'q_proj': {'kernel': jnp.ones([4, 6])}}
+  >>> node = LowRank(jnp.ones([4, 2]), jnp.ones([2, 5]), 1.0)
+  >>> check(base, {'q_proj': node}, 'ann')
+  Traceback (most recent call last):
+  fedjax_llm.types.Error: ann is of another base: its q_proj is [4, 5], that \
+of the model is [4, 6].
+  """
+  try:
+    layers.check_adapter(*overlay(base, params))
+  except Error as error:
+    raise Error(f'{name} is of another base: {error}') from error
+
+  def walk(weights, leaf, path):
+    if leaf is None or isinstance(leaf, Dense):  # overlaid: it fits
+      return
+    if isinstance(leaf, Mapping):
+      for child in leaf:
+        walk(weights[child], leaf[child], (*path, child))
+      return
+    if isinstance(weights, Mapping):  # a leaf on a module: on its main weight
+      weights = weights[next(x for x in _MAIN if x in weights)]
+    there = tuple(weights.shape)
+    if isinstance(leaf, LowRank):
+      here = (*jnp.shape(leaf.a)[:-1], jnp.shape(leaf.b)[-1])
+    else:
+      here = tuple(jnp.shape(leaf))
+    if here != there:
+      raise Error(
+        f'{name} is of another base: its {"/".join(path)} is {list(here)}, '
+        f'that of the model is {list(there)}.'
+      )
+
+  walk(base, params, ())
+
+
+def stack(base: Base, adapters: Sequence[Params]) -> Params:
+  """One tree of M + 1 adapters: these, and after them one that says nothing.
+
+  Ranks are padded with zeros to the largest, and a weight that only some
+  change is changed by zero, or replaced by itself, in the others: they compute
+  what they did.
+
+  Raises:
+    Error: two change a weight in ways that do not stack (a low-rank node and a
+      dense change), or the shapes of what they change differ.
+
+  >>> node = lambda rank: LowRank(
+  ...   jnp.ones([1, 4, rank]), jnp.ones([1, rank, 6]), jnp.ones(1)
+  ... )
+  >>> both = stack({}, [{'layers': {'q': node(2)}}, {'layers': {'q': node(3)}}])
+  >>> both['layers']['q'].a.shape
+  (1, 3, 4, 3)
+  """
+  return _join(base, [*adapters, None], ()) or {}
+
+
+def _join(base: Any, trees: Sequence[Any], path: Path) -> Any:
+  present = [tree for tree in trees if tree is not None]
+  if not present:
+    return None
+  kinds = {
+    next((k for k in (Mapping, LowRank, Dense) if isinstance(x, k)), None)
+    for x in present
+  }
+  if len(kinds) > 1:
+    raise Error(
+      f'The adapters change {"/".join(path)} in different ways, so they are '
+      'not of one batch.'
+    )
+  if isinstance(present[0], Mapping):
+    names = dict.fromkeys(name for tree in present for name in tree)
+    return {
+      name: _join(
+        base.get(name) if isinstance(base, Mapping) else None,
+        [None if x is None else x.get(name) for x in trees],
+        (*path, name),
+      )
+      for name in names
+    }
+  if isinstance(present[0], Dense):
+    values = [None if x is None else x.value for x in trees]
+    return Dense(_rows(values, path, base))
+  if not isinstance(present[0], LowRank):
+    return _rows(trees, path)
+  rank = max(node.b.shape[-2] for node in present)
+
+  def padded(x, axis):
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, rank - x.shape[axis])
+    return jnp.pad(x, pad)
+
+  def field(name, change=lambda x: x):
+    found = [None if x is None else getattr(x, name) for x in trees]
+    found = [None if x is None else change(jnp.asarray(x)) for x in found]
+    return _rows(found, path)
+
+  return LowRank(
+    a=field('a', lambda x: padded(x, x.ndim - 1)),
+    b=field('b', lambda x: padded(x, x.ndim - 2)),
+    scale=field('scale'),
+    residual=field('residual'),
+  )
+
+
+def _rows(leaves: Sequence[Any], path: Path, absent: Any = None) -> Any:
+  present = [x for x in leaves if x is not None]
+  if not present:
+    return None
+  shapes = sorted({jnp.shape(x) for x in present})
+  if len(shapes) > 1:
+    raise Error(
+      f'The adapters are of different bases: at {"/".join(path)} they are '
+      f'{" and ".join(str(list(s)) for s in shapes)}.'
+    )
+  if absent is None:
+    absent = jnp.zeros_like(present[0])
+  whole = [absent if x is None else x for x in leaves]
+  return jnp.stack(whole, axis=_axis(path[0] if path else ''))
+
+
+def _axis(top: str) -> int:
+  return 1 if top == 'layers' else 0
+
+
+def _axes(params: Params) -> Any:
+  if not isinstance(params, Mapping):
+    return 0
+  return {name: _axis(name) for name in params}
+
+
+def rows(stacked: Params, which: jax.Array) -> Params:
+  """The adapter of every row, [B] places in the stack; -1 is none."""
+  # From the end: the last of the stack says nothing.
+  pick = lambda axis, part: jax.tree.map(
+    lambda x: jnp.take(x, which, axis=axis, mode='wrap'), part
+  )
+  return {name: pick(_axis(name), part) for name, part in stacked.items()}
+
+
+def model(network: Model) -> Model:
+  """The network where every row has parameters of its own (`rows`)."""
+
+  def hidden(base, params, batch):
+    def one(own, row):
+      row = jax.tree.map(lambda x: x[None], row)
+      return network.hidden(base, own, row)[0]
+
+    return jax.vmap(one, in_axes=(_axes(params), 0))(params, batch)
+
+  def logits(base, params, hidden):
+    one = lambda own, row: network.logits(base, own, row)
+    return jax.vmap(one, in_axes=(_axes(params), 0))(params, hidden)
+
+  return Model(hidden, logits)
+
+
+def decoder(plain: Decoder) -> Decoder:
+  """The decoder where every row has parameters of its own (`rows`)."""
+  of_cache = Cache(1, 1, Places(0, 0))
+
+  def alone(x: Cache, change) -> Cache:
+    places = jax.tree.map(lambda y: change(y, 0), x.places)
+    return Cache(change(x.keys, 1), change(x.values, 1), places)
+
+  def extend(base, params, batch, cache, slot):
+    def one(own, row, kept):
+      row = jax.tree.map(lambda x: x[None], row)
+      kept = alone(kept, jnp.expand_dims)
+      hidden, kept = plain.extend(base, own, row, kept, slot)
+      return hidden[0], alone(kept, jnp.squeeze)
+
+    return jax.vmap(
+      one, in_axes=(_axes(params), 0, of_cache), out_axes=(0, of_cache)
+    )(params, batch, cache)
+
+  return Decoder(plain.empty, extend)

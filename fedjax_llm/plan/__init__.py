@@ -1,0 +1,233 @@
+"""What a run will cost, before it runs: nothing is loaded or downloaded.
+
+    python -m fedjax_llm.plan --config C [--config.section.field=value ...]
+        [--devices N] [--memory 16GB] [--model DIRECTORY-OR-NAME] [--clients N]
+        [--probe | --peak 197e12 --bandwidth 819e9]
+
+The round of the config is traced from shapes: parameters, bytes of every kind,
+clients that fit at once, bytes on the way, operations, and the time, either
+from a short measured probe on this machine or from the rates of another one.
+Rows are taken as long as `population.max_length`, every token as learned.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from fedjax_llm import command, config, metrics, workdir
+from fedjax_llm.plan import blocks, costs, probe, work
+from fedjax_llm.sections import SPEC
+from fedjax_llm.types import Error
+
+_UNITS = {'': 1, 'K': 10**3, 'M': 10**6, 'G': 10**9, 'T': 10**12}
+
+# What may be changed where memory does not suffice, mildest first.
+_KNOBS = (
+  ('block_size', lambda s: max(s.block // 2, 1)),
+  ('block_size', lambda s: 1),
+  ('model.remat', lambda s: 'full'),
+  ('model.dtype', lambda s: 'bfloat16'),
+  ('cohort.batch_size', lambda s: max(s.batch // 2, 1)),
+  ('population.max_length', lambda s: max(s.tokens // 2, 8)),
+)
+
+
+def size(text: str) -> int:
+  """Bytes: a number with K, M, G or T, decimal or, with an i, binary.
+
+  >>> size('16GB'), size('1.5 GiB'), size('4096')
+  (16000000000, 1610612736, 4096)
+  """
+  found = re.fullmatch(r'([\d.]+(?:e\d+)?)\s*([KMGT]?)(i?)B?', text.strip())
+  if not found:
+    raise Error(f'--memory {text} is no size such as 16GB or 16GiB.')
+  number, unit, binary = found.groups()
+  each = 1024 ** 'KMGT'.find(unit) * 1024 if binary else _UNITS[unit]
+  return int(float(number) * each)
+
+
+def run(argv: Sequence[str]) -> str:
+  """The plan as text."""
+  given = _arguments(argv)
+  conf, settings = given.conf, config.settings(given.conf, SPEC)
+  read = lambda conf, **more: work.read(
+    conf,
+    model=given.model,
+    num_clients=given.clients,
+    devices=given.devices,
+    **more,
+  )
+
+  planned = read(conf)
+  found = work.trace(planned)
+  sizes, state = planned.sizes, planned.state
+  share = settings.mesh_model
+  base = costs.num_bytes(planned.base) // share
+  rest = planned.arguments - costs.num_bytes(planned.base)
+  need = base + rest + found.temporary
+  limit = size(given.memory) if given.memory else blocks.memory()
+
+  alone = work.trace(read(conf, block_size=1)).temporary
+  two = work.trace(read(conf, block_size=min(2, sizes.clients))).temporary
+  each, fixed = two - alone, base + rest + alone - (two - alone)
+  more = 2 * sizes.clients * given.devices // share
+  wider = read(conf, cohort_size=more, block_size=sizes.block)
+  further = _further(planned, found, wider)
+  up, down = work.travel(planned)
+  rows = max(given.devices // share, 1)
+  rounds = settings.num_rounds
+  flops = sum(found.flops.values()) * rows
+
+  count = lambda x: sum(leaf.size for leaf in jax.tree.leaves(x))
+  human = lambda n: metrics.human_bytes(round(n))
+  clients = costs.num_bytes(state.params) + costs.num_bytes(planned.optimizer)
+  table: list[tuple[str, str]] = [
+    ('model', planned.model.name),
+    ('parameters, frozen', f'{count(planned.base):,}'),
+    ('parameters of the adapter', f'{count(state.params):,}'),
+    ('', ''),
+    ('clients a round', f'{sizes.clients * rows} of one cohort'),
+    (
+      'a client',
+      f'{sizes.steps} steps of {sizes.batch} x {sizes.tokens} tokens',
+    ),
+    ('block_size', f'{sizes.block} in {sizes.num_blocks} blocks'),
+    ('', ''),
+    ('base', human(base)),
+    ('adapters at the server', human(costs.num_bytes(state.params))),
+    (
+      'server optimizer and rule',
+      human(costs.num_bytes((state.optimizer, state.aggregator))),
+    ),
+    (
+      'texts and client states',
+      human(costs.num_bytes(planned.cohort)),
+    ),
+    (
+      'adapters and optimizers at work',
+      human(min(sizes.block * clients, found.temporary)),
+    ),
+    (
+      'activations and all else',
+      human(max(found.temporary - sizes.block * clients, 0)),
+    ),
+    ('together, a device', human(need)),
+    ('a further client in a block', human(each)),
+    ('a further client in the cohort', human(further)),
+  ]
+  if limit is not None:
+    fits = int((limit - fixed) // each) if each > 0 else sizes.clients
+    table.append(('clients that fit at once', f'{max(fits, 0)}'))
+    table.append(('memory', human(limit)))
+  table += [
+    ('', ''),
+    ('up, a round', human(up * rows)),
+    ('down, a round', human(down * rows)),
+    (f'up and down, {rounds} rounds', human((up + down) * rows * rounds)),
+    ('operations, a round', f'{flops:.3g}'),
+    (f'operations, {rounds} rounds', f'{flops * rounds:.3g}'),
+  ]
+  seconds = None
+  if given.probe:
+    seconds = probe.seconds(
+      planned, lambda **more: read(conf, block_size=sizes.block, **more)
+    )
+    table.append(('a round, as measured here', _time(seconds)))
+  elif given.peak:
+    at_peak = flops / (given.peak * given.devices)
+    reading = 0.0
+    if given.bandwidth:
+      passes = 3 if conf['model'].get('remat') == 'full' else 2
+      reads = passes * sizes.steps * sizes.num_blocks * base
+      reading = reads / given.bandwidth
+    seconds = max(at_peak, reading)
+    by = 'operations' if at_peak >= reading else 'reading the base'
+    table.append(('a round, at least', f'{_time(seconds)} ({by})'))
+    table.append(('a round at 40 % of that', _time(seconds / 0.4)))
+  if seconds is not None:
+    table.append((f'{rounds} rounds', _time(seconds * rounds)))
+  width = max(len(name) for name, _ in table)
+  lines = [f'{name:<{width}}  {value}'.rstrip() for name, value in table]
+  if limit is not None and need > limit:
+    knobs = list(_KNOBS)
+    if given.devices % (2 * share) == 0:
+      knobs.append(('mesh_model', lambda s: 2 * share))
+    lines += ['', *_advice(conf, read, need, limit, knobs)]
+  return '\n'.join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  words = sys.argv[1:] if argv is None else argv
+  return workdir.status(lambda: print(run(words)))
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+  """Own flags, and the config that the others make."""
+  parser = argparse.ArgumentParser(
+    prog='plan',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument('--config', required=True)
+  parser.add_argument('--devices', type=int, default=1)
+  parser.add_argument('--memory', default='')
+  parser.add_argument('--model', default='')
+  parser.add_argument('--clients', type=int)
+  parser.add_argument('--probe', action='store_true')
+  parser.add_argument('--peak', type=float)
+  parser.add_argument('--bandwidth', type=float)
+  fields = [word for word in argv if word.startswith('--config.')]
+  rest = [word for word in argv if not word.startswith('--config.')]
+  given = command.parse(parser, rest)
+  for name in ('devices', 'clients', 'peak', 'bandwidth'):
+    value = getattr(given, name)
+    if value is not None and value <= 0:
+      raise Error(f'--{name} is {value:g}: it must be above 0.')
+  words = ['--config', given.config, '--workdir', os.curdir, *fields]
+  given.conf = config.parse(words, SPEC).config
+  return given
+
+
+def _further(planned: work.Work, found: costs.Costs, wider: work.Work) -> float:
+  """Bytes that a client more in the cohort costs, its texts included."""
+  grown = work.trace(wider).temporary - found.temporary
+  grown += wider.arguments - planned.arguments
+  return grown / max(wider.sizes.clients - planned.sizes.clients, 1)
+
+
+def _advice(conf, read, need: int, limit: int, knobs) -> list[str]:
+  """What would help most, tried out one at a time."""
+  human = lambda n: metrics.human_bytes(round(n))
+  sizes = read(conf).sizes
+  outcomes = []
+  for field, change in knobs:
+    value = change(sizes)
+    try:
+      changed, _ = config.override(conf, [(field, value)], SPEC)
+      tried = read(changed)
+    except Error:
+      continue  # of another model or method
+    base = costs.num_bytes(tried.base)
+    split = changed.get('mesh_model') or 1
+    total = base // split + tried.arguments - base + work.trace(tried).temporary
+    if total < need:
+      outcomes.append((total, f'{field}={value}'))
+  lines = [
+    f'It will not fit: {human(need)} are needed and there are {human(limit)}.'
+  ]
+  for total, what in sorted(dict((w, (t, w)) for t, w in outcomes).values()):
+    fits = 'fits' if total <= limit else 'is not enough alone'
+    lines.append(f'  --config.{what}: {human(total)}, {fits}')
+  return lines
+
+
+def _time(seconds: float) -> str:
+  if seconds < 120:
+    return f'{seconds:.3g} s'
+  minutes = seconds / 60
+  return f'{minutes:.3g} min' if minutes < 120 else f'{minutes / 60:.3g} h'

@@ -1,0 +1,313 @@
+"""A config's round as shapes: traced, never run."""
+
+import json
+import math
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_llm import builders, config, models, tasks, tree
+from fedjax_llm.models import config as config_lib
+from fedjax_llm.models import families, load, quantised
+from fedjax_llm.plan import costs, published
+from fedjax_llm.sections import SPEC
+from fedjax_llm.types import Batch, Cohort, Error, FederatedAlgorithm, LossSum
+
+
+class Sizes(NamedTuple):
+  """Axes of a round on one device: K, m, S, B, T."""
+
+  clients: int
+  block: int
+  steps: int
+  batch: int
+  tokens: int
+
+  @property
+  def num_blocks(self) -> int:
+    return -(-self.clients // self.block)
+
+
+class Work(NamedTuple):
+  """A round: the method and the shapes of all that it reads."""
+
+  algorithm: FederatedAlgorithm
+  state: Any
+  cohort: Cohort
+  base: Any
+  sizes: Sizes
+  optimizer: Any  # shapes of one client's optimizer state
+  profiles: Any  # of the first clients
+  model: load.LoadedModel
+  light: FederatedAlgorithm  # the same method on a loss without a model
+
+  @property
+  def arguments(self) -> int:
+    """Bytes of all inputs."""
+    return costs.num_bytes((self.state, self.cohort, self.base))
+
+
+def network(
+  section: Mapping[str, Any],
+  given: str = '',
+  labels: Any = None,
+  num_layers: int | None = None,
+) -> load.LoadedModel:
+  """The model of a config with shapes for weights.
+
+  `given` names another one: a directory, a `config.json`, a hub name whose
+  shapes are known (`published`), or ''. `num_layers` leaves out later ones.
+
+  Raises:
+    Error: nothing is known of the name.
+  """
+  section = dict(section)
+  name = section.pop('name')
+  if name != 'pretrained' and not given:
+    build = getattr(models, name, None)
+    if build is None:
+      raise Error(f'model.name is {name!r}: give --model, a directory.')
+    more = {} if labels is None else {'labels': labels}
+    if name == 'random':  # as in training, which brings a tokenizer of bytes
+      more = {'vocab_size': 259, 'eos_ids': (258,)}
+    if num_layers:
+      section['num_layers'] = num_layers
+    found: list[load.LoadedModel] = []
+
+    def init():
+      found.append(build(**{**more, **section}))
+      return found[0].base
+
+    base = jax.eval_shape(init)
+    return found[0]._replace(base=base)
+  path = given or section.pop('path', '')
+  section.pop('path', None)
+  read = config_of(path, labels)
+  if num_layers:
+    read = read._replace(
+      num_layers=num_layers,
+      windows=read.windows[:num_layers],
+      layer_ropes=read.layer_ropes[:num_layers],
+    )
+  known = builders.parameters(load.assemble)
+  kind = section.pop('quantisation', None)
+  dtype = np.dtype(jnp.dtype(section.pop('dtype', 'float32')))
+  base = jax.tree.map(
+    lambda shape: jax.ShapeDtypeStruct(shape, dtype),
+    config_lib.shapes(read),
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+  if kind not in (None, 'none'):
+    base = jax.eval_shape(lambda base: quantised.base(base, kind), base)
+  settings = {k: v for k, v in section.items() if k in known}
+  return load.assemble(read, base, name=path, **settings)
+
+
+def config_of(path: str, labels: Any = None) -> Any:
+  """The network's configuration, from here or from what was published."""
+  folder = pathlib.Path(path).expanduser()
+  if folder.name == 'config.json':
+    folder = folder.parent
+  if (folder / 'config.json').is_file():
+    return families.read_config(folder, labels=labels)
+  fields = published.find(path)
+  if fields is None:
+    known = ', '.join(published.CONFIGS)
+    raise Error(
+      f'{path} is no directory here, and its shapes are not known: give '
+      f'--model, a directory with its config.json, or one of {known}.'
+    )
+  with tempfile.TemporaryDirectory() as new:
+    text = json.dumps(fields)
+    (pathlib.Path(new) / 'config.json').write_text(text)
+    return families.read_config(new, labels=labels)
+
+
+def read(
+  conf: Mapping[str, Any],
+  *,
+  model: str = '',
+  num_clients: int | None = None,
+  devices: int = 1,
+  cohort_size: int | None = None,
+  block_size: int | None = None,
+  num_steps: int | None = None,
+  num_layers: int | None = None,
+) -> Work:
+  """The round of a checked config, as shapes.
+
+  What only the texts could tell is taken at its largest: rows are as long as
+  `population.max_length`, every token is learned, no step is padding.
+
+  Args:
+    conf: as `config.parse` gives it.
+    model: see `network`.
+    num_clients: N, where the config does not tell.
+    devices: of which `mesh_model` share a copy of the base; K, and with it the
+      result, is that of one row of them.
+    cohort_size, block_size, num_steps, num_layers: instead of the config's.
+
+  Raises:
+    Error: the number of clients is not known.
+  """
+  settings = config.settings(conf, SPEC)
+  full: Any = config.resolved(conf, SPEC)
+  build = lambda section, **more: builders.build(
+    conf[section], SPEC.sections[section], **more
+  )
+  task = build('task') if conf.get('task') else tasks.causal_lm()
+  labels = None
+  if task.peft_type == 'SEQ_CLS':
+    labels = full['task'].get('labels') or ('0', '1')
+  loaded = network(conf['model'], model, labels, num_layers)
+
+  sampling = full['clients']
+  K = cohort_size or sampling.get('cohort_size')
+  N = (
+    num_clients
+    or full['partition'].get('num_clients')
+    or full['population'].get('max_clients')
+    or K
+  )
+  if sampling['name'] == 'full' and cohort_size is None:
+    K = N
+  if not K:
+    raise Error(
+      'clients.name=full takes everybody, and the config does not tell how '
+      'many there are: give --clients.'
+    )
+  row = full['cohort']
+  S, B = num_steps or row['num_steps'], row['batch_size']
+  T = full['population']['max_length']
+  if conf['algorithm']['name'] == 'centralised':
+    S, K, N = S * K, 1, 1
+  rows = max(devices // settings.mesh_model, 1)
+  K = -(-K // rows)
+  block = block_size or settings.block_size
+  if block == 'auto':
+    from fedjax_llm.plan import blocks
+
+    block = blocks.rule(B * T, K)
+  m = min(int(block or K), K)
+
+  parts = ('upload', 'aggregator', 'server')
+  adapter = build('adapter')
+  optimizer = build('local')
+  given = {part: build(part) for part in parts if conf.get(part)}
+  method = lambda loss: build(
+    'algorithm',
+    loss=loss,
+    optimizer=optimizer,
+    num_clients=N,
+    block_size=m,
+    fold=adapter.fold,
+    **given,
+  )
+  algorithm = method(task.loss(loaded, max_targets=B * (T - 1)))
+  params = jax.eval_shape(adapter.init, jax.random.key(0), loaded.base)
+  state = jax.eval_shape(algorithm.init, jax.random.key(0), params)
+  newcomer = jax.eval_shape(algorithm.init_client, state.params)
+  profiles: Any = ()
+  if conf.get('profiles'):
+    profiles = build('profiles', num_clients=N, seed=settings.seed)
+  stacked = lambda x: jax.ShapeDtypeStruct((K, *x.shape), x.dtype)
+  cohort = Cohort(
+    ids=jax.ShapeDtypeStruct((K,), np.int32),
+    batches=batch_shapes((K, S, B, T), labels is not None),
+    weight=jax.ShapeDtypeStruct((K,), np.float32),
+    valid=jax.ShapeDtypeStruct((K,), bool),
+    profiles=jax.tree.map(lambda x: stacked(np.asarray(x)[0]), profiles),
+    states=jax.tree.map(stacked, newcomer),
+  )
+  kept = jax.eval_shape(optimizer.init, _floats(state.params))
+  return Work(
+    algorithm,
+    state,
+    cohort,
+    loaded.base,
+    Sizes(K, m, S, B, T),
+    kept,
+    profiles,
+    loaded,
+    method(_no_loss),
+  )
+
+
+def batch_shapes(shape: tuple[int, ...], labelled: bool = False) -> Batch:
+  of = lambda dtype, shape=shape: jax.ShapeDtypeStruct(shape, dtype)
+  batch = Batch(of(np.int32), of(bool), of(np.int32), of(np.int32))
+  return batch._replace(label=of(np.int32, shape[:-1])) if labelled else batch
+
+
+def _no_loss(base: Any, params: Any, batch: Any, key: Any) -> LossSum:
+  del base, batch, key
+  total = jnp.float32(0)
+  for x in jax.tree.leaves(_floats(params)):
+    total += 0.0 * jnp.sum(x)
+  return LossSum(total, jnp.float32(1), jnp.float32(0))
+
+
+def _floats(params: Any) -> Any:
+  return jax.tree.map(
+    lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, params
+  )
+
+
+def trace(work: Work) -> costs.Costs:
+  """What one round of one device row computes and needs."""
+  program = jax.make_jaxpr(work.algorithm.round)(
+    work.state, work.cohort, work.base
+  )
+  return costs.of(program, trips=work.sizes.steps)
+
+
+def travel(work: Work) -> tuple[float, float]:
+  """Bytes up and down of a round, as the method itself counts them.
+
+  Two rounds of at most eight clients on one token, with a loss that no model
+  is needed for: what a method sends may alternate, and may differ by client.
+  """
+  K, S = work.sizes.clients, work.sizes.steps
+  k = min(K, 8)
+  algorithm = work.light
+  # Values do not matter, but that they are no zeros and no duplicates.
+  rng = np.random.default_rng(0)
+
+  def fresh(x):
+    if jnp.issubdtype(x.dtype, jnp.floating):
+      return jnp.asarray(rng.normal(size=x.shape), x.dtype)
+    return jnp.zeros(x.shape, x.dtype)
+
+  keyed = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+  state = jax.tree.map(
+    lambda x: jax.random.key(0) if keyed(x) else fresh(x), work.state
+  )
+  labelled = work.cohort.batches.label is not None
+  ones = jax.tree.map(
+    lambda x: jnp.ones(x.shape, x.dtype),
+    batch_shapes((k, S, 1, 2), labelled),
+  )
+  cohort = Cohort(
+    ids=jnp.arange(k, dtype=jnp.int32),
+    batches=ones,
+    weight=jnp.ones(k),
+    valid=jnp.ones(k, bool),
+    profiles=jax.tree.map(lambda x: np.asarray(x)[:k], work.profiles),
+    states=tree.broadcast(algorithm.init_client(state.params), k),
+  )
+  base = jax.tree.map(lambda x: jnp.zeros((), x.dtype), work.base)
+  total = np.zeros(2)
+  step = jax.jit(algorithm.round)
+  for _ in range(2):
+    state, states, told = step(state, cohort, base)
+    cohort = cohort._replace(states=states)
+    for i, way in enumerate(('uploads', 'downloads')):
+      parts = np.asarray(told[f'{way}/bytes'], np.float64)
+      total[i] += parts.sum() / 2
+  up, down = (math.ceil(x) * K / k for x in total)
+  return up, down

@@ -1,0 +1,108 @@
+"""Methods on a shared and a personal part: `fed_opt` for `Dual` parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm import aggregators, local, tree
+from fedjax_llm.adapters import multi
+from fedjax_llm.clients import scopes
+from fedjax_llm.recipes import averaging
+from fedjax_llm.types import (
+  Dual,
+  FederatedAlgorithm,
+  Key,
+  LocalUpdate,
+  Params,
+  Private,
+  Scope,
+  Shared,
+)
+
+OWN = scopes.frozen('^shared/')  # trains the personal part
+COMMON = scopes.frozen('^personal/')
+
+
+def compose(
+  update: LocalUpdate,
+  serve: Callable[[Dual, Any], Params],
+  parts: dict[str, Any],
+  split: Callable[[Key, Params], Dual],
+) -> FederatedAlgorithm:
+  """A method on `Dual` parameters, whose personal part stays with the client.
+
+  `split(key, params)` makes them of the adapter's; `serve(params, seen)` is the
+  view that a client gets, `seen` whether it has trained its part. The first
+  state of the local update, or the whole, counts the client's rounds.
+  """
+  parts = dict(parts)
+  fold = parts.pop('fold', None)
+  if fold is not None:  # residuals are the server's: the base has them once
+    parts['fold'] = lambda base, p: (
+      (done := fold(base, p.shared))[0],
+      Dual(done[1], multi.without_residuals(p.personal)),
+    )
+  rule = parts.pop('aggregator', None) or aggregators.mean()
+  inner = parts.pop('scope', None) or scopes.everything()
+  algorithm = averaging.compose(
+    update,
+    scope=_at_home(inner),
+    aggregator=aggregators.on_shared(rule),
+    **parts,
+  )
+
+  def init(key, params):
+    both = split(jax.random.fold_in(key, 1), params)
+    # Two buffers: a state that is donated may hold none twice.
+    own = jax.tree.map(jnp.copy, both.personal)
+    return algorithm.init(key, both._replace(personal=own))
+
+  def personal(params, state):
+    if state is None:
+      return serve(params, jnp.bool_(False))
+    count = state.local
+    count = count if isinstance(count, local.Counted) else count[0]
+    return serve(algorithm.personal(params, state), count.rounds > 0)
+
+  return algorithm._replace(init=init, personal=personal)
+
+
+def _at_home(inner: Scope) -> Scope:
+  """`inner` on both parts, where the personal one is private."""
+
+  def labels(params):
+    found = inner.labels(params)
+    own = jax.tree.map(lambda x: Private if x is Shared else x, found.personal)
+    return found._replace(personal=own)
+
+  return inner._replace(labels=labels)
+
+
+def shared(params: Dual) -> Params:
+  return params.shared
+
+
+def personal(params: Dual) -> Params:
+  return params.personal
+
+
+def own_or_shared(params: Dual, seen: Any) -> Params:
+  own = multi.with_residuals(params.personal, params.shared)
+  return where(seen, own, params.shared)
+
+
+def weighed(weight: float) -> Callable[[Dual, Any], Params]:
+  def serve(params, seen):
+    share = jnp.where(seen, weight, 0.0)
+    return multi.mix(
+      (multi.without_residuals(params.personal), params.shared),
+      (share, 1 - share),
+    )
+
+  return serve
+
+
+def where(seen: Any, one: Params, other: Params) -> Params:
+  return tree.map_present(lambda x, y: jnp.where(seen, x, y), one, other)

@@ -1,0 +1,59 @@
+"""Rows as wide as the block needs: one program, several widths inside it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_llm.types import Batch
+
+
+def narrowed(
+  run: Callable[[Any], Any], batches: Any, widths: Sequence[int]
+) -> tuple[Any, jax.Array]:
+  """`run(batches)` on rows cut to the smallest width that holds every text.
+
+  Widths below T become branches of one `lax.switch`, T itself the last one:
+  the program holds the computation once a width, and does it once. Only
+  columns of padding are cut. Batches of something else than texts stay as they
+  are.
+
+  Returns:
+    What `run` gives, and the token places [B, T] of a step that it was given.
+
+  >>> ones = jnp.ones([2, 8], jnp.int32)
+  >>> batch = Batch(ones, ones > 0, jnp.where(jnp.arange(8) < 3, ones, 0), ones)
+  >>> narrowed(lambda batch: batch.segments.sum(), batch, (4, 6))
+  (Array(6, dtype=int32), Array(8, dtype=int32))
+  """
+  is_text = lambda x: isinstance(x, Batch)
+  leaves = jax.tree.leaves(batches, is_leaf=is_text)
+  texts = [x for x in leaves if is_text(x)]
+  if len(texts) < len(leaves) or not texts:
+    return run(batches), jnp.int32(0)
+  longest = max(x.tokens.shape[-1] for x in texts)
+  widths = sorted({w for w in widths if w < longest} | {longest})
+  rows = sum(x.tokens.shape[-2] for x in texts)
+  places = jnp.asarray(np.asarray(widths, np.int32) * rows)
+  if len(widths) == 1:
+    return run(batches), places[0]
+  used = jnp.int32(0)
+  for x in texts:
+    some = jnp.any(x.segments > 0, axis=tuple(range(x.segments.ndim - 1)))
+    used = jnp.maximum(
+      used, jnp.max(jnp.where(some, jnp.arange(some.size) + 1, 0))
+    )
+  index = jnp.searchsorted(jnp.asarray(widths), used)
+
+  def at(width):
+    def cut(batch):
+      along = batch.tokens.ndim  # a label has no places
+      return jax.tree.map(
+        lambda x: x[..., :width] if x.ndim == along else x, batch
+      )
+
+    return lambda batches: run(jax.tree.map(cut, batches, is_leaf=is_text))
+
+  return jax.lax.switch(index, [at(w) for w in widths], batches), places[index]

@@ -1,0 +1,82 @@
+"""fedjax_llm: the cohort as one program, through the public interface."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peer
+
+import fedjax_llm as fl
+from fedjax_llm import models, recipes
+from fedjax_llm.adapters import peft
+from fedjax_llm.models import families
+from fedjax_llm.types import Batch, Cohort
+
+
+def setting(args, **model_settings):
+  """The model, the adapter, the cohort on the device, and the loss."""
+  loaded = models.pretrained(str(args.work / 'model'), **model_settings)
+  params = peft.load(
+    args.work / 'adapter',
+    path_of=lambda name: families.our_path(name, loaded.config),
+  )
+  tokens, mask = peer.data(args.work)
+  k, _, b, t = tokens.shape
+  ones = np.ones_like(tokens)
+  batches = Batch(tokens, mask, ones, ones * np.arange(t, dtype=np.int32))
+  cohort = Cohort(
+    ids=jnp.arange(k, dtype=jnp.int32),
+    batches=jax.tree.map(jnp.asarray, batches),
+    weight=jnp.ones(k),
+    valid=jnp.ones(k, bool),
+  )
+  loss = fl.local.causal_lm(
+    loaded.model, max_targets=int(mask[0, 0, :, 1:].sum()) if b else None
+  )
+  return loaded, params, cohort, loss
+
+
+def optimizer(args):
+  decay = {'weight_decay': 0.0} if args.optimizer == 'adamw' else {}
+  return fl.local.optimizer(args.optimizer, args.rate, **decay)
+
+
+def main() -> None:
+  args = peer.arguments('block', 'unroll')
+  extra = {'unroll': int(args.unroll)} if args.unroll else {}
+  loaded, params, cohort, loss = setting(args, **extra)
+  algorithm = recipes.fed_avg(
+    loss,
+    optimizer(args),
+    block_size=int(args.block) if args.block else None,
+    measure=None,
+  )
+  step = jax.jit(algorithm.round, donate_argnums=0)
+  state = algorithm.init(jax.random.key(0), params)
+
+  def one_round():
+    nonlocal state
+    state, _, told = step(state, cohort, loaded.base)
+    jax.block_until_ready((state.params, told))
+
+  peer.measure(args, one_round)
+  save(args, state.params, loaded.config)
+
+
+def save(args, params, config) -> None:
+  """Through our PEFT directory, so that the names are PEFT's."""
+  from safetensors.numpy import load_file
+
+  peft.save(
+    args.out / 'peft',
+    params,
+    module_name=lambda path, layer: families.hf_module_name(
+      path, layer, config, part=True
+    ),
+    fused=lambda path: families.fused_rows(config, path),
+    base_model='',
+  )
+  peer.save(args, load_file(args.out / 'peft' / 'adapter_model.safetensors'))
+
+
+if __name__ == '__main__':
+  main()
