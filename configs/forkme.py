@@ -34,11 +34,15 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.num_rounds = 2 if smoke else 20
   config.seed = 0  # of everything random: data, clients, adapter, training
   # Clients that train as one program; the rest of the cohort follows in further
-  # blocks. None is the whole cohort: fastest, if it fits the memory.
+  # blocks. None is the whole cohort; 'auto' goes by speed and memory.
   config.block_size = None
+  config.widths = ()  # that the rows of a block may be cut to, e.g. (32, 64)
   config.mesh_model = 1  # devices that share a copy of the model
+  config.execution = 'shard_map'  # over devices; or 'pmap', as some like it
   config.checkpoint_every = 1  # rounds; a killed run goes on from the last one
   config.keep_checkpoints = 2  # a damaged one can be passed over
+  # Compiled programs are kept in a cache for the next start; None: nowhere.
+  config.compilation_cache = 'auto'
 
   # ------------------------------------------------------------------ task --
   # `causal_lm`: to go on with a text. `classification`: an encoder tells a
@@ -117,4 +121,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     buckets=(96,),  # widths of rows, so that little is computed on padding
     samples=2,  # replies shown before and after
   )
+
+  # ----------------------------------------------------------------- hosts --
+  # Several processes as one: dict(coordinator='address:port', num_processes=2,
+  # process_id=0), or 'auto' as the coordinator on TPU pods and under Slurm.
+  config.hosts = dict()
   return config

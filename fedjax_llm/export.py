@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from fedjax_llm import adapters, command, models, rebuild, workdir
-from fedjax_llm.adapters import peft
+from fedjax_llm.adapters import peft, peft_dora
 from fedjax_llm.models import families
 from fedjax_llm.types import Error, LowRank, Params
 
@@ -107,9 +107,15 @@ def _merged(folder: pathlib.Path, made: rebuild.Made) -> str:
 def _adapter(
   folder: pathlib.Path, out: pathlib.Path, made: rebuild.Made, rank: int | None
 ) -> str:
-  loaded, params = made.loaded, made.params
+  loaded, plain = made.loaded, adapters.as_low_rank(made.params)
+  params, lengths = peft_dora.split(plain)
   changed = any(x.residual is not None for _, x in low_rank(params))
   lost = 0.0
+  if lengths and (changed or rank is not None):
+    raise Error(
+      'a DoRA is told to PEFT as it is: not of another rank, nor with what a '
+      'method wrote into the base; --to merged writes all of it.'
+    )
   if changed or rank is not None:
     params, lost = factored(params, rank)
   base_model = loaded.name
@@ -118,7 +124,9 @@ def _adapter(
     base_model = str(out.absolute() / 'base')
   peft.save(
     folder,
-    adapters.complete(params, loaded.base, made.task.head),
+    adapters.complete(
+      peft_dora.put(params, lengths), loaded.base, made.task.head
+    ),
     module_name=lambda path, layer: families.hf_module_name(
       path, layer, loaded.config, part=True
     ),
@@ -127,7 +135,9 @@ def _adapter(
     base_model=base_model,
     task_type=made.task.peft_type,
     use_rslora=(
-      made.config['adapter']['name'] == 'rslora' and params is made.params
+      made.config['adapter']['name'] == 'rslora'
+      and not changed
+      and rank is None
     ),
   )
   if loaded.config.labels:

@@ -97,6 +97,8 @@ def join(
     )
   except (ValueError, RuntimeError) as error:
     told = ' '.join(str(error).split())[:200]
+    if coordinator == 'auto' and isinstance(error, ValueError):
+      told = 'no TPU pod, Slurm, Open MPI or Kubernetes: give address:port'
     raise Error(
       f'hosts.coordinator={coordinator}: the processes did not find each other '
       f'({told}).'

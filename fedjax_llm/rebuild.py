@@ -23,7 +23,7 @@ from fedjax_llm import (
   tree,
   workdir,
 )
-from fedjax_llm.adapters import peft
+from fedjax_llm.adapters import Dora, peft
 from fedjax_llm.models import LoadedModel, families, quantised, tenants
 from fedjax_llm.sections import SPEC
 from fedjax_llm.types import (
@@ -187,6 +187,8 @@ def _finished(room: workdir.Workdir, loaded: LoadedModel) -> Params:
   def node(leaf: Any, new: Any, old: Any) -> Any:
     if isinstance(leaf, Mapping):
       return {name: node(leaf[name], new[name], old[name]) for name in leaf}
+    if isinstance(leaf, Dora):
+      return leaf._replace(direction=node(leaf.direction, new, old))
     if not isinstance(leaf, LowRank):
       return leaf
     moved = new['kernel'] - quantised.dense(old['kernel'], jnp.float32)

@@ -75,7 +75,7 @@ def left_out(
   broken = np.asarray(told.pop('clients/non_finite'), bool)[: len(draw.ids)]
   chosen = np.asarray(draw.ids) >= 0
   reported = np.asarray(draw.reports, bool) & chosen
-  bad = [names[int(i)] for i in np.asarray(draw.ids)[broken]]
+  bad = [names[int(i)] for i in np.sort(np.asarray(draw.ids)[broken])]
   some = ', '.join(map(printable, bad[:5])) + (', ...' if len(bad) > 5 else '')
   if bad and len(bad) == int(reported.sum()):
     raise Error(

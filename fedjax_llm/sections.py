@@ -32,6 +32,7 @@ class Settings(NamedTuple):
   block_size: int | Literal['auto'] | None = None
   widths: tuple[int, ...] = ()  # that a block's rows may have, against padding
   mesh_model: int = 1  # devices that share a copy of the base, of all there are
+  execution: str = 'shard_map'  # or 'pmap', where mesh_model is 1
   checkpoint_every: int = 1
   keep_checkpoints: int = 2
   # Where compiled programs are kept for the next start; none: nowhere.
@@ -58,6 +59,7 @@ def parts(
   widths: tuple[int, ...] = (),
   fold: Any = None,
   mesh: Any = None,
+  execution: str = 'shard_map',
 ) -> None:
   """What the program hands to `fed_opt` through a recipe: its signature."""
 

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from fedjax_llm.types import Base, Cohort, Draw, Error
 
 CLIENTS, MODEL = 'clients', 'model'
+EXECUTIONS = ('shard_map', 'pmap')
 
 # Linear maps whose input is what another one has split: the product is summed.
 _ROWS = ('o_proj', 'down_proj')
@@ -98,15 +99,36 @@ def place(base: Base, mesh: Mesh) -> Base:
   )
 
 
-def over_clients(train: Callable[[Any, Any], Any], mesh: Mesh) -> Callable:
+def over_clients(
+  train: Callable[[Any, Any], Any], mesh: Mesh, execution: str = 'shard_map'
+) -> Callable:
   """`train(shared, rows) -> (sums, rows)` with the rows split over 'clients'.
 
   Every device row gets its part of the leading axis of `rows`, which the axis
   must divide; `sums` are added up over all of them, in one all-reduce.
-  """
 
+  Args:
+    train: the clients of one device row.
+    mesh: from `mesh`.
+    execution: 'shard_map', or 'pmap' for those who ask for it: one device a
+      row, so no 'model' axis.
+
+  Raises:
+    Error: another name, or 'pmap' with several devices a row.
+  """
+  if execution not in EXECUTIONS:
+    raise Error(
+      f'execution is {execution!r}; it must be one of {", ".join(EXECUTIONS)}.'
+    )
+  if execution == 'pmap' and mesh.shape[MODEL] > 1:
+    raise Error(
+      f'execution=pmap knows no model axis: with mesh_model='
+      f'{mesh.shape[MODEL]} use shard_map.'
+    )
   if mesh.shape[CLIENTS] == 1:  # all clients are here: nothing to add up
     return train
+  if execution == 'pmap':
+    return _by_pmap(train, mesh)
 
   def part(shared, rows):
     sums, rows = train(shared, rows)
@@ -125,6 +147,27 @@ def over_clients(train: Callable[[Any, Any], Any], mesh: Mesh) -> Callable:
     axis_names={CLIENTS},
     check_vma=False,
   )
+
+
+def _by_pmap(train: Callable[[Any, Any], Any], mesh: Mesh) -> Callable:
+  num = mesh.shape[CLIENTS]
+
+  def part(shared, rows):
+    sums, rows = train(shared, rows)
+    return jax.lax.psum(sums, CLIENTS), rows
+
+  def run(shared, rows):
+    split = lambda x: x.reshape(num, -1, *x.shape[1:])
+    sums, rows = jax.pmap(
+      part,
+      axis_name=CLIENTS,
+      in_axes=(None, 0),
+      out_axes=(None, 0),
+      devices=list(mesh.devices[:, 0]),
+    )(shared, jax.tree.map(split, rows))
+    return sums, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+
+  return run
 
 
 # ------------------------------------------------------------ many processes --

@@ -168,6 +168,7 @@ def run(argv: list[str]) -> None:
     widths=tuple(settings.widths),
     fold=adapter.fold,
     mesh=mesh,
+    execution=settings.execution,
     **{part: build(part) for part in parts if conf.get(part)},
   )
   block_size = settings.block_size

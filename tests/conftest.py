@@ -1,6 +1,9 @@
 """Shared set-up: a CPU, and programs that compile fast rather than run fast."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Programs and references that tests use or run; with --doctest-modules every
 # file would be imported.
@@ -14,3 +17,11 @@ os.environ.setdefault(
   'XLA_FLAGS',
   '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true',
 )
+
+# Programs compiled by one test, or one process of it, serve the others.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  _folder = tempfile.mkdtemp(prefix='fedjax_llm_programs_')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _folder
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+  # Workers of xdist find the variable set: the folder is the first process's.
+  atexit.register(shutil.rmtree, _folder, ignore_errors=True)

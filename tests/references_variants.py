@@ -26,19 +26,21 @@ def federated(
   num_rounds,
   only=None,
   settle=None,
+  begin=lambda p, k: p,
+  finish=lambda p: p,
 ):
   """The server's parameters after a few rounds of local SGD and a mean.
 
   `change(p, t, k)` gives W' [L, D, F], `pull(p, g, t, k)` gradients by name,
   `only(t, k)` names what is trained, `settle(p)` what a client sends of it.
   """
-  server, share = f64(params), np.float64(weight) / np.sum(weight)
+  server, share = f64(params), np.asarray(weight, float) / np.sum(weight)
   for t_ in range(num_rounds):
     ends = []
     for k, steps in enumerate(clients):
-      p = {name: x.copy() for name, x in server.items()}
+      p = begin({name: x.copy() for name, x in server.items()}, k)
       for x, y in steps:
-        x, y = np.float64(x), np.float64(y)
+        x, y = np.asarray(x, float), np.asarray(y, float)
         g = x.T @ (x @ change(p, t_, k).sum(0) - y) / len(x)
         slopes = pull(p, g, t_, k)
         for name in slopes if only is None else only(t_, k):
@@ -49,6 +51,7 @@ def federated(
       name: sum(share[k] * end[name] for k, end in enumerate(ends))
       for name in ends[0]
     }
+    server = finish(server)
   return server
 
 
@@ -164,7 +167,7 @@ def fed_ra(w, s, params, clients, held, rate):
     for mine, steps in zip(now, clients):
       p = {name: x.copy() for name, x in server.items()}
       for x, y in steps:
-        x, y = np.float64(x), np.float64(y)
+        x, y = np.asarray(x, float), np.asarray(y, float)
         seen = (change(p) * mine[:, None, None]).sum(0)
         g = x.T @ (x @ seen - y) / len(x)
         for name, slope in pull(p, g).items():
@@ -180,3 +183,64 @@ def fed_ra(w, s, params, clients, held, rate):
         ]
       )
   return server
+
+
+def fed_hm(decay):
+  """W' = a b, with the decay of the product."""
+
+  def change(p, *_):
+    return p['a'] @ p['b']
+
+  def pull(p, g, *_):
+    g = g + decay * p['a'] @ p['b']
+    return {'a': g @ t(p['b']), 'b': t(p['a']) @ g}
+
+  return change, pull
+
+
+def hafl(w, s, a, b, ranks, clients, weight, rate, num_rounds, beta1, beta2):
+  """The server's factors, and which units [T, K, L, R] were trained."""
+  server, share = f64({'a': a, 'b': b}), np.asarray(weight, float)
+  change, pull = lora(w, s)
+  memory = [
+    {name: (np.zeros_like(x), np.zeros_like(x)) for name, x in server.items()}
+    for _ in clients
+  ]
+  told = []
+  for _ in range(num_rounds):
+    top = {name: 0.0 for name in server}
+    below, chosen = dict(top), []
+    for k, steps in enumerate(clients):
+      p = {name: x.copy() for name, x in server.items()}
+      slope = {name: 0.0 for name in p}
+      for x, y in steps:
+        x, y = np.asarray(x, float), np.asarray(y, float)
+        g = x.T @ (x @ change(p).sum(0) - y) / len(x)
+        for name, part in pull(p, g).items():
+          slope[name] = slope[name] + part / len(steps)
+      score = {}
+      for name in p:
+        now = np.abs(p[name] * slope[name])
+        old, unsure = memory[k][name]
+        old = beta1 * old + (1 - beta1) * now
+        unsure = beta2 * unsure + (1 - beta2) * np.abs(now - old)
+        memory[k][name], score[name] = (old, unsure), old * unsure
+      units = score['a'].mean(-2) + score['b'].mean(-1)
+      order = np.argsort(-units, axis=-1, kind='stable')[:, : ranks[k]]
+      mine = np.zeros_like(units)
+      np.put_along_axis(mine, order, 1.0, axis=-1)
+      chosen.append(mine)
+      mask = {'a': mine[:, None, :], 'b': mine[:, :, None]}
+      for x, y in steps:
+        x, y = np.asarray(x, float), np.asarray(y, float)
+        g = x.T @ (x @ change(p).sum(0) - y) / len(x)
+        for name, part in pull(p, g).items():
+          p[name] = p[name] - rate * mask[name] * part
+      for name in p:
+        top[name] = top[name] + share[k] * mask[name] * (p[name] - server[name])
+        below[name] = below[name] + share[k] * mask[name]
+    told.append(chosen)
+    for name in server:
+      some = np.where(below[name] > 0, below[name], 1.0)
+      server[name] = server[name] + top[name] / some
+  return server, np.array(told)

@@ -105,7 +105,7 @@ def main(shapes: list[str]) -> None:
   optimizer = fl.local.optimizer('sgd', 0.1)
   out: dict = {}
   for shape in shapes:
-    rule, rows, columns, block, num = shape.split(':')
+    rule, rows, columns, block, num, *execution = shape.split(':')
     devices = jax.devices()[: int(rows) * int(columns)]
     mesh = sharding.mesh(int(columns), devices)
     algorithm = fl.recipes.fed_avg(
@@ -114,6 +114,7 @@ def main(shapes: list[str]) -> None:
       aggregator=getattr(fl.aggregators, rule)(),
       block_size=int(block) or None,
       mesh=None if len(devices) == 1 else mesh,
+      execution=(execution or ['shard_map'])[0],
     )
     base = sharding.place(loaded.base, mesh)
     state = algorithm.init(jax.random.key(1), params)

@@ -401,11 +401,21 @@ def names_of(folder):
 METHODS = sorted(set(SPEC.sections['algorithm']) - {'fed_avg', 'fedex_lora'})
 
 
+# Methods on other adapters than two factors.
+ADAPTERS = {
+  'fed_sb': 'lora_xs',
+  'fed_tt_plus': 'tensor_train',
+  'ravan': 'ravan',
+}
+
+
 @pytest.mark.parametrize('name', METHODS)
 def test_every_method_comes_back_from_its_checkpoint(name, tmp_path):
   """Structure by config, values by checkpoint, whatever a method keeps."""
   folder = tmp_path / 'run'
   fields = {**RANDOM, 'algorithm.name': name}
+  if name in ADAPTERS:
+    fields['adapter.name'] = ADAPTERS[name]
   if name == 'scaffold':
     fields['local.name'] = 'sgd'
   _, served, _ = written(folder, fields)

@@ -171,7 +171,7 @@ def agree(folder, other):
       got, want = flat(mine[name], name), flat(its[name], name)
       assert got.keys() == want.keys()
       for part in got:
-        np.testing.assert_allclose(got[part], want[part], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(got[part], want[part], 1e-5, 1e-6)
   got, want = adapter(folder), adapter(other)
   assert got.keys() == want.keys()
   for name in got:

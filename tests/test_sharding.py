@@ -5,7 +5,9 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any, cast
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ from fedjax_llm.types import Error
 ONE_ROW = ['mean:1:2:0:8']  # all devices share one copy of the base
 MEAN = ['mean:8:1:0:8', 'mean:4:2:0:8', 'mean:2:4:0:8', 'mean:2:2:2:8']
 RAGGED = ['mean:4:1:0:6', 'median:4:2:0:8']  # padded; a rule on the stack
+PMAP = ['mean:8:1:0:8:pmap']
 ALONE = ['mean:1:1:0:8', 'median:1:1:0:8']
 
 
@@ -29,6 +32,7 @@ def runs():
       *MEAN,
       *RAGGED,
       *ONE_ROW,
+      *PMAP,
       *ALONE,
     ],
     env={
@@ -38,13 +42,13 @@ def runs():
     },
     capture_output=True,
     text=True,
-    timeout=300,
+    timeout=900,
   )
   assert done.returncode == 0, done.stderr[-3000:]
   return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize('shape', MEAN + RAGGED + ONE_ROW)
+@pytest.mark.parametrize('shape', MEAN + RAGGED + ONE_ROW + PMAP)
 def test_a_mesh_changes_nothing_but_rounding(runs, shape):
   got, want = runs[shape], runs[f'{shape.split(":")[0]}:1:1:0:8']
   for x, y in zip(got['params'], want['params'], strict=True):
@@ -54,11 +58,20 @@ def test_a_mesh_changes_nothing_but_rounding(runs, shape):
   assert got['reported'][:6] == [True] * 5 + [False]
 
 
-@pytest.mark.parametrize('shape', MEAN)
+@pytest.mark.parametrize('shape', MEAN + PMAP)
 def test_one_all_reduce_a_round_crosses_clients(runs, shape):
   found = runs[shape]['collectives']
   assert found['clients'] == 1  # the whole adapter tree and the weights, fused
   assert (found['model'] > 0) == (shape.split(':')[2] != '1')
+
+
+def test_an_execution_that_cannot_be_is_refused():
+  rows = sharding.mesh(1)
+  with pytest.raises(Error, match="execution is 'vmap'; it must be one of"):
+    sharding.over_clients(lambda shared, rows: rows, rows, 'vmap')
+  two = jax.sharding.AbstractMesh((1, 2), ('clients', 'model'))
+  with pytest.raises(Error, match='execution=pmap knows no model axis'):
+    sharding.over_clients(lambda shared, rows: rows, cast(Any, two), 'pmap')
 
 
 def test_devices_that_do_not_divide_into_rows_are_refused():

@@ -27,50 +27,79 @@ from test_variants import (
   wire,
 )
 
-from fedjax_llm import adapters, local, models, recipes, tree, uploads
+from fedjax_llm import (
+  adapters,
+  aggregators,
+  local,
+  models,
+  recipes,
+  tree,
+  uploads,
+)
 from fedjax_llm import clients as rooms
 from fedjax_llm.adapters import gates
+from fedjax_llm.clients import scopes
 from fedjax_llm.recipes import structured
 from fedjax_llm.types import Batch, Error
 
 RATE, SCALE, ROUNDS, T1 = 0.1, 3.0 / R, 8, 3
 LAYERS = np.array([1, 2, 1, 1], np.int32)
+RATES = {'fed_hm': 0.03, 'hafl': 0.03}
 
 
-def start():
-  return adapters.lora(R, 3.0, targets='q').init(KEY, base())
+RANKS = {'fed_hm': np.array([4, 2, 3, 2]), 'hafl': np.array([1, 2, 3, 1])}
+SETTINGS = {
+  'slora': dict(first_rounds=T1),
+  'fed_hm': dict(decay=0.01),
+  'hafl': dict(beta1=0.6, beta2=0.7),
+}
+
+
+def start(name='slora'):
+  if name == 'fed_hm':
+    build = adapters.factorised(F, targets='q')
+  else:
+    build = adapters.lora(3 if name == 'hafl' else R, 3.0, targets='q')
+  params = build.init(KEY, base())
+  if name == 'hafl':  # at b = 0 no unit matters
+    q = params['layers']['q']
+    params['layers']['q'] = q._replace(b=jax.random.normal(KEY, q.b.shape))
+  return params
 
 
 @functools.cache
 def run(name, num_rounds=ROUNDS, **more):
   """Every round's (state, client states, metrics), the first before any."""
-  settings = {'slora': dict(first_rounds=T1)}.get(name, {})
   algorithm = getattr(recipes, name)(
     loss,
-    local.optimizer('sgd', RATE),
-    upload=watched(uploads.identity()),
+    local.optimizer('sgd', RATES.get(name, RATE)),
+    upload=watched(uploads.identity(bitmap=name == 'hafl')),
     fold=adapters.fold,
-    **{**settings, **more},
+    **{**SETTINGS.get(name, {}), **more},
   )
-  state = algorithm.init(KEY, start())
+  state = algorithm.init(KEY, start(name))
   states = tree.broadcast(algorithm.init_client(state.params), K)
   step = jax.jit(algorithm.round)
-  history = [(state, states, {})]
+  history: list = [(state, states, {})]
   for _ in range(num_rounds):
-    of = cohort(states, profiles={'layers': LAYERS})
+    profiles = {'layers': LAYERS, 'rank': RANKS.get(name, LAYERS)}
+    of = cohort(states, profiles=jax.tree.map(np.int32, profiles))
     state, states, told = step(state, of, base())
     history.append((state, states, jax.device_get(told)))
-  return algorithm, history
+  return algorithm, history, step
 
 
-@pytest.mark.parametrize('name', ['fed_ra', 'slora'])
+@pytest.mark.parametrize('name', ['fed_ra', 'slora', 'fed_hm', 'hafl'])
 def test_the_loss_falls_and_bytes_are_those_of_a_message(name):
-  _, history = run(name)
+  _, history, _ = run(name)
   told = [told for *_, told in history[1:]]
   assert told[-1]['local/loss'] < 0.75 * told[0]['local/loss']
   for _, states, metrics in history[1:]:
     for k in range(K):
-      assert len(wire(states, k)) == metrics['uploads/bytes'][k].sum()
+      # A bit a unit in the masks of a and of b says which were trained.
+      bitmap = 2 * -(-L * 3 // 8) if name == 'hafl' else 0
+      size = len(wire(states, k)) + bitmap
+      assert size == metrics['uploads/bytes'][k].sum()
 
 
 # ------------------------------------------------------------------ fed_ra --
@@ -83,7 +112,7 @@ def held(history):
 
 
 def test_fed_ra_is_that_of_the_reference():
-  _, history = run('fed_ra')
+  _, history, _ = run('fed_ra')
   first, last = start()['layers']['q'], history[3][0].params['layers']['q']
   w = np.float64(base()['layers']['q']['kernel'])
   mine = held(history)[:3]
@@ -95,7 +124,7 @@ def test_fed_ra_is_that_of_the_reference():
 
 
 def test_fed_ra_draws_as_many_layers_as_a_client_has_anew_in_every_round():
-  algorithm, history = run('fed_ra')
+  algorithm, history, _ = run('fed_ra')
   mine = held(history)
   assert (mine.sum(-1) == LAYERS).all()
   weak = mine[:, LAYERS == 1, 0]
@@ -111,43 +140,47 @@ def test_fed_ra_draws_as_many_layers_as_a_client_has_anew_in_every_round():
 
 
 def test_fed_ra_with_all_layers_is_fed_it():
-  everything = np.full(K, L, np.int32)
-  ours = recipes.fed_ra(loss, toy.sgd(), weighted=True)
-  theirs = recipes.fed_it(loss, toy.sgd())
-  states = [x.init(KEY, start()) for x in (ours, theirs)]
-  for x in range(2):
-    algorithm = (ours, theirs)[x]
-    step = jax.jit(algorithm.round)
-    for _ in range(2):
-      states[x], _, _ = step(states[x], cohort(profiles=everything), base())
-  found = ours.personal(states[0].params, None)
-  toy.close(found, theirs.personal(states[1].params, None))
+  ours, history, step = run('fed_ra')
+  everything = {'layers': np.full(K, L, np.int32), 'rank': LAYERS}
+  state, states, _ = history[2]
+  new, *_ = step(state, cohort(states, profiles=everything), base())
+  algorithm = recipes.fed_it(
+    loss, toy.sgd(), aggregator=aggregators.uniform_mean()
+  )
+  state = algorithm.init(KEY, ours.personal(state.params, None))
+  wanted, *_ = jax.jit(algorithm.round)(state, cohort(), base())
+  toy.close(ours.personal(new.params, None), wanted.params)
 
 
 def test_a_layer_whose_gate_is_shut_is_not_there():
+  """The residual stream goes past it, as past a layer that writes nothing."""
   loaded = models.random(vocab_size=32, hidden_size=16, num_layers=2)
   params = adapters.lora(R).init(KEY, loaded.base)
-  some = lambda x: x + 0.1 * jax.random.normal(KEY, x.shape)
-  params = jax.tree.map(some, params)
+  params = jax.tree.map(lambda x: x + 0.1, params)
   tokens = jnp.arange(8)[None] % 32
   ones = jnp.ones_like(tokens)
   batch = Batch(tokens, ones > 0, ones, jnp.arange(8)[None])
 
   @jax.jit
-  def hidden(gate):
+  def hidden(base, gate):
     inner = {**params['layers'], 'gate': gate}
-    return loaded.model.hidden(loaded.base, {'layers': inner}, batch)
+    return loaded.model.hidden(base, {'layers': inner}, batch)
 
-  plain = loaded.model.hidden(loaded.base, params, batch)
-  np.testing.assert_array_equal(hidden(jnp.ones(2)), plain)
-  shallow = models.random(vocab_size=32, hidden_size=16, num_layers=1)
+  everything = hidden(loaded.base, jnp.ones(2))
   for layer in range(2):
-    one = lambda x: x[layer : layer + 1]
-    cut = lambda x: {**x, 'layers': jax.tree.map(one, x['layers'])}
-    want = shallow.model.hidden(cut(loaded.base), cut(params), batch)
-    found = hidden(jnp.arange(2) == layer)
-    np.testing.assert_allclose(found, want, atol=1e-6)
-  assert gates.without(gates.added(params)).keys() == params.keys()
+    others = jnp.arange(2) != layer
+
+    def silent(path, x, others=others):
+      name = jax.tree_util.keystr(path)
+      writes = 'o_proj' in name or 'down_proj' in name
+      return x * others[:, None, None] if writes else x
+
+    mute = jax.tree_util.tree_map_with_path(silent, loaded.base)
+    found = hidden(loaded.base, others.astype(jnp.float32))
+    np.testing.assert_allclose(found, hidden(mute, jnp.ones(2)), atol=1e-6)
+    assert jnp.abs(found - everything).max() > 0.1
+  gated = gates.added(params)
+  assert gates.without(gated).keys() == params.keys()
 
 
 def test_fed_ra_says_what_is_missing():
@@ -167,7 +200,7 @@ def test_fed_ra_says_what_is_missing():
 
 
 def test_slora_is_sparse_first_and_then_the_factors_of_what_it_found():
-  _, history = run('slora')
+  _, history, _ = run('slora')
   first = history[0][0].params
   places = np.asarray(first.sparse['layers']['q'].places)
   assert places.shape == (L, R * (D + F))
@@ -201,14 +234,14 @@ def test_slora_is_sparse_first_and_then_the_factors_of_what_it_found():
 
 
 def test_slora_sends_the_same_in_both_stages_and_serves_what_it_has():
-  algorithm, history = run('slora')
+  algorithm, history, _ = run('slora')
   for _, _, told in history[1:]:
     for way in ('uploads', 'downloads'):
       assert (told[f'{way}/bytes'].sum(1) == 4 * L * R * (D + F)).all()
   for state, *_ in history[1 : T1 + 2]:
     served = algorithm.personal(state.params, None)
-    x, y = cohort().batches.x[0, 0], jnp.zeros((B, F))
-    rows = toy.Rows(x, y, jnp.ones(B, bool))
+    x, y = cohort().batches.x[0, 0], np.zeros((B, F))
+    rows = toy.Rows(x, y, np.ones(B, bool))
     folded, bare = adapters.fold(base(), served)
     one = loss(base(), served, rows, KEY).total
     np.testing.assert_allclose(
@@ -217,16 +250,15 @@ def test_slora_sends_the_same_in_both_stages_and_serves_what_it_has():
 
 
 def test_a_full_pattern_of_the_full_rank_loses_nothing_at_the_turn():
-  algorithm = recipes.slora(loss, toy.sgd(), first_rounds=1, density=1.0)
-  params = adapters.lora(F, 3.0, targets='q').init(KEY, base())
-  state = algorithm.init(KEY, params)
-  full = recipes.slora(loss, toy.sgd(), first_rounds=9, density=1.0)
-  ends = []
-  for one in (algorithm, full):
-    state = one.init(KEY, params)
-    state, *_ = jax.jit(one.round)(state, cohort(), base())
-    ends.append(adapters.merge(base(), one.personal(state.params, None)))
-  toy.close(*ends, atol=1e-5)
+  factors = adapters.lora(F, 3.0, targets='q').init(KEY, base())
+  sparse = structured._pattern(KEY, factors, 1.0)
+  values = jax.random.normal(KEY, (L, D * F))
+  sparse['layers']['q'] = sparse['layers']['q']._replace(values=values)
+  staged = structured.Staged(sparse, factors)
+  turned = structured._factored(staged)
+  product = lambda p: adapters.product(structured._together(p)['layers']['q'])
+  np.testing.assert_allclose(product(turned), product(staged), atol=1e-5)
+  assert not turned.sparse['layers']['q'].values.any()
 
 
 @pytest.mark.parametrize(
@@ -246,3 +278,100 @@ def test_slora_needs_factors():
   algorithm = structured.slora(loss, toy.sgd())
   with pytest.raises(Error, match='needs low-rank factors'):
     algorithm.init(KEY, adapters.vera(2, targets='q').init(KEY, base()))
+
+
+# ------------------------------------------------------- fed_hm and hafl --
+
+
+def test_fed_hm_is_that_of_the_reference():
+  _, history, _ = run('fed_hm')
+  first = start('fed_hm')['layers']['q']
+  w = np.float64(base()['layers']['q']['kernel'])
+  np.testing.assert_allclose(first.a @ first.b, w, atol=1e-5)
+  merged = adapters.merge(base(), {'layers': {'q': first}})
+  np.testing.assert_allclose(merged['layers']['q']['kernel'], w, atol=1e-5)
+
+  def begin(p, k):
+    rank = RANKS['fed_hm'][k]
+    return {'a': p['a'][..., :rank], 'b': p['b'][:, :rank]}
+
+  def finish(p):
+    return dict(zip('ab', ref.largest(p['w'], F, 1.0)))
+
+  wanted = ref.federated(
+    {'a': first.a, 'b': first.b},
+    *ref.fed_hm(0.01),
+    clients(),
+    cohort().weight,
+    RATES['fed_hm'],
+    3,
+    settle=lambda p: {'w': p['a'] @ p['b']},
+    begin=begin,
+    finish=finish,
+  )
+  node = history[3][0].params['layers']['q']
+  found = node.a @ node.b
+  np.testing.assert_allclose(found, wanted['a'] @ wanted['b'], atol=1e-5)
+  assert np.abs(found - w).max() > 0.1
+
+
+def test_a_decay_of_nothing_is_no_decay():
+  assert local.frobenius_decay(loss, 0.0) is loss
+  rows = jax.tree.map(lambda x: x[0, 0], cohort().batches)
+  params = start('hafl')
+  product = np.float64(adapters.product(params['layers']['q']))
+  more = local.frobenius_decay(loss, 0.3)(base(), params, rows, KEY).total
+  plain = loss(base(), params, rows, KEY).total
+  np.testing.assert_allclose(
+    (more - plain) / B, 0.15 * (product**2).sum(), rtol=1e-4
+  )
+  with pytest.raises(Error, match='strength=-1 must not be negative'):
+    local.frobenius_decay(loss, -1)
+
+
+def test_hafl_is_that_of_the_reference():
+  _, history, _ = run('hafl')
+  first = start('hafl')['layers']['q']
+  wanted, units = ref.hafl(
+    np.float64(base()['layers']['q']['kernel']),
+    float(first.scale[0]),
+    first.a,
+    first.b,
+    RANKS['hafl'],
+    clients(),
+    cohort().weight,
+    RATES['hafl'],
+    3,
+    0.6,
+    0.7,
+  )
+  trained = [s.upload[1]['layers']['q'].a[:, :, 0] for _, s, _ in history[1:4]]
+  np.testing.assert_array_equal(np.stack(trained), units)
+  node = history[3][0].params['layers']['q']
+  np.testing.assert_allclose(node.a, wanted['a'], rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(node.b, wanted['b'], rtol=1e-5, atol=1e-5)
+  assert (units[0].sum(-1) == RANKS['hafl'][:, None]).all()
+  assert (units[:, RANKS['hafl'] == 1, :, 1:]).any()  # not the first ones
+
+
+def test_importance_needs_factors_and_betas_below_one():
+  inner = local.sgd(loss, toy.sgd())
+  with pytest.raises(Error, match=r'beta1=1.0 must be from 0 to below 1'):
+    local.important(inner, loss, beta1=1.0)
+  algorithm = recipes.hafl(loss, toy.sgd())
+  state = algorithm.init(KEY, adapters.vera(2, targets='q').init(KEY, base()))
+  states = tree.broadcast(algorithm.init_client(state.params), K)
+  of = cohort(states, profiles=RANKS['hafl'])
+  with pytest.raises(Error, match='ranks of clients need low-rank factors'):
+    jax.eval_shape(algorithm.round, state, of, base())
+  algorithm = recipes.hafl(loss, toy.sgd(), scope=scopes.everything())
+  with pytest.raises(Error, match='important needs low-rank factors'):
+    jax.eval_shape(algorithm.round, state, of, base())
+
+
+def test_a_rule_on_factors_is_refused_where_there_are_none():
+  for name in ('fedex_lora', 'flexlora', 'flora'):
+    algorithm = getattr(recipes, name)(loss, toy.sgd(), fold=adapters.fold)
+    params = adapters.vera(2, targets='q').init(KEY, base())
+    with pytest.raises(Error, match='is a rule on low-rank factors'):
+      algorithm.init(KEY, params)

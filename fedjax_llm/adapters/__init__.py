@@ -7,6 +7,8 @@ from fedjax_llm.adapters import cores as cores
 from fedjax_llm.adapters import gates as gates
 from fedjax_llm.adapters import targets as targets
 from fedjax_llm.adapters.changes import Dense as Dense
+from fedjax_llm.adapters.changes import Dora as Dora
+from fedjax_llm.adapters.changes import as_low_rank as as_low_rank
 from fedjax_llm.adapters.changes import fold as fold
 from fedjax_llm.adapters.changes import merge as merge
 from fedjax_llm.adapters.changes import overlay as overlay
@@ -17,6 +19,7 @@ from fedjax_llm.adapters.dense import beside as beside
 from fedjax_llm.adapters.dense import complete as complete
 from fedjax_llm.adapters.dense import dense as dense
 from fedjax_llm.adapters.dora import dora as dora
+from fedjax_llm.adapters.low_rank import factorised as factorised
 from fedjax_llm.adapters.low_rank import federa as federa
 from fedjax_llm.adapters.low_rank import lora as lora
 from fedjax_llm.adapters.low_rank import rslora as rslora
@@ -25,6 +28,7 @@ from fedjax_llm.adapters.vera import vera as vera
 
 __all__ = [
   'dora',
+  'factorised',
   'federa',
   'lora',
   'lora_xs',

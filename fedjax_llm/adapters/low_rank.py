@@ -121,6 +121,50 @@ def federa(
   return saved_beside(fresh._replace(init=init), modules_to_save)
 
 
+def factorised(
+  rank: int = 8,
+  targets: str | Sequence[str] = ('q_proj', 'v_proj'),
+  modules_to_save: str | Sequence[str] = (),
+) -> Adapter:
+  """The weight itself as a product: nothing of W is left beside it.
+
+      W = U S V':   W' = a b,   a = U_r sqrt(S_r),   b = sqrt(S_r) V_r'
+
+  The clients' models of FedHM (Yao et al. 2021, arXiv 2111.14655): what a rank
+  cannot hold of W is lost, unless it is the smaller side. `residual` takes W
+  away. Arguments and errors as in `federa`.
+
+  >>> import jax, jax.numpy as jnp
+  >>> base = {'layers': {'q_proj': {'kernel': jnp.diag(jnp.arange(3.0))[None]}}}
+  >>> params = factorised(rank=1, targets='q_proj').init(None, base)
+  >>> jnp.diagonal(product(params['layers']['q_proj'])[0]).round(3).tolist()
+  [0.0, -1.0, 0.0]
+  """
+  fresh = _low_rank(rank, 1.0, targets)
+
+  def init(key: Key, base: Base) -> Params:
+    del key  # nothing is drawn
+
+    def node(x, weights):
+      if hasattr(weights['kernel'], 'qvalue'):
+        raise Error(
+          'factorised takes the weights apart, which a quantised base does not '
+          'allow: leave model.quantisation out.'
+        )
+      kernel = weights['kernel'].astype(jnp.float32)
+      u, s, v = jnp.linalg.svd(kernel, full_matrices=False)
+      root = jnp.sqrt(s[..., :rank])
+      a, b = (
+        u[..., :rank] * root[..., None, :],
+        root[..., None] * v[..., :rank, :],
+      )
+      return x._replace(a=a, b=b, residual=-kernel)
+
+    return _beside(fresh.init(jax.random.key(0), base), base, node)
+
+  return saved_beside(fresh._replace(init=init), modules_to_save)
+
+
 def _beside(params: Any, base: Any, change: Callable) -> Any:
   """`change(node, weights)` on every adapter node and the base beside it."""
   if isinstance(params, LowRank):

@@ -51,10 +51,10 @@ def split(params: Params) -> tuple[Params, dict[Path, Any]]:
 
 def put(params: Any, magnitudes: Mapping[Path, Any], path: Path = ()) -> Params:
   """The inverse of `split`."""
-  if isinstance(params, LowRank):
-    if path not in magnitudes:
-      return params
+  if isinstance(params, LowRank) and path in magnitudes:
     return Dora(params, jnp.asarray(magnitudes[path], jnp.float32))
+  if not isinstance(params, Mapping):
+    return params
   return {n: put(x, magnitudes, (*path, n)) for n, x in params.items()}
 
 

@@ -65,6 +65,12 @@ def by_node(
 
   def init(params, key):
     del key
+    nodes = jax.tree.leaves(params, is_leaf=low_rank.is_node)
+    if not any(map(low_rank.is_node, nodes)):
+      raise Error(
+        f'{name} is a rule on low-rank factors, and there are none: '
+        'adapter.name=lora, or use a mean.'
+      )
     if rank_down is None:
       return ()
     return jax.tree.map(

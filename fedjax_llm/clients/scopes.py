@@ -367,7 +367,8 @@ def ranks(inner: Scope | None = None) -> Scope:
   profiles are mappings. `inner` says the rest (everything shared if None).
 
   Raises:
-    Error: from `mask`, clients without a rank in their profile.
+    Error: from `mask`, clients without a rank in their profile, or parameters
+      without low-rank factors.
 
   >>> node = LowRank(jnp.ones((5, 4)), jnp.ones((4, 3)), jnp.ones(()))
   >>> masks = ranks().mask({'q': node}, jnp.int32(2), None, 0, None)
@@ -378,6 +379,9 @@ def ranks(inner: Scope | None = None) -> Scope:
 
   def mask(start, profile, state, round, key):
     rank = rank_of(profile)
+    is_node = lambda x: isinstance(x, LowRank)
+    if not any(map(is_node, jax.tree.leaves(start, is_leaf=is_node))):
+      raise Error('ranks of clients need low-rank factors: adapter.name=lora.')
     masks = inner.mask(start, profile, state, round, key)
     return hold_columns(
       masks, start, lambda node: jnp.arange(node.a.shape[-1]) < rank

@@ -5,6 +5,7 @@ from fedjax_llm.local.dual import forked as forked
 from fedjax_llm.local.dual import synced as synced
 from fedjax_llm.local.dual import tethered as tethered
 from fedjax_llm.local.dual import viewed as viewed
+from fedjax_llm.local.importance import important as important
 from fedjax_llm.local.lifted import lifted as lifted
 from fedjax_llm.local.losses import causal_lm as causal_lm
 from fedjax_llm.local.losses import classification as classification
@@ -30,6 +31,7 @@ __all__ = [
   'counted',
   'forked',
   'frobenius_decay',
+  'important',
   'lifted',
   'lora_plus',
   'optimizer',

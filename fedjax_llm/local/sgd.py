@@ -114,7 +114,7 @@ def descend(
 
   def step(index, carry):
     trained, optimizer_state, told = carry
-    batch = jax.tree.map(lambda x: x[index], batches)
+    batch = jax.tree.map(lambda x: jnp.asarray(x)[index], batches)
     grads, sums = jax.grad(mean_loss, has_aux=True)(
       trained, batch, jax.random.fold_in(key, index)
     )

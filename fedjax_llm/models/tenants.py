@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm.adapters import Dense, overlay
+from fedjax_llm.adapters import Dense, Dora, as_low_rank, overlay
 from fedjax_llm.models import layers
 from fedjax_llm.models.layers import Places
 from fedjax_llm.models.transformer import Cache, Decoder
@@ -51,6 +51,7 @@ of the model is [4, 6].
     if isinstance(weights, Mapping):  # a leaf on a module: on its main weight
       weights = weights[next(x for x in _MAIN if x in weights)]
     there = tuple(weights.shape)
+    leaf = as_low_rank(leaf.direction if isinstance(leaf, Dora) else leaf)
     if isinstance(leaf, LowRank):
       here = (*jnp.shape(leaf.a)[:-1], jnp.shape(leaf.b)[-1])
     else:
@@ -73,7 +74,7 @@ def stack(base: Base, adapters: Sequence[Params]) -> Params:
 
   Raises:
     Error: two change a weight in ways that do not stack (a low-rank node and a
-      dense change), or the shapes of what they change differ.
+      dense change), or the shapes of what they change differ; a DoRA.
 
   >>> node = lambda rank: LowRank(
   ...   jnp.ones([1, 4, rank]), jnp.ones([1, rank, 6]), jnp.ones(1)
@@ -82,7 +83,14 @@ def stack(base: Base, adapters: Sequence[Params]) -> Params:
   >>> both['layers']['q'].a.shape
   (1, 3, 4, 3)
   """
-  return _join(base, [*adapters, None], ()) or {}
+  is_dora = lambda x: isinstance(x, Dora)
+  if any(map(is_dora, jax.tree.leaves(list(adapters), is_leaf=is_dora))):
+    raise Error(
+      'a DoRA gives the weights of the base other lengths, so it shares no '
+      'batch with others: merge it into a base of its own.'
+    )
+  plain = [as_low_rank(adapter) for adapter in adapters]
+  return _join(base, [*plain, None], ()) or {}
 
 
 def _join(base: Any, trees: Sequence[Any], path: Path) -> Any:

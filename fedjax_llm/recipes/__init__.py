@@ -10,8 +10,10 @@ from fedjax_llm.recipes.averaging import fed_yogi as fed_yogi
 from fedjax_llm.recipes.averaging import scaffold as scaffold
 from fedjax_llm.recipes.baselines import centralised as centralised
 from fedjax_llm.recipes.baselines import local_only as local_only
+from fedjax_llm.recipes.heterogeneous import fed_hm as fed_hm
 from fedjax_llm.recipes.heterogeneous import flexlora as flexlora
 from fedjax_llm.recipes.heterogeneous import flora as flora
+from fedjax_llm.recipes.heterogeneous import hafl as hafl
 from fedjax_llm.recipes.heterogeneous import het_lora as het_lora
 from fedjax_llm.recipes.heterogeneous import hlora as hlora
 from fedjax_llm.recipes.heterogeneous import rbla as rbla
@@ -52,6 +54,7 @@ __all__ = [
   'fed_avgm',
   'fed_dpa_f',
   'fed_dpa_t',
+  'fed_hm',
   'fed_it',
   'fed_lora',
   'fed_prox',
@@ -68,6 +71,7 @@ __all__ = [
   'flasc',
   'flexlora',
   'flora',
+  'hafl',
   'het_lora',
   'hlora',
   'local_only',

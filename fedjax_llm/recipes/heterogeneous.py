@@ -164,6 +164,80 @@ def hlora(
   )
 
 
+def fed_hm(
+  loss: Loss,
+  optimizer: LocalOptimizer,
+  *,
+  decay: float = 1e-4,
+  clip_norm: float | None = None,
+  **parts: Any,
+) -> FederatedAlgorithm:
+  """FedHM: factorised weights of each client's rank, averaged as weights.
+
+      client:  W_k = a_k b_k of rank r_k; loss + decay / 2 sum ||a_k b_k||_F^2,
+      server:  W <- sum_k w_k a_k b_k,   a, b <- its SVD, truncated on the way
+
+  Yao et al. 2021, arXiv 2111.14655: the rule of FlexLoRA on the adapter
+  `factorised`, whose rank is that of the server and must be the smaller side
+  for the mean to be exact. The decay is that of the product, and tuned.
+  """
+  refuse('fed_hm', 'aggregator', parts)
+  update = local.sgd(
+    local.frobenius_decay(loss, decay), optimizer, clip_norm=clip_norm
+  )
+  return averaging.compose(
+    update,
+    aggregator=aggregators.flexlora(),
+    **{'scope': scopes.ranks(), **parts},
+  )
+
+
+def hafl(
+  loss: Loss,
+  optimizer: LocalOptimizer,
+  *,
+  beta1: float = 0.85,
+  beta2: float = 0.85,
+  clip_norm: float | None = None,
+  **parts: Any,
+) -> FederatedAlgorithm:
+  """HAFL, with freezing: all hold every unit, and train those that matter.
+
+      client:  the r_k units of each target with the largest importance,
+      server:  a[:, i] <- mean of a_k[:, i] over the clients that trained i
+
+  and the rows of b likewise, with the weights of the round (Su et al. 2024,
+  arXiv 2411.06581). The importance is AdaLoRA's, `local.important`; r_k is the
+  client's profile. Which units it trained travels as well, a bit a unit. The
+  variant that truncates instead, and the quantisation of HAFLQ, are left out.
+  """
+  refuse('hafl', 'aggregator', parts)
+  update = local.important(
+    local.sgd(loss, optimizer, clip_norm=clip_norm),
+    loss,
+    beta1=beta1,
+    beta2=beta2,
+  )
+  mine = {'scope': _trained_ranks(), 'upload': uploads.identity(bitmap=True)}
+  return averaging.compose(
+    update, aggregator=aggregators.masked_mean('mask'), **{**mine, **parts}
+  )
+
+
+def _trained_ranks() -> Scope:
+  """As many columns as a client may train are trained, and all are held."""
+  inner = scopes.everything()
+  narrow = scopes.ranks(inner)
+
+  def mask(start, profile, state, round, key):
+    some = narrow.mask(start, profile, state, round, key)
+    return inner.mask(start, profile, state, round, key)._replace(
+      trained=some.trained
+    )
+
+  return inner._replace(mask=mask)
+
+
 def het_lora(
   loss: Loss,
   optimizer: LocalOptimizer,

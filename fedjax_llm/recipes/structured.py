@@ -321,7 +321,14 @@ def _factored(params: Staged) -> Staged:
     if not isinstance(x, LowRank):
       return x
     rank = x.a.shape[-1]
-    u, s, v = jnp.linalg.svd(_dense(sparse, x), full_matrices=False)
+    dense = _dense(sparse, x)
+    # One after another: a batch could wait for threads that wait for it.
+    u, s, v = jax.lax.map(
+      lambda one: tuple(jnp.linalg.svd(one, full_matrices=False)),
+      dense.reshape(-1, *dense.shape[-2:]),
+    )
+    lead = dense.shape[:-2]
+    u, s, v = (y.reshape(*lead, *y.shape[1:]) for y in (u, s, v))
     b = s[..., :rank, None] * v[..., :rank, :] / x.scale[..., None, None]
     return x._replace(a=u[..., :rank].astype(x.a.dtype), b=b.astype(x.b.dtype))
 

@@ -54,6 +54,7 @@ def fed_opt(
   block_size: int | None = None,
   widths: Sequence[int] = (),
   mesh: jax.sharding.Mesh | None = None,
+  execution: str = 'shard_map',
 ) -> FederatedAlgorithm:
   """Composes a federated algorithm from its stations.
 
@@ -85,6 +86,8 @@ def fed_opt(
     mesh: a ('clients', 'model') mesh (`sharding.mesh`); a cohort is split over
       its first axis, and blocks are then those of one device row. A streaming
       rule costs one all-reduce a round.
+    execution: how that is written, 'shard_map' or 'pmap'
+      (`sharding.over_clients`).
 
   Raises:
     Error: a block size or a width below one; a server optimizer with moments
@@ -252,7 +255,7 @@ def fed_opt(
       sums, rows = train(shared, cohort)
     else:
       rows_of = mesh.shape[sharding.CLIENTS]
-      sums, rows = sharding.over_clients(train, mesh)(
+      sums, rows = sharding.over_clients(train, mesh, execution)(
         shared, _pad(cohort, rows_of)
       )
       rows = jax.tree.map(lambda x: x[:num_clients], rows)

@@ -1,0 +1,105 @@
+"""Local training of the rank-one units that have mattered so far."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm import tree
+from fedjax_llm.types import (
+  ClientOutput,
+  Error,
+  LocalUpdate,
+  Loss,
+  LowRank,
+  Masks,
+  Params,
+)
+
+
+class Importance(NamedTuple):
+  """What a client remembers of every entry that it can train."""
+
+  sensitivity: Any
+  uncertainty: Any
+  inner: Any
+
+
+def important(
+  inner: LocalUpdate, loss: Loss, *, beta1: float = 0.85, beta2: float = 0.85
+) -> LocalUpdate:
+  """Trains the units of largest importance, as many as the scope lets train.
+
+      I = |p dL/dp|,   J <- beta1 J + (1 - beta1) I,
+      U <- beta2 U + (1 - beta2) |I - J|,   s = J U,
+      score of unit i = mean s(a[:, i]) + mean s(b[i, :])
+
+  AdaLoRA's smoothed sensitivity and uncertainty (Zhang et al. 2023, arXiv
+  2303.10512, equations 8 to 11), which a client keeps over its rounds. Every
+  target of every layer trains as many units as columns are in the mask that it
+  is given, those of the largest scores. One gradient a round, of the token mean
+  over all its batches at the parameters received, where AdaLoRA takes one a
+  step; it costs a pass over the batches.
+
+  Raises:
+    Error: a beta not in [0, 1); from the round, no low-rank factors.
+  """
+  for name, value in (('beta1', beta1), ('beta2', beta2)):
+    if not 0 <= value < 1:
+      raise Error(f'important: {name}={value} must be from 0 to below 1.')
+
+  def init(trainable: Params) -> Importance:
+    zeros = tree.zeros_like(trainable, jnp.float32)
+    return Importance(zeros, zeros, inner.init(trainable))
+
+  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
+    trained = tree.like(start, masks.trained)
+
+    def mean_loss(trained):
+      def one(batch):
+        sums = loss(base, tree.merge(trained, start), batch, key)
+        return sums.total, sums.count
+
+      totals, counts = jax.lax.map(one, batches)
+      return jnp.sum(totals) / jnp.maximum(jnp.sum(counts), 1.0)
+
+    slope = jax.grad(mean_loss)(trained)
+    now = tree.map_present(lambda p, g: jnp.abs(p * g), trained, slope)
+    mix = lambda beta: lambda old, new: beta * old + (1 - beta) * new
+    smooth = tree.map_present(mix(beta1), state.sensitivity, now)
+    apart = tree.map_present(lambda i, j: jnp.abs(i - j), now, smooth)
+    unsure = tree.map_present(mix(beta2), state.uncertainty, apart)
+    score = tree.map_present(jnp.multiply, smooth, unsure)
+    chosen = _chosen(start, score, masks.trained)
+    out = inner.run(
+      base, start, state.inner, batches, Masks(masks.held, chosen), round, key
+    )
+    return out._replace(state=Importance(smooth, unsure, out.state))
+
+  return LocalUpdate(init, run)
+
+
+def _chosen(start: Params, score: Any, trained: Any) -> Any:
+  found = []
+
+  def node(x, s, m):
+    if not isinstance(x, LowRank) or m.a is None or m.b is None:
+      return m
+    found.append(x)
+    units = jnp.mean(s.a, -2) + jnp.mean(s.b, -1)  # [..., R]
+    columns = jnp.any(jnp.broadcast_to(m.a, x.a.shape), -2)
+    size = jnp.sum(columns, -1, keepdims=True)
+    place = jnp.argsort(jnp.argsort(-units, axis=-1), axis=-1)
+    kept = place < size
+    return m._replace(a=kept[..., None, :], b=kept[..., :, None])
+
+  masks = jax.tree.map(
+    node,
+    start,
+    score,
+    trained,
+    is_leaf=lambda x: x is None or isinstance(x, LowRank),
+  )
+  if not found:
+    raise Error('important needs low-rank factors: adapter.name=lora.')
+  return masks
