@@ -158,7 +158,7 @@ def svd_round(
   q_a, r_a = _qr(node.a.astype(jnp.float32))
   q_b, r_b = _qr(_transpose(node.b).astype(jnp.float32))
   small = dot(r_a, _transpose(r_b)) * (node.scale / scale)[..., None, None]
-  u, s, v = _each(lambda x: jnp.linalg.svd(x, full_matrices=False), small)
+  u, s, v = each(lambda x: jnp.linalg.svd(x, full_matrices=False), small)
   u, s, v = u[..., :rank], s[..., :rank], _transpose(v)[..., :rank]
   if split == 'both':
     root = jnp.sqrt(s)
@@ -184,10 +184,10 @@ def _qr(x: jax.Array) -> tuple[jax.Array | None, jax.Array]:
   """x = q r; q is None, the identity, where it would not make x smaller."""
   if x.shape[-1] >= x.shape[-2]:
     return None, x
-  return _each(jnp.linalg.qr, x)
+  return each(jnp.linalg.qr, x)
 
 
-def _each(factorise: Callable, x: jax.Array) -> Any:
+def each(factorise: Callable, x: jax.Array) -> Any:
   """A factorisation of each matrix of [..., m, n], one after another.
 
   A batch of them waits for threads of XLA's own pool, which on a CPU with two

@@ -123,11 +123,14 @@ def fedrot(*, strength: float = 1.0, first: str = 'a') -> Aggregator:
 
 def _rotation(m: jax.Array) -> jax.Array:
   """The rotation nearest to m, [..., R, R]."""
-  u, _, v = jnp.linalg.svd(m)
-  sign = jnp.sign(jnp.linalg.det(low_rank.dot(u, v)))
-  last = jnp.arange(m.shape[-1]) == m.shape[-1] - 1
-  flipped = jnp.where(last, sign[..., None], 1.0)
-  return low_rank.dot(u * flipped[..., None, :], v)
+
+  def nearest(x):
+    u, _, v = jnp.linalg.svd(x)
+    sign = jnp.sign(jnp.linalg.det(low_rank.dot(u, v)))
+    last = jnp.arange(x.shape[-1]) == x.shape[-1] - 1
+    return (low_rank.dot(u * jnp.where(last, sign, 1.0), v),)
+
+  return low_rank.each(nearest, m)[0]
 
 
 def _counting(name, rule, traits, *, assigns) -> Aggregator:

@@ -117,7 +117,8 @@ def _cross_entropy(head, hidden, targets, mask, chunk_size):
     picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
     # `where` and not a product: 0 * NaN of a padding position would leak.
     nats = jnp.where(m, log_z - picked, 0.0)
-    hit = jnp.argmax(logits, axis=-1) == target
+    # No other logit is as large. An arg max is a tenth of a step on a CPU.
+    hit = jnp.sum(logits >= picked[:, None], axis=-1) == 1
     return nats, jnp.where(m, hit, False).astype(jnp.float32)
 
   num = hidden.shape[0]

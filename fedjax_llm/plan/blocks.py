@@ -11,10 +11,11 @@ from fedjax_llm.plan import costs
 from fedjax_llm.types import Cohort, Error, FederatedAlgorithm
 
 # Rows m * B * T of a block's products with the base. On two CPU cores blocks
-# of 512 rows were 1.3 to 1.4 times as fast as single clients of 64 (4 layers,
-# width 256), while clients of 512 rows and more were fastest alone: what one of
-# them leaves in the caches is gone when the next layer begins.
-_CPU_ROWS = 512
+# of 1024 rows took 0.83 and 0.85 of the time of blocks of 512 for clients of 64
+# rows (widths 64 and 256), and 0.95 for clients of 512; whole cohorts of 4,096
+# rows and more took longer again: what a layer leaves in the caches is gone
+# when the next one begins (`scripts/benchmarks/ours.py --block`, 2026-11-22).
+_CPU_ROWS = 1024
 # On accelerators a product of this many rows is bound by arithmetic, not by
 # reading the weights; more only costs memory. Reckoned, not measured.
 _ROWS = 16384
@@ -29,7 +30,7 @@ def rule(rows: int, num_clients: int, platform: str | None = None) -> int:
   last block is not nearly empty.
 
   >>> rule(64, 16, 'cpu'), rule(512, 16, 'cpu'), rule(64, 10, 'cpu')
-  (8, 1, 5)
+  (16, 2, 10)
   """
   platform = platform or jax.default_backend()
   most = (_CPU_ROWS if platform == 'cpu' else _ROWS) // max(rows, 1)

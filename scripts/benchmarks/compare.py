@@ -174,7 +174,12 @@ def compare(args, folder: pathlib.Path) -> dict[str, Any]:
         print(regime, name, _short(result), flush=True)
         if 'error' not in result:
           timed[name].append(result)
-    told[regime] = {'tokens': tokens, 'checks': checks}
+    off = {
+      f'{name} {optimizer}': result.get('off', result.get('error'))
+      for name, by in checks.items()
+      for optimizer, result in by.items()
+    }
+    told[regime] = {'tokens': tokens, 'off': off}
     for name, results in timed.items():
       # The first round compiles and warms up; it is told apart.
       seconds = [statistics.median(r['rounds'][1:]) for r in results]
@@ -252,7 +257,11 @@ def main() -> None:
   parser.add_argument('--rounds', type=int, default=3)
   parser.add_argument('--work', type=pathlib.Path, default='runs/benchmark')
   parser.add_argument('--out', type=pathlib.Path, help='a .json file')
+  parser.add_argument('--show', type=pathlib.Path, help='a table of that file')
   args = parser.parse_args()
+  if args.show:
+    print(table(json.loads(args.show.read_text())['regimes']))
+    return
   quick = args.quick
   args.repeats = args.repeats or (1 if quick else 3)
   args.regimes = args.regimes or (
@@ -261,6 +270,11 @@ def main() -> None:
   some = ['ours', 'p0', 'p0+', 'p0+x2', 'p7']
   args.frameworks = args.frameworks or (some if quick else list(RUNNERS))
   told = compare(args, args.work.resolve())
+  if args.out and args.out.exists():  # of the same day and machine
+    before = json.loads(args.out.read_text())
+    assert before['machine'] == machine(), 'other versions: take another --out'
+    for regime, results in before['regimes'].items():
+      told[regime] = results | told.get(regime, {})
   result = {'machine': machine(), 'regimes': told}
   if args.out:
     args.out.write_text(json.dumps(result, indent=1) + '\n')

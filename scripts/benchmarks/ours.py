@@ -9,6 +9,7 @@ import fedjax_llm as fl
 from fedjax_llm import models, recipes
 from fedjax_llm.adapters import peft
 from fedjax_llm.models import families
+from fedjax_llm.plan import blocks
 from fedjax_llm.types import Batch, Cohort
 
 
@@ -40,6 +41,12 @@ def optimizer(args):
   return fl.local.optimizer(args.optimizer, args.rate, **decay)
 
 
+def as_auto(cohort) -> int:
+  """What block_size='auto' chooses where memory is no matter."""
+  k, _, b, t = cohort.batches.tokens.shape
+  return blocks.rule(b * t, k, jax.default_backend())
+
+
 def main() -> None:
   args = peer.arguments('block', 'unroll')
   extra = {'unroll': int(args.unroll)} if args.unroll else {}
@@ -47,7 +54,7 @@ def main() -> None:
   algorithm = recipes.fed_avg(
     loss,
     optimizer(args),
-    block_size=int(args.block) if args.block else None,
+    block_size=int(args.block) if args.block else as_auto(cohort),
     measure=None,
   )
   step = jax.jit(algorithm.round, donate_argnums=0)
