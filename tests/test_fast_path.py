@@ -229,7 +229,7 @@ print(json.dumps([status, found.get('cache_misses', 0),
       file = tmp_path / 'run' / 'config.json'
       conf = json.loads(file.read_text())
       assert conf['block_size'] == 'auto'
-      assert conf['chosen'] == {'block_size': 2}  # 512 rows, 2 x 128 a client
+      assert conf['chosen'] == {'block_size': 4}  # 1024 rows, 2 x 128 a client
       conf['chosen']['block_size'] = 1
       file.write_text(json.dumps(conf))
       assert told[0][1] > 10
