@@ -7,14 +7,36 @@ import jax.numpy as jnp
 
 from fedjax_llm import tree
 from fedjax_llm.types import (
+  Base,
   ClientOutput,
   Error,
+  Key,
   LocalUpdate,
   Loss,
   LowRank,
   Masks,
   Params,
 )
+
+
+def saliency(
+  loss: Loss, base: Base, start: Params, trained: Params, batches: Any, key: Key
+) -> Params:
+  """|p dL/dp| of every trained entry, L the token mean over all batches.
+
+  How much the loss would change, to first order, without the entry.
+  """
+
+  def mean_loss(trained):
+    def one(batch):
+      sums = loss(base, tree.merge(trained, start), batch, key)
+      return sums.total, sums.count
+
+    totals, counts = jax.lax.map(one, batches)
+    return jnp.sum(totals) / jnp.maximum(jnp.sum(counts), 1.0)
+
+  slope = jax.grad(mean_loss)(trained)
+  return tree.map_present(lambda p, g: jnp.abs(p * g), trained, slope)
 
 
 class Importance(NamedTuple):
@@ -54,17 +76,7 @@ def important(
 
   def run(base, start, state, batches, masks, round, key) -> ClientOutput:
     trained = tree.like(start, masks.trained)
-
-    def mean_loss(trained):
-      def one(batch):
-        sums = loss(base, tree.merge(trained, start), batch, key)
-        return sums.total, sums.count
-
-      totals, counts = jax.lax.map(one, batches)
-      return jnp.sum(totals) / jnp.maximum(jnp.sum(counts), 1.0)
-
-    slope = jax.grad(mean_loss)(trained)
-    now = tree.map_present(lambda p, g: jnp.abs(p * g), trained, slope)
+    now = saliency(loss, base, start, trained, batches, key)
     mix = lambda beta: lambda old, new: beta * old + (1 - beta) * new
     smooth = tree.map_present(mix(beta1), state.sensitivity, now)
     apart = tree.map_present(lambda i, j: jnp.abs(i - j), now, smooth)

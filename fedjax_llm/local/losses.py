@@ -117,7 +117,7 @@ def _cross_entropy(head, hidden, targets, mask, chunk_size):
     picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
     # `where` and not a product: 0 * NaN of a padding position would leak.
     nats = jnp.where(m, log_z - picked, 0.0)
-    # No other logit is as large. An arg max is a tenth of a step on a CPU.
+    # No other logit is as large: on a CPU an arg max is no vector operation.
     hit = jnp.sum(logits >= picked[:, None], axis=-1) == 1
     return nats, jnp.where(m, hit, False).astype(jnp.float32)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import tree
+from fedjax_llm.local.importance import saliency
 from fedjax_llm.local.phases import Counted
 from fedjax_llm.types import (
   ClientOutput,
@@ -56,17 +57,7 @@ def pruned(
   def search(base, start, state, batches, masks, round, key):
     out = inner.run(base, start, state.inner, batches, masks, round, key)
     trained = tree.add(tree.like(start, masks.trained), out.update)
-
-    def total(trained):
-      def one(batch):
-        sums = loss(base, tree.merge(trained, start), batch, key)
-        return sums.total, sums.count
-
-      sums, counts = jax.lax.map(one, batches)
-      return jnp.sum(sums) / jnp.maximum(jnp.sum(counts), 1.0)
-
-    slope = jax.grad(total)(trained)
-    score = tree.map_present(lambda p, g: jnp.abs(p * g), trained, slope)
+    score = saliency(loss, base, start, trained, batches, key)
     return _largest(score.shared, density, per)
 
   def run(base, start, state, batches, masks, round, key) -> ClientOutput:
