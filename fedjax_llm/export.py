@@ -14,7 +14,6 @@ or of `--rank R`, the nearest such change.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import shutil
@@ -24,9 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from fedjax_llm import adapters, command, models, rebuild, workdir
-from fedjax_llm.adapters import peft, peft_dora
-from fedjax_llm.models import families
+from fedjax_llm import adapters, command, experiment, models, rebuild, workdir
+from fedjax_llm.adapters import peft_dora
 from fedjax_llm.types import Error, LowRank, Params
 
 # What a change may lose of its size and still count as told exactly.
@@ -122,27 +120,15 @@ def _adapter(
   if loaded.directory is None:  # nobody else has this base
     models.save(folder / 'base', loaded.config, loaded.base)
     base_model = str(out.absolute() / 'base')
-  peft.save(
+  plain_scale = not changed and rank is None
+  experiment.save_adapter(
     folder,
-    adapters.complete(
-      peft_dora.put(params, lengths), loaded.base, made.task.head
-    ),
-    module_name=lambda path, layer: families.hf_module_name(
-      path, layer, loaded.config, part=True
-    ),
-    fused=lambda path: families.fused_rows(loaded.config, path),
-    to_tensors=lambda leaves: families.to_checkpoint(leaves, loaded.config),
+    peft_dora.put(params, lengths),
+    loaded,
+    made.task,
     base_model=base_model,
-    task_type=made.task.peft_type,
-    use_rslora=(
-      made.config['adapter']['name'] == 'rslora'
-      and not changed
-      and rank is None
-    ),
+    use_rslora=plain_scale and made.config['adapter']['name'] == 'rslora',
   )
-  if loaded.config.labels:
-    labels = json.dumps(loaded.config.labels)
-    (folder / 'labels.json').write_text(f'{labels}\n')
   ranks = sorted({node.a.shape[-1] for _, node in low_rank(params)})
   told = ' and '.join(map(str, ranks)) or '0'
   nearest = ''

@@ -223,12 +223,10 @@ def agree(what: str, value: Any) -> None:
 
 
 def anybody(asked: bool) -> bool:
-  """Whether any process has asked to stop; the same answer on all of them.
-
-  Who asks after process 0 has looked is heard at the next call.
-  """
+  """Whether any process has asked to stop; the same answer on all of them."""
   if several() and asked and not first():
     _client().key_value_set(_STOP, '', allow_overwrite=True)
+  meet()  # process 0 looks when everybody has had a say
   return from_first(lambda: asked or (several() and _look(_STOP) is not None))
 
 

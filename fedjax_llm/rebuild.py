@@ -18,6 +18,7 @@ from fedjax_llm import (
   clients,
   config,
   data,
+  experiment,
   models,
   tasks,
   tree,
@@ -29,7 +30,6 @@ from fedjax_llm.sections import SPEC
 from fedjax_llm.types import (
   Adapter,
   Error,
-  FederatedAlgorithm,
   LowRank,
   Params,
   ServerState,
@@ -106,14 +106,11 @@ def open(path: str, *, client: str | None = None) -> Made:
       seed=seed,
     ).names
 
-  parts = ('upload', 'aggregator', 'server')
-  algorithm: FederatedAlgorithm = build(
-    'algorithm',
+  algorithm = experiment.algorithm(
+    conf,
     loss=None,  # nothing is trained
-    optimizer=build('local'),
+    adapter=adapter,
     num_clients=len(names),
-    fold=adapter.fold,
-    **{part: build(part) for part in parts if conf.get(part)},
   )
   adapter_key, round_key = jax.random.split(jax.random.key(seed))
 

@@ -43,7 +43,7 @@ TABLE = {
 # Programs, and the front door, know the whole house.
 PROGRAMS = (
   *('__init__', 'sections', 'tasks', 'train', 'plan'),
-  *('rebuild', 'export', 'generate'),
+  *('experiment', 'rebuild', 'export', 'generate'),
 )
 # What the language of the house itself may need.
 OUTSIDE = {
