@@ -205,21 +205,29 @@ def nearby(mesh: Mesh) -> Mesh:
 def compiled(round: Callable, mesh: Mesh | None) -> Callable:
   """`FederatedAlgorithm.round` as a program, which consumes the state.
 
-  On several processes it takes what `everywhere`, `joined` and `widened` give;
-  the state and the metrics come out whole on every device, the states of
-  clients split as the clients are.
+  On a mesh it takes what `everywhere`, `joined` and `widened` give; the state
+  comes out whole on every device and, on several processes, the metrics too and
+  the states of clients split as the clients are.
   """
-  if mesh is None or jax.process_count() == 1:
+  if mesh is None:
     return jax.jit(round, donate_argnums=0)
   whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(CLIENTS))
-  return jax.jit(round, donate_argnums=0, out_shardings=(whole, split, whole))
+  out = (
+    (whole, split, whole) if jax.process_count() > 1 else (whole, None, None)
+  )
+  return jax.jit(round, donate_argnums=0, out_shardings=out)
 
 
 def everywhere(tree: Any, mesh: Mesh | None) -> Any:
-  """Values that all processes have, as arrays whole on every device."""
-  if mesh is None or jax.process_count() == 1:
+  """Values that all processes have, as arrays whole on every device.
+
+  As `compiled` gives them: the second round is the program of the first.
+  """
+  if mesh is None:
     return tree
   whole = NamedSharding(mesh, P())
+  if jax.process_count() == 1:
+    return jax.device_put(tree, whole)
 
   def leaf(x):
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):

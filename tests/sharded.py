@@ -5,6 +5,7 @@ import re
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import fedjax_llm as fl
@@ -108,24 +109,30 @@ def main(shapes: list[str]) -> None:
     rule, rows, columns, block, num, *execution = shape.split(':')
     devices = jax.devices()[: int(rows) * int(columns)]
     mesh = sharding.mesh(int(columns), devices)
+    mesh_or_none = None if len(devices) == 1 else mesh
     algorithm = fl.recipes.fed_avg(
       loss,
       optimizer,
       aggregator=getattr(fl.aggregators, rule)(),
       block_size=int(block) or None,
-      mesh=None if len(devices) == 1 else mesh,
+      mesh=mesh_or_none,
       execution=(execution or ['shard_map'])[0],
     )
     base = sharding.place(loaded.base, mesh)
-    state = algorithm.init(jax.random.key(1), params)
-    program = (
-      jax.jit(algorithm.round).lower(state, cohort(int(num)), base).compile()
+    state = sharding.everywhere(
+      algorithm.init(jax.random.key(1), jax.tree.map(jnp.copy, params)),
+      mesh_or_none,
     )
+    before = jax.tree.map(lambda x: x.sharding, state)
+    step = sharding.compiled(algorithm.round, mesh_or_none)
+    program = step.lower(state, cohort(int(num)), base).compile()
     state, _, told = program(state, cohort(int(num)), base)
+    after = jax.tree.map(lambda x: x.sharding, state)
     out[shape] = {
       'params': [
         np.asarray(x).ravel().tolist() for x in jax.tree.leaves(state.params)
       ],
+      'compiled_once': before == after,
       'loss': float(told['local/loss']),
       'bytes': int(np.sum(told['uploads/bytes'])),
       'reported': np.asarray(told['clients/reported']).tolist(),

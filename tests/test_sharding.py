@@ -58,6 +58,11 @@ def test_a_mesh_changes_nothing_but_rounding(runs, shape):
   assert got['reported'][:6] == [True] * 5 + [False]
 
 
+@pytest.mark.parametrize('shape', MEAN + RAGGED + ONE_ROW + PMAP)
+def test_the_next_round_is_the_same_program(runs, shape):
+  assert runs[shape]['compiled_once']
+
+
 @pytest.mark.parametrize('shape', MEAN + PMAP)
 def test_one_all_reduce_a_round_crosses_clients(runs, shape):
   found = runs[shape]['collectives']

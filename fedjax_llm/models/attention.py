@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from fedjax_llm.types import Error
 
@@ -162,20 +163,69 @@ def plain(q, k, v, queries, keys, *, window, causal, scale, softcap):
   return jnp.einsum('bktgs,bskd->btkgd', weights, v).reshape(q.shape)
 
 
+def _heads_first(q, k, v, queries, keys, *, window, causal, scale, softcap):
+  """`plain` on q [B, KV, G, T, D] and k, v [B, KV, S, D].
+
+  Divides by the sum of the weights after the product, so that of all T x S
+  numbers only the weights are written.
+  """
+  scores = jnp.einsum(
+    'bkgtd,bksd->bkgts', q * scale, k, preferred_element_type=jnp.float32
+  )
+  seen = visible(queries, keys, window, causal)[:, None, None]
+  scores = jnp.where(seen, softcapped(scores, softcap), MASKED)
+  largest = scores.max(-1, keepdims=True)
+  # The weights do not depend on what is subtracted.
+  weights = jnp.exp(scores - _kept(jax.lax.stop_gradient(largest)))
+  total = _kept(weights.sum(-1, keepdims=True))
+  out = _kept(
+    jnp.einsum(
+      'bkgts,bksd->bkgtd',
+      weights.astype(v.dtype),
+      v,
+      preferred_element_type=jnp.float32,
+    )
+  )
+  return (out / total).astype(v.dtype)
+
+
+# What the backward pass of a block finds again: all but the T x S numbers.
+_kept = functools.partial(checkpoint_name, name='attention')
+_again = functools.partial(
+  jax.checkpoint,
+  prevent_cse=False,
+  policy=jax.checkpoint_policies.save_only_these_names('attention'),
+)
+
+
 def _blocked(q, k, v, queries, keys, *, window, block, causal, **settings):
-  length, size = q.shape[1], k.shape[1]
-  attend = functools.partial(plain, window=window, causal=causal, **settings)
+  length, size, heads = q.shape[1], k.shape[1], k.shape[2]
+  if length <= block and length < size:  # a cache stays as it lies
+    return plain(
+      q, k, v, queries, keys, window=window, causal=causal, **settings
+    )
+  attend = functools.partial(
+    _heads_first, window=window, causal=causal, **settings
+  )
+  q = jnp.moveaxis(q.reshape(*q.shape[:2], heads, -1, q.shape[-1]), 1, 3)
+  k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+
+  def merged(out):
+    out = jnp.moveaxis(out, 3, 1)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])
+
   if length <= block:
-    return attend(q, k, v, queries, keys)
+    return merged(attend(q, k, v, queries, keys))
   num = -(-length // block)
 
-  def split(x):
-    x = jnp.pad(
-      x, [(0, 0), (0, num * block - length)] + [(0, 0)] * (x.ndim - 2)
-    )
-    return jnp.moveaxis(x.reshape(x.shape[0], num, block, *x.shape[2:]), 1, 0)
+  def split(x, axis):
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, num * block - length)
+    x = jnp.pad(x, pad)
+    x = x.reshape(*x.shape[:axis], num, block, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)
 
-  blocks = jax.tree.map(split, (q, queries))
+  blocks = split(q, 3), jax.tree.map(lambda x: split(x, 1), queries)
   # The slots of a cache may hold tokens in any order.
   ordered = causal and length == size
   back = int(window) if ordered and isinstance(window, int | np.integer) else 0
@@ -184,17 +234,16 @@ def _blocked(q, k, v, queries, keys, *, window, block, causal, **settings):
   def near(index, block_of_q, places):
     """One block against the keys of its window."""
     start = jnp.clip(index * block - back + 1, 0, size - reach)
-    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, reach, axis=1)
-    return attend(block_of_q, cut(k), cut(v), places, jax.tree.map(cut, keys))
+    cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, reach, axis)
+    own = jax.tree.map(lambda x: cut(x, 1), keys)
+    return attend(block_of_q, cut(k, 2), cut(v, 2), places, own)
 
   def upto(end):
     """One block against the keys before `end`."""
-    cut = lambda x: x[:, :end]
-
-    def one(_, block_of_q, places):
-      return attend(block_of_q, cut(k), cut(v), places, jax.tree.map(cut, keys))
-
-    return one
+    own = jax.tree.map(lambda x: x[:, :end], keys)
+    return lambda _, block_of_q, places: attend(
+      block_of_q, k[:, :, :end], v[:, :, :end], places, own
+    )
 
   # Loops, since a compiler may run what is unrolled all at once; and their
   # bodies anew in the backward pass: the weights of all blocks together would
@@ -205,15 +254,14 @@ def _blocked(q, k, v, queries, keys, *, window, block, causal, **settings):
   for group in range(groups):
     part = slice(num * group // groups, num * (group + 1) // groups)
     end = min(part.stop * block, size) if ordered else size
-    body = jax.checkpoint(
-      near if reach < size else upto(end), prevent_cse=False
-    )
+    body = _again(near if reach < size else upto(end))
     xs = jax.tree.map(lambda x, part=part: x[part], blocks)
     out.append(
       jax.lax.map(lambda x, f=body: f(*x), (np.arange(num)[part], *xs))
     )
-  out = jnp.moveaxis(jnp.concatenate(out), 0, 1)
-  return out.reshape(q.shape[0], num * block, *q.shape[2:])[:, :length]
+  out = jnp.moveaxis(jnp.concatenate(out), 0, 3)
+  out = out.reshape(*out.shape[:3], num * block, out.shape[-1])
+  return merged(out[..., :length, :])
 
 
 def splash(

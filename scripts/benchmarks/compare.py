@@ -42,6 +42,7 @@ def _loop(label, *flags):
 
 RUNNERS = {
   'ours': Runner('fedjax_llm', 'ours.py'),
+  'oursx2': Runner('fedjax_llm, 2 devices', 'ours.py', ('--devices', '2')),
   'p0': _loop('full logits', '--loss', 'full'),
   'p0+': _loop('needed logits', '--loss', 'needed'),
   'p0+x2': _loop('needed, 2 processes', '--loss', 'needed', '--processes', '2'),

@@ -1,4 +1,16 @@
-"""fedjax_llm: the cohort as one program, through the public interface."""
+"""fedjax_llm: the cohort as one program, through the public interface.
+
+`--devices 2` makes XLA see two CPU devices, to which the clients are dealt: what
+is not a matrix product runs on one core a device.
+"""
+
+import os
+import sys
+
+if '--devices' in sys.argv:  # before jax counts them
+  number = sys.argv[sys.argv.index('--devices') + 1]
+  flag = f'--xla_force_host_platform_device_count={number}'
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +18,7 @@ import numpy as np
 import peer
 
 import fedjax_llm as fl
-from fedjax_llm import models, recipes
+from fedjax_llm import models, recipes, sharding
 from fedjax_llm.adapters import peft
 from fedjax_llm.models import families
 from fedjax_llm.plan import blocks
@@ -48,21 +60,26 @@ def as_auto(cohort) -> int:
 
 
 def main() -> None:
-  args = peer.arguments('block', 'unroll')
+  args = peer.arguments('block', 'unroll', 'devices')
   extra = {'unroll': int(args.unroll)} if args.unroll else {}
   loaded, params, cohort, loss = setting(args, **extra)
+  mesh = sharding.mesh() if jax.device_count() > 1 else None
+  base = loaded.base
+  if mesh is not None:
+    base = sharding.widened(sharding.place(base, mesh), mesh)
   algorithm = recipes.fed_avg(
     loss,
     optimizer(args),
     block_size=int(args.block) if args.block else as_auto(cohort),
     measure=None,
+    mesh=mesh,
   )
-  step = jax.jit(algorithm.round, donate_argnums=0)
-  state = algorithm.init(jax.random.key(0), params)
+  step = sharding.compiled(algorithm.round, mesh)
+  state = sharding.everywhere(algorithm.init(jax.random.key(0), params), mesh)
 
   def one_round():
     nonlocal state
-    state, _, told = step(state, cohort, loaded.base)
+    state, _, told = step(state, cohort, base)
     jax.block_until_ready((state.params, told))
 
   peer.measure(args, one_round)
