@@ -120,7 +120,16 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     per_client=2,  # held-out texts a client, the first ones; None: all
     buckets=(96,),  # widths of rows, so that little is computed on padding
     samples=2,  # replies shown before and after
+    # How clients are tested beside what they are served: `recalled` (with a
+    # memory of their texts), `instance_mixed`, `fused`. None: not at all.
+    personal=None,
   )
+
+  # -------------------------------------------------------------- tracking --
+  # metrics.jsonl, metrics.csv and TensorBoard's events are always written. Who
+  # has Weights & Biases or MLflow may have them there too:
+  # dict(to=('wandb', 'mlflow'), project='fedjax_llm', name='of the run')
+  config.tracking = dict()
 
   # ----------------------------------------------------------------- hosts --
   # Several processes as one: dict(coordinator='address:port', num_processes=2,

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from fedjax_llm.types import Error
+from fedjax_llm.types import Error, known
 
 Builder = Callable[..., Any]
 Label = Callable[[str], str]  # a dotted field -> how a message names it
@@ -28,6 +28,8 @@ def resolve_builder(
 ) -> Builder:
   """The builder called `name` in a module, a mapping, or at an import path.
 
+  A name that is itself a function, as a notebook may give it, is the builder.
+
   >>> resolve_builder('norm', 'largest', {'largest': max})(3, 4)
   4
   >>> resolve_builder('norm', 'math:hypot', {})(3, 4)
@@ -36,6 +38,8 @@ def resolve_builder(
   Raises:
     Error: listing the names there are, the nearest first.
   """
+  if callable(name):
+    return name
   label = label or f'{section}.name'
   known = names(namespace)
   if isinstance(name, str) and name in known:
@@ -244,7 +248,9 @@ def _accepts(annotation: Any, given: Any) -> bool:
   if of is int:
     return isinstance(given, numbers.Integral) and not isinstance(given, bool)
   if of is float:
-    return isinstance(given, numbers.Real) and not isinstance(given, bool)
+    # A number that is being traced is one of a population's (`sweep`).
+    real = isinstance(given, numbers.Real) or not known(given)
+    return real and not isinstance(given, bool)
   if of is str:
     return isinstance(given, str)
   if issubclass(of, Mapping):

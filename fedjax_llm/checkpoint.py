@@ -46,20 +46,25 @@ class Checkpointer(NamedTuple):
   any pytree of arrays, numbers, typed PRNG keys and None; `meta` is JSON.
   Older rounds than are kept go, and so do later ones, which were undone.
   Error on a full disk, with the checkpoints before it intact.
-  `restore(template) -> Restored` of the newest undamaged checkpoint, bit for
-  bit, or None if there is no checkpoint; `template` is a state, or its
+  `restore(template, newest=None) -> Restored` of the newest undamaged
+  checkpoint, of those up to round `newest` if it is given, bit for bit, or None
+  if there is no checkpoint; `template` is a state, or its
   `jax.ShapeDtypeStruct`s. Error if all are damaged, or are of another state.
   `rounds()` gives the rounds that are kept, ascending, without those that
   `restore` found damaged.
   """
 
   save: Callable[..., None]
-  restore: Callable[[Any], Restored | None]
+  restore: Callable[..., Restored | None]
   rounds: Callable[[], list[int]]
 
 
 def open(
-  directory: str | os.PathLike, *, max_to_keep: int = 2, mine: bool = True
+  directory: str | os.PathLike,
+  *,
+  max_to_keep: int = 2,
+  mine: bool = True,
+  read_only: bool = False,
 ) -> Checkpointer:
   """Opens a directory of checkpoints; the first `save` creates it.
 
@@ -72,6 +77,7 @@ def open(
     mine: False in a process that leaves the checkpoints to another one: it
       saves nothing and finds nothing. What a round computes is whole on every
       device, so one process can write all of it.
+    read_only: nothing is removed, and `save` may not be called.
 
   Raises:
     Error: `max_to_keep` is below 1.
@@ -88,9 +94,9 @@ def open(
   if max_to_keep < 1:
     raise Error(f'max_to_keep is {max_to_keep}: one checkpoint must be kept.')
   if not mine:
-    return Checkpointer(lambda *_: None, lambda _: None, lambda: [])
+    return Checkpointer(lambda *_: None, lambda *_: None, lambda: [])
   folder = pathlib.Path(directory).absolute()
-  for left in folder.glob(f'{_PART}*'):
+  for left in [] if read_only else folder.glob(f'{_PART}*'):
     shutil.rmtree(left)
   damaged: set[int] = set()
 
@@ -105,6 +111,8 @@ def open(
     return [r for r in present() if r not in damaged]
 
   def save(round: int, state: Any, meta: dict[str, Any] | None = None) -> None:
+    if read_only:
+      raise Error(f'{folder} was opened to be read only.')
     round = int(round)
     path = place(round)
     part = path.with_name(_PART + path.name)
@@ -130,9 +138,11 @@ def open(
     for left in folder.glob(f'{_PART}*'):
       shutil.rmtree(left, ignore_errors=True)
 
-  def restore(template: Any) -> Restored | None:
+  def restore(template: Any, newest: int | None = None) -> Restored | None:
     notices = []
     for round in reversed(present()):
+      if newest is not None and round > newest:
+        continue
       path = place(round)
       try:
         manifest = _verified(path)

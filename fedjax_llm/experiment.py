@@ -21,9 +21,10 @@ from fedjax_llm import (
   evals,
   hosts,
   models,
-  report,
+  narration,
   sharding,
   tasks,
+  viewing,
 )
 from fedjax_llm.adapters import complete, peft
 from fedjax_llm.plan import blocks
@@ -34,10 +35,20 @@ from fedjax_llm.types import (
   Draw,
   Example,
   FederatedAlgorithm,
+  Model,
   Params,
   Population,
   Sampler,
 )
+
+
+class Tests(NamedTuple):
+  """The texts that a run is tested on: groups of one width, with owners."""
+
+  heldout: Sequence[Any]
+  new: Sequence[Any]
+  common: Sequence[Any]
+  max_targets: int  # tokens with a loss that a batch holds at most
 
 
 class Experiment(NamedTuple):
@@ -54,6 +65,7 @@ class Experiment(NamedTuple):
   owned: Sequence[Sequence[Example]]  # texts of each client that trains
   names: Sequence[str]  # of these clients
   sampler: Sampler
+  profiles: Mapping[str, Any] | None  # what clients can carry, [N] each
   assemble: Callable[[int], tuple[Draw, Cohort]]  # of a round, from 0
   adapter: Adapter
   initial: Params
@@ -79,8 +91,10 @@ class Experiment(NamedTuple):
     return algorithm(
       conf,
       loss=self.task.loss(self.loaded, max_targets=self.max_targets),
+      model=self.loaded.model,
       adapter=self.adapter,
       num_clients=len(self.owned),
+      profiles=self.profiles,
       block_size=block_size,
       widths=tuple(self.settings.widths),
       mesh=mesh,
@@ -100,31 +114,59 @@ class Experiment(NamedTuple):
       num_model=self.settings.mesh_model,
     )
 
-  def examiner(self, algorithm: FederatedAlgorithm) -> Callable[..., Any]:
-    """The tests of a run: `evals.loop` over its held-out texts."""
+  def tests(self) -> Tests:
+    """What of the held-out texts `evals` asks for."""
     test, people = self.test, self.population
     heldout = [own[: test.per_client] for own in people.heldout]
     fresh = [own[: test.per_client] for own in people.new]
-    return evals.loop(
-      self.task.loss(
-        self.loaded,
-        per_row=True,
-        max_targets=clients.cohorts.max_targets(
-          [[text for own in (*heldout, *fresh) for text in own]],
-          batch_size=test.batch_size,
-          max_length=self.width,
-          epochs=1,
-        ),
-      ),
-      algorithm,
+    return Tests(
       heldout=self.rows(heldout),
       new=self.rows(fresh),
       common=self.rows(evals.in_turn(heldout, test.common)),
+      max_targets=clients.cohorts.max_targets(
+        [[text for own in (*heldout, *fresh) for text in own]],
+        batch_size=test.batch_size,
+        max_length=self.width,
+        epochs=1,
+      ),
+    )
+
+  def likelihood(self, max_targets: int) -> Callable[..., Any]:
+    """The program that tests one model: `evals.likelihood`."""
+    loss = self.task.loss(self.loaded, per_row=True, max_targets=max_targets)
+    return evals.likelihood(loss)
+
+  def examiner(
+    self,
+    algorithm: FederatedAlgorithm,
+    *,
+    tests: Tests | None = None,
+    together: Callable[..., Any] | None = None,
+  ) -> Callable[..., Any]:
+    """The tests of a run: `evals.loop` over its held-out texts.
+
+    Runs that share a `likelihood` as `together`, and `tests` of the same
+    shapes, are tested by one compiled program.
+    """
+    tests, people = tests or self.tests(), self.population
+    plain = evals.loop(
+      self.task.loss(self.loaded, per_row=True, max_targets=tests.max_targets),
+      algorithm,
+      heldout=tests.heldout,
+      new=tests.new,
+      common=tests.common,
+      together=together,
       names=people.names,
       new_names=people.new_names,
       has_private=keeps_private(algorithm, self.initial),
       labelled=self.labels is not None,
     )
+    if self.test.personal is None:
+      return plain
+    look = viewing.viewer(
+      self, algorithm, tests, private=keeps_private(algorithm, self.initial)
+    )
+    return lambda *given: {**plain(*given), **look(*given)}
 
   def rows(self, examples: Sequence[Sequence[Example]]) -> list[Any]:
     """Texts to test, in batches of a few widths, with their owners."""
@@ -157,13 +199,17 @@ def _make(conf: Mapping[str, Any], section: str, **injected: Any) -> Any:
 
 
 def build(
-  conf: Mapping[str, Any], say: Callable[[str], None] = print
+  conf: Mapping[str, Any],
+  say: Callable[[str], None] = print,
+  *,
+  model: models.LoadedModel | None = None,
 ) -> Experiment:
   """Builds what a config says, as `config.parse` gives it.
 
   Args:
     conf: a checked config.
     say: what to do with the sentences about the clients and their texts.
+    model: the one that is named, where another run on the same data has it.
 
   Raises:
     Error: what a builder finds wrong.
@@ -181,7 +227,7 @@ def build(
   if max(jax.device_count(), settings.mesh_model) > 1:
     mesh = sharding.mesh(settings.mesh_model)
     near = sharding.nearby(mesh)
-  loaded = make(
+  loaded = model or make(
     'model',
     vocab_size=tokenizer.vocab_size,
     eos_ids=(tokenizer.eos_id,),
@@ -201,7 +247,7 @@ def build(
   )
   del records
   hosts.agree('the texts', data.population.digest(population))
-  say(report.describe(population))
+  say(narration.describe(population))
   longest = data.population.longest(
     population,
     vocab_size=loaded.config.vocab_size,
@@ -273,6 +319,7 @@ def build(
     owned=owned,
     names=names,
     sampler=sampler,
+    profiles=carry,
     assemble=assemble,
     adapter=adapter,
     initial=initial,
@@ -288,21 +335,25 @@ def algorithm(
   conf: Mapping[str, Any],
   *,
   loss: Any,
+  model: Model | None,
   adapter: Adapter,
   num_clients: int,
+  profiles: Mapping[str, Any] | None = None,
   **given: Any,
 ) -> FederatedAlgorithm:
   """The recipe that a config names, with the parts that it names.
 
-  `loss` is None where nothing is trained, but what was is read.
+  `loss` and `model` are None where nothing is trained, but what was is read.
   """
   make = functools.partial(_make, conf)
   parts = ('upload', 'aggregator', 'server')
   return make(
     'algorithm',
     loss=loss,
+    model=model,
     optimizer=make('local'),
     num_clients=num_clients,
+    profiles=profiles,
     fold=adapter.fold,
     **given,
     **{part: make(part) for part in parts if conf.get(part)},
@@ -310,8 +361,21 @@ def algorithm(
 
 
 def keeps_private(algorithm: FederatedAlgorithm, params: Params) -> bool:
-  """Whether clients keep something of the model to themselves."""
-  newcomer = jax.eval_shape(algorithm.init_client, params)
+  """Whether clients keep something of the model to themselves.
+
+  >>> from fedjax_llm import local, recipes
+  >>> start, sgd = {'w': jax.numpy.ones(2)}, local.optimizer('sgd')
+  >>> methods = recipes.fed_avg(None, sgd), recipes.ditto(None, sgd)
+  >>> [keeps_private(method, start) for method in methods]
+  [False, True]
+  """
+
+  def seen_by_nobody(start):  # of what the method makes of an adapter
+    return algorithm.init_client(
+      algorithm.init(jax.random.key(0), start).params
+    )
+
+  newcomer = jax.eval_shape(seen_by_nobody, params)
   return newcomer.private is not None
 
 

@@ -1,11 +1,8 @@
-"""What a run tells: one JSON object a round, TensorBoard, a bar, a table."""
+"""What a run tells: one JSON object a round, a bar, a table."""
 
-import contextlib
 import json
 import math
 import os
-import socket
-import struct
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fedjax_llm import trackers
 from fedjax_llm.types import Error
 
 
@@ -21,26 +19,34 @@ class Recorder(NamedTuple):
   """Where a run writes its numbers.
 
   `write(round, metrics)` appends one line to `metrics.jsonl` and forces it to
-  the disk.
+  the disk; `close(finished)` ends what was begun at services.
   """
 
   write: Callable[[int, Mapping[str, Any]], None]
+  close: Callable[[bool], None]
 
 
 def recorder(
-  workdir: str, keep: int = -1, *, tensorboard: bool = True
+  workdir: str,
+  keep: int = -1,
+  *,
+  tensorboard: bool = True,
+  track: Callable[[list[dict[str, Any]]], Sequence[trackers.Tracker]]
+  | None = None,
 ) -> Recorder:
   """Opens `workdir/metrics.jsonl`, cut back to the records up to round `keep`.
 
   Keys are sorted, floats are written exactly, and numbers that are not finite
   become null: a resumed file equals one that was never interrupted, byte for
   byte, but for the fields under `time/`. A last line torn by a killed run is
-  dropped. TensorBoard files get the scalars.
+  dropped. `workdir/metrics.csv` and TensorBoard files get the scalars.
 
   Args:
     workdir: is made if absent.
     keep: the round of the checkpoint that is resumed; -1 starts a new file.
     tensorboard: whether to write `workdir/tensorboard`.
+    track: begins at services that get the scalars too (`trackers.tracking`);
+      it is given the records that were kept.
 
   Raises:
     Error: if the file is damaged elsewhere than in its last line, if it lacks
@@ -54,65 +60,45 @@ def recorder(
   {"clients/out": ["a"], "local/loss": 0.5, "round": 1}
   """
   path = os.path.join(workdir, 'metrics.jsonl')
-  with _saving(path):
+  with trackers.saving(path):
     os.makedirs(workdir, exist_ok=True)
   _cut(path, keep)
+  kept = read(path)
+  row = trackers.sheet(os.path.join(workdir, 'metrics.csv'), kept)
   board = None
   if tensorboard:
-    board = _board(os.path.join(workdir, 'tensorboard'), keep)
+    board = trackers.board(os.path.join(workdir, 'tensorboard'), keep)
+  services = () if track is None else track(kept)
 
   def write(round: int, metrics: Mapping[str, Any]) -> None:
-    record = _jsonable({**metrics, 'round': int(round)})
-    line = json.dumps(record, sort_keys=True, allow_nan=False) + '\n'
-    with _saving(path):
+    text = line(round, metrics)
+    with trackers.saving(path):
       with open(path, 'ab') as file:
-        file.write(line.encode())
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
+    record = json.loads(text)
+    row(record)
     if board is not None:
       board(int(round), record)
+    for service in services:
+      service.write(int(round), record)
 
-  return Recorder(write)
+  def close(finished: bool) -> None:
+    for service in services:
+      service.close(finished)
+
+  return Recorder(write, close)
 
 
-def _board(folder: str, keep: int) -> Callable[[int, Mapping[str, Any]], None]:
-  """Writes scalars as TensorBoard's events.
+def line(round: int, metrics: Mapping[str, Any]) -> str:
+  """One line of `metrics.jsonl`, its end included: see `recorder`.
 
-  At once and here: the library's own writer is a thread, which dies on a full
-  disk and leaves the program waiting for ever.
+  >>> line(1, {'local/loss': float('nan'), 'clients/out': ('a',)})
+  '{"clients/out": ["a"], "local/loss": null, "round": 1}\\n'
   """
-  import tensorboardX.proto.event_pb2
-  import tensorboardX.proto.summary_pb2
-  from tensorboardX.record_writer import masked_crc32c
-
-  events: Any = tensorboardX.proto.event_pb2
-  summaries: Any = tensorboardX.proto.summary_pb2
-  name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}'
-  path = os.path.join(folder, name)
-
-  def append(**fields: Any) -> None:
-    event = events.Event(wall_time=time.time(), **fields)
-    data = event.SerializeToString()
-    size = struct.pack('<Q', len(data))
-    crc = lambda x: struct.pack('<I', masked_crc32c(x))
-    with _saving(path):
-      os.makedirs(folder, exist_ok=True)
-      with open(path, 'ab') as file:
-        file.write(size + crc(size) + data + crc(data))
-
-  def write(round: int, record: Mapping[str, Any]) -> None:
-    values = [
-      summaries.Summary.Value(tag=name, simple_value=value)
-      for name, value in record.items()
-      if isinstance(value, int | float) and name != 'round'
-    ]
-    append(step=round, summary=summaries.Summary(value=values))
-
-  append(file_version='brain.Event:2')
-  if keep >= 0:  # events of rounds that are done again are hidden
-    start = events.SessionLog(status=events.SessionLog.START)
-    append(step=keep + 1, session_log=start)
-  return write
+  record = _jsonable({**metrics, 'round': int(round)})
+  return json.dumps(record, sort_keys=True, allow_nan=False) + '\n'
 
 
 def read(path: str) -> list[dict[str, Any]]:
@@ -150,24 +136,12 @@ def _cut(path: str, keep: int) -> None:
       f' it is of round {last}; put the file back, or take a new workdir.'
     )
   text = b''.join(line for _, line in kept)
-  with _saving(path):
+  with trackers.saving(path):
     with open(f'{path}.new', 'wb') as file:
       file.write(text)
       file.flush()
       os.fsync(file.fileno())
     os.replace(f'{path}.new', path)
-
-
-@contextlib.contextmanager
-def _saving(path: str):
-  """Turns a full disk into a sentence."""
-  try:
-    yield
-  except OSError as error:
-    raise Error(
-      f'{path} cannot be written: {error.strerror}; the same command goes on'
-      ' from the last checkpoint.'
-    ) from error
 
 
 def _jsonable(x: Any) -> Any:

@@ -66,7 +66,7 @@ def open(path: str, *, client: str | None = None) -> Made:
       clients apart.
   """
   folder = pathlib.Path(path)
-  raw = _config(folder)
+  raw = read_config(folder)
   room = workdir.open(path, raw)
   conf, _ = config.override(raw, [], SPEC, str(folder / 'config.json'))
   build = lambda section, **injected: builders.build(
@@ -109,8 +109,12 @@ def open(path: str, *, client: str | None = None) -> Made:
   algorithm = experiment.algorithm(
     conf,
     loss=None,  # nothing is trained
+    model=None,
     adapter=adapter,
     num_clients=len(names),
+    profiles=build('profiles', num_clients=len(names), seed=seed)
+    if counts and conf.get('profiles')
+    else None,
   )
   adapter_key, round_key = jax.random.split(jax.random.key(seed))
 
@@ -160,7 +164,8 @@ def open(path: str, *, client: str | None = None) -> Made:
   return Made(conf, loaded, task, params, told, notes)
 
 
-def _config(folder: pathlib.Path) -> Any:
+def read_config(folder: pathlib.Path) -> Any:
+  """What a run wrote into its config.json; Error where there is none."""
   file = folder / 'config.json'
   if not file.is_file():
     what = 'holds no run' if folder.is_dir() else 'is no folder'

@@ -1,6 +1,7 @@
 """What the config of a run may say: its sections, in the order of the flow."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import optax
@@ -12,12 +13,14 @@ from fedjax_llm import (
   clients,
   config,
   data,
+  evals,
   hosts,
   local,
   models,
   recipes,
   server,
   tasks,
+  trackers,
   uploads,
 )
 from fedjax_llm.local import optimizers
@@ -49,6 +52,8 @@ class Evals(NamedTuple):
   buckets: tuple[int, ...] = (32, 64, 128)  # row widths, against padding
   samples: int = 2  # replies shown before and after
   sample_tokens: int = 48
+  # How clients are tested beside what they are served: `evals.views`.
+  personal: Mapping[str, Any] | None = None
 
 
 def parts(
@@ -100,6 +105,8 @@ SPEC = config.Spec(
     ),
     'server': server,
     'evals': Evals,
+    'evals.personal': evals.views,
+    'tracking': trackers.tracking,
     'hosts': hosts.join,
   },
   injected={
@@ -109,12 +116,13 @@ SPEC = config.Spec(
     'cohort': ('examples', 'max_length', 'pad_id', 'seed', 'profiles'),
     'model': ('vocab_size', 'eos_ids', 'labels', 'place'),
     'algorithm': (
-      *('loss', 'optimizer', 'num_clients'),
+      *('loss', 'model', 'optimizer', 'num_clients', 'profiles'),
       *builders.parameters(parts),
     ),
+    'evals.personal': ('loss', 'model'),
   },
   optional=(
     *('task', 'profiles', 'upload', 'aggregator', 'server'),
-    'local.schedule',
+    *('local.schedule', 'evals.personal'),
   ),
 )

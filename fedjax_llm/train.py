@@ -29,7 +29,7 @@ from fedjax_llm import (
   hosts,
   metrics,
   models,
-  report,
+  narration,
   sharding,
   tree,
   workdir,
@@ -39,10 +39,14 @@ from fedjax_llm.types import Error, FederatedAlgorithm
 
 
 def run(argv: list[str]) -> None:
-  args = config.parse(argv, SPEC)
+  train(config.parse(argv, SPEC))
+
+
+def train(args: config.Arguments) -> None:
   conf, settings = args.config, config.settings(args.config, SPEC)
   builders.build(conf['hosts'], SPEC.sections['hosts'])  # one of several now?
   experiment.checked(conf)
+  track = builders.build(conf['tracking'], SPEC.sections['tracking'])
   resolved = config.resolved(conf, SPEC)
   hosts.agree('the config', {**resolved, 'hosts': None})
   first = hosts.first()  # of the processes: it reads, writes, tests and speaks
@@ -105,10 +109,14 @@ def run(argv: list[str]) -> None:
     print('\n'.join([*restored.notices, f'resuming after round {done}']))
   room.save_config()
   store = clients.store.open(room.states, newcomer, at_round=done, mine=first)
-  record = lambda number, told: None
+  record, leave = lambda number, told: None, lambda finished: None
   if first:
-    keep = -1 if restored is None else done
-    record = metrics.recorder(args.workdir, keep).write
+    room.keep('clients.json', data.population.sizes(population))
+    record, leave = metrics.recorder(
+      args.workdir,
+      keep=-1 if restored is None else done,
+      track=lambda kept: track(args.workdir, resolved, kept),
+    )
 
   def save(number: int) -> None:
     store.commit(number)
@@ -135,6 +143,7 @@ def run(argv: list[str]) -> None:
     num_rounds, done, unit=unit, file=None if first else sys.stdout
   )
   with contextlib.ExitStack() as at_end:
+    at_end.push(lambda kind, *_: leave(kind is None and number == num_rounds))
     at_end.callback(bar.close)
     for number in range(done + 1, num_rounds + 1):
       began = time.monotonic()
@@ -149,8 +158,10 @@ def run(argv: list[str]) -> None:
       # The host prepares the next cohort while the device works.
       following = assemble(number) if number < num_rounds else None
       told = metrics.summarise(on_device)
+      if algorithm.plan is not None:  # on the host, for the round that follows
+        state = algorithm.plan(state)
       trained = time.monotonic()
-      told, note = report.left_out(told, draw, built.names, number)
+      told, note = narration.left_out(told, draw, built.names, number)
       if note:
         bar.write(note)
       states = exchange.rows_to_first(sharding.held(states))
@@ -226,10 +237,12 @@ def run(argv: list[str]) -> None:
     base_model=str(room.base) if keep_base else loaded.name,
     use_rslora=conf['adapter']['name'] == 'rslora',
   )
+  shown = evals.samples(asked, said, tokenizer.decode, population.names)
+  room.keep('samples.json', {'round': num_rounds, 'samples': shown})
   told = '\n'.join(
     [
-      report.printable(evals.replies(asked, said, tokenizer.decode)),
-      report.summary(args.workdir),
+      narration.printable(evals.replies(asked, said, tokenizer.decode)),
+      narration.summary(args.workdir),
     ]
   )
   room.finish(num_rounds, told)

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.core import Tracer
 
 Base = Any  # frozen weights of the model: a pytree, never batched over clients
 Params = Any  # what the server owns and broadcasts; never the base
@@ -35,7 +36,31 @@ Metrics = Mapping[str, jax.Array]  # 'room/name' -> array
 
 
 class Error(ValueError):
-  """A mistake of the user, told in one sentence (programs exit with 1)."""
+  """A mistake of the user, told in one sentence (programs exit with 1).
+
+  A notebook shows the sentence too, and no traceback.
+
+  >>> raise Error('config: num_rounds is 0; it must be at least 1.')
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: config: num_rounds is 0; it must be at least 1.
+  """
+
+  def _render_traceback_(self) -> list[str]:  # what IPython asks for
+    return [f'Error: {self}']
+
+
+def known(number: Any) -> bool:
+  """Whether a setting can be asked about: not while it is being traced.
+
+  A builder inside `jit` or `grad` may get a traced number where it wants a
+  float (`sweep` trains runs that differ in it as one program). Its caller
+  answers for its range.
+
+  >>> known(0.5), jax.jit(lambda x: jax.numpy.asarray(known(x)))(0.5).item()
+  (True, False)
+  """
+  return not isinstance(number, Tracer)
 
 
 # ---------------------------------------------------------------- adapters --
@@ -63,8 +88,8 @@ class Controlled(NamedTuple):
   In an update: the client's update, and the change of its own c_k.
   """
 
-  params: Any
-  control: Any
+  params: Any  # those of the adapter
+  control: Any  # c, None where nothing is trained
 
 
 class Dual(NamedTuple):
@@ -73,8 +98,8 @@ class Dual(NamedTuple):
   A scope keeps `personal` with the client. What is served is a view of both.
   """
 
-  shared: Any
-  personal: Any
+  shared: Any  # everybody's: sent and averaged
+  personal: Any  # a client's own: it stays there
 
 
 class Adapter(NamedTuple):
@@ -118,7 +143,7 @@ class Population(NamedTuple):
   train: tuple[tuple[Example, ...], ...]  # [N], each at least one example
   heldout: tuple[tuple[Example, ...], ...]  # [N], the same clients' other texts
   new_names: tuple[str, ...] = ()  # clients that no round trains on
-  new: tuple[tuple[Example, ...], ...] = ()
+  new: tuple[tuple[Example, ...], ...] = ()  # all texts of each of them
   report: Mapping[str, Any] = {}  # what was left out and why; histogram
 
 
@@ -167,6 +192,13 @@ class Label(enum.Enum):
 Shared, Private, Frozen = Label.SHARED, Label.PRIVATE, Label.FROZEN
 
 
+class Reports(NamedTuple):
+  """What the clients of a population last told, for plans on the host."""
+
+  values: Any  # [N, ...], zeros for a client that never reported
+  round: Any  # [N] int32: when, -1 for never
+
+
 class Masks(NamedTuple):
   """Which entries a client holds, and which of those it may change.
 
@@ -180,27 +212,28 @@ class Masks(NamedTuple):
   trained: Any
 
 
-class Scope(NamedTuple):
-  """What a client trains, shares and keeps.
-
-  `labels(params)` gives a `Label` a leaf, `mask(start, profile, state, round,
-  key) -> Masks` runs inside the round, and `plan(round, reports, profiles) ->
-  profiles` is host code between rounds (knapsacks, searches).
-  """
-
-  labels: Callable[[Params], Any]
-  mask: Callable[[Params, Any, 'ClientState', jax.Array, Key], Masks]
-  plan: Callable[[int, Any, Any], Any] = lambda round, reports, profiles: (
-    profiles
-  )
-
-
 class ClientState(NamedTuple):
   """What a client keeps between rounds; often nothing at all."""
 
   private: Any = None  # private leaves, None elsewhere
   local: Any = ()  # of the local update: control variates, optimizer moments
   upload: Any = ()  # of the upload: what compression left behind
+
+
+class Scope(NamedTuple):
+  """What a client trains, shares and keeps.
+
+  `labels(params)` gives a `Label` a leaf, `mask(start, profile, state, round,
+  key) -> Masks` runs inside the round, and `plan(round, reports, profiles) ->
+  profiles` is host code between rounds (knapsacks, searches) on `Reports` and
+  profiles [N, ...]; `server.planned` runs it.
+  """
+
+  labels: Callable[[Params], Any]
+  mask: Callable[[Params, Any, ClientState, jax.Array, Key], Masks]
+  plan: Callable[[int, Any, Any], Any] = lambda round, reports, profiles: (
+    profiles
+  )
 
 
 class Cohort(NamedTuple):
@@ -240,10 +273,17 @@ Loss = Callable[[Base, Params, Any, Key], LossSum]  # (base, params, batch, key)
 
 
 class ClientOutput(NamedTuple):
+  """What comes of training.
+
+  `metrics` has 'loss' and 'tokens' at least. 'weight', if it is there, says
+  how much the client counts in this round, in place of `Cohort.weight`;
+  'report', a pytree, is what it tells the server for the next plan.
+  """
+
   update: Update  # end - start on trained leaves, None on frozen ones
-  masks: Masks
+  masks: Masks  # of what it trained; a method may narrow those that it got
   state: Any  # ClientState.local
-  metrics: Mapping[str, jax.Array]  # 'loss' and 'tokens' at least
+  metrics: Mapping[str, jax.Array]
 
 
 class LocalUpdate(NamedTuple):
@@ -331,13 +371,14 @@ class Aggregator(NamedTuple):
 
   init: Callable[[Params, Key], Any]
   aggregate: Callable[[Uploads, Any, Params, Key], tuple[Aggregate, Any]]
-  traits: Traits = Traits()
+  traits: Traits = Traits()  # what it may be combined with
   num_bytes: Callable[[Any], Any] | None = None
 
 
 class StreamingAggregator(NamedTuple):
   """A rule that eats blocks of clients, so memory stays flat as K grows.
 
+  `init`, `traits` and `num_bytes` as in `Aggregator`;
   `zero(params) -> sums`; `accumulate(sums, uploads, state, params) -> sums`;
   `finalize(sums, state, params, key) -> (Aggregate, state)`. Sums are
   additive: those of two blocks may be added, also across devices.
@@ -359,10 +400,12 @@ ServerOptimizer = optax.GradientTransformation  # sees -delta
 
 
 class ServerState(NamedTuple):
+  """What the server carries from round to round, and a checkpoint holds."""
+
   round: Any  # [] int32, rounds done
-  params: Params
-  optimizer: Any
-  aggregator: Any
+  params: Params  # what clients are sent, and their private leaves' start
+  optimizer: Any  # of the server optimizer: its moments
+  aggregator: Any  # of the rule: what it remembers
   key: Any  # the seed's key: rounds fold their number in, it never changes
 
 
@@ -373,13 +416,16 @@ class FederatedAlgorithm(NamedTuple):
   `init_client(params) -> ClientState` of a client never seen before;
   `round(state, cohort, base) -> (state, states [K], metrics)`;
   `personal(params, state) -> params` is what a client is served
-  (`state=None`: a client never trained on).
+  (`state=None`: a client never trained on);
+  `plan(state) -> state` is host code between rounds (`server.planned`), None
+  where nothing is decided there.
   """
 
   init: Callable[[Key, Params], ServerState]
   init_client: Callable[[Params], ClientState]
   round: Callable[..., tuple[ServerState, ClientState, Metrics]]
   personal: Callable[[Params, ClientState | None], Params]
+  plan: Callable[[ServerState], ServerState] | None = None
 
 
 # ------------------------------------------------------------------- evals --

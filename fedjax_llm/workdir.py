@@ -2,10 +2,14 @@
 
 config.json            the resolved config, every default filled in
 metrics.jsonl          one JSON object a round
+metrics.csv            its numbers as a table
 tensorboard/           the same as event files
+trackers.json          the ids of this run at services that track it
+clients.json           how many texts each client has
 checkpoints/, states/  the server's state, and the private one of clients
 adapter/               the final adapter, a PEFT directory
 base/                  the frozen weights, where nobody else has them
+samples.json           replies before and after
 report.txt             what was printed at the end
 """
 
@@ -28,7 +32,7 @@ from fedjax_llm.types import Error
 # that was already written.
 _FREE = (
   *('num_rounds', 'checkpoint_every', 'keep_checkpoints'),
-  *('compilation_cache', 'chosen', 'hosts'),
+  *('compilation_cache', 'chosen', 'hosts', 'tracking'),
 )
 
 
@@ -40,8 +44,9 @@ class Workdir(NamedTuple):
   """Where things are; and functions, before whose first nothing is written.
 
   `take()` makes the folder and keeps other processes out of it,
-  `save_config()` writes the resolved config, `finish(round, text)` the report,
-  and `finished(round)` is the report of a run that is done with that round.
+  `save_config()` writes the resolved config, `keep(name, value)` a small JSON
+  file, `finish(round, text)` the report, and `finished(round)` is the report of
+  a run that is done with that round.
   `chosen` is what the run chose by itself where its config says 'auto': that of
   an earlier start, and written with the config.
   """
@@ -53,6 +58,7 @@ class Workdir(NamedTuple):
   base: pathlib.Path
   take: Callable[[], None]
   save_config: Callable[[], None]
+  keep: Callable[[str, Any], None]
   finish: Callable[[int, str], None]
   finished: Callable[[int], str | None]
   chosen: dict[str, Any]
@@ -89,6 +95,7 @@ def open(
       base=folder / 'base',
       take=nothing,
       save_config=nothing,
+      keep=nothing,
       finish=nothing,
       finished=nothing,
       chosen=chosen,
@@ -124,14 +131,17 @@ def open(
 
   def take() -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    locks.append(_lock(folder))
+    locks.append(lock(folder))
 
   def save_config() -> None:
     told = {**resolved, 'chosen': chosen} if chosen else resolved
-    _replace(file, json.dumps(told, indent=2, sort_keys=True) + '\n')
+    replace(file, json.dumps(told, indent=2, sort_keys=True) + '\n')
+
+  def keep(name: str, value: Any) -> None:
+    replace(folder / name, json.dumps(value) + '\n')
 
   def finish(round: int, text: str) -> None:
-    _replace(report, f'{_title(round)}\n\n{text}\n')
+    replace(report, f'{_title(round)}\n\n{text}\n')
 
   def finished(round: int) -> str | None:
     needed = (folder / 'adapter').is_dir() and report.is_file()
@@ -148,6 +158,7 @@ def open(
     base=folder / 'base',
     take=take,
     save_config=save_config,
+    keep=keep,
     finish=finish,
     finished=finished,
     chosen=chosen,
@@ -166,12 +177,12 @@ def _at(tree: Any, field: str) -> str:
   return repr(tree)
 
 
-def _replace(file: pathlib.Path, text: str) -> None:
+def replace(file: pathlib.Path, content: str | bytes) -> None:
   """All of it or nothing."""
   fresh = file.with_name(f'{file.name}.new')
   try:
-    with fresh.open('w', encoding='utf-8') as out:
-      out.write(text)
+    with fresh.open('wb') as out:
+      out.write(content if isinstance(content, bytes) else content.encode())
       out.flush()
       os.fsync(out.fileno())
     os.replace(fresh, file)
@@ -180,7 +191,7 @@ def _replace(file: pathlib.Path, text: str) -> None:
     raise Error(f'{file} cannot be written: {error.strerror}.') from error
 
 
-def _lock(folder: pathlib.Path) -> Any:
+def lock(folder: pathlib.Path) -> Any:
   """Held until the process ends, however it ends."""
   held = (folder / '.lock').open('a')
   try:

@@ -28,22 +28,27 @@ TABLE = {
     *('types', 'tree', 'adapters', 'clients'),
     *('local', 'uploads', 'aggregators', 'server'),
   ),
+  'differentiable': ('types', 'tree', 'clients'),
+  'values': ('types',),
   'builders': ('types',),
   'command': ('types',),
   'config': ('types', 'builders'),
   'checkpoint': ('types',),
   'sharding': ('types',),
-  'metrics': ('types',),
+  'metrics': ('types', 'trackers'),
   'hosts': ('types',),
   'exchange': ('hosts',),
   'compilation': ('types',),
-  'report': ('types', 'metrics'),
+  'narration': ('types', 'metrics'),
+  'trackers': ('types',),
+  'report': ('types', 'config', 'metrics', 'narration', 'command', 'workdir'),
   'workdir': ('types', 'config', 'metrics', 'hosts'),
 }
 # Programs, and the front door, know the whole house.
 PROGRAMS = (
   *('__init__', 'sections', 'tasks', 'train', 'plan'),
-  *('experiment', 'rebuild', 'export', 'generate'),
+  *('experiment', 'viewing', 'rebuild', 'export', 'generate'),
+  *('replay', 'sweep'),
 )
 # What the language of the house itself may need.
 OUTSIDE = {
@@ -53,6 +58,7 @@ OUTSIDE = {
 HEAVY = (
   *('transformers', 'datasets', 'orbax', 'tensorboardX', 'ml_collections'),
   *('flax', 'gguf', 'safetensors', 'torch', 'peft', 'tqdm', 'jinja2'),
+  *('matplotlib', 'wandb', 'mlflow'),
 )
 
 

@@ -490,6 +490,9 @@ def test_drift_is_one_where_updates_cancel_and_zero_where_they_agree():
   assert low_rank_metrics.drift(apart, weight) == 1
   assert low_rank_metrics.drift(jax.tree.map(jnp.abs, apart), weight) == 0
   assert low_rank_metrics.drift(tree.zeros_like(apart), weight) == 0
+  layers = {'w': jnp.array([[[1.0], [2.0]], [[-1.0], [2.0]]])}  # [K, L, 1]
+  found = low_rank_metrics.drift(layers, weight, axes=2)
+  assert found.tolist() == [1, 0]
 
 
 def test_bytes_down_are_those_of_the_residuals_factors():

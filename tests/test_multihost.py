@@ -153,7 +153,7 @@ def adapter(folder):
 # Told only where all uploads of a round lie on one device.
 ONE_DEVICE = {
   *('aggregators/error', 'aggregators/error_by_layer', 'aggregators/drift'),
-  'aggregators/effective_rank',
+  *('aggregators/effective_rank', 'aggregators/drift_by_layer'),
 }
 
 

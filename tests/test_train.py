@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm import checkpoint, data, models, tasks, train
+from fedjax_llm import checkpoint, data, models, report, tasks, train
 from fedjax_llm.adapters import peft
 from fedjax_llm.types import Batch, Model
 
@@ -217,6 +217,12 @@ def test_a_run_leaves_its_record(whole):
   assert told[6]['evals/heldout/loss'] < told[0]['evals/heldout/loss']
   assert (folder / 'adapter' / 'adapter_config.json').exists()
   assert list((folder / 'tensorboard').glob('events.out.tfevents.*'))
+  table = (folder / 'metrics.csv').read_text().splitlines()
+  assert table[0].startswith('round,') and len(table) == 8
+  held = json.loads((folder / 'clients.json').read_text())
+  assert set(held['clients']) == set(told[0]['evals/heldout/clients'])
+  assert set(held['new']) == set(told[0]['evals/new/clients'])
+  assert all(own['examples'] >= 1 for own in held['clients'].values())
   rounds = [p.name for p in sorted((folder / 'checkpoints').iterdir())]
   assert rounds == ['round_00000005', 'round_00000006']
 
@@ -231,8 +237,27 @@ def test_the_last_words_are_losses_bytes_and_replies(shown):
   assert f'{sent / 1000:.3g} kB up' in printed
   for who in ('prompt', 'client', 'before', 'after'):
     assert printed.count(f'\n  {who:7} ') + printed.startswith('  ') == 2
+  kept = json.loads((folder / 'samples.json').read_text())
+  assert kept['round'] == 2 and len(kept['samples']) == 2
+  for sample in kept['samples']:
+    assert sample['client'] in told[0]['evals/heldout/clients']
+    first = sample['reply'].strip().split('\n')[0]
+    assert f'  client  {first}' in printed
   # The random model talks in bytes, of which none may move the cursor.
   assert all(c.isprintable() for c in printed if c != '\n')
+
+
+def test_the_report_of_a_run_shows_its_losses_and_replies(shown):
+  pytest.importorskip('matplotlib')
+  folder, _, _, _ = shown
+  page = report.page(folder)
+  assert 'finished, 2 rounds' in page
+  for loss in (records(folder)[i]['evals/heldout/loss'] for i in (0, 2)):
+    assert f'<td class="number">{loss:.4f}</td>' in page
+  for name in ('loss-rounds', 'clients-loss', 'error-layers', 'stations'):
+    assert f'<figure id="{name}">' in page
+  kept = json.loads((folder / 'samples.json').read_text())
+  assert f'<h3>{kept["samples"][0]["client"]}</h3>' in page
 
 
 def test_the_exported_adapter_gives_the_served_logits(shown):

@@ -10,8 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm import local
-from fedjax_llm.types import ClientState, Cohort, LossSum, LowRank
+from fedjax_llm import aggregators, local, tree
+from fedjax_llm.types import (
+  ClientState,
+  Cohort,
+  LossSum,
+  LowRank,
+  Masks,
+  Uploads,
+)
 
 D, F, R = 4, 3, 2
 
@@ -81,6 +88,35 @@ def cohort(num_clients=5, steps=3, batch=4, seed=0, states=None, ragged=True):
     valid=np.ones(num_clients, bool),
     states=states if states is not None else ClientState(),
   )
+
+
+def uploads(num_clients=5, seed=0):
+  """What clients of all ranks might send, and what the server has."""
+  rng = np.random.default_rng(seed)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  mine = params()
+  node = LowRank(draw(num_clients, D, R), draw(num_clients, R, F), None)
+  some = jnp.ones((num_clients, 1), bool)  # [K, R]
+  held = LowRank(some, some[..., None], None)
+  return Uploads(
+    update={'q': node},
+    start=tree.broadcast(mine, num_clients),
+    masks=Masks({'q': held}, {'q': held}),
+    weight=jnp.arange(1.0, num_clients + 1),
+    valid=jnp.ones(num_clients, bool),
+  ), mine
+
+
+def rules(**settings):
+  """Every public aggregator by its name, built."""
+  parts = ('as_stack', 'control_variates', 'from_rule')
+  return {
+    name: aggregators.as_stack(
+      getattr(aggregators, name)(**settings.get(name, {}))
+    )
+    for name in aggregators.__all__
+    if name not in parts
+  }
 
 
 def close(x, y, rtol=1e-5, atol=1e-6):

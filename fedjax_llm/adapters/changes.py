@@ -19,13 +19,22 @@ from fedjax_llm.types import Base, Error, LowRank, Params
 
 
 class Dense(NamedTuple):
-  """A weight that is trained whole, as the head of a classifier."""
+  """A weight that is trained whole, as the head of a classifier.
+
+  >>> Dense(jnp.ones(2)).value.shape
+  (2,)
+  """
 
   value: Any
 
 
 class Dora(NamedTuple):
-  """W' = m V / ||V||, V = W + scale * a @ b: see `dora`."""
+  """W' = m V / ||V||, V = W + scale * a @ b: see `dora`.
+
+  >>> node = Dora(LowRank(None, None, None), magnitude=jnp.ones(3))
+  >>> node.magnitude.shape
+  (3,)
+  """
 
   direction: LowRank
   magnitude: Any  # m [..., F]
@@ -68,7 +77,14 @@ def is_node(leaf: Any) -> bool:
 
 
 def as_low_rank(params: Params) -> Params:
-  """Every node that acts as factors, as those factors."""
+  """Every node that acts as factors, as those factors.
+
+  >>> from fedjax_llm.adapters.low_rank import lora
+  >>> base = {'q': {'kernel': jnp.ones((4, 3))}}
+  >>> params = lora(rank=2, targets=['q']).init(jax.random.key(0), base)
+  >>> as_low_rank(params)['q'] is params['q']  # LoRA is factors already
+  True
+  """
 
   def node(x):
     found = factors(x)
@@ -99,7 +115,13 @@ def gain(weight: jax.Array, node: Dora) -> jax.Array:
 
 
 def product(leaf: Any) -> jax.Array:
-  """The change of the weight, scale * a @ b + residual: [..., D, F]."""
+  """The change of the weight, scale * a @ b + residual: [..., D, F].
+
+  >>> a, b = jnp.full((1, 1), 2.0), jnp.full((1, 1), 3.0)
+  >>> node = LowRank(a, b, jnp.float32(5))
+  >>> product(node).tolist()
+  [[30.0]]
+  """
   node = factors(leaf)
   assert node is not None
   delta = jnp.matmul(node.a, node.b, precision=jax.lax.Precision.HIGHEST)
@@ -134,7 +156,14 @@ def merge(base: Base, params: Params) -> Base:
 
 
 def fold(base: Base, params: Params) -> tuple[Base, Params]:
-  """Moves the residuals into the base: done once a round, outside `vmap`."""
+  """Moves the residuals into the base: done once a round, outside `vmap`.
+
+  >>> one = jnp.ones((1, 1))
+  >>> node = LowRank(one, one, scale=1.0, residual=4 * one)
+  >>> base, params = fold({'q': {'kernel': one}}, {'q': node})
+  >>> base['q']['kernel'].tolist(), params['q'].residual
+  ([[5.0]], None)
+  """
 
   def written(weight, leaf):
     leaf = leaf.direction if isinstance(leaf, Dora) else leaf

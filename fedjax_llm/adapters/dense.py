@@ -56,6 +56,11 @@ def beside(*parts: Adapter) -> Adapter:
 
   Raises:
     Error: from `init`, two of them change the same weight.
+
+  >>> base = {'a': {'bias': jnp.ones(2)}, 'b': {'bias': jnp.ones(3)}}
+  >>> both = beside(dense('a'), dense('b'))
+  >>> sorted(both.init(jax.random.key(0), base))
+  ['a', 'b']
   """
 
   def init(key: Key, base: Base) -> Params:
@@ -79,6 +84,10 @@ def complete(params: Params, base: Base, modules: Sequence[str]) -> Params:
 
   Raises:
     Error: a low-rank leaf on one of them, which says nothing of its weight.
+
+  >>> base = {'score': {'bias': jnp.ones(2)}, 'body': {'bias': jnp.ones(3)}}
+  >>> sorted(complete({}, base, ['score']))
+  ['score']
   """
   here = [name for name in modules if name in base]
   if not here:

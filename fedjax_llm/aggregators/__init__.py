@@ -8,6 +8,7 @@ from fedjax_llm.aggregators.averaging import from_rule as from_rule
 from fedjax_llm.aggregators.averaging import masked_mean as masked_mean
 from fedjax_llm.aggregators.averaging import mean as mean
 from fedjax_llm.aggregators.averaging import uniform_mean as uniform_mean
+from fedjax_llm.aggregators.by_hand import received as received
 from fedjax_llm.aggregators.dual import on_shared as on_shared
 from fedjax_llm.aggregators.low_rank_bases import fedrot as fedrot
 from fedjax_llm.aggregators.low_rank_bases import fedsvd as fedsvd

@@ -119,7 +119,7 @@ def masked_mean(
       denominator='mask':    sum_k w_k m_k u_k / sum_k w_k m_k
       denominator='weight':  sum_k w_k m_k u_k / sum_k w_k
 
-  where m_k is `uploads.masks.trained`. 'mask' is the mean over the holders of
+  where m_k is `Uploads.masks`, trained. 'mask' is the mean over the holders of
   a rank, a layer or a block (RBLA, arXiv 2408.08699; FedRA, arXiv 2311.11227);
   'weight' is padding with zeros. Where nobody trained the delta is zero, so
   the server keeps what it has. With full masks both are `mean`. Without

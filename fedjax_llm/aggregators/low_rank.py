@@ -191,11 +191,15 @@ def each(factorise: Callable, x: jax.Array) -> Any:
   """A factorisation of each matrix of [..., m, n], one after another.
 
   A batch of them waits for threads of XLA's own pool, which on a CPU with two
-  cores may all be waiting already.
+  cores may all be waiting already. `vmap` makes no batch of them either, but
+  where they are differentiated.
   """
+  plain = lambda matrix: factorise(matrix)
+  one = jax.custom_jvp(jax.custom_batching.sequential_vmap(plain))
+  one.defjvp(lambda at, moved: jax.jvp(plain, at, moved))
   lead = x.shape[:-2]
   flat = x.reshape(-1, *x.shape[-2:])
-  done = jax.lax.map(factorise, flat)
+  done = jax.lax.map(one, flat)
   return jax.tree.map(lambda y: y.reshape(*lead, *y.shape[1:]), tuple(done))
 
 
@@ -212,7 +216,7 @@ def fro_norm(node: LowRank) -> jax.Array:
   """
   aa, bb = _grams(node)
   square = jnp.sum(aa * bb, axis=(-1, -2))
-  return jnp.abs(node.scale) * jnp.sqrt(jnp.maximum(square, 0.0))
+  return jnp.abs(node.scale) * tree.root(jnp.maximum(square, 0.0))
 
 
 def effective_rank(node: LowRank) -> jax.Array:

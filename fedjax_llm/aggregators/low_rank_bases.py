@@ -28,6 +28,13 @@ def flexlora(*, split: str = 'b') -> Aggregator:
   Raises:
     Error: `split` is another word; from the round, a factor that is
       frozen or private.
+
+  >>> from fedjax_llm.aggregators import received
+  >>> node = lambda a, b: LowRank(*jnp.float32([[[a]], [[b]]]), jnp.float32(1))
+  >>> server, sent = node(1, 0), received(node(1, 0), [node(1, 2), node(3, 4)])
+  >>> new = flexlora().aggregate(sent, (), server, jax.random.key(0))[0].assign
+  >>> round((new.a * new.b).item(), 4), round(abs(new.a.item()), 4)
+  (7.0, 1.0)
   """
   low_rank.check_split('flexlora', split)
 
@@ -59,6 +66,15 @@ def fedsvd(*, every: int = 1) -> Aggregator:
   Raises:
     Error: `every` below one; from the round, a factor that is frozen or
       private: share a and leave it untrained (`scopes.untrained`).
+
+  >>> from fedjax_llm.aggregators import received
+  >>> node = lambda a, b: LowRank(*jnp.float32([[[a]], [[b]]]), jnp.float32(1))
+  >>> rule, server = fedsvd(), node(2, 0)
+  >>> state = rule.init(server, None)
+  >>> sent = received(server, [node(2, 1), node(2, 5)])
+  >>> new = rule.aggregate(sent, state, server, jax.random.key(0))[0].assign
+  >>> round(abs(new.a.item()), 4), round(abs(new.b.item()), 4)
+  (1.0, 6.0)
   """
   if every < 1:
     raise Error(f'fedsvd: every={every} must be at least 1.')
@@ -96,6 +112,14 @@ def fedrot(*, strength: float = 1.0, first: str = 'a') -> Aggregator:
   Raises:
     Error: a strength not in [0, 1]; `first` is another word; from the round, a
       factor that is frozen or private.
+
+  >>> from fedjax_llm.aggregators import received
+  >>> server = LowRank(jnp.eye(2), jnp.zeros((2, 2)), jnp.float32(1))
+  >>> turned = LowRank(jnp.array([[0.0, -1], [1, 0]]), jnp.eye(2), server.scale)
+  >>> sent, count = received(server, [turned]), jnp.int32(1)
+  >>> new, _ = fedrot().aggregate(sent, count, server, jax.random.key(0))
+  >>> jnp.round(server.a + new.delta.a).tolist()  # turned back
+  [[1.0, 0.0], [0.0, 1.0]]
   """
   if not 0 <= strength <= 1:
     raise Error(f'fedrot: strength={strength} must be from 0 to 1.')

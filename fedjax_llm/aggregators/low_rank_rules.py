@@ -13,7 +13,14 @@ from fedjax_llm.aggregators.low_rank_nodes import (
   moved_to_mean,
   per_client,
 )
-from fedjax_llm.types import Aggregate, Aggregator, Error, LowRank, Traits
+from fedjax_llm.types import (
+  Aggregate,
+  Aggregator,
+  Error,
+  LowRank,
+  Traits,
+  known,
+)
 
 
 def fedex(
@@ -37,6 +44,16 @@ def fedex(
 
   Raises:
     Error: `residual_rank` below one; from the round, a private factor.
+
+  >>> from fedjax_llm.aggregators import received
+  >>> node = lambda a, b: LowRank(*jnp.float32([[[a]], [[b]]]), jnp.float32(1))
+  >>> server, rule = node(1, 0), fedex()
+  >>> sent = received(server, [node(1, 2), node(3, 4)])
+  >>> new, _ = rule.aggregate(sent, (), server, jax.random.key(0))
+  >>> tree.add(server, new.delta).a.item(), tree.add(server, new.delta).b.item()
+  (2.0, 3.0)
+  >>> new.assign.residual.item()  # (1 * 2 + 3 * 4) / 2 - 2 * 3
+  1.0
   """
   if residual_rank is not None and residual_rank < 1:
     raise Error(f'fedex: residual_rank={residual_rank} must be at least 1.')
@@ -75,6 +92,13 @@ def flora() -> Aggregator:
 
   Raises:
     Error: from the round, a factor that is frozen or private.
+
+  >>> from fedjax_llm.aggregators import received
+  >>> node = lambda a, b: LowRank(*jnp.float32([[[a]], [[b]]]), jnp.float32(1))
+  >>> server, sent = node(1, 0), received(node(1, 0), [node(1, 2), node(3, 4)])
+  >>> new = flora().aggregate(sent, (), server, jax.random.key(0))[0].assign
+  >>> new.residual.item(), new.b.item()  # (1 * 2 + 3 * 4) / 2
+  (7.0, 0.0)
   """
 
   def rule(seen: Seen) -> Aggregate:
@@ -110,8 +134,16 @@ def lora_fair(*, penalty: float = 0.01) -> Aggregator:
 
   Raises:
     Error: `penalty` is not positive; from the round, a private factor.
+
+  >>> from fedjax_llm.aggregators import received
+  >>> node = lambda a, b: LowRank(*jnp.float32([[[a]], [[b]]]), jnp.float32(1))
+  >>> server, sent = node(1, 0), received(node(1, 0), [node(1, 2), node(3, 4)])
+  >>> rule = lora_fair(penalty=1e-6)
+  >>> new, _ = rule.aggregate(sent, (), server, jax.random.key(0))
+  >>> round(new.delta.b.item(), 3)  # a is 2 and the mean product 7
+  3.5
   """
-  if not penalty > 0:
+  if known(penalty) and not penalty > 0:
     raise Error(f'lora_fair: penalty={penalty} must be positive.')
 
   def rule(seen: Seen) -> Aggregate:
@@ -134,6 +166,13 @@ def zero_padding(*, weighted: bool = True) -> Aggregator:
 
   Raises:
     Error: from the round, a private factor.
+
+  >>> from fedjax_llm.aggregators import received
+  >>> node = lambda x: LowRank(jnp.full((1, 2), x), jnp.zeros((2, 1)), 1.0)
+  >>> sent = received(node(1.0), [node(4.0), node(8.0)], ranks=[1, 2])
+  >>> new, _ = zero_padding().aggregate(sent, (), node(1.0), jax.random.key(0))
+  >>> tree.add(node(1.0).a, new.delta.a).tolist()
+  [[6.0, 4.0]]
   """
 
   def rule(seen: Seen) -> Aggregate:
@@ -157,6 +196,14 @@ def norm_weighted(*, per: str = 'client') -> Aggregator:
 
   Raises:
     Error: `per` is another word; from the round, a private factor.
+
+  >>> from fedjax_llm.aggregators import received
+  >>> node = lambda a, b: LowRank(*jnp.float32([[[a]], [[b]]]), jnp.float32(1))
+  >>> server, sent = node(1, 0), received(node(1, 0), [node(1, 1), node(1, 3)])
+  >>> rule = norm_weighted()
+  >>> new, _ = rule.aggregate(sent, (), server, jax.random.key(0))
+  >>> new.delta.b.item()  # 1 / 4 * 1 + 3 / 4 * 3
+  2.5
   """
   if per not in ('client', 'target'):
     raise Error(f"norm_weighted: per={per!r} is neither 'client' nor 'target'.")
@@ -184,7 +231,7 @@ def norm_weighted(*, per: str = 'client') -> Aggregator:
       for x in nodes
       if low_rank.is_node(x)
     )
-    norms = jnp.where(uploads.valid, jnp.sqrt(square), 0.0)
+    norms = jnp.where(uploads.valid, tree.root(square), 0.0)
     weight = jnp.where(jnp.sum(norms) > 0, norms, uploads.weight)
     return inner.aggregate(uploads._replace(weight=weight), state, params, key)
 
@@ -203,6 +250,13 @@ def replication(*, weighted: bool = True) -> Aggregator:
 
   Raises:
     Error: from the round, a private factor.
+
+  >>> from fedjax_llm.aggregators import received
+  >>> node = lambda x: LowRank(jnp.full((1, 2), x), jnp.zeros((2, 1)), 1.0)
+  >>> sent = received(node(1.0), [node(4.0), node(8.0)], ranks=[1, 2])
+  >>> new, _ = replication().aggregate(sent, (), node(1.0), jax.random.key(0))
+  >>> tree.add(node(1.0).a, new.delta.a).tolist()
+  [[6.0, 8.0]]
   """
 
   def rule(seen: Seen) -> Aggregate:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import tree
-from fedjax_llm.types import Aggregate, Aggregator, Error, Traits
+from fedjax_llm.types import Aggregate, Aggregator, Error, Traits, known
 
 
 def _by_rank(fn: Callable[[jax.Array, jax.Array], jax.Array]) -> Aggregator:
@@ -86,18 +86,24 @@ def trimmed_mean(trim_fraction: float = 0.1) -> Aggregator:
   >>> float(rule.aggregate(uploads, (), None, None)[0].delta)
   3.0
   """
-  if not 0 <= trim_fraction < 0.5:
+  if known(trim_fraction) and not 0 <= trim_fraction < 0.5:
     raise Error(
       f'trimmed_mean: trim_fraction={trim_fraction} must be at least 0 and '
       'below 0.5: it is cut on both sides.'
     )
-  # The decimal that was written: in binary 0.29 * 100 is below 29.
-  fraction = Fraction(str(trim_fraction))
+
+  def cuts(num_rows):  # b for each n
+    if not known(trim_fraction):
+      # The slack of float32: equal for decimals of up to four digits.
+      exact = trim_fraction * jnp.arange(num_rows + 1)
+      return jnp.floor(exact * (1 + 2e-7)).astype(jnp.int32)
+    # The decimal that was written: in binary 0.29 * 100 is below 29.
+    fraction = Fraction(str(trim_fraction))
+    return jnp.array([int(fraction * m) for m in range(num_rows + 1)])
 
   def middle(values, n):
     num_rows = values.shape[0]
-    cuts = jnp.array([int(fraction * m) for m in range(num_rows + 1)])
-    cut = cuts[n]
+    cut = cuts(num_rows)[n]
     rank = jnp.arange(num_rows).reshape((-1,) + (1,) * (values.ndim - 1))
     kept = (rank >= cut) & (rank < n - cut)
     return jnp.sum(jnp.where(kept, values, 0.0), axis=0) / (n - 2 * cut)

@@ -3,9 +3,19 @@
 sampling  round -> Draw             cohorts  Draw -> Cohort [K, S, B, T]
 scopes    what a client trains,     store    private state of N clients
           shares and keeps         profiles what clients can carry
+policies  what the host decides    allotment ranks that it gives to weights
+          between rounds
 """
 
-from fedjax_llm.clients import cohorts, profiles, sampling, scopes, store
+from fedjax_llm.clients import (
+  allotment,
+  cohorts,
+  policies,
+  profiles,
+  sampling,
+  scopes,
+  store,
+)
 from fedjax_llm.clients.sampling import by_size, cyclic, full, uniform
 from fedjax_llm.clients.scopes import (
   all_private,
@@ -19,7 +29,9 @@ from fedjax_llm.clients.scopes import (
 )
 
 __all__ = [
+  'allotment',
   'cohorts',
+  'policies',
   'profiles',
   'sampling',
   'scopes',

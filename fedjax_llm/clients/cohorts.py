@@ -221,7 +221,11 @@ def max_targets(
 
 
 class Rows(NamedTuple):
-  """Batches of one width, and whose each row is."""
+  """Batches of one width, and whose each row is.
+
+  >>> Rows(batches=None, owners=np.array([[0, 0, -1]])).owners.shape
+  (1, 3)
+  """
 
   batches: Batch  # [M, B, T]
   owners: np.ndarray  # [M, B] int32 client ids, -1 on padding

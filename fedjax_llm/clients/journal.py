@@ -36,7 +36,9 @@ class Base(NamedTuple):
   num_rows: int
 
 
-def read_base(folder: pathlib.Path, leaves: list, at_round: int) -> Base:
+def read_base(
+  folder: pathlib.Path, leaves: list, at_round: int, *, create: bool = True
+) -> Base:
   """The base of a store, checked against this run; a new one at round 0."""
   path = folder / 'base.json'
   if not path.exists():
@@ -46,7 +48,8 @@ def read_base(folder: pathlib.Path, leaves: list, at_round: int) -> Base:
         'go on without it.'
       )
     base = Base(0, 0, 0)
-    _write_base(folder, base, leaves)
+    if create:
+      _write_base(folder, base, leaves)
     return base
   try:
     found = json.loads(path.read_text())

@@ -10,9 +10,9 @@ import numpy as np
 
 from fedjax_llm.types import Error
 
-__all__ = ['layers', 'ranks']
+__all__ = ['budgets', 'layers', 'ranks']
 
-_RANKS, _LAYERS = 201, 202  # purposes of the random streams
+_RANKS, _LAYERS, _BUDGETS = 201, 202, 203  # purposes of the random streams
 
 
 def ranks(
@@ -58,6 +58,23 @@ def layers(
   [1, 1, 3, 3]
   """
   return {'layers': _drawn(choices, shares, num_clients, (seed, _LAYERS))}
+
+
+def budgets(
+  choices: Sequence[int],
+  shares: Sequence[float] | None = None,
+  *,
+  num_clients: int,
+  seed: int = 0,
+) -> Mapping[str, np.ndarray]:
+  """How many parameters a client can train: {'budget': [N] int32}.
+
+  Arguments and errors as in `ranks`.
+
+  >>> budgets((500, 2000), num_clients=4)['budget'].tolist()
+  [500, 2000, 500, 2000]
+  """
+  return {'budget': _drawn(choices, shares, num_clients, (seed, _BUDGETS))}
 
 
 def _drawn(

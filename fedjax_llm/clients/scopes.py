@@ -5,7 +5,7 @@ fields joined by '/'. `leaf_paths` lists them, patterns select them.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -297,7 +297,7 @@ def layers(inner: Scope | None = None) -> Scope:
   inner = everything() if inner is None else inner
 
   def mask(start, profile, state, round, key):
-    size = _of_profile(profile, 'layers', 'number of layers')
+    size = of_profile(profile, 'layers', 'number of layers')
     masks = inner.mask(start, profile, state, round, key)
     below = jax.tree.leaves(start.get('layers', ()))
     if not below:
@@ -367,8 +367,8 @@ def ranks(inner: Scope | None = None) -> Scope:
   profiles are mappings. `inner` says the rest (everything shared if None).
 
   Raises:
-    Error: from `mask`, clients without a rank in their profile, or parameters
-      without low-rank factors.
+    Error: from `labels`, a factor that `inner` freezes; from `mask`, clients
+      without a rank in their profile, or parameters without low-rank factors.
 
   >>> node = LowRank(jnp.ones((5, 4)), jnp.ones((4, 3)), jnp.ones(()))
   >>> masks = ranks().mask({'q': node}, jnp.int32(2), None, 0, None)
@@ -387,15 +387,41 @@ def ranks(inner: Scope | None = None) -> Scope:
       masks, start, lambda node: jnp.arange(node.a.shape[-1]) < rank
     )
 
-  return Scope(inner.labels, mask, inner.plan)
+  return Scope(both_trained(inner), mask, inner.plan)
+
+
+def both_trained(inner: Scope) -> Callable[[Params], Any]:
+  """The labels of `inner`, refused where one factor of two is frozen.
+
+  A mask says which ranks a client trains, and nobody trains a frozen factor:
+  it would arrive whole, beside ranks that the client does not have.
+  """
+  is_node = lambda x: isinstance(x, LowRank)
+
+  def labels(params: Params) -> Any:
+    found = inner.labels(params)
+    nodes = jax.tree_util.tree_leaves_with_path(found, is_leaf=is_node)
+    for path, node in nodes:
+      if not is_node(node):
+        continue
+      for name, label in (('a', node.a), ('b', node.b)):
+        if label is Frozen:
+          where = jax.tree_util.keystr(path, simple=True, separator='/')
+          raise Error(
+            f'{where}/{name} is frozen, so it cannot be masked: ranks that '
+            'differ between clients need both factors trained.'
+          )
+    return found
+
+  return labels
 
 
 def rank_of(profile: Any) -> Any:
   """The rank in a client's profile: the profile, or its entry 'rank'."""
-  return _of_profile(profile, 'rank', 'rank')
+  return of_profile(profile, 'rank', 'rank')
 
 
-def _of_profile(profile: Any, name: str, what: str) -> Any:
+def of_profile(profile: Any, name: str, what: str) -> Any:
   value = profile.get(name) if isinstance(profile, Mapping) else profile
   if not hasattr(value, 'shape'):
     raise Error(

@@ -36,6 +36,13 @@ class Store(NamedTuple):
   the state of this round is on the disk. Error on a full disk, with the changes
   still in memory and the last commit intact.
   `prune(oldest_kept_round)` gives up rounds before this one.
+
+  >>> import tempfile
+  >>> with tempfile.TemporaryDirectory() as directory:
+  ...   store = open(directory, ClientState(private=np.zeros(2)), at_round=0)
+  ...   store.scatter([5], [True], ClientState(private=np.ones((1, 2))))
+  ...   store.seen().tolist()
+  [5]
   """
 
   gather: Callable[[Any], ClientState]
@@ -51,11 +58,12 @@ def open(
   *,
   at_round: int,
   mine: bool = True,
+  read_only: bool = False,
 ) -> Store:
   """Opens or creates a store as it was when `at_round` was committed.
 
-  Commits after `at_round` are deleted. A template without any array needs no
-  store: nothing is written, and `seen` stays empty.
+  Commits after `at_round` are deleted, unless it is read only. A template
+  without any array needs no store: nothing is written, and `seen` stays empty.
 
   Args:
     directory: of this store alone.
@@ -63,6 +71,8 @@ def open(
     at_round: the round of the server's checkpoint; 0 at the start of a run.
     mine: False in a process that leaves the store to another one: it reads and
       writes nothing.
+    read_only: nothing on the disk changes, so `commit` and `prune` may not be
+      called; what is scattered is seen by `gather`.
 
   Raises:
     Error: the store has no such round, is damaged (the file is named), is of
@@ -84,12 +94,13 @@ def open(
   if not row_bytes or not mine:
     return _stateless(template)
   folder = pathlib.Path(directory)
-  base = journal.read_base(folder, leaves, at_round)
+  base = journal.read_base(folder, leaves, at_round, create=not read_only)
   journals = journal.read_chain(folder, base, at_round, row_bytes)
   slots = journal.read_ids(folder, base)  # id -> place in the base
   mapped = journal.map_rows(folder, len(slots), row_bytes)
   newer = journal.overlay(journals)  # id -> (rows, index), of the last journal
-  journal.discard(folder, journals)
+  if not read_only:
+    journal.discard(folder, journals)
   changed: dict[int, np.ndarray] = {}  # id -> row, since the last commit
   default = layout.pack_one(template)
   committed = at_round
@@ -124,6 +135,8 @@ def open(
   def commit(round):
     nonlocal committed, journals, newer
     round = int(round)
+    if read_only:
+      raise Error(f'{folder} was opened to be read only.')
     if round == committed and not changed:
       return
     if round <= committed:

@@ -78,6 +78,10 @@ def natural() -> Partition:
   """The clients that the data has: the field that the source reads as client.
 
   Raises `Error` if a record has no client.
+
+  >>> records = [Record(client='ann', text='a'), Record(client='bob', text='b')]
+  >>> natural()(records, 0)
+  ['ann', 'bob']
   """
 
   def partition(records, seed):
@@ -127,6 +131,10 @@ def dirichlet(
 
   Source: Yurochkin et al., arXiv 1905.12022, section 4; Li et al., arXiv
   2102.02079, section 4.1.
+
+  >>> records = [Record(text=str(i), label='ab'[i % 2]) for i in range(8)]
+  >>> sorted(Counter(dirichlet(2, alpha=100.0)(records, 0)).values())
+  [4, 4]
   """
 
   def partition(records, seed):
@@ -182,6 +190,10 @@ def quantity(num_clients: int, sigma: float = 1.0) -> Partition:
       size_n ~ exp(sigma * z_n),  z_n ~ N(0, 1),  at least one record each
 
   Raises `Error` if there are more clients than records or sigma is negative.
+
+  >>> records = [Record(text=str(i)) for i in range(12)]
+  >>> sorted(Counter(quantity(3, sigma=2.0)(records, 0)).values())
+  [2, 4, 6]
   """
 
   def partition(records, seed):

@@ -33,6 +33,7 @@ def build(
   min_examples: int = 1,
   max_clients: int | None = None,
   labels: Sequence[str] | None = None,
+  labelled: float = 1.0,
   seed: int = 0,
 ) -> Population:
   """The population of a federation.
@@ -45,7 +46,9 @@ def build(
   `new_clients` clients (a number below 1 is a fraction) never train at all.
   Clients with fewer than `min_examples` usable examples are left out;
   `max_clients` keeps at most so many, new ones included. With `labels` the
-  texts are to be classified: `text.classified` instead of `text.encode`.
+  texts are to be classified: `text.classified` instead of `text.encode`. Then
+  each client keeps the labels of a share `labelled` of its training examples,
+  one at least; the others' become -1, for methods that label texts themselves.
 
   `report` has `num_records`, `num_clients`, `num_new_clients`,
   `clients_left_out` (with `clients_left_out_names`, the first few),
@@ -53,9 +56,9 @@ def build(
   `prompts_truncated`, `heldout_duplicates`, `clients_without_heldout`,
   `train_examples`, `heldout_examples`, `new_examples`, `tokens` (of training
   examples), `loss_tokens` (of those, learned), `histogram` (examples a client,
-  as text), `texts_cut` and, of texts to be classified, `labels` (training
-  examples of each) and `labels_untrained` (the tested examples of labels that
-  nobody trains on).
+  as text), `texts_cut`, `unlabelled` and, of texts to be classified, `labels`
+  (training examples of each) and `labels_untrained` (the tested examples of
+  labels that nobody trains on).
 
   Raises `Error` if a number makes no sense or no client is left.
 
@@ -69,6 +72,11 @@ def build(
   (63, 7)
   """
   _check(heldout_fraction, new_clients, min_examples, max_clients)
+  if not 0 <= labelled <= 1 or (labelled < 1 and labels is None):
+    raise Error(
+      f'population.labelled is {labelled}: it is a share from 0 to 1 of texts '
+      'that are classified (task.name=classification).'
+    )
   holdings: dict[str, list[Record]] = {}
   for name, record in zip(partition(records, seed), records, strict=True):
     holdings.setdefault(name, []).append(record)
@@ -107,7 +115,10 @@ def build(
   new_names = _new(list(clients), new_clients, seed)
   names = sorted(set(clients) - set(new_names))
   splits = [_split(n, clients[n], heldout_fraction, seed) for n in names]
-  train = tuple(tuple(one) for one, _ in splits)
+  train = tuple(
+    tuple(_some_labelled(n, one, labelled, seed))
+    for n, (one, _) in zip(names, splits, strict=True)
+  )
   known = {_content(example) for one in train for example in one}
   heldout = tuple(_without(known, two, counts) for _, two in splits)
   new = tuple(
@@ -135,6 +146,7 @@ def build(
     'loss_tokens': sum(int(e.loss_mask.sum()) for one in train for e in one),
     'histogram': histogram(owners),
     'texts_cut': counts['texts_cut'],
+    'unlabelled': sum(e.label == -1 for one in train for e in one),
   }
   if labels is not None:
     report |= _labels(labels, train, (*heldout, *new))
@@ -164,6 +176,12 @@ def longest(
 
   Raises `Error` if the model cannot: its vocabulary or its positions are too
   few.
+
+  >>> import numpy as np
+  >>> text = Example(np.arange(5, dtype=np.int32), np.ones(5, bool))
+  >>> people = Population(('ann',), train=((text,),), heldout=((),))
+  >>> longest(people, vocab_size=8, max_positions=16)
+  5
   """
   parts = (population.train, population.heldout, population.new)
   examples = [example for part in parts for own in part for example in own]
@@ -182,8 +200,42 @@ def longest(
   return length
 
 
+def sizes(population: Population) -> dict[str, dict[str, dict[str, int]]]:
+  """What each client holds, by name: `clients` that train, and `new` ones.
+
+  `examples` and `tokens` of a client that trains are those it trains on,
+  `heldout` are its other texts.
+
+  >>> import numpy as np
+  >>> text = Example(np.arange(5, dtype=np.int32), np.ones(5, bool))
+  >>> people = Population(('ann',), train=((text, text),), heldout=((),))
+  >>> sizes(people)['clients']['ann']
+  {'examples': 2, 'tokens': 10, 'heldout': 0}
+  """
+  length = lambda own: sum(len(example.tokens) for example in own)
+  return {
+    'clients': {
+      name: {'examples': len(a), 'tokens': length(a), 'heldout': len(b)}
+      for name, a, b in zip(
+        population.names, population.train, population.heldout, strict=True
+      )
+    },
+    'new': {
+      name: {'examples': len(own), 'tokens': length(own)}
+      for name, own in zip(population.new_names, population.new, strict=True)
+    },
+  }
+
+
 def digest(population: Population) -> str:
-  """A checksum of who holds which texts: a run goes on with the same alone."""
+  """A checksum of who holds which texts: a run goes on with the same alone.
+
+  >>> import numpy as np
+  >>> text = Example(np.arange(5, dtype=np.int32), np.ones(5, bool))
+  >>> ann = Population(('ann',), train=((text,),), heldout=((),))
+  >>> len(digest(ann)), digest(ann) == digest(ann._replace(names=('bob',)))
+  (32, False)
+  """
   found = hashlib.blake2b(digest_size=16)
   sides = (
     (population.names, population.train),
@@ -264,6 +316,20 @@ def _split(
     [example for key in train for example in distinct[key]],
     [example for key in heldout for example in distinct[key]],
   )
+
+
+def _some_labelled(name: str, examples: Unit, share: float, seed: int) -> Unit:
+  """The examples, of which a share, one at least, keep their labels."""
+  if share == 1:
+    return examples
+  order = sorted(
+    range(len(examples)),
+    key=lambda i: keyed(seed, 'labelled', name, i, _content(examples[i])),
+  )
+  kept = set(order[: max(1, round(share * len(examples)))])
+  return [
+    e if i in kept else e._replace(label=-1) for i, e in enumerate(examples)
+  ]
 
 
 def _without(

@@ -27,6 +27,9 @@ class Record(NamedTuple):
 
   Exactly one form is there: `prompt` with `response`, `text`, or `messages`.
   `where` says where it stands ('file:line'), for error messages.
+
+  >>> Record(client='ann', prompt='2+2', response='4').text is None
+  True
   """
 
   client: str | None = None
@@ -168,6 +171,14 @@ def hf(
   says that there is none.
 
   Raises `Error` if the data set, its split or a column cannot be had.
+
+  >>> import json, pathlib, tempfile
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   file = pathlib.Path(folder, 'lines.json')
+  ...   _ = file.write_text(json.dumps({'who': 'ann', 'said': 'Hello.'}))
+  ...   (record,) = hf(str(file), client_key='who', text_key='said')
+  >>> record.client, record.text
+  ('ann', 'Hello.')
   """
   keys = _keys(
     client_key,

@@ -19,6 +19,9 @@ class Piece(NamedTuple):
   """A stretch of text that is learned as a whole or not at all.
 
   With `end` the end token follows, as an id: the text does not contain it.
+
+  >>> Piece('Hello.', learned=True).end
+  False
   """
 
   text: str
@@ -27,7 +30,11 @@ class Piece(NamedTuple):
 
 
 class Encoded(NamedTuple):
-  """The examples of one record, and what it cost to make them fit."""
+  """The examples of one record, and what it cost to make them fit.
+
+  >>> Encoded([], replies_left_out=1).texts_cut
+  0
+  """
 
   examples: list[Example]
   prompts_truncated: int = 0
@@ -47,6 +54,17 @@ def chat() -> Template:
   prompt, up to and with the marker that ends the turn; where it writes no
   marker, the end token. If the template rewrites earlier turns (some leave old
   reasoning out), each reply becomes a dialogue of its own.
+
+  >>> from fedjax_llm.data import tokenizers
+  >>> def render(messages, add_generation_prompt):
+  ...   said = ''.join(f'<{m["role"]}>{m["content"]}' for m in messages)
+  ...   return said + '<assistant>' * add_generation_prompt
+  >>> spell = tokenizers.bytes()._replace(chat=render)
+  >>> asked = {'role': 'user', 'content': 'Hi'}
+  >>> ((prompt, reply),) = chat()(
+  ...   [asked, {'role': 'assistant', 'content': 'Ho'}], spell)
+  >>> prompt.text, reply.text
+  ('<user>Hi<assistant>', 'Ho')
   """
 
   def render(tokenizer, messages, add_generation_prompt):
@@ -124,7 +142,15 @@ def _fixed(
 
 
 def alpaca() -> Template:
-  """The instruction format of Stanford Alpaca (Taori et al., 2023)."""
+  """The instruction format of Stanford Alpaca (Taori et al., 2023).
+
+  >>> roles = ('system', 'user', 'assistant')
+  >>> messages = [
+  ...   {'role': r, 'content': c} for r, c in zip(roles, ('', 'Hi', 'Ho'))]
+  >>> ((prompt, reply),) = alpaca()(messages, None)
+  >>> prompt.text.splitlines(), reply.text
+  (['### Instruction:', 'Hi', '', '### Response:'], 'Ho')
+  """
   return _fixed(
     lambda content: f'### Instruction:\n{content}\n\n',
     preamble='Below is an instruction that describes a task. '
@@ -135,7 +161,15 @@ def alpaca() -> Template:
 
 
 def vicuna() -> Template:
-  """The conversation format of Vicuna v1.1 (Chiang et al., 2023)."""
+  """The conversation format of Vicuna v1.1 (Chiang et al., 2023).
+
+  >>> roles = ('system', 'user', 'assistant')
+  >>> messages = [
+  ...   {'role': r, 'content': c} for r, c in zip(roles, ('', 'Hi', 'Ho'))]
+  >>> ((prompt, reply),) = vicuna()(messages, None)
+  >>> prompt.text, reply.text
+  ('USER: Hi ASSISTANT:', ' Ho')
+  """
   return _fixed(
     lambda content: f'USER: {content} ',
     preamble='A chat between a curious user and an artificial intelligence '
@@ -146,7 +180,14 @@ def vicuna() -> Template:
 
 
 def plain() -> Template:
-  """Nothing but the messages, one after the other on lines of their own."""
+  """Nothing but the messages, one after the other on lines of their own.
+
+  >>> messages = [{'role': 'user', 'content': 'Hi'},
+  ...   {'role': 'assistant', 'content': 'Ho'}]
+  >>> ((prompt, reply),) = plain()(messages, None)
+  >>> prompt.text.splitlines(), reply.text
+  (['Hi'], 'Ho')
+  """
   return _fixed(lambda content: f'{content}\n' if content else '', gap='\n')
 
 
@@ -204,7 +245,14 @@ def encode_counted(
   max_length: int = 256,
   long_replies: str = 'drop',
 ) -> Encoded:
-  """`encode`, with counts of what was truncated and left out."""
+  """`encode`, with counts of what was truncated and left out.
+
+  >>> from fedjax_llm.data import tokenizers
+  >>> record = Record(prompt='2+2', response='far too long')
+  >>> encode_counted(
+  ...   record, tokenizers.bytes(), 'plain', max_length=8).replies_left_out
+  1
+  """
   if max_length < 2:
     raise Error(f'max_length is {max_length}, but must be 2 or more.')
   if long_replies not in ('drop', 'cut'):

@@ -16,6 +16,18 @@ _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _FILES = ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt')
 
 
+class Whole(NamedTuple):
+  """A text as an encoder reads it; `types` say which of two a token is of.
+
+  >>> Whole(tokens=[1, 5, 2], types=[0, 0, 0], is_cut=False).tokens
+  [1, 5, 2]
+  """
+
+  tokens: list[int]
+  types: list[int]
+  is_cut: bool
+
+
 class Tokenizer(NamedTuple):
   """What the data room needs of a tokenizer.
 
@@ -24,6 +36,10 @@ class Tokenizer(NamedTuple):
   tokens out. `chat(messages, add_generation_prompt) -> text` is the tokenizer's
   own template, None if it has none. `bos_id` is the token that the tokenizer
   puts in front of a text by itself, None if it does not.
+
+  >>> letters = bytes()
+  >>> letters.encode('hi'), letters.decode([104, 105]), letters.vocab_size
+  ([104, 105], 'hi', 259)
   """
 
   name: str
@@ -36,15 +52,7 @@ class Tokenizer(NamedTuple):
   chat: Callable[[Sequence[Mapping[str, str]], bool], str | None]
   # (text, second text or None, max_length) -> tokens and types, with the
   # special tokens of a whole text; cut at the end, of two the longer one first
-  whole: Callable[[str, str | None, int], 'Whole'] | None = None
-
-
-class Whole(NamedTuple):
-  """A text as an encoder reads it; `types` say which of two a token is of."""
-
-  tokens: list[int]
-  types: list[int]
-  is_cut: bool
+  whole: Callable[[str, str | None, int], Whole] | None = None
 
 
 def bytes() -> Tokenizer:
@@ -104,6 +112,11 @@ def pretrained(path: str) -> Tokenizer:
   that is resumed tomorrow sees the same tokens.
 
   Raises `Error` if it cannot be had or has no end token.
+
+  >>> pretrained('./nowhere')
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: ./nowhere: there is no such directory.
   """
   where = os.path.expanduser(path)
   if os.path.isdir(where):

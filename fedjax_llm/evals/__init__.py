@@ -1,5 +1,6 @@
 """Evals: what a model is worth on text that no round trained on."""
 
+from fedjax_llm.evals import views as views
 from fedjax_llm.evals.likelihood import ClientSums as ClientSums
 from fedjax_llm.evals.likelihood import Report as Report
 from fedjax_llm.evals.likelihood import likelihood as likelihood
@@ -10,6 +11,8 @@ from fedjax_llm.evals.loop import in_turn as in_turn
 from fedjax_llm.evals.loop import loop as loop
 from fedjax_llm.evals.loop import questions as questions
 from fedjax_llm.evals.loop import replies as replies
+from fedjax_llm.evals.loop import samples as samples
+from fedjax_llm.evals.loop import told_of as told_of
 from fedjax_llm.evals.memory import Memory as Memory
 from fedjax_llm.evals.memory import recalling as recalling
 from fedjax_llm.evals.memory import remember as remember
@@ -36,6 +39,9 @@ __all__ = [
   'recalling',
   'remember',
   'replies',
+  'samples',
   'summary',
   'text_states',
+  'told_of',
+  'views',
 ]

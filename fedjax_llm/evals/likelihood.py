@@ -19,7 +19,12 @@ Group = tuple[Batch, np.ndarray]  # [M, B, T], owner [M, B]
 
 
 class ClientSums(NamedTuple):
-  """Sums for each of n clients with at least one token, in order of id."""
+  """Sums for each of n clients with at least one token, in order of id.
+
+  >>> sums = ClientSums(np.array([3]), *np.array([[8.0], [4.0], [1.0]]))
+  >>> (sums.total / sums.count).tolist()  # nats a token of client 3
+  [2.0]
+  """
 
   ids: np.ndarray  # [n] int
   total: np.ndarray  # [n] float64, nats
@@ -28,6 +33,12 @@ class ClientSums(NamedTuple):
 
 
 class Report(NamedTuple):
+  """What a test found, of all text and of each client.
+
+  >>> Report({'evals/heldout/loss': 2.0}, {}).metrics['evals/heldout/loss']
+  2.0
+  """
+
   metrics: dict[str, float]  # 'evals/heldout/loss' and its relatives
   clients: dict[str, ClientSums]  # by the name in the middle: 'heldout'
 
@@ -131,6 +142,16 @@ def personal(
     client is tested on all. Metrics are 'evals/{name}/own/loss' and
     'evals/{name}/common/loss' and so on; groups that are empty give none.
     Raises `Error` if both are.
+
+  >>> def loss(base, params, batch, key):
+  ...   n = jnp.sum(batch.loss_mask, -1, dtype=jnp.float32)
+  ...   return LossSum(n * params, n, n)
+  >>> full = np.ones((1, 2, 4), np.int32)
+  >>> own = [(Batch(full, full > 0, full, full), np.array([[7, 9]]))]
+  >>> models, key = jnp.array([1.0, 5.0]), jax.random.key(0)  # of 7 and 9
+  >>> report = personal(loss)(None, models, [7, 9], own, [], key)
+  >>> report.clients['personal/own'].total.tolist()  # four tokens each
+  [4.0, 20.0]
   """
 
   @jax.jit

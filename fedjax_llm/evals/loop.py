@@ -36,6 +36,7 @@ def loop(
   new_names: Sequence[str] = (),
   has_private: bool = False,
   labelled: bool = False,
+  together: Callable[..., Report] | None = None,
 ) -> Callable[..., dict[str, Any]]:
   """Everything a run tests, as one function.
 
@@ -61,12 +62,25 @@ def loop(
     labelled: texts are classified. Then 'evals/heldout/accuracies' has the
       accuracy of each client by name, and 'client_accuracy_mean' and
       'client_accuracy_worst_10' their mean and that of the worst tenth.
+    together: `likelihood(loss)`, where other runs use the same program.
 
   Returns:
     `examine(base, params, store, key) -> {'evals/...': ...}`; `store` has
     `gather(ids) -> ClientState` and `seen() -> ids`.
+
+  >>> from fedjax_llm.types import Batch, LossSum
+  >>> def loss(base, params, batch, key):
+  ...   n = jnp.sum(batch.loss_mask, -1, dtype=jnp.float32)
+  ...   return LossSum(n * params, n, n)
+  >>> full = np.ones((1, 2, 4), np.int32)
+  >>> group = Batch(full, full > 0, full, full), np.array([[0, 1]])
+  >>> method = FederatedAlgorithm(None, None, None, lambda p, state: p)
+  >>> examine = loop(loss, method, heldout=[group], names=['ann', 'bob'])
+  >>> told = examine(None, jnp.float32(2), None, jax.random.key(0))
+  >>> told['evals/heldout/clients']
+  {'ann': 2.0, 'bob': 2.0}
   """
-  together = likelihood(loss)
+  together = together or likelihood(loss)
   apart = personal(loss)
   owners = np.concatenate([np.zeros(0), *(o.ravel() for _, o in heldout)])
 
@@ -82,7 +96,7 @@ def loop(
     ):
       if groups:
         report = together(base, served, groups, key, name)
-        told |= _told(report, who, labelled)
+        told |= told_of(report, who, labelled)
     if has_private:
       ids = store.seen()
       told['evals/personal/untrained'] = len(names) - len(ids)
@@ -100,15 +114,22 @@ def loop(
         )
 
       report = apart(base, stack, ids, own, common, key)
-      told |= _told(report, names, labelled)
+      told |= told_of(report, names, labelled)
     return told
 
   return examine
 
 
-def _told(
+def told_of(
   report: Report, names: Sequence[str], labelled: bool
 ) -> dict[str, Any]:
+  """A report's numbers, with the loss of each client by its name.
+
+  >>> from fedjax_llm.evals.likelihood import ClientSums
+  >>> sums = ClientSums(np.array([0]), *np.array([[8.0], [4.0], [1.0]]))
+  >>> told_of(Report({}, {'heldout': sums}), ['ann'], labelled=False)
+  {'evals/heldout/clients': {'ann': 2.0}}
+  """
   told: dict[str, Any] = dict(report.metrics)
   for kind, sums in report.clients.items():
     who = [names[i] for i in sums.ids]
@@ -147,6 +168,12 @@ def in_turn(
 
 
 class Question(NamedTuple):
+  """How a held-out text begins, and how its client went on.
+
+  >>> Question(client=3, prompt=[5, 6], reply=[7]).reply
+  [7]
+  """
+
   client: int
   prompt: list[int]  # tokens
   reply: list[int]  # what the client really said
@@ -188,7 +215,15 @@ def replies(
   generated: Mapping[str, Sequence[list[int]]],
   decode: Callable[[Sequence[int]], str],
 ) -> str:
-  """Prompts, what the client really said, and what the models say, as text."""
+  """Prompts, what the client really said, and what the models say, as text.
+
+  >>> spell = lambda tokens: ''.join(map(chr, tokens))
+  >>> asked = [Question(0, prompt=[72, 105], reply=[79, 104])]
+  >>> print(replies(asked, {'after': [[72, 109]]}, spell).rstrip())
+    prompt  Hi
+    client  Oh
+    after   Hm
+  """
   show = lambda tokens: ' / '.join(decode(tokens).split('\n')).strip()
   lines = []
   for i, (_, prompt, reply) in enumerate(asked):
@@ -196,3 +231,26 @@ def replies(
     lines += [f'  {who:7} {show(said[i])}' for who, said in generated.items()]
     lines.append('')
   return '\n'.join(lines)
+
+
+def samples(
+  asked: Sequence[Question],
+  generated: Mapping[str, Sequence[list[int]]],
+  decode: Callable[[Sequence[int]], str],
+  names: Sequence[str],
+) -> list[dict[str, str]]:
+  """The same as data: `client` by name, `prompt`, `reply`, who says what.
+
+  >>> spell = lambda tokens: ''.join(map(chr, tokens))
+  >>> samples([Question(0, [97], [98])], {'after': [[99]]}, spell, ['ann'])
+  [{'client': 'ann', 'prompt': 'a', 'reply': 'b', 'after': 'c'}]
+  """
+  return [
+    {
+      'client': names[client],
+      'prompt': decode(prompt),
+      'reply': decode(reply),
+      **{who: decode(said[i]) for who, said in generated.items()},
+    }
+    for i, (client, prompt, reply) in enumerate(asked)
+  ]

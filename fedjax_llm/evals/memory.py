@@ -19,7 +19,12 @@ from fedjax_llm.types import (
 
 
 class Memory(NamedTuple):
-  """A model, and the states that its client's texts went through."""
+  """A model, and the states that its client's texts went through.
+
+  >>> seen = Memory(None, jnp.ones((1, 3)), jnp.array([4]), jnp.ones(1, bool))
+  >>> seen.values.tolist()
+  [4]
+  """
 
   params: Params
   keys: Any  # [M, D] float32: states before a token
@@ -32,6 +37,13 @@ def remember(model: Model) -> Callable[[Base, Params, Batch], Memory]:
 
   An entry is a state h_{t-1} of the last layer and the token x_t, for every
   token to be learned; the others are not valid.
+
+  >>> hidden = lambda base, params, batch: batch.tokens[..., None] * 10.0
+  >>> tokens = jnp.array([[3, 4, 5]])
+  >>> text = Batch(tokens, jnp.array([[False, True, True]]), tokens, tokens)
+  >>> found = remember(Model(hidden, None))(None, {}, text)
+  >>> found.keys.tolist(), found.values.tolist()  # before 4, before 5
+  ([[30.0], [40.0]], [4, 5])
   """
 
   def build(base: Base, params: Params, batch: Batch) -> Memory:
@@ -67,6 +79,16 @@ def recalling(
   Raises:
     Error: a weight that is not between 0 and 1, fewer than one neighbour, a
       temperature that is not positive.
+
+  >>> model = Model(
+  ...   hidden=lambda base, params, batch: batch.tokens[..., None] * 1.0,
+  ...   logits=lambda base, params, hidden: jnp.zeros((*hidden.shape[:-1], 2)))
+  >>> tokens = jnp.array([[0, 1]])
+  >>> text = Batch(tokens, tokens > 0, tokens, tokens)
+  >>> seen = remember(model)(None, {}, text)  # after 0 comes 1
+  >>> sums = recalling(model, weight=0.5)(None, seen, text, None)
+  >>> round(float(jnp.exp(-sums.total[0])), 4)  # (1 + 1 / 2) / 2
+  0.75
   """
   if not 0 <= weight <= 1:
     raise Error(f'recalling: weight={weight} must be between 0 and 1.')

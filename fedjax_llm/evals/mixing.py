@@ -25,10 +25,15 @@ from fedjax_llm.types import (
 
 
 class Instances(NamedTuple):
-  """A client's adapters, and what some of its own texts look like."""
+  """A client's adapters, and what some of its own texts look like.
+
+  >>> Instances(Dual(shared={}, personal={}), jnp.ones((5, 2))).states.shape
+  (5, 2)
+  """
 
   params: Dual
   states: Any  # [S, D], by `text_states` of the local model
+  valid: Any = None  # [S] bool: which of them are of a text; None: all
 
 
 def text_states(model: Model, *, at: str = 'prompt') -> Callable[..., Any]:
@@ -44,6 +49,12 @@ def text_states(model: Model, *, at: str = 'prompt') -> Callable[..., Any]:
 
   Raises:
     Error: another `at`.
+
+  >>> hidden = lambda base, params, batch: batch.tokens[..., None] * 1.0
+  >>> tokens = jnp.array([[7, 8, 9]])
+  >>> text = Batch(tokens, jnp.array([[False, False, True]]), tokens, tokens)
+  >>> text_states(Model(hidden, None))(None, {}, text).tolist()  # before 9
+  [[8.0]]
   """
   if at not in ('prompt', 'end'):
     raise Error(f"text_states: at={at!r} is neither 'prompt' nor 'end'.")
@@ -84,6 +95,14 @@ def instance_weights(
 
   Returns:
     `weights(base, instances, batch) -> [B]`.
+
+  >>> def hidden(base, params, batch):
+  ...   return jax.nn.one_hot(batch.tokens, 2)
+  >>> mine = Instances(Dual({}, {}), jnp.array([[0.0, 1.0]]))
+  >>> tokens = jnp.array([[0, 0], [1, 1]])
+  >>> texts = Batch(tokens, tokens < 0, tokens, tokens + 1)
+  >>> instance_weights(Model(hidden, None))(None, mine, texts).tolist()
+  [0.0, 0.5]
   """
   states_of = text_states(model, at=at)
 
@@ -94,7 +113,7 @@ def instance_weights(
     here = unit(states_of(base, local_model(instances.params), batch))
     near = unit(instances.states)
     cosine = jnp.matmul(here, near.T, precision=jax.lax.Precision.HIGHEST)
-    return strength * jnp.mean(cosine, axis=-1)
+    return strength * jnp.mean(cosine, axis=-1, where=instances.valid)
 
   return weights
 
@@ -110,6 +129,18 @@ def instance_mixed(
 
   Returns:
     A `Loss` on `Instances`, for `evals.personal`.
+
+  >>> from fedjax_llm.types import LowRank
+  >>> hidden = lambda base, params, batch: jnp.ones((*batch.tokens.shape, 2))
+  >>> def loss(base, params, batch, key):
+  ...   return LossSum((params.a @ params.b)[:, 0], jnp.ones(1), jnp.ones(1))
+  >>> node = lambda x: LowRank(jnp.full((1, 1), x), jnp.ones((1, 1)), 1.0)
+  >>> mine = Instances(Dual(node(0.0), node(8.0)), jnp.ones((5, 2)))
+  >>> tokens = jnp.ones((1, 3), jnp.int32)
+  >>> text = Batch(tokens, tokens > 0, tokens, tokens)
+  >>> sums = instance_mixed(loss, Model(hidden, None))(None, mine, text, None)
+  >>> round(float(sums.total[0]), 3)  # like the client's own texts: 8 / 2
+  4.0
   """
   weigh = instance_weights(model, strength=strength, at=at)
 
@@ -149,10 +180,18 @@ def fuse(
 
   Returns:
     `search(base, params: Dual, batch, key) -> (weights [2], objective)`, to be
-    jitted and `vmap`ped over clients; `adapters.blend` makes the adapter.
+    jitted and `vmap`ped over clients; `adapters.multi.blend` makes the adapter.
 
   Raises:
     Error: a negative penalty, fewer than one candidate or generation.
+
+  >>> def loss(base, params, batch, key):
+  ...   return LossSum((params['w'] - 4.0) ** 2, *jnp.float32([1, 1]))
+  >>> pair = Dual(shared={'w': jnp.float32(0)}, personal={'w': jnp.float32(4)})
+  >>> search = jax.jit(fuse(loss, penalty=0.0))
+  >>> weights, found = search(None, pair, None, jax.random.key(0))
+  >>> round(float(weights[0]), 1)  # all of the personal one
+  1.0
   """
   if penalty < 0 or num_candidates < 1 or num_generations < 1:
     raise Error(

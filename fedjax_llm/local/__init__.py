@@ -6,8 +6,11 @@ from fedjax_llm.local.dual import synced as synced
 from fedjax_llm.local.dual import tethered as tethered
 from fedjax_llm.local.dual import viewed as viewed
 from fedjax_llm.local.importance import important as important
+from fedjax_llm.local.importance import reported as reported
+from fedjax_llm.local.importance import weight_importance as weight_importance
 from fedjax_llm.local.lifted import lifted as lifted
 from fedjax_llm.local.losses import causal_lm as causal_lm
+from fedjax_llm.local.losses import class_logits as class_logits
 from fedjax_llm.local.losses import classification as classification
 from fedjax_llm.local.optimizers import LocalOptimizer as LocalOptimizer
 from fedjax_llm.local.optimizers import lora_plus as lora_plus
@@ -18,6 +21,7 @@ from fedjax_llm.local.phases import Counted as Counted
 from fedjax_llm.local.phases import Phase as Phase
 from fedjax_llm.local.phases import counted as counted
 from fedjax_llm.local.phases import phases as phases
+from fedjax_llm.local.pseudo_labels import pseudo_labelled as pseudo_labelled
 from fedjax_llm.local.selection import selected as selected
 from fedjax_llm.local.self_pruning import self_pruning as self_pruning
 from fedjax_llm.local.sgd import sgd as sgd
@@ -27,6 +31,7 @@ __all__ = [
   'LocalOptimizer',
   'Phase',
   'causal_lm',
+  'class_logits',
   'classification',
   'counted',
   'forked',
@@ -37,6 +42,8 @@ __all__ = [
   'optimizer',
   'phases',
   'pruned',
+  'pseudo_labelled',
+  'reported',
   'scaffold',
   'selected',
   'self_pruning',
@@ -44,4 +51,5 @@ __all__ = [
   'synced',
   'tethered',
   'viewed',
+  'weight_importance',
 ]

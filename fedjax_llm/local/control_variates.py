@@ -36,6 +36,12 @@ def scaffold(
   Raises:
     Error: an optimizer other than plain SGD: (x - y) / sum eta is then no
       average of gradients.
+
+  >>> from fedjax_llm.local import optimizer
+  >>> update = scaffold(None, optimizer('sgd', 0.1))
+  >>> start = Controlled({'w': jnp.float32(7)}, {'w': jnp.float32(5)})
+  >>> update.init(start)  # c_k starts at zero
+  {'w': Array(0., dtype=float32)}
   """
   plain = not any(optimizer.keywords.values())
   if optimizer.name != 'sgd' or not plain:

@@ -46,6 +46,18 @@ def tethered(
 
   Raises:
     Error: a negative strength, a clip_norm that is not positive.
+
+  >>> import jax
+  >>> from fedjax_llm.local import optimizer
+  >>> from fedjax_llm.types import LossSum, Masks
+  >>> flat = lambda base, p, x, key: LossSum(0 * p * x, *jnp.float32([1, 0]))
+  >>> update = tethered(flat, optimizer('sgd', 0.5), strength=1.0)
+  >>> start = Dual(shared=jnp.float32(0), personal=jnp.float32(8))
+  >>> mine = Dual(None, jnp.bool_(True))
+  >>> out = update.run(None, start, (), jnp.ones(2), Masks(mine, mine), 0,
+  ...                  jax.random.key(0))
+  >>> float(start.personal + out.update.personal)  # half of the way, twice
+  2.0
   """
   if strength < 0:
     raise Error(f'tethered: strength={strength} must not be negative.')
@@ -88,6 +100,14 @@ def forked(inner: LocalUpdate) -> LocalUpdate:
   """A client's first time, its personal part starts as a copy of the shared.
 
   Later it goes on from its own. The state counts the client's rounds.
+
+  >>> still = LocalUpdate(lambda p: (), lambda base, start, *rest: ClientOutput(
+  ...   Dual(jnp.float32(0), jnp.float32(0)), None, (), {}))
+  >>> start = Dual(shared=jnp.float32(5), personal=jnp.float32(1))
+  >>> update = forked(still)
+  >>> out = update.run(None, start, update.init(start), None, None, 0, None)
+  >>> float(start.personal + out.update.personal), int(out.state.rounds)
+  (5.0, 1)
   """
 
   def init(trainable):
@@ -130,6 +150,14 @@ def synced(inner: LocalUpdate, *, every: int) -> LocalUpdate:
 
   Raises:
     Error: `every` below one.
+
+  >>> still = LocalUpdate(lambda p: (), lambda base, start, *rest: ClientOutput(
+  ...   Dual(jnp.float32(2), jnp.float32(0)), None, (), {}))
+  >>> start = Dual(shared=jnp.float32(5), personal=jnp.float32(1))
+  >>> update = synced(still, every=10)
+  >>> out = update.run(None, start, update.init(start), None, None, 0, None)
+  >>> float(start.personal + out.update.personal)  # 5 + 2
+  7.0
   """
   if every < 1:
     raise Error(f'synced: every={every} must be at least 1.')

@@ -1,5 +1,6 @@
 """Local training of the rank-one units that have mattered so far."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +40,60 @@ def saliency(
   return tree.map_present(lambda p, g: jnp.abs(p * g), trained, slope)
 
 
+def weight_importance(loss: Loss) -> Callable[..., jax.Array]:
+  """What each low-rank weight is worth to a client, a number a rank.
+
+      I_m = mean over ranks i of (mean |a dL/da|[:, i] + mean |b dL/db|[i, :])
+
+  in the order of the nodes and, inside of one, of its layers: [M]. L is the
+  token mean over all batches. A measure for `reported`.
+
+  >>> from fedjax_llm.types import LossSum
+  >>> node = LowRank(jnp.full((1, 1), 3.0), jnp.full((1, 1), 2.0), None)
+  >>> def loss(base, params, batch, key):
+  ...   product = params['q'].a @ params['q'].b
+  ...   return LossSum(jnp.sum(product), jnp.float32(1), jnp.float32(0))
+  >>> measure = weight_importance(loss)
+  >>> measure(None, {'q': node}, {'q': node}, jnp.zeros(1), None).tolist()
+  [12.0]
+  """
+
+  def measure(base, params, held, batches, key) -> jax.Array:
+    score = saliency(loss, base, params, held, batches, key)
+    ranks = [jnp.mean(s.a, -2) + jnp.mean(s.b, -1) for s in _nodes(score)]
+    return jnp.concatenate([jnp.mean(s, -1).reshape(-1) for s in ranks])
+
+  return measure
+
+
+def reported(inner: LocalUpdate, measure: Callable[..., Any]) -> LocalUpdate:
+  """`inner`, after which the client tells the server what it measured.
+
+  `measure(base, params, held, batches, key)` sees the parameters that the
+  client ends with, and of those the ones that it holds; what it gives becomes
+  `metrics['report']`, for `server.planned`.
+
+  >>> def run(base, start, state, batches, masks, round, key):
+  ...   return ClientOutput({'w': jnp.float32(1)}, masks, (), {})
+  >>> update = reported(
+  ...   LocalUpdate(lambda trainable: (), run),
+  ...   lambda base, params, held, batches, key: 10 * held['w'],
+  ... )
+  >>> masks = Masks({'w': True}, {'w': True})
+  >>> out = update.run(None, {'w': jnp.float32(2)}, (), None, masks, 0, None)
+  >>> float(out.metrics['report'])
+  30.0
+  """
+
+  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
+    out = inner.run(base, start, state, batches, masks, round, key)
+    end = tree.add(start, out.update)
+    report = measure(base, end, tree.like(end, masks.held), batches, key)
+    return out._replace(metrics={**out.metrics, 'report': report})
+
+  return LocalUpdate(inner.init, run)
+
+
 class Importance(NamedTuple):
   """What a client remembers of every entry that it can train."""
 
@@ -65,6 +120,20 @@ def important(
 
   Raises:
     Error: a beta not in [0, 1); from the round, no low-rank factors.
+
+  >>> from fedjax_llm.types import LossSum
+  >>> loss = lambda base, p, x, key: LossSum(
+  ...   x * (p['q'].a @ p['q'].b).sum(), *jnp.float32([1, 0]))
+  >>> start = {'q': LowRank(jnp.array([[1.0, 9.0]]), jnp.ones((2, 1)), None)}
+  >>> def still(base, start, state, batches, masks, round, key):
+  ...   return ClientOutput(None, masks, (), {})
+  >>> one = {'q': LowRank(*jnp.array([[[True, False]]] * 2), None)}
+  >>> one['q'] = one['q']._replace(b=one['q'].b.T)  # one of two units may train
+  >>> update = important(LocalUpdate(lambda p: (), still), loss)
+  >>> out = update.run(None, start, update.init(start), jnp.ones(3),
+  ...                  Masks(one, one), 0, jax.random.key(0))
+  >>> out.masks.trained['q'].a.tolist()  # the unit that the loss depends on
+  [[False, True]]
   """
   for name, value in (('beta1', beta1), ('beta2', beta2)):
     if not 0 <= value < 1:
@@ -89,6 +158,11 @@ def important(
     return out._replace(state=Importance(smooth, unsure, out.state))
 
   return LocalUpdate(init, run)
+
+
+def _nodes(params: Params) -> list[LowRank]:
+  is_node = lambda x: isinstance(x, LowRank)
+  return [x for x in jax.tree.leaves(params, is_leaf=is_node) if is_node(x)]
 
 
 def _chosen(start: Params, score: Any, trained: Any) -> Any:

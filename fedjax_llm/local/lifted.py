@@ -20,6 +20,18 @@ def lifted(
   and `settle(end)` puts what they learned into the leaves that were there:
   `settle(lift(p)) == p`. The update, the masks and the bytes are those of the
   parameters that travel.
+
+  >>> p = {'core': jnp.float32(3), 'gain': None}
+  >>> lift = lambda p: {**p, 'gain': jnp.float32(1)}
+  >>> settle = lambda p: {'core': p['core'] * p['gain'], 'gain': None}
+  >>> trained = {'core': jnp.float32(1), 'gain': jnp.float32(1)}
+  >>> inner = LocalUpdate(lambda p: (), lambda base, start, *rest: ClientOutput(
+  ...   trained, None, (), {}))
+  >>> one = {'core': jnp.bool_(True), 'gain': None}
+  >>> out = lifted(inner, lift, settle).run(
+  ...   None, p, (), None, Masks(one, one), 0, None)
+  >>> float(out.update['core'])  # (3 + 1) * (1 + 1) - 3
+  5.0
   """
 
   def widened(masks, start, wide):

@@ -1,5 +1,7 @@
 """What a client minimises."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -37,6 +39,15 @@ def causal_lm(
 
   Returns:
     A `Loss` that gives sums in nats and counts in tokens.
+
+  >>> even = Model(
+  ...   hidden=lambda base, params, batch: jnp.zeros((*batch.tokens.shape, 2)),
+  ...   logits=lambda base, params, hidden: jnp.zeros((*hidden.shape[:-1], 4)))
+  >>> tokens = jnp.ones((1, 3), jnp.int32)
+  >>> batch = Batch(tokens, tokens > 0, tokens, tokens)
+  >>> sums = causal_lm(even)(None, {}, batch, None)
+  >>> round(float(sums.total), 4), float(sums.count)  # 2 log 4
+  (2.7726, 2.0)
   """
 
   def loss(base: Base, params: Params, batch: Batch, key: Key) -> LossSum:
@@ -77,7 +88,9 @@ def classification(model: Model, *, per_row: bool = False) -> Loss:
   """Cross-entropy of a text's class: -log p(y | x), one term a row.
 
   The classifier reads the state of a row's first token, so a row holds one
-  text. Rows without a label (-1) are padding.
+  text. Rows without a label (-1) are padding. A label may also be a
+  distribution q over the classes, labels [B, classes]: the term is then
+  -sum_y q_y log p(y | x), and a row of zeros is padding.
 
   Args:
     model: hidden states and a classifier's head, [..., D] -> [..., classes].
@@ -88,6 +101,15 @@ def classification(model: Model, *, per_row: bool = False) -> Loss:
 
   Raises:
     Error: from the loss, batches without labels.
+
+  >>> even = Model(
+  ...   hidden=lambda base, params, batch: jnp.zeros((*batch.tokens.shape, 2)),
+  ...   logits=lambda base, params, hidden: jnp.zeros((*hidden.shape[:-1], 4)))
+  >>> tokens = jnp.ones((2, 3), jnp.int32)
+  >>> batch = Batch(tokens, tokens < 0, tokens, tokens, jnp.array([3, -1]))
+  >>> sums = classification(even)(None, {}, batch, None)
+  >>> round(float(sums.total), 4), float(sums.count)  # log 4, one label
+  (1.3863, 1.0)
   """
 
   def loss(base: Base, params: Params, batch: Batch, key: Key) -> LossSum:
@@ -95,16 +117,50 @@ def classification(model: Model, *, per_row: bool = False) -> Loss:
     if batch.label is None:
       raise Error('these texts have no labels, so nothing can classify them.')
     first = model.hidden(base, params, batch)[:, 0]  # [B, D]
-    real = (batch.label >= 0) & (batch.segments[:, 0] > 0)
+    soft = batch.label.ndim == batch.tokens.ndim
+    told = jnp.any(batch.label > 0, -1) if soft else batch.label >= 0
+    real = told & (batch.segments[:, 0] > 0)
     first = jnp.where(real[:, None], first, 0)  # else NaN leaks backwards
-    target = jnp.where(real, batch.label, 0)
-    parts = _cross_entropy(
-      lambda h: model.logits(base, params, h), first, target, real, len(first)
-    )
+    head = lambda h: model.logits(base, params, h)
+    if soft:
+      parts = _distance(head(first), batch.label, real)
+    else:
+      target = jnp.where(real, batch.label, 0)
+      parts = _cross_entropy(head, first, target, real, len(first))
     sums = LossSum(parts[0], real.astype(jnp.float32), parts[1])
     return sums if per_row else LossSum(*(jnp.sum(x) for x in sums))
 
   return loss
+
+
+def class_logits(model: Model) -> Callable[[Base, Params, Batch], jax.Array]:
+  """What a classifier says of texts, [B, classes] float32, one text a row.
+
+  >>> model = Model(
+  ...   hidden=lambda base, params, batch: jnp.ones((*batch.tokens.shape, 2)),
+  ...   logits=lambda base, params, hidden: hidden @ base)
+  >>> texts = Batch(jnp.ones((1, 3), jnp.int32), None, None, None)
+  >>> head = jnp.array([[1.0, 2.0], [3.0, 4.0]])  # the whole base
+  >>> class_logits(model)(head, {}, texts).tolist()
+  [[4.0, 6.0]]
+  """
+
+  def predict(base: Base, params: Params, batch: Batch) -> jax.Array:
+    first = model.hidden(base, params, batch)[:, 0]
+    return model.logits(base, params, first).astype(jnp.float32)
+
+  return predict
+
+
+def _distance(logits, q, mask):
+  """As `_cross_entropy`, from distributions q over the classes."""
+  log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+  nats = -jnp.sum(jnp.where(q > 0, q * log_p, 0.0), axis=-1)
+  hit = jnp.argmax(logits, -1) == jnp.argmax(q, -1)
+  return (
+    jnp.where(mask, nats, 0.0),
+    jnp.where(mask, hit, False).astype(jnp.float32),
+  )
 
 
 def _cross_entropy(head, hidden, targets, mask, chunk_size):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_llm.types import Error, LowRank
+from fedjax_llm.types import Error, LowRank, known
 
 
 class LocalOptimizer(NamedTuple):
@@ -17,6 +17,10 @@ class LocalOptimizer(NamedTuple):
 
   `update(grads, state, params, step) -> (updates, state)` where step counts
   over the whole run: round * S + s.
+
+  >>> adam = optimizer('adamw', 1e-3, weight_decay=0.1)
+  >>> adam.name, adam.keywords, float(adam.learning_rate(0))
+  ('adamw', {'weight_decay': 0.1}, 0.001)
   """
 
   init: Callable[[Any], Any]
@@ -24,6 +28,7 @@ class LocalOptimizer(NamedTuple):
   learning_rate: Callable[[Any], Any]
   name: str
   keywords: Mapping[str, Any]
+  differentiable: bool = False  # local training then has a gradient
 
 
 def names() -> tuple[str, ...]:
@@ -56,6 +61,7 @@ def optimizer(
   learning_rate: float = 1e-3,
   schedule: Mapping[str, Any] | None = None,
   b_ratio: float = 1.0,
+  differentiable: bool = False,
   **keywords: Any,
 ) -> LocalOptimizer:
   """An optax optimizer by name; `keywords` are that optimizer's own.
@@ -67,10 +73,16 @@ def optimizer(
       decay_steps=100)`: an optax schedule of the step over the whole run,
       round * S + s, though the optimizer's moments start afresh each round.
     b_ratio: how many times faster the factors b learn: see `lora_plus`.
+    differentiable: training can be differentiated in reverse (`jax.grad`
+      through a round, see `differentiable.rounds`). All S steps are then
+      computed, those of padding too, and steps are computed again on the way
+      back instead of being kept. The outcome is the same.
 
   Raises:
     Error: an unknown optimizer, schedule or keyword; a ratio that is not
-      positive.
+      positive; `differentiable` without `eps_root` where the optimizer takes
+      one: it divides by the root of squared gradients, which has no gradient
+      where these are zero, as those of LoRA's a are at first.
 
   >>> sgd = optimizer('sgd', 0.5)
   >>> state = sgd.init({'w': jnp.ones(2)})
@@ -89,6 +101,12 @@ def optimizer(
       rate = builder(**settings)
     except (TypeError, ValueError) as error:
       raise Error(f'local.schedule: {str(error).rstrip(".")}.') from error
+  roots = 'eps_root' in inspect.signature(build).parameters
+  if differentiable and roots and not keywords.get('eps_root'):
+    raise Error(
+      f'local.differentiable: {name} has no gradient where its own are zero; '
+      'set local.eps_root above 0, such as 1e-12.'
+    )
 
   # The rate is a field of the state: any optimizer then follows our step count
   # instead of its own, which starts afresh in every round. Nothing else is one:
@@ -108,8 +126,11 @@ def optimizer(
     )
     return inner.update(grads, state, params)
 
-  found = LocalOptimizer(inner.init, update, rate, name, keywords)
-  return found if b_ratio == 1 else lora_plus(found, b_ratio)
+  found = LocalOptimizer(
+    inner.init, update, rate, name, keywords, differentiable
+  )
+  plain = known(b_ratio) and b_ratio == 1
+  return found if plain else lora_plus(found, b_ratio)
 
 
 def lora_plus(optimizer: LocalOptimizer, ratio: float = 16.0) -> LocalOptimizer:
@@ -132,7 +153,7 @@ def lora_plus(optimizer: LocalOptimizer, ratio: float = 16.0) -> LocalOptimizer:
   >>> step.a.tolist(), step.b.tolist()
   ([-0.5], [-2.0])
   """
-  if ratio <= 0:
+  if known(ratio) and ratio <= 0:
     raise Error(f'local.b_ratio is {ratio}; it must be above 0.')
   is_node = lambda x: isinstance(x, LowRank)
 

@@ -15,6 +15,12 @@ def frobenius_decay(loss: Loss, strength: float) -> Loss:
 
   Raises:
     Error: a negative strength.
+
+  >>> from fedjax_llm.types import LossSum
+  >>> flat = lambda base, params, batch, key: LossSum(0.0, 1.0, 0.0)
+  >>> node = LowRank(jnp.full((1, 1), 2.0), jnp.full((1, 1), 3.0), 1.0)
+  >>> float(frobenius_decay(flat, 0.5)(None, {'q': node}, None, None).total)
+  9.0
   """
   if strength < 0:
     raise Error(f'frobenius_decay: strength={strength} must not be negative.')

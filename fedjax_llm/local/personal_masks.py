@@ -45,6 +45,20 @@ def pruned(
 
   Raises:
     Error: a density not above 0 or above 1, another `per`.
+
+  >>> from fedjax_llm.types import LossSum
+  >>> loss = lambda base, p, x, key: LossSum(
+  ...   x * jnp.sum(p.shared['w']), *jnp.float32([1, 0]))
+  >>> w, true = jnp.array([1.0, -9.0]), jnp.bool_(True)
+  >>> start = Dual({'w': w}, {'w': jnp.ones(2, jnp.int8)})
+  >>> masks = Masks(*[Dual({'w': true}, {'w': true})] * 2)
+  >>> def still(base, start, state, batches, masks, round, key):
+  ...   return ClientOutput(Dual({'w': 0 * w}, {'w': None}), masks, (), {})
+  >>> update = pruned(LocalUpdate(lambda p: (), still), loss, density=0.5)
+  >>> out = update.run(None, start, update.init(start), jnp.ones(1), masks, 0,
+  ...                  jax.random.key(0))
+  >>> (start.personal['w'] + out.update.personal['w']).tolist()
+  [0, 1]
   """
   if not 0 < density <= 1:
     raise Error(f'pruned: density={density} must be above 0 and at most 1.')

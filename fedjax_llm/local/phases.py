@@ -25,6 +25,11 @@ class Phase(NamedTuple):
   It trains the leaves that `scope` does not freeze, in the rounds where
   `when(round)` holds (None: in all). Other rounds leave its leaves and its
   state as they are, cost nothing and send nothing of them.
+
+  >>> from fedjax_llm.clients import scopes
+  >>> late = Phase(None, scopes.frozen('^shared/'), lambda round: round >= 5)
+  >>> late.when(4), late.when(5)
+  (False, True)
   """
 
   local: LocalUpdate
@@ -156,14 +161,26 @@ def _together(told: list[Any]) -> dict[str, Any]:
 
 
 class Counted(NamedTuple):
-  """A client's state with the number of rounds that it has trained."""
+  """A client's state with the number of rounds that it has trained.
+
+  >>> Counted(rounds=3, inner=()).rounds
+  3
+  """
 
   rounds: Any  # [] int32
   inner: Any
 
 
 def counted(inner: LocalUpdate) -> LocalUpdate:
-  """The local update, whose state also counts the client's rounds."""
+  """The local update, whose state also counts the client's rounds.
+
+  >>> still = LocalUpdate(lambda p: (), lambda *rest: ClientOutput(
+  ...   None, None, (), {}))
+  >>> update = counted(still)
+  >>> out = update.run(None, None, update.init(None), None, None, 0, None)
+  >>> int(out.state.rounds)
+  1
+  """
 
   def init(trainable):
     return Counted(jnp.int32(0), inner.init(trainable))

@@ -31,6 +31,16 @@ def selected(inner: LocalUpdate, *, budget: int) -> LocalUpdate:
   Raises:
     Error: a budget below one; from the round, no `LowRank` node or a budget
       above the rank.
+
+  >>> def inner(base, start, state, batches, masks, round, key):
+  ...   change = LowRank(jnp.array([[0.1, 0.9]]), jnp.zeros((2, 1)), None)
+  ...   return ClientOutput({'q': change}, masks, (), {})
+  >>> start = {'q': LowRank(jnp.ones((1, 2)), jnp.ones((2, 1)), None)}
+  >>> true = {'q': LowRank(jnp.bool_(True), jnp.bool_(True), None)}
+  >>> update = selected(LocalUpdate(lambda p: (), inner), budget=1)
+  >>> out = update.run(None, start, (), None, Masks(true, true), 0, None)
+  >>> out.masks.trained['q'].a.tolist()  # the unit that moved most
+  [[False, True]]
   """
   if budget < 1:
     raise Error(f'selected: budget={budget} must be at least 1.')

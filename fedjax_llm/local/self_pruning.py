@@ -54,6 +54,11 @@ def self_pruning(
   Raises:
     Error: a negative penalty, a gamma not in (0, 1), min_rank below one, a
       clip_norm that is not positive; from `init`, no `LowRank` node.
+
+  >>> update = self_pruning(loss=None, optimizer=None, gamma=0.5)
+  >>> node = LowRank(jnp.ones((2, 4)), jnp.ones((4, 2)), None)
+  >>> int(update.init({'q': node}).rank)  # of a client that gave up nothing yet
+  4
   """
   if penalty < 0:
     raise Error(f'self_pruning: penalty={penalty} must not be negative.')

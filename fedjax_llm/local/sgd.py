@@ -17,6 +17,7 @@ from fedjax_llm.types import (
   LossSum,
   Masks,
   Params,
+  known,
 )
 
 
@@ -45,16 +46,25 @@ def sgd(
 
   Raises:
     Error: a negative prox or a clip_norm that is not positive.
+
+  >>> from fedjax_llm.local.optimizers import optimizer
+  >>> slope = lambda base, p, x, key: LossSum(p['w'] * x, *jnp.float32([1, 0]))
+  >>> update = sgd(slope, optimizer('sgd', 0.1))
+  >>> masks = Masks(*[{'w': jnp.bool_(True)}] * 2)
+  >>> out = update.run(None, {'w': jnp.float32(1)}, (), jnp.array([2.0, 3.0]),
+  ...                  masks, 0, jax.random.key(0))
+  >>> round(float(out.update['w']), 4)  # two steps: -0.1 * (2 + 3)
+  -0.5
   """
-  if prox < 0:
+  if known(prox) and prox < 0:
     raise Error(f'prox is {prox}; it must be 0 or more.')
-  if clip_norm is not None and clip_norm <= 0:
+  if clip_norm is not None and known(clip_norm) and clip_norm <= 0:
     raise Error(f'clip_norm is {clip_norm}; it must be above 0.')
 
   def adjust(grads, trained, start):
     if clip_norm is not None:
       grads = clip(grads, clip_norm)
-    if prox:
+    if not known(prox) or prox:
       # A sum of squares: the gradient of a norm at zero would be NaN. Added
       # after clipping, which bounds what the data say.
       grads = tree.map_present(
@@ -131,7 +141,8 @@ def descend(
     real = sums.count > 0  # a step without a loss token is padding
     keep = lambda n, o: jnp.where(real, n, o)
     rate = optimizer.learning_rate(count)
-    now = (sums, jnp.int32(1), rate, tree.norm(grads))
+    norm = jax.lax.stop_gradient(tree.norm(grads))
+    now = (sums, jnp.int32(1), rate, norm)
     return (
       tree.map_present(keep, new, trained),
       jax.tree.map(keep, new_state, optimizer_state),
@@ -142,7 +153,10 @@ def descend(
   zero = jnp.float32(0)
   told = (LossSum(zero, zero, zero), jnp.int32(0), zero, zero)
   # Steps of padding at the end are not computed: under `vmap` the loop ends
-  # with the client that needs most.
+  # with the client that needs most. A loop whose end depends on data has no
+  # gradient in reverse; one of all steps is a scan, and has.
+  if optimizer.differentiable:
+    needed, step = num_steps, jax.checkpoint(step, prevent_cse=False)
   end, optimizer_state, told = jax.lax.fori_loop(
     0, needed, step, (trained, optimizer_state, told)
   )

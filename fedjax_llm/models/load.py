@@ -24,7 +24,12 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 
 
 class LoadedModel(NamedTuple):
-  """A network, its frozen weights, and where they came from."""
+  """A network, its frozen weights, and where they came from.
+
+  >>> loaded = random(num_layers=3)
+  >>> loaded.config.num_layers, loaded.directory
+  (3, None)
+  """
 
   config: Config
   model: Model
@@ -172,6 +177,11 @@ def pretrained(
   architecture or value that is not implemented, tensors that are missing,
   unknown or of another shape, files that are damaged or missing, and a
   tokenizer with more tokens than the embedding.
+
+  >>> pretrained('./nowhere')  # doctest: +ELLIPSIS
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: ./nowhere is neither a directory nor ...
   """
   wanted = _dtype(dtype)
   directory = _find(path)

@@ -62,6 +62,10 @@ class Own(NamedTuple):
   `loaded(model, vocab_size=V, max_positions=T, name='own')` is what a builder
   returns that a config names: `--config.model.name=my_lab.models:build`. Such
   a run shows no replies, and writes base and adapter under its own names.
+
+  >>> twice = own(lambda weights, x: weights['w'] * x, {'w': jnp.float32(2)})
+  >>> float(twice.bind(twice.base, {})(3.0))
+  6.0
   """
 
   base: Base

@@ -281,6 +281,15 @@ def save(directory: str | os.PathLike, config: Config, base: Base) -> None:
   config.json and model.safetensors, in the dtype of the base; quantised
   matrices are written out in float32. Files appear whole or not at all. Leaves
   of a user's own network are written as they are, under their paths with dots.
+
+  >>> import tempfile
+  >>> from fedjax_llm.models.own import own
+  >>> network = own(lambda weights, x: weights['w'] * x, {'w': jnp.ones(2)})
+  >>> made = network.loaded(None, vocab_size=4, max_positions=8)
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   save(folder, made.config, made.base)
+  ...   sorted(os.listdir(folder))
+  ['config.json', 'model.safetensors']
   """
   from safetensors.numpy import save_file
 

@@ -31,6 +31,7 @@ from fedjax_llm.recipes.homogeneous import flasc as flasc
 from fedjax_llm.recipes.homogeneous import lora_a2 as lora_a2
 from fedjax_llm.recipes.homogeneous import lora_fair as lora_fair
 from fedjax_llm.recipes.homogeneous import rolora as rolora
+from fedjax_llm.recipes.labelling import lp_fl as lp_fl
 from fedjax_llm.recipes.personal_structure import perfit as perfit
 from fedjax_llm.recipes.personalised import ditto as ditto
 from fedjax_llm.recipes.personalised import fd_lora as fd_lora
@@ -38,6 +39,7 @@ from fedjax_llm.recipes.personalised import fed_dpa_f as fed_dpa_f
 from fedjax_llm.recipes.personalised import fed_dpa_t as fed_dpa_t
 from fedjax_llm.recipes.personalised import fed_lora as fed_lora
 from fedjax_llm.recipes.personalised import fed_rep as fed_rep
+from fedjax_llm.recipes.planned import fed_pipe as fed_pipe
 from fedjax_llm.recipes.structured import fed_ra as fed_ra
 from fedjax_llm.recipes.structured import fed_sb as fed_sb
 from fedjax_llm.recipes.structured import fed_tt_plus as fed_tt_plus
@@ -57,6 +59,7 @@ __all__ = [
   'fed_hm',
   'fed_it',
   'fed_lora',
+  'fed_pipe',
   'fed_prox',
   'fed_ra',
   'fed_rep',
@@ -77,6 +80,7 @@ __all__ = [
   'local_only',
   'lora_a2',
   'lora_fair',
+  'lp_fl',
   'perfit',
   'ravan',
   'rbla',

@@ -2,6 +2,7 @@
 
 Every recipe takes a loss and a local optimizer, and hands further keywords
 (`aggregator`, `server`, `upload`, `scope`, `block_size`, ...) to `fed_opt`.
+Examples that train nothing have no loss, `None`.
 """
 
 from typing import Any
@@ -30,6 +31,10 @@ def compose(update: LocalUpdate, **parts: Any) -> FederatedAlgorithm:
   They are: updates sent as they are, their weighted mean, and a server that
   adds it. Every round tells what it did to low-rank factors
   (`aggregators.measure`).
+
+  >>> method = compose(local.sgd(None, local.optimizer('sgd')))
+  >>> method.init_client({'w': jnp.ones(2)})  # clients keep nothing
+  ClientState(private=None, local=(), upload=())
   """
   parts.setdefault('upload', uploads.identity())
   parts.setdefault('aggregator', aggregators.mean())
@@ -51,6 +56,17 @@ def fed_avg(
   McMahan et al. 2017, arXiv 1602.05629, algorithm 1. On LoRA factors it is
   FedIT (Zhang et al. 2023, arXiv 2305.05644), whose mean of factors is not the
   mean of their products.
+
+  >>> import jax
+  >>> from fedjax_llm.types import Cohort, LossSum
+  >>> slope = lambda base, p, x, key: LossSum(p['w'] * x, *jnp.float32([1, 0]))
+  >>> method = fed_avg(slope, local.optimizer('sgd', 1.0))
+  >>> state = method.init(jax.random.key(0), {'w': jnp.float32(0)})
+  >>> texts, weight = jnp.array([[-2.0], [-6.0]]), jnp.array([3.0, 1.0])
+  >>> cohort = Cohort(jnp.arange(2), texts, weight, jnp.array([True, True]))
+  >>> state, _, _ = jax.jit(method.round)(state, cohort)
+  >>> float(state.params['w'])  # (3 * 2 + 1 * 6) / 4
+  3.0
   """
   update = local.sgd(
     loss, optimizer, clip_norm=clip_norm, keep_optimizer=keep_optimizer
@@ -69,6 +85,11 @@ def fed_prox(
   """FedProx: FedAvg with mu / 2 * ||p - start||^2 in the local objective.
 
   Li et al. 2020, arXiv 1812.06127, algorithm 2; mu = 0 is FedAvg.
+
+  >>> fed_prox(None, local.optimizer('sgd'), mu=-1.0)
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: prox is -1.0; it must be 0 or more.
   """
   update = local.sgd(loss, optimizer, prox=mu, clip_norm=clip_norm)
   return compose(update, **parts)
@@ -88,6 +109,12 @@ def scaffold(
   Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1, option II. Local
   optimizer: plain SGD. The server's c moves by the sum of the changes of c_k
   over all N = `num_clients` clients; it doubles what travels both ways.
+
+  >>> method = scaffold(None, local.optimizer('sgd'), num_clients=10)
+  >>> method.init(None, {'w': jnp.float32(5)}).params.control  # c
+  {'w': Array(0., dtype=float32)}
+  >>> method.init_client(Controlled(*[{'w': jnp.float32(5)}] * 2)).local  # c_k
+  {'w': Array(0., dtype=float32)}
   """
   inner = aggregator or aggregators.mean()
   fold = parts.pop('fold', None)
@@ -126,6 +153,10 @@ def fed_avgm(
   """FedAvgM: momentum on the server (Hsu et al. 2019, arXiv 1909.06335).
 
   Defaults of the server's settings are those of `server.fed_avgm`.
+
+  >>> method = fed_avgm(None, local.optimizer('sgd'), momentum=0.5)
+  >>> method.init(None, {'w': jnp.ones(2)}).optimizer[0].m
+  {'w': Array([0., 0.], dtype=float32)}
   """
   step = server.fed_avgm(
     **_given(learning_rate=server_learning_rate, momentum=momentum)
@@ -146,6 +177,10 @@ def fed_adagrad(
   """FedAdagrad (Reddi et al. 2021, arXiv 2003.00295, algorithm 2).
 
   Defaults of the server's settings are those of `server.fed_adagrad`.
+
+  >>> method = fed_adagrad(None, local.optimizer('sgd'), tau=0.5)
+  >>> method.init(None, {'w': jnp.ones(2)}).optimizer[0].v  # tau^2
+  {'w': Array([0.25, 0.25], dtype=float32)}
   """
   step = server.fed_adagrad(
     **_given(learning_rate=server_learning_rate, b1=b1, tau=tau)
@@ -167,6 +202,10 @@ def fed_adam(
   """FedAdam (Reddi et al. 2021, arXiv 2003.00295, algorithm 2).
 
   Defaults of the server's settings are those of `server.fed_adam`.
+
+  >>> method = fed_adam(None, local.optimizer('sgd'), tau=0.5)
+  >>> method.init(None, {'w': jnp.ones(2)}).optimizer[0].m
+  {'w': Array([0., 0.], dtype=float32)}
   """
   step = server.fed_adam(
     **_given(learning_rate=server_learning_rate, b1=b1, b2=b2, tau=tau)
@@ -188,6 +227,10 @@ def fed_yogi(
   """FedYogi (Reddi et al. 2021, arXiv 2003.00295, algorithm 2).
 
   Defaults of the server's settings are those of `server.fed_yogi`.
+
+  >>> method = fed_yogi(None, local.optimizer('sgd'), tau=0.5)
+  >>> method.init(None, {'w': jnp.ones(2)}).optimizer[0].v  # tau^2
+  {'w': Array([0.25, 0.25], dtype=float32)}
   """
   step = server.fed_yogi(
     **_given(learning_rate=server_learning_rate, b1=b1, b2=b2, tau=tau)

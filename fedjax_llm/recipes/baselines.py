@@ -20,6 +20,12 @@ def local_only(
 
   All leaves are private; sampling, local steps and token budget stay those of
   the federated run beside it.
+
+  >>> from jax import numpy as jnp
+  >>> from fedjax_llm import local
+  >>> method = local_only(None, local.optimizer('sgd'))
+  >>> method.init_client({'w': jnp.ones(2)}).private['w'].tolist()
+  [1.0, 1.0]
   """
   return averaging.fed_avg(
     loss,
@@ -43,6 +49,13 @@ def centralised(
 
   The launcher pools the clients' texts and gives that client the steps of a
   whole cohort, so the token budget is that of the federated run beside it.
+
+  >>> from jax import numpy as jnp
+  >>> from fedjax_llm import local
+  >>> method = centralised(None, local.optimizer('sgd', momentum=0.9))
+  >>> kept = method.init_client({'w': jnp.ones(2)}).local
+  >>> kept.inner_state[0].trace['w'].tolist()  # momentum goes on over rounds
+  [0.0, 0.0]
   """
   return averaging.fed_avg(
     loss,

@@ -4,6 +4,7 @@ The server's factors have the largest rank; a client of rank r holds their first
 r columns (`scopes.ranks`), inside buffers of the full size, so one program
 serves clients of all sizes. Ranks come in `Cohort.profiles`. The scale s is
 the same for everybody: alpha grows with the rank.
+Examples that train nothing have no loss, `None`.
 """
 
 from typing import Any
@@ -31,6 +32,12 @@ def zero_padding(
 
   The baseline of every paper on mixed ranks (called zero padding by Cho et al.
   2024, arXiv 2401.06432): ranks that few clients hold shrink in every round.
+
+  >>> zero_padding(  # doctest: +ELLIPSIS
+  ...   None, None, aggregator=aggregators.mean())
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: zero_padding brings its own aggregator: leave the ...
   """
   return with_rule(
     'zero_padding',
@@ -55,6 +62,15 @@ def rbla(
 
   and the rows of b likewise (Tavallaie et al. 2024, arXiv 2408.08699). A rank
   that no client of the round holds keeps its value.
+
+  >>> from fedjax_llm.types import LowRank
+  >>> node = lambda x: LowRank(jnp.full((1, 2), x), jnp.zeros((2, 1)), None)
+  >>> sent = aggregators.received(
+  ...   node(1.0), [node(4.0), node(8.0)], ranks=[1, 2])
+  >>> rule = aggregators.as_stack(aggregators.masked_mean('mask'))
+  >>> new, _ = rule.aggregate(sent, (), node(1.0), None)
+  >>> (1.0 + new.delta.a).tolist()  # of two clients, and of one
+  [[6.0, 8.0]]
   """
   return with_rule(
     'rbla',
@@ -79,6 +95,12 @@ def replication_padding(
 
   for the ranks that client k lacks, then the weighted mean (Byun and Lee 2025,
   arXiv 2406.17477). With two sizes of clients it is RBLA on the larger ranks.
+
+  >>> replication_padding(  # doctest: +ELLIPSIS
+  ...   None, None, aggregator=aggregators.mean())
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: replication_padding brings its own aggregator: ...
   """
   return with_rule(
     'replication_padding',
@@ -104,6 +126,13 @@ def flora(
   Wang et al. 2024, arXiv 2409.05976. Exact for any mix of ranks. The fresh
   factors are drawn from a common seed, so what goes down is the stack of the
   round before; clients of the same rank get the same columns.
+
+  >>> from fedjax_llm import adapters
+  >>> from fedjax_llm.types import LowRank
+  >>> method = flora(None, local.optimizer('adamw'), fold=adapters.fold)
+  >>> params = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
+  >>> method.init(None, params).params.residual.shape  # on its way to the base
+  (4, 3)
   """
   return with_rule(
     'flora',
@@ -129,6 +158,13 @@ def flexlora(
 
   Bai et al. 2024, arXiv 2402.11505. The settings are those of
   `aggregators.flexlora`.
+
+  >>> from fedjax_llm import server
+  >>> flexlora(  # doctest: +ELLIPSIS
+  ...   None, local.optimizer('adamw'), server=server.fed_adam())
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: this aggregator changes the basis of the factors ...
   """
   return with_rule(
     'flexlora',
@@ -153,6 +189,13 @@ def hlora(
 
   and every client truncates it to its rank. The rule of FlexLoRA, where they
   are on b; b is the factor beside the output, whose rows are orthonormal here.
+
+  >>> from fedjax_llm import server
+  >>> hlora(  # doctest: +ELLIPSIS
+  ...   None, local.optimizer('adamw'), server=server.fed_adam())
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: this aggregator changes the basis of the factors ...
   """
   return with_rule(
     'hlora',
@@ -180,6 +223,11 @@ def fed_hm(
   Yao et al. 2021, arXiv 2111.14655: the rule of FlexLoRA on the adapter
   `factorised`, whose rank is that of the server and must be the smaller side
   for the mean to be exact. The decay is that of the product, and tuned.
+
+  >>> fed_hm(None, local.optimizer('adamw'), decay=-1.0)
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: frobenius_decay: strength=-1.0 must not be negative.
   """
   refuse('fed_hm', 'aggregator', parts)
   update = local.sgd(
@@ -210,6 +258,12 @@ def hafl(
   arXiv 2411.06581). The importance is AdaLoRA's, `local.important`; r_k is the
   client's profile. Which units it trained travels as well, a bit a unit. The
   variant that truncates instead, and the quantisation of HAFLQ, are left out.
+
+  >>> from fedjax_llm.types import LowRank
+  >>> method = hafl(None, local.optimizer('adamw'))
+  >>> params = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
+  >>> method.init_client(params).local.sensitivity.a.shape  # of every entry
+  (4, 2)
   """
   refuse('hafl', 'aggregator', parts)
   update = local.important(
@@ -258,6 +312,12 @@ def het_lora(
   Cho et al. 2024, arXiv 2401.06432. Settings as in `local.self_pruning` and
   `aggregators.norm_weighted`; r_k starts as the client's profile. What the
   paper leaves open: whether the norm runs over a client or a target (`per`).
+
+  >>> from fedjax_llm.types import LowRank
+  >>> method = het_lora(None, local.optimizer('adamw'))
+  >>> params = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
+  >>> int(method.init_client(params).local.rank)  # before it prunes itself
+  2
   """
   refuse('het_lora', 'aggregator', parts)
   update = local.self_pruning(

@@ -7,6 +7,7 @@ transposed and their B our b transposed; the factor that meets the input is
 
 Every recipe takes a loss and a local optimizer, and hands further keywords
 (`server`, `upload`, `block_size`, ...) to `fed_opt`.
+Examples that train nothing have no loss, `None`.
 """
 
 from typing import Any
@@ -32,6 +33,20 @@ def fed_it(
   Zhang et al. 2023, arXiv 2305.05644. It is `fed_avg` by the name that papers
   compare with. The mean of the factors is not the mean of the products:
   'aggregators/error' tells how far apart they are.
+
+  >>> import jax
+  >>> from jax import numpy as jnp
+  >>> from fedjax_llm.types import Cohort, LossSum, LowRank
+  >>> loss = lambda base, p, x, key: LossSum(
+  ...   jnp.sum((p.a @ p.b - x) ** 2), *jnp.float32([1, 0]))
+  >>> method = fed_it(loss, local.optimizer('sgd', 0.1))
+  >>> params = LowRank(*jnp.float32([[[1]], [[1]]]), scale=jnp.float32(1))
+  >>> state = method.init(jax.random.key(0), params)
+  >>> cohort = Cohort(jnp.arange(2), jnp.array([[0.0], [4.0]]), jnp.ones(2),
+  ...                 jnp.ones(2, bool))
+  >>> _, _, told = jax.jit(method.round)(state, cohort)
+  >>> round(float(told['aggregators/error']), 3)  # of one step on each client
+  0.1
   """
   return averaging.fed_avg(loss, optimizer, clip_norm=clip_norm, **parts)
 
@@ -48,6 +63,15 @@ def ffa_lora(
       b <- sum_k w_k b_k,   so that   a b = sum_k w_k a b_k   exactly
 
   Sun et al. 2024, arXiv 2403.12313, section 4. It halves what travels.
+
+  >>> from jax import numpy as jnp
+  >>> from fedjax_llm.types import LowRank
+  >>> method = ffa_lora(
+  ...   None, local.optimizer('adamw'), server=server.fed_avgm())
+  >>> node = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
+  >>> moments = method.init(None, {'q': node}).optimizer[0].m['q']
+  >>> moments.a, moments.b.shape  # of a nothing comes to the server
+  (None, (2, 3))
   """
   scope = scopes.frozen('/a$')
   return averaging.fed_avg(
@@ -70,6 +94,13 @@ def rolora(
   (Chen et al. 2024, arXiv 2409.02346). Half travels up; down go both factors,
   since a client may not have been there in the round before. Moments of the
   local optimizer start afresh in every round.
+
+  >>> from jax import numpy as jnp
+  >>> turns, params = scopes.alternating('b$', 'a$'), {'a': 1.0, 'b': 2.0}
+  >>> [[name for name, m in turns.mask(params, (), None, jnp.int32(t),
+  ...   None).trained.items() if m] for t in (0, 1)]
+  [['b'], ['a']]
+  >>> method = rolora(None, local.optimizer('adamw'))
   """
   scope = scopes.alternating('/b$', '/a$')
   return averaging.fed_avg(
@@ -96,6 +127,14 @@ def fed_sa(
   Args:
     private: what clients keep, as a pattern on the names of leaves; a head
       that the paper keeps too is added with '/b$|head'.
+
+  >>> from jax import numpy as jnp
+  >>> from fedjax_llm.types import LowRank
+  >>> method = fed_sa(None, local.optimizer('adamw'))
+  >>> node = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
+  >>> kept = method.init_client({'q': node}).private['q']
+  >>> kept.a, kept.b.shape
+  (None, (2, 3))
   """
   scope = scopes.private(private)
   return averaging.fed_avg(
@@ -118,6 +157,14 @@ def fedex_lora(
 
   Singhal et al. 2025, arXiv 2410.09432. The settings are those of
   `aggregators.fedex`; clients count the same unless `weighted`.
+
+  >>> from jax import numpy as jnp
+  >>> from fedjax_llm import adapters
+  >>> from fedjax_llm.types import LowRank
+  >>> method = fedex_lora(None, local.optimizer('adamw'), fold=adapters.fold)
+  >>> params = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
+  >>> method.init(None, params).params.residual.shape  # for what factors miss
+  (4, 3)
   """
   rule = aggregators.fedex(weighted=weighted, residual_rank=residual_rank)
   return with_rule('fedex_lora', rule, loss, optimizer, clip_norm, parts)
@@ -138,6 +185,11 @@ def lora_fair(
 
   Bian et al. 2025, arXiv 2411.14961; in the closed form of
   `aggregators.lora_fair`. Clients start from the averaged factors.
+
+  >>> lora_fair(None, local.optimizer('adamw'), penalty=0.0)
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: lora_fair: penalty=0.0 must be positive.
   """
   rule = aggregators.lora_fair(penalty=penalty)
   return with_rule('lora_fair', rule, loss, optimizer, clip_norm, parts)
@@ -158,6 +210,12 @@ def fed_svd(
   Lee et al. 2025, arXiv 2505.12805: exact as FFA-LoRA, with a that follows
   what was learned. Both factors go down, b comes up. `every` as in
   `aggregators.fedsvd`.
+
+  >>> fed_svd(  # doctest: +ELLIPSIS
+  ...   None, local.optimizer('adamw'), server=server.fed_adam())
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: this aggregator changes the basis of the factors ...
   """
   rule = aggregators.fedsvd(every=every)
   scope = {'scope': scopes.untrained('/a$')}
@@ -181,6 +239,11 @@ def fedrot_lora(
 
   Zhang et al. 2026, arXiv 2602.23638; settings as in `aggregators.fedrot`. A
   client can turn its factors itself, so the bytes are those of FedIT.
+
+  >>> fedrot_lora(None, local.optimizer('adamw'), strength=2.0)
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: fedrot: strength=2.0 must be from 0 to 1.
   """
   rule = aggregators.fedrot(strength=strength, first=first)
   return with_rule('fedrot_lora', rule, loss, optimizer, clip_norm, parts)
@@ -204,6 +267,11 @@ def lora_a2(
   no change. The paper's own learning rate for each factor is left to the
   optimizer, and every client has the same budget. What was chosen travels as
   well, a bit a unit.
+
+  >>> lora_a2(None, local.optimizer('adamw'), budget=0)
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: selected: budget=0 must be at least 1.
   """
   update = local.selected(
     local.sgd(loss, optimizer, clip_norm=clip_norm), budget=budget
@@ -246,6 +314,11 @@ def flasc(
 
   Raises:
     Error: a density out of range, another server or upload is given as well.
+
+  >>> from jax import numpy as jnp
+  >>> method = flasc(None, local.optimizer('adamw'), upload_density=1 / 16)
+  >>> method.init(None, {'w': jnp.ones(2)}).optimizer[0].m  # FedAdam's
+  {'w': Array([0., 0.], dtype=float32)}
   """
   for section in ('server', 'upload', 'download'):
     refuse('flasc', section, parts)

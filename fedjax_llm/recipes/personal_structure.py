@@ -44,6 +44,11 @@ def perfit(
   Args:
     expansion: c, at least 1; 1 is FedIT.
     per: see `local.pruned`.
+
+  >>> method = perfit(None, local.optimizer('adamw'), expansion=2.0)
+  >>> start = method.init(jax.random.key(0), {'w': jnp.ones(4)}).params
+  >>> method.init_client(start).private.personal['w'].dtype  # a pattern
+  dtype('int8')
   """
   refuse('perfit', 'scope', parts)
   inner = scopes.everything()

@@ -9,6 +9,7 @@ that they are given into both parts, so configs name `lora` as ever.
 Where a phase trains nothing of the other part, `private_steps` says how many of
 a client's S batches the private part takes, and the shared one takes the rest;
 without it both walk over all S, which doubles a round's computation.
+Examples that train nothing have no loss, `None`.
 """
 
 from typing import Any
@@ -56,6 +57,13 @@ def fed_rep(
     private: what clients keep, as a pattern on the names of leaves; with ''
       nothing, which is FedAvg.
     private_steps: see the module; the paper gives the body one epoch.
+
+  >>> from fedjax_llm.types import LowRank
+  >>> method = fed_rep(None, local.optimizer('adamw'))
+  >>> node = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
+  >>> kept = method.init_client({'q': node}).private['q']
+  >>> kept.a, kept.b.shape
+  (None, (2, 3))
   """
   step = local.sgd(loss, optimizer, clip_norm=clip_norm)
   if not private:
@@ -91,6 +99,11 @@ def ditto(
   Args:
     strength: lambda, which the paper tunes.
     private_steps: see the module.
+
+  >>> method = ditto(None, local.optimizer('adamw'), strength=0.1)
+  >>> start = method.init(jax.random.key(0), {'w': jnp.ones(2)}).params
+  >>> method.init_client(start).private
+  Dual(shared={'w': None}, personal={'w': Array([1., 1.], dtype=float32)})
   """
   own = local.tethered(loss, optimizer, strength=strength, clip_norm=clip_norm)
   common = local.sgd(
@@ -130,6 +143,13 @@ def fed_dpa_t(
 
   Raises:
     Error: a weight that is not between 0 and 1.
+
+  >>> from fedjax_llm.types import LowRank
+  >>> method = fed_dpa_t(None, local.optimizer('adamw'), local_weight=0.5)
+  >>> params = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
+  >>> start = method.init(jax.random.key(0), params).params
+  >>> method.personal(start, method.init_client(start)).a.shape  # side by side
+  (4, 4)
   """
   _check_weight(local_weight)
   weights = (local_weight, 1 - local_weight)
@@ -174,6 +194,11 @@ def fed_dpa_f(
 
   Raises:
     Error: a weight that is not between 0 and 1, federated_rounds below one.
+
+  >>> method = fed_dpa_f(None, local.optimizer('adamw'), federated_rounds=5)
+  >>> start = method.init(jax.random.key(0), {'w': jnp.ones(2)}).params
+  >>> method.init_client(start).private.personal['w'].shape  # from round 5 on
+  (2,)
   """
   _check_weight(local_weight)
   if federated_rounds < 1:
@@ -216,6 +241,12 @@ def fed_lora(
 
   Args:
     private_steps: see the module; R_l of the paper, in steps.
+
+  >>> from fedjax_llm.types import LowRank
+  >>> method = fed_lora(None, local.optimizer('adamw'))
+  >>> params = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
+  >>> method.init(jax.random.key(0), params).params.shared.shape  # theta
+  (4, 3)
   """
   both = lambda p: multi.mix((p.personal, p.shared), (1.0, 1.0))
   step = local.sgd(local.viewed(loss, both), optimizer, clip_norm=clip_norm)
@@ -259,6 +290,11 @@ def fd_lora(
     sync_every: H.
     server_learning_rate, momentum: of the server.
     fusion: (w_1, w_2) of what is served, on the factors.
+
+  >>> method = fd_lora(None, local.optimizer('adamw'), sync_every=5)
+  >>> start = method.init(jax.random.key(0), {'w': jnp.ones(2)}).params
+  >>> method.init_client(start).private.personal['w'].shape  # theta_p,k
+  (2,)
   """
   refuse('fd_lora', 'server', parts)
   step = local.sgd(

@@ -3,6 +3,7 @@
 Adapters other than `lora` are named where a method needs one. Every recipe
 takes a loss and a local optimizer, and hands further keywords (`server`,
 `upload`, `block_size`, ...) to `fed_opt`.
+Examples that train nothing have no loss, `None`.
 """
 
 from typing import Any, NamedTuple
@@ -43,6 +44,13 @@ def fed_tt_plus(
   The last core, which starts at zero, is the first. FedTT trains all cores in
   every round: it is `fed_avg` on that adapter. The paper leaves open here how
   many cores take part in a round, and in which order.
+
+  >>> turns = scopes.in_turn('/cores/([0-9]+)$')
+  >>> train = {'q': {'cores': [jnp.ones(1)] * 3}}
+  >>> masks = turns.mask(train, (), None, jnp.int32(1), None)
+  >>> [bool(m) for m in masks.trained['q']['cores']]  # the second round
+  [False, True, False]
+  >>> method = fed_tt_plus(None, local.optimizer('adamw'))
   """
   refuse('fed_tt_plus', 'scope', parts)
   scope = scopes.in_turn('/cores/([0-9]+)$')
@@ -67,6 +75,12 @@ def fed_sb(
   whose bases are those of the weights; the paper takes them from the singular
   vectors of a first gradient of full fine-tuning, which needs clients' data
   before the first round, and that start is left out.
+
+  >>> method = fed_sb(None, local.optimizer('adamw'))
+  >>> base, key = {'q': {'kernel': jnp.ones((4, 3))}}, jax.random.key(0)
+  >>> params = adapters.lora_xs(rank=2, targets=['q']).init(key, base)
+  >>> scopes.leaf_paths(method.init(None, params).params)
+  ['q/core', 'q/p', 'q/q', 'q/scale']
   """
   refuse('fed_sb', 'scope', parts)
   return averaging.fed_avg(
@@ -89,6 +103,12 @@ def ravan(
   Raje et al. 2025, arXiv 2506.05568, on the adapter `ravan`: clients send the
   products, so the mean is exact and the gains cost nothing. Every client trains
   all heads; the paper's choice of a few heads for weak clients is left out.
+
+  >>> method = ravan(None, local.optimizer('adamw'))
+  >>> method.init(None, {'w': jnp.ones(2)})  # doctest: +ELLIPSIS
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: ravan trains matrices between frozen bases: ...
   """
   refuse('ravan', 'scope', parts)
   update = local.lifted(
@@ -137,6 +157,13 @@ def fed_ra(
   client receives four bytes a layer, which say that it holds it. With all
   layers for everybody it is FedIT, of clients that count the same unless
   `weighted`.
+
+  >>> method = fed_ra(None, local.optimizer('adamw'))
+  >>> params = {'layers': {'q': LowRank(
+  ...   jnp.ones((6, 4, 2)), jnp.zeros((6, 2, 3)), jnp.ones(6))}}
+  >>> start = method.init(None, params).params
+  >>> sorted(start['layers']), sorted(method.personal(start, None)['layers'])
+  (['gate', 'q'], ['q'])
   """
   for section in ('scope', 'aggregator'):
     refuse('fed_ra', section, parts)
@@ -213,6 +240,12 @@ def slora(
   Raises:
     Error: first_rounds below one, a density not above 0 or above 1; another
       scope or aggregator; from `init`, no low-rank factors.
+
+  >>> params = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
+  >>> method = slora(None, local.optimizer('adamw'), density=0.5)
+  >>> start = method.init(jax.random.key(0), params).params
+  >>> start.sparse.values.shape  # half of 4 x 3 entries
+  (6,)
   """
   for section in ('scope', 'aggregator'):
     refuse('slora', section, parts)

@@ -6,5 +6,6 @@ from fedjax_llm.server.optimizers import fed_adam as fed_adam
 from fedjax_llm.server.optimizers import fed_avgm as fed_avgm
 from fedjax_llm.server.optimizers import fed_yogi as fed_yogi
 from fedjax_llm.server.optimizers import sgd as sgd
+from fedjax_llm.server.planning import planned as planned
 
 __all__ = ['fed_adagrad', 'fed_adam', 'fed_avgm', 'fed_yogi', 'sgd']

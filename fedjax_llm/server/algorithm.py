@@ -94,6 +94,20 @@ def fed_opt(
       over a rule that changes the basis of the factors (moments of the old
       basis would be applied to the new one); a rule that writes residuals
       without `fold`.
+
+  >>> from fedjax_llm import aggregators, local, uploads
+  >>> from fedjax_llm.server.optimizers import sgd
+  >>> from fedjax_llm.types import LossSum
+  >>> slope = lambda base, p, x, key: LossSum(p['w'] * x, *jnp.float32([1, 0]))
+  >>> method = fed_opt(
+  ...   local.sgd(slope, local.optimizer('sgd', 1.0)), server=sgd(),
+  ...   upload=uploads.identity(), aggregator=aggregators.median())
+  >>> state = method.init(jax.random.key(0), {'w': jnp.float32(0)})
+  >>> texts, ones = jnp.array([[-1.0], [-2.0], [-900.0]]), jnp.ones(3)
+  >>> cohort = Cohort(jnp.arange(3), texts, ones, ones > 0)
+  >>> state, _, _ = jax.jit(method.round)(state, cohort)
+  >>> float(state.params['w'])
+  2.0
   """
   scope = scope or scopes.everything()
   if block_size is not None and block_size < 1:
@@ -190,11 +204,12 @@ def fed_opt(
       first = jnp.arange(len(block.ids)) == 0
       told['clients/places'] = jnp.where(first, steps * places, 0)
     valid = block.valid & finite
+    weight = told.pop('local/weight', block.weight)
     uploads = Uploads(
       update=tree.where(valid, sent, tree.zeros_like(sent)),
       start=start,
       masks=masks,
-      weight=jnp.where(valid, block.weight, 0.0).astype(jnp.float32),
+      weight=jnp.where(valid, weight, 0.0).astype(jnp.float32),
       valid=valid,
     )
     states = tree.where(valid, states, block.states)
@@ -334,6 +349,8 @@ def _tell(told, cohort, aggregate, old, new) -> dict[str, jax.Array]:
     places = jnp.sum(told['clients/places'].astype(jnp.float32))
     texts = jnp.sum(clean(told['local/text_tokens']))
     metrics['clients/useful_tokens'] = texts / jnp.maximum(places, 1)
+  if 'local/report' in told:
+    metrics['clients/reports'] = told['local/report']  # for `server.planned`
   for name in ('local/grad_norm', 'local/rank', 'local/accuracy'):
     if name in told:
       weight = by_tokens if name == 'local/accuracy' else by_client

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_llm import tree
-from fedjax_llm.types import Error, ServerOptimizer
+from fedjax_llm.types import Error, ServerOptimizer, known
 
 
 class Moments(NamedTuple):
@@ -33,7 +33,7 @@ def _check_rate(name: str, learning_rate: optax.ScalarOrSchedule) -> None:
 
 
 def _check_decay(name: str, field: str, value: float) -> None:
-  if not 0 <= value < 1:
+  if known(value) and not 0 <= value < 1:
     raise Error(f'{name}: {field}={value} must be at least 0 and below 1.')
 
 
@@ -109,7 +109,7 @@ def _adaptive(
   """Algorithm 2 with `second(v, delta^2) -> v`; the sign does not matter."""
   _check_rate(name, learning_rate)
   _check_decay(name, 'b1', b1)
-  if not tau > 0:
+  if known(tau) and not tau > 0:
     raise Error(f'{name}: tau={tau} must be positive.')
 
   def init(params):

@@ -11,6 +11,10 @@ from fedjax_llm import metrics
 from fedjax_llm.types import Draw, Error, Population
 
 
+class Diverged(Error):
+  """A run of which nothing finite is left."""
+
+
 def describe(population: Population) -> str:
   """Who there is, what was left out and why, and the sizes of the clients."""
   report: Any = population.report
@@ -48,6 +52,8 @@ def describe(population: Population) -> str:
       f'tested, but nobody trains on it: {", ".join(each)}: no model here can '
       'know these labels'
     )
+  if report.get('unlabelled'):
+    lines.append(f'labels hidden from {report["unlabelled"]} training examples')
   if report.get('texts_cut'):
     lines.append(f'cut at the end: {report["texts_cut"]} texts')
   if report.get('replies_cut'):
@@ -68,7 +74,7 @@ def left_out(
   """A round's metrics with the clients that did not count, and a sentence.
 
   Raises:
-    Error: every client that reported sent values that are not finite.
+    Diverged: every client that reported sent values that are not finite.
   """
   told = dict(told)
   # Rows beyond the draw are padding.
@@ -78,7 +84,7 @@ def left_out(
   bad = [names[int(i)] for i in np.sort(np.asarray(draw.ids)[broken])]
   some = ', '.join(map(printable, bad[:5])) + (', ...' if len(bad) > 5 else '')
   if bad and len(bad) == int(reported.sum()):
-    raise Error(
+    raise Diverged(
       f'round {number}: the updates of all {len(bad)} clients that reported '
       f'are not finite ({some}): lower local.learning_rate or set '
       'algorithm.clip_norm, in another workdir.'

@@ -1,0 +1,88 @@
+"""Local training on texts that the model received has labelled itself."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm.types import (
+  Base,
+  Batch,
+  ClientOutput,
+  Error,
+  LocalUpdate,
+  Params,
+  known,
+)
+
+
+def pseudo_labelled(
+  inner: LocalUpdate,
+  predict: Callable[[Base, Params, Batch], jax.Array],
+  *,
+  threshold: float = 0.9,
+  soft: bool = True,
+) -> LocalUpdate:
+  """`inner` on labelled texts, and on others that are labelled beforehand.
+
+      q(x) = one-hot(y)        of a text with a label,
+      q(x) = p(. | x; start)   without one, where max_y p(y | x; start) is at
+                               least `threshold`; others are left out,
+
+  with `start` as the client received it, fixed for the round. The loss gets
+  labels [B, classes] (`classification`), so a text counts as one whether its
+  label was given or found. The metric 'weight' is the number of texts trained
+  on, which the server weighs the client by. Costs a forward pass over the
+  round's batches.
+
+  Args:
+    inner: local training.
+    predict: logits [B, classes] (`class_logits`).
+    threshold: the confidence from which on a text takes part; 0 takes all.
+    soft: False trains on the likeliest class instead of on p.
+
+  Raises:
+    Error: a threshold below 0 or above 1; from the round, texts that are not
+      to be classified.
+
+  >>> def run(base, start, state, batches, masks, round, key):
+  ...   return ClientOutput(batches.label, masks, state, {})
+  >>> logits = lambda base, params, batch: jnp.array([[9.0, 0], [9, 0], [1, 0]])
+  >>> tokens = jnp.ones((1, 3, 2), jnp.int32)
+  >>> labels = jnp.array([[1, -1, -1]])  # the second is confident
+  >>> batches = Batch(tokens, tokens > 1, tokens, tokens, labels)
+  >>> local = pseudo_labelled(LocalUpdate(None, run), logits, soft=False)
+  >>> out = local.run(None, None, (), batches, None, 0, None)
+  >>> out.update[0].tolist(), int(out.metrics['weight'])
+  ([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]], 2)
+  """
+  if known(threshold) and not 0 <= threshold <= 1:
+    raise Error(
+      f'pseudo_labelled: threshold={threshold} must be from 0 to 1, a '
+      'probability.'
+    )
+
+  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
+    if getattr(batches, 'label', None) is None:
+      raise Error(
+        'pseudo-labels are classes of texts: set task.name=classification.'
+      )
+
+    def labels(batch: Batch) -> jax.Array:
+      p = jax.nn.softmax(predict(base, start, batch), axis=-1)
+      best = jnp.max(p, axis=-1, keepdims=True)
+      classes = jnp.arange(p.shape[-1])
+      found = p if soft else classes == jnp.argmax(p, -1)[:, None]
+      given = classes == batch.label[:, None]  # all False at -1
+      sure = (batch.label[:, None] < 0) & (best >= threshold)
+      q = jnp.where(sure, found, given)
+      return jnp.where(batch.segments[:, :1] > 0, q, 0).astype(jnp.float32)
+
+    q = jax.lax.map(labels, jax.tree.map(jnp.asarray, batches))
+    out = inner.run(
+      base, start, state, batches._replace(label=q), masks, round, key
+    )
+    number = jnp.sum(jnp.any(q > 0, axis=-1), dtype=jnp.float32)
+    return out._replace(metrics={**out.metrics, 'weight': number})
+
+  return LocalUpdate(inner.init, run)

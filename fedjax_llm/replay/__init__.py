@@ -1,0 +1,30 @@
+"""A round of a run again, exactly; without a client; and what clients gave it.
+
+    python -m fedjax_llm.replay --workdir DIR --round N
+    python -m fedjax_llm.replay --workdir DIR --round N --without CLIENT
+    python -m fedjax_llm.replay --workdir DIR --round N --values shapley
+
+The round is computed from the nearest checkpoint before it, with the same keys,
+texts and client states, and compared with what metrics.jsonl says of it. A run
+keeps its last `keep_checkpoints` checkpoints, so rounds before these are
+reached from the start of the run, all rounds between included. Nothing in the
+folder changes. `before` and `play` are the same for notebooks.
+"""
+
+from fedjax_llm.replay.moments import Moment as Moment
+from fedjax_llm.replay.moments import before as before
+from fedjax_llm.replay.moments import differences as differences
+from fedjax_llm.replay.moments import heldout_score as heldout_score
+from fedjax_llm.replay.moments import play as play
+from fedjax_llm.replay.moments import without as without
+from fedjax_llm.replay.program import main as main
+
+__all__ = [
+  'Moment',
+  'before',
+  'differences',
+  'heldout_score',
+  'main',
+  'play',
+  'without',
+]

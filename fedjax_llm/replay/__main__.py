@@ -1,0 +1,5 @@
+import sys
+
+from fedjax_llm.replay import main
+
+sys.exit(main())

@@ -1,0 +1,177 @@
+"""The moment before a round of a run, made again from the folder of the run."""
+
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_llm import (
+  checkpoint,
+  clients,
+  compilation,
+  config,
+  data,
+  experiment,
+  metrics,
+  rebuild,
+  sharding,
+  workdir,
+)
+from fedjax_llm.sections import SPEC
+from fedjax_llm.types import (
+  Base,
+  Cohort,
+  Draw,
+  Error,
+  FederatedAlgorithm,
+  Params,
+  ServerState,
+)
+
+
+class Moment(NamedTuple):
+  """A run just before one of its rounds."""
+
+  built: experiment.Experiment
+  algorithm: FederatedAlgorithm
+  round: int  # that comes next, from 1
+  begun: int  # the round whose checkpoint led here; 0: the start
+  kept: list[int]  # rounds of which there are checkpoints
+  state: ServerState
+  store: clients.store.Store  # what clients keep; on the disk nothing changes
+  step: Callable[..., Any]  # the compiled round
+  record: Mapping[str, Any]  # what metrics.jsonl says of the round
+
+  def people(self, number: int | None = None) -> tuple[Draw, Cohort]:
+    """Who takes part, with their texts and what they keep."""
+    number = self.round if number is None else number
+    draw, cohort = self.built.assemble(number - 1)
+    return draw, cohort._replace(states=self.store.gather(draw.ids))
+
+
+def before(path: str, number: int) -> Moment:
+  """The moment before a round of a run, from the folder of the run.
+
+  Args:
+    path: the workdir of a run that is finished or was interrupted.
+    number: the round, from 1.
+
+  Raises:
+    Error: no folder of a run, one at work, on other texts, or without a record
+      of that round; no checkpoint before it is undamaged.
+  """
+  folder = pathlib.Path(path)
+  raw = rebuild.read_config(folder)
+  room = workdir.open(path, raw)
+  file = folder / 'metrics.jsonl'
+  records = {x['round']: x for x in metrics.read(str(file))}
+  if number < 1 or number not in records:
+    last = max(records, default=0)
+    told = f'rounds 1 to {last}' if last else 'no round'
+    raise Error(f'--round {number}: {file} tells of {told}.')
+  room.take()  # a run at work prunes its checkpoints
+  conf, _ = config.override(raw, [], SPEC, str(folder / 'config.json'))
+  settings, _ = experiment.checked(conf)
+  compilation.keep(settings.compilation_cache)
+  built = experiment.build(conf, say=lambda text: None)
+  size = settings.block_size
+  if size == 'auto':
+    size = room.chosen.get('block_size') or built.block_size()
+  algorithm = built.method(size, mesh=built.mesh)
+  state = algorithm.init(built.round_key, jax.tree.map(jnp.copy, built.initial))
+  newcomer = algorithm.init_client(state.params)
+  saver = checkpoint.open(room.checkpoints, read_only=True)
+  found, begun = saver.restore(state, newest=number - 1), 0
+  # Before the first round no client has kept anything.
+  states = room.states / 'none'
+  if found is not None:
+    state, begun = found.state, found.round
+    states = room.states if begun else states
+    digest = data.population.digest(built.population)
+    if found.meta.get('data', digest) != digest:
+      raise Error(f'{path} holds a run on other texts or clients.')
+  moment = Moment(
+    built=built,
+    algorithm=algorithm,
+    round=number,
+    begun=begun,
+    kept=saver.rounds(),
+    state=state,
+    store=clients.store.open(states, newcomer, at_round=begun, read_only=True),
+    step=sharding.compiled(algorithm.round, built.mesh),
+    record=records[number],
+  )
+  for passed in range(begun + 1, number):
+    draw, cohort = moment.people(passed)
+    state, states, told = play(moment, cohort)
+    moment.store.scatter(draw.ids, told['clients/reported'], states)
+    moment = moment._replace(state=state)
+  return moment
+
+
+def play(
+  moment: Moment, cohort: Cohort
+) -> tuple[ServerState, Any, dict[str, Any]]:
+  """One round from the moment: the server's state, clients' states, numbers."""
+  state = jax.tree.map(jnp.copy, moment.state)  # the step consumes its own
+  state, states, told = moment.step(state, cohort, moment.built.base)
+  if moment.algorithm.plan is not None:
+    state = moment.algorithm.plan(state)
+  return state, sharding.held(states), metrics.summarise(told)
+
+
+def without(cohort: Cohort, row: int) -> Cohort:
+  """The cohort in which the client of a row does not report."""
+  there = np.arange(len(cohort.ids)) != row
+  return cohort._replace(
+    valid=np.asarray(cohort.valid) & there,
+    weight=np.where(there, cohort.weight, 0).astype(np.float32),
+  )
+
+
+def differences(
+  record: Mapping[str, Any], again: Mapping[str, Any]
+) -> list[str]:
+  """The fields in which two records differ, those of time aside.
+
+  >>> differences({'a': 1, 'b': 2.5, 'time/round': 3}, {'a': 1, 'b': 2.0})
+  ['b was 2.5, is 2.0']
+  """
+  fields = sorted(x for x in {*record, *again} if not x.startswith('time/'))
+  told = lambda x, field: json.dumps(x[field]) if field in x else 'absent'
+  return [
+    f'{field} was {told(record, field)[:40]}, is {told(again, field)[:40]}'
+    for field in fields
+    if told(record, field) != told(again, field)
+  ]
+
+
+def heldout_score(
+  built: experiment.Experiment,
+) -> Callable[[Base, Params], jax.Array]:
+  """Minus the held-out loss in nats a token, as its parts, one a row of text.
+
+  Raises:
+    Error: the run holds nothing out.
+  """
+  tests = built.tests()
+  if not tests.heldout:
+    raise Error(
+      'nothing is held out, so clients have no value: evals.per_client.'
+    )
+  loss = built.task.loss(
+    built.loaded, per_row=True, max_targets=tests.max_targets
+  )
+
+  def score(base, params):
+    rows = lambda batch: loss(base, params, batch, built.round_key)
+    parts = [jax.lax.map(rows, batches) for batches, _ in tests.heldout]
+    total = jnp.concatenate([jnp.ravel(x.total) for x in parts])
+    count = sum(jnp.sum(x.count) for x in parts)
+    return -total / count
+
+  return score

@@ -1,0 +1,200 @@
+"""The command: a round again, and what is asked about its clients."""
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fedjax_llm import (
+  command,
+  experiment,
+  metrics,
+  narration,
+  replay,
+  values,
+  workdir,
+)
+from fedjax_llm.replay.moments import (
+  Moment,
+  before,
+  differences,
+  heldout_score,
+  play,
+  without,
+)
+from fedjax_llm.types import Cohort, Draw, Error
+
+
+def run(argv: list[str]) -> None:
+  args = command.parse(_parser(), argv)
+  for option in ('permutations', 'seed'):
+    if getattr(args, option) is not None and args.values != 'shapley':
+      raise Error(f'--{option} belongs to --values shapley.')
+  moment = before(args.workdir, args.round)
+  built, (draw, cohort) = moment.built, moment.people()
+  client: str | None = args.without
+  row = None if client is None else _row(built, draw, client)
+  print(_whence(moment))
+  examine = built.examiner(moment.algorithm)
+  tested = any(x.startswith('evals/') for x in moment.record)
+
+  def replayed(cohort: Cohort, test: bool) -> dict[str, Any]:
+    state, states, told = play(moment, cohort)
+    told, _ = narration.left_out(told, draw, built.names, moment.round)
+    moment.store.scatter(draw.ids, told.pop('clients/reported'), states)
+    if test:
+      served = state.params
+      told |= examine(built.base, served, moment.store, built.round_key)
+    return json.loads(metrics.line(moment.round, told))
+
+  # First without the client: what it keeps is then as it was before the round.
+  less = None if row is None else replayed(without(cohort, row), True)
+  again = replayed(cohort, tested or less is not None)
+  asked = {x: v for x, v in again.items() if tested or 'evals/' not in x}
+  differ = differences(moment.record, asked)
+  if not differ:
+    print('equal: every number is the one in metrics.jsonl')
+  if client is not None and less is not None:
+    print(_compared(again, less, client))
+  if args.values:
+    print(_valued(moment, draw, cohort, args))
+  if differ:
+    more = f'; and {len(differ) - 5} more' if len(differ) > 5 else ''
+    raise Error(
+      f'round {moment.round} is not as recorded: {"; ".join(differ[:5])}{more}.'
+      ' Another number of devices, kind of machine or version of JAX rounds '
+      'differently.'
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog='fedjax_llm.replay',
+    description=replay.__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument('--workdir', required=True, help='the folder of the run')
+  parser.add_argument('--round', required=True, type=int, help='from 1')
+  one = parser.add_mutually_exclusive_group()
+  one.add_argument('--without', metavar='CLIENT', help='leave a client out')
+  one.add_argument(
+    '--values',
+    choices=('shapley', 'leave_one_out'),
+    help="what each client's update was worth to the held-out loss",
+  )
+  parser.add_argument(
+    '--permutations',
+    type=int,
+    metavar='P',
+    help='random orders, for shapley; 200 if left out',
+  )
+  parser.add_argument('--seed', type=int, help='of these orders; 0')
+  return parser
+
+
+def _row(built: experiment.Experiment, draw: Draw, client: str) -> int:
+  """Where a client stands in the cohort."""
+  there = {
+    built.names[i]: row
+    for row, i in enumerate(draw.ids.tolist())
+    if i >= 0 and draw.reports[row]
+  }
+  if client not in there:
+    near = difflib.get_close_matches(client, there, 3, 0.3)
+    some = ', '.join(map(str, near or [*there][:3]))
+    raise Error(
+      f'--without {client} is none of the {len(there)} clients of that round, '
+      f'such as {some}.'
+    )
+  return there[client]
+
+
+def _whence(moment: Moment) -> str:
+  number, begun = moment.round, moment.begun
+  kept = ', '.join(map(str, moment.kept)) or 'no round'
+  if begun:
+    told = f'round {number}, from the checkpoint of round {begun}'
+  else:
+    told = f'round {number}, from the start of the run'
+  if begun + 1 < number:
+    passed = f'round {begun + 1}'
+    if begun + 2 < number:
+      passed = f'rounds {begun + 1} to {number - 1}'
+    told += (
+      f', with {passed} again (there are checkpoints of {kept}; a run with a '
+      'larger keep_checkpoints keeps more)'
+    )
+  return told
+
+
+def _compared(
+  full: Mapping[str, Any], less: Mapping[str, Any], client: str
+) -> str:
+  """What the tests say with and without a client."""
+  shown = ('loss', 'accuracy', 'client_mean', 'client_worst_10')
+  rows = [
+    (name.removeprefix('evals/'), full[name], less[name])
+    for name in full
+    if name.startswith('evals/') and name.split('/')[-1] in shown
+    if isinstance(full[name], float) and name in less
+  ]
+  each, other = (x.get('evals/heldout/clients', {}) for x in (full, less))
+  most = sorted(each, key=lambda who: -abs(other[who] - each[who]))[:5]
+  rows += [
+    (f'loss of {narration.printable(who)}', each[who], other[who])
+    for who in dict.fromkeys([*[x for x in (client,) if x in each], *most])
+  ]
+  table = [(name, a, b, f'{b - a:+.6f}') for name, a, b in rows]
+  header = ('', 'as it was', 'without', 'difference')
+  return (
+    f'without {narration.printable(client)}, after the round:\n'
+    f'{metrics.table(table, header)}'
+  )
+
+
+def _valued(
+  moment: Moment, draw: Draw, cohort: Cohort, args: argparse.Namespace
+) -> str:
+  """A table of what clients were worth."""
+  built = moment.built
+  game = values.of_round(
+    moment.algorithm, moment.state, cohort, built.base, heldout_score(built)
+  )
+  present = np.asarray(cohort.valid)
+  if args.values == 'shapley':
+    given = {'num_permutations': args.permutations, 'seed': args.seed}
+    given = {k: v for k, v in given.items() if v is not None}
+    found = values.shapley(game, present, **given)
+  else:
+    found = values.leave_one_out(game, present)
+  share = cohort.weight / max(float(np.sum(cohort.weight)), 1e-30)
+  order = [k for k in np.argsort(-found.value) if present[k]]
+  rows = [
+    (
+      narration.printable(built.names[int(draw.ids[k])]),
+      f'{found.value[k]:+.6f}',
+      f'+-{found.margin[k]:.6f}' if found.margin[k] else 'exact',
+      float(share[k]),
+    )
+    for k in order
+  ]
+  header = ('client', 'value', '95 %', 'weight')
+  gain = found.all - found.none
+  return '\n'.join(
+    [
+      f'{args.values}: how far an update lowered the held-out loss, nats/token '
+      f'({found.num_subsets} subsets of {len(order)} clients)',
+      metrics.table(rows, header),
+      f'together {gain:+.6f}: from {-found.none:.6f} to {-found.all:.6f}; '
+      f'the values add up to {found.value.sum():+.6f}',
+    ]
+  )
+
+
+def main(argv: list[str] | None = None) -> int:
+  return workdir.status(lambda: run(sys.argv[1:] if argv is None else argv))

@@ -1,0 +1,124 @@
+"""What a report says, in the order of a round: pictures, tables, sentences."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fedjax_llm.report import curves, spreads, tables
+from fedjax_llm.report.drawing import Picture
+from fedjax_llm.report.runs import Run
+from fedjax_llm.report.tables import Samples, Table
+
+Item = Picture | Table | Samples | str
+
+
+class Section(NamedTuple):
+  name: str
+  title: str
+  intro: str
+  items: Sequence[Item]
+
+
+def sections(runs: Sequence[Run]) -> list[Section]:
+  """The whole report; what a run does not have is said in words."""
+  unit = runs[0].unit
+  return [
+    Section(
+      'summary',
+      'Summary',
+      '',
+      [tables.summary(runs), *tables.notices(runs)],
+    ),
+    Section(
+      'loss',
+      'Loss',
+      'Measured on texts that no round trains on; where clients keep models of '
+      'their own, each is tested with its own.',
+      curves.losses(runs),
+    ),
+    Section(
+      'clients',
+      'Clients',
+      'Who is served badly, and what each of them holds.',
+      [
+        spreads.distribution(runs),
+        spreads.sizes(runs),
+        spreads.loss_by_size(runs),
+        *tables.worst(runs),
+      ],
+    ),
+    Section(
+      'aggregation',
+      'Aggregation',
+      'Drift is 0 where all updates agree and 1 where they cancel out. The '
+      'error is how far the product of the aggregated factors is from the mean '
+      "of the clients' products, relative to it.",
+      _aggregation(runs),
+    ),
+    Section(
+      'time',
+      'Time',
+      'Setting up is done once; compiling is part of the first round.',
+      [
+        spreads.times(runs),
+        *curves.rounds(
+          runs,
+          field='time/tokens_per_second',
+          name='speed',
+          title='Speed of training',
+          label=f'{unit}s a second',
+        ),
+      ],
+    ),
+    Section(
+      'samples',
+      'Replies',
+      'To the beginnings of held-out texts, before and after training.',
+      tables.samples(runs),
+    ),
+    Section('config', 'Config', '', [tables.configs(runs)]),
+  ]
+
+
+def _aggregation(runs: Sequence[Run]) -> list[Item]:
+  return [
+    *curves.rounds(
+      runs,
+      field='aggregators/drift',
+      name='drift',
+      title='Drift of the clients',
+      label='drift',
+    ),
+    *curves.layers(
+      runs,
+      field='aggregators/drift_by_layer',
+      name='drift-layers',
+      title='Drift by layer',
+      label='drift',
+    ),
+    *curves.rounds(
+      runs,
+      field='aggregators/error',
+      name='error',
+      title='Aggregation error',
+      label='relative error',
+    ),
+    *curves.layers(
+      runs,
+      field='aggregators/error_by_layer',
+      name='error-layers',
+      title='Aggregation error by layer',
+      label='relative error',
+    ),
+    *curves.rounds(
+      runs,
+      field='aggregators/effective_rank',
+      name='rank',
+      title="Effective rank of the clients' mean",
+      label='effective rank',
+    ),
+  ]
+
+
+def pictures(runs: Sequence[Run]) -> list[Picture]:
+  found = [item for section in sections(runs) for item in section.items]
+  return [item for item in found if isinstance(item, Picture)]

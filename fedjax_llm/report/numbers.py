@@ -1,0 +1,178 @@
+"""Numbers of runs: curves, losses of clients, differences of configs."""
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fedjax_llm import config
+from fedjax_llm.report.runs import Run
+
+# Says nothing about what a run computes.
+_SILENT = ('compilation_cache', 'hosts', 'tracking')
+STATIONS = {
+  'time/setup': 'setting up',
+  'time/data': 'data and clients',
+  'time/round': 'training, uploads, server',
+  'time/evals': 'tests',
+}
+AXES = {
+  'rounds': (),
+  'tokens': ('local/tokens',),
+  'bytes': ('uploads/bytes', 'downloads/bytes'),
+}
+SERVED = 'served'  # own models where a run has them, else what all are served
+
+
+class Curve(NamedTuple):
+  x: list[float]
+  y: list[float]
+
+
+def value(record: Mapping[str, Any], field: str) -> float | None:
+  """A number that was told, and is finite."""
+  found = record.get(field)
+  if not isinstance(found, int | float) or not math.isfinite(found):
+    return None
+  return float(found)
+
+
+def total(run: Run, *fields: str) -> float:
+  return sum(value(r, field) or 0.0 for r in run.records for field in fields)
+
+
+def served(record: Mapping[str, Any], name: str = 'loss') -> float | None:
+  """The held-out loss of what clients are served: their own models, if any."""
+  own = value(record, f'evals/personal/own/{name}')
+  return value(record, f'evals/heldout/{name}') if own is None else own
+
+
+def curve(run: Run, field: str, axis: str = 'rounds') -> Curve:
+  """A field wherever it was told, against rounds, tokens or bytes so far.
+
+  `field` may be 'served/loss' or 'served/accuracy'. After its first round a run
+  of own models has points only where these were tested.
+  """
+  xs, ys, so_far = [], [], 0.0
+  where, _, name = field.partition('/')
+  for record in run.records:
+    so_far += sum(value(record, f) or 0.0 for f in AXES[axis])
+    y = served(record, name) if where == SERVED else value(record, field)
+    if y is not None:
+      xs.append(float(record['round']) if axis == 'rounds' else so_far)
+      ys.append(y)
+  return Curve(xs, ys)
+
+
+def last_list(run: Run, field: str) -> tuple[int, list[float]] | None:
+  """The last list of numbers a field told, and its round."""
+  for record in reversed(run.records):
+    found = record.get(field)
+    if isinstance(found, list) and found and None not in found:
+      return record['round'], found
+  return None
+
+
+class Clients(NamedTuple):
+  """Losses by client, at the first test and at the last one."""
+
+  own: bool  # after: each client's own model
+  before: Mapping[str, float | None]
+  after: Mapping[str, float | None]
+  round: int  # of `after`
+
+
+def clients(run: Run) -> Clients | None:
+  """What each client loses on its held-out texts; None: nobody was tested."""
+  tested = [r for r in run.records if r.get('evals/heldout/clients')]
+  before = tested[0]['evals/heldout/clients'] if tested else {}
+  for record in reversed(run.records):
+    for kind in ('personal/own', 'heldout'):
+      if found := record.get(f'evals/{kind}/clients'):
+        return Clients(kind != 'heldout', before, found, record['round'])
+  return None
+
+
+class Change(NamedTuple):
+  name: str
+  examples: int | None
+  before: float | None
+  after: float | None
+
+  @property
+  def change(self) -> float | None:
+    if self.before is None or self.after is None:
+      return None
+    return self.after - self.before
+
+
+def worst(run: Run, num: int | None = None) -> list[Change]:
+  """Clients by their loss, the highest first; what is not finite is worst."""
+  found = clients(run)
+  if found is None:
+    return []
+  held = (run.sizes or {}).get('clients', {})
+  changes = [
+    Change(name, held.get(name, {}).get('examples'), found.before.get(name), x)
+    for name, x in found.after.items()
+  ]
+  order = lambda c: -math.inf if c.after is None else -c.after
+  return sorted(changes, key=order)[:num]
+
+
+def stations(run: Run) -> dict[str, float]:
+  """Seconds of the whole run by what they were spent on."""
+  spent = {title: total(run, field) for field, title in STATIONS.items()}
+  return spent if any(spent.values()) else {}
+
+
+def same_clients(runs: Sequence[Run]) -> list[tuple[Mapping, list[Run]]]:
+  """Runs in groups whose clients hold the same, with what these hold."""
+  groups: list[tuple[Mapping, list[Run]]] = []
+  for run in runs:
+    if run.sizes is None:
+      continue
+    for held, members in groups:
+      if held == run.sizes:
+        members.append(run)
+        break
+    else:
+      groups.append((run.sizes, [run]))
+  return groups
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+  """The fields of the configs in which the runs differ, a cell a run."""
+  differ: set[str] = set()
+  for a, b in itertools.pairwise(runs):
+    differ |= set(config.same(a.config, b.config, ignore=_SILENT))
+  # A section that a run does not have is told by its fields.
+  differ -= {field.rpartition('.')[0] for field in differ}
+  return {f: [_cell(run.config, f) for run in runs] for f in sorted(differ)}
+
+
+def everything(run: Run) -> dict[str, str]:
+  """All fields of a config."""
+  fields = config.same({}, run.config, ignore=_SILENT)
+  return {field: _cell(run.config, field) for field in fields}
+
+
+def _cell(tree: Any, field: str) -> str:
+  for name in field.split('.'):
+    if not isinstance(tree, Mapping) or name not in tree:
+      return 'absent'
+    tree = tree[name]
+  return str(tree) if isinstance(tree, str | int | float | None) else repr(tree)
+
+
+def quantile(values: Iterable[float], q: float) -> float:
+  """Between the two nearest values.
+
+  >>> quantile([3, 1], 0.5)
+  2.0
+  """
+  ordered = sorted(values)
+  place = q * (len(ordered) - 1)
+  low = math.floor(place)
+  high = min(low + 1, len(ordered) - 1)
+  return ordered[low] + (place - low) * (ordered[high] - ordered[low])

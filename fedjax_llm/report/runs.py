@@ -1,0 +1,151 @@
+"""Runs as their folders tell them, finished or not."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fedjax_llm import metrics
+from fedjax_llm.types import Error
+
+Paths = str | os.PathLike | Sequence[str | os.PathLike]
+
+# What a report reads of a run; `--watch` looks at nothing else.
+FILES = (
+  *('config.json', 'metrics.jsonl', 'clients.json', 'samples.json'),
+  *('report.txt', 'outcome.json'),
+)
+
+
+class Run(NamedTuple):
+  """One run.
+
+  `records` has one object a round, from round 0 on; `sizes` (what each client
+  holds) and `samples` (replies) are None where the folder has none.
+  """
+
+  label: str  # unlike that of the other runs
+  path: pathlib.Path
+  config: Mapping[str, Any]
+  records: Sequence[Mapping[str, Any]]
+  sizes: Mapping[str, Any] | None
+  samples: Mapping[str, Any] | None
+  finished: bool
+
+  @property
+  def round(self) -> int | None:
+    """The last round; None: not even the start was tested."""
+    return self.records[-1]['round'] if self.records else None
+
+  @property
+  def labelled(self) -> bool:
+    """Whether texts are classified."""
+    return any('evals/heldout/accuracies' in record for record in self.records)
+
+  @property
+  def unit(self) -> str:
+    return 'label' if self.labelled else 'token'
+
+
+def find(paths: Paths) -> list[pathlib.Path]:
+  """The folders of runs: those given, and of a sweep all that it holds.
+
+  Raises:
+    Error: no such folder, or neither a run nor a sweep.
+  """
+  given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+  if not given:
+    raise Error('a report needs the folder of a run, or of several.')
+  found: list[pathlib.Path] = []
+  for folder in map(pathlib.Path, given):
+    if not folder.exists():
+      raise Error(f'{folder}: there is no such folder.')
+    if not folder.is_dir():
+      raise Error(f'{folder} is a file, not the folder of a run.')
+    inside = sorted(path.parent for path in folder.glob('runs/*/config.json'))
+    if (folder / 'config.json').is_file():
+      found.append(folder)
+    elif inside:
+      found += inside
+    else:
+      raise Error(
+        f'{folder} holds no run: there is no config.json in it, nor a sweep '
+        'in runs/.'
+      )
+  return list({path.resolve(): path for path in found}.values())
+
+
+def read(paths: Paths) -> list[Run]:
+  """The runs in these folders, each with a label of its own.
+
+  Raises:
+    Error: as `find` does, or a file is damaged (a torn last line of
+      `metrics.jsonl`, as a killed run leaves it, is not).
+  """
+  folders = find(paths)
+  return [
+    _read(folder, label)
+    for folder, label in zip(folders, labels(folders), strict=True)
+  ]
+
+
+def labels(folders: Sequence[pathlib.Path]) -> list[str]:
+  """The ends of the paths, as long as they must be to differ.
+
+  >>> labels([pathlib.Path('/a/x'), pathlib.Path('/b/x')])
+  ['a/x', 'b/x']
+  """
+  parts = [folder.absolute().parts for folder in folders]
+  for length in range(1, max(map(len, parts)) + 1):
+    found = ['/'.join(part[-length:]) for part in parts]
+    if len(set(found)) == len(found):
+      return found
+  return list(map(str, folders))
+
+
+def said(text: str, members: Sequence[Run], of: Sequence[Run]) -> str:
+  """A sentence, and of which of the runs it is true."""
+  names = [run.label for run in members]
+  if len(names) == len(of):
+    return f'{text}.'
+  if len(names) > 4:
+    names = [*names[:3], f'{len(names) - 3} more']
+  return f'{text} ({", ".join(names)}).'
+
+
+def _read(folder: pathlib.Path, label: str) -> Run:
+  config = _json(folder / 'config.json')
+  records = metrics.read(str(folder / 'metrics.jsonl'))
+  return Run(
+    label=label,
+    path=folder,
+    config=config or {},
+    records=records,
+    sizes=_json(folder / 'clients.json'),
+    samples=_json(folder / 'samples.json'),
+    finished=_finished(folder, config or {}, records),
+  )
+
+
+def _json(file: pathlib.Path) -> Any:
+  if not file.is_file():
+    return None
+  try:
+    found = json.loads(file.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise Error(f'{file} is damaged ({error}).') from error
+  if not isinstance(found, dict):
+    raise Error(f'{file} is damaged (it holds no object).')
+  return found
+
+
+def _finished(
+  folder: pathlib.Path, config: Mapping[str, Any], records: Sequence[Any]
+) -> bool:
+  if (folder / 'outcome.json').is_file():  # one of a sweep, written last
+    return True
+  last, report = config.get('num_rounds'), folder / 'report.txt'
+  if not records or records[-1]['round'] != last or not report.is_file():
+    return False
+  return report.read_text().startswith(f'After round {last}\n')

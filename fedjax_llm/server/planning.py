@@ -1,0 +1,143 @@
+"""What the host decides for every client, between rounds."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_llm.types import (
+  FederatedAlgorithm,
+  Key,
+  Params,
+  Reports,
+  ServerState,
+)
+
+# (round, Reports, profiles [N, ...]) -> profiles, NumPy
+Policy = Callable[[int, Reports, Any], Any]
+
+
+class Planned(NamedTuple):
+  """A rule's state, with what was told and what was decided."""
+
+  inner: Any
+  profiles: Mapping[str, Any]  # [N, ...]
+  reports: Reports
+
+
+def planned(
+  algorithm: FederatedAlgorithm,
+  policy: Callable[[Params], Policy],
+  *,
+  first: Callable[[Params], tuple[Mapping[str, np.ndarray], Any]],
+  num_clients: int,
+) -> FederatedAlgorithm:
+  """The algorithm, with a plan that a policy makes for every client.
+
+  What a client tells (`metrics['report']` of its local update) is kept by its
+  id; after every round `plan(state)` hands all of it to the policy, and the
+  next round finds its decisions in `Cohort.profiles`, beside what is there
+  already. Both lie in the server's state, so a checkpoint holds them and a
+  resumed run goes on with the same plan. A report counts in 'uploads/bytes',
+  the client's row of the plan in 'downloads/bytes'.
+
+  Args:
+    algorithm: of a local update that reports.
+    policy: for the shapes of the parameters, `(round, reports, profiles) ->
+      profiles` on NumPy arrays, where round counts those done; a pure function.
+    first: `(params) -> (profiles [N, ...], report)`: the plan before anybody
+      has reported, and zeros in the shape of one client's report.
+    num_clients: N.
+
+  >>> from fedjax_llm.types import Cohort
+  >>> none = jnp.zeros((2, 1), jnp.int32)
+  >>> def round(state, cohort, base=None):  # clients report what they got
+  ...   told = {'clients/reports': cohort.profiles['size'],
+  ...           'clients/reported': cohort.ids >= 0,
+  ...           'uploads/bytes': none, 'downloads/bytes': none}
+  ...   return state._replace(round=state.round + 1), (), told
+  >>> init = lambda key, params: ServerState(jnp.int32(0), params, (), (), key)
+  >>> def policy(params):
+  ...   return lambda round, reports, plan: {
+  ...     'size': plan['size'] + 10 * (reports.round == round) * reports.values}
+  >>> method = planned(
+  ...   FederatedAlgorithm(init, None, round, None), policy, num_clients=3,
+  ...   first=lambda params: ({'size': np.ones(3)}, np.float32(0)))
+  >>> state = method.init(None, {})
+  >>> cohort = Cohort(jnp.array([2, 0]), None, None, None)
+  >>> state, _, told = method.round(state, cohort)
+  >>> method.plan(state).aggregator.profiles['size'].tolist()
+  [11.0, 1.0, 11.0]
+  """
+
+  def init(key: Key, params: Params) -> ServerState:
+    profiles, report = first(params)
+    zeros = lambda x: np.zeros((num_clients, *np.shape(x)), np.float32)
+    never = np.full(num_clients, -1, np.int32)
+    reports = Reports(jax.tree.map(zeros, report), never)
+    profiles = policy(params)(0, reports, profiles)
+    state = algorithm.init(key, params)
+    kept = jax.tree.map(jnp.asarray, (dict(profiles), reports))
+    return state._replace(aggregator=Planned(state.aggregator, *kept))
+
+  def round(state, cohort, base=None):
+    inner, profiles, reports = state.aggregator
+    at = jnp.maximum(cohort.ids, 0)
+    mine = {name: x[at] for name, x in profiles.items()}
+    given = cohort.profiles if isinstance(cohort.profiles, Mapping) else {}
+    new, states, metrics = algorithm.round(
+      state._replace(aggregator=inner),
+      cohort._replace(profiles={**given, **mine}),
+      base,
+    )
+    told = dict(metrics)
+    report = told.pop('clients/reports')
+    # Rows of nobody are written beyond the end, which drops them.
+    to = jnp.where(told['clients/reported'], cohort.ids, num_clients)
+    write = lambda old, row: old.at[to].set(row, mode='drop')
+    reports = Reports(
+      jax.tree.map(write, reports.values, report),
+      write(reports.round, new.round),
+    )
+    told['uploads/bytes'] = _beside(
+      told['uploads/bytes'], report, told['clients/reported']
+    )
+    told['downloads/bytes'] = _beside(
+      told['downloads/bytes'], mine, cohort.ids >= 0
+    )
+    kept = Planned(new.aggregator, profiles, reports)
+    return new._replace(aggregator=kept), states, told
+
+  def plan(state: ServerState) -> ServerState:
+    inner, profiles, reports = state.aggregator
+    decided = policy(state.params)(
+      int(state.round),
+      jax.tree.map(_host, reports),
+      jax.tree.map(_host, profiles),
+    )
+
+    def put(new, old):
+      new = np.asarray(new, old.dtype).reshape(old.shape)
+      if not old.committed:  # or the next round would be another program
+        return jnp.asarray(new)
+      # Wherever it was: on one device, or whole on those of all processes.
+      place = lambda at: new[at]
+      return jax.make_array_from_callback(old.shape, old.sharding, place)
+
+    profiles = jax.tree.map(put, dict(decided), profiles)
+    return state._replace(aggregator=Planned(inner, profiles, reports))
+
+  return algorithm._replace(init=init, round=round, plan=plan)
+
+
+def _host(x: Any) -> np.ndarray:
+  return np.asarray(x)
+
+
+def _beside(counts: jax.Array, rows: Any, who: jax.Array) -> jax.Array:
+  """Bytes [K, leaves] with one more column: those of rows [K, ...]."""
+  size = sum(x[0].size * x.dtype.itemsize for x in jax.tree.leaves(rows))
+  more = jnp.where(who, jnp.int32(size), 0)
+  return jnp.concatenate([counts, more[:, None]], axis=1)

@@ -1,0 +1,5 @@
+import sys
+
+from fedjax_llm.sweep import main
+
+sys.exit(main())

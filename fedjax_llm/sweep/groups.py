@@ -1,0 +1,238 @@
+"""Which runs may train as one program, and in which numbers they differ."""
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fedjax_llm import builders, experiment
+from fedjax_llm.experiment import Experiment
+from fedjax_llm.sections import SPEC
+from fedjax_llm.sweep.grid import Run
+from fedjax_llm.types import Cohort, Error
+
+# What the method is made of: read inside the compiled round.
+METHOD = ('algorithm', 'local', 'upload', 'aggregator', 'server')
+# What only the host reads, to say who takes part with which texts.
+_HOST = ('partition', 'population', 'clients', 'profiles', 'cohort')
+_UNUSED = ('hosts', 'tracking', 'compilation_cache')
+_FREE = (*_UNUSED, 'checkpoint_every', 'keep_checkpoints')
+
+
+class Member(NamedTuple):
+  """A run, and what stands ready for it; runs on the same texts share that."""
+
+  run: Run
+  built: Experiment
+  cohort: Cohort  # of the first round
+
+
+class Group(NamedTuple):
+  """Runs of one program."""
+
+  members: Sequence[Member]
+  fields: Sequence[str] = ()  # numbers of the method in which they differ
+  fixed: Sequence[str] = ()  # numbers that a program of its own has each
+  why: str | None = None  # they cannot train together: the reason
+
+
+def members(runs: Sequence[Run]) -> list[Member]:
+  """Builds what is needed, once for all runs on the same texts.
+
+  The model is loaded once for all runs that name the same.
+  """
+  grounds: dict[str, tuple[Experiment, Cohort]] = {}
+  models: dict[str, Any] = {}
+  found = []
+  for run in runs:
+    key, model = _ground(run), _text(run, ('task', 'data', 'model'))
+    if key not in grounds:
+      quiet = lambda _: None
+      built = experiment.build(run.conf, quiet, model=models.get(model))
+      models.setdefault(model, built.loaded)
+      grounds[key] = (built, built.assemble(0)[1])
+    found.append(Member(run, *grounds[key]))
+  return found
+
+
+def together(found: Sequence[Member], grid: Sequence[str]) -> list[Group]:
+  """The groups, in the order of their first run.
+
+  Runs belong together if their configs differ only in the seed, in what the
+  host alone reads, and in numbers of the method that its builders accept while
+  they are being traced; and if their arrays have the same shapes, the length of
+  texts aside.
+  """
+  numbers = [f for f in grid if f.split('.')[0] in METHOD]
+  alike: dict[Any, list[Member]] = {}
+  for member in found:
+    alike.setdefault(_form(member, numbers), []).append(member)
+  groups: list[Group] = []
+  for own in alike.values():
+    if why := _why_not(own[0]):
+      groups.append(Group(own, why=why))
+      continue
+    fields = [f for f in numbers if len({value(m.run, f) for m in own}) > 1]
+    traced = _traceable(own[0], fields)
+    fixed = [f for f in fields if f not in traced]
+    apart: dict[Any, list[Member]] = {}
+    for member in own:
+      rest = tuple(value(member.run, f) for f in fixed)
+      apart.setdefault(rest, []).append(member)
+    groups += [Group(part, traced, fixed) for part in apart.values()]
+  return groups
+
+
+def put(conf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+  """The config with values at dotted fields, nothing checked.
+
+  >>> put({'a': {'b': 1, 'c': 2}}, {'a.b': 3})
+  {'a': {'b': 3, 'c': 2}}
+  """
+  new = dict(conf)
+  for field, value in values.items():
+    first, _, rest = field.partition('.')
+    inner = copy.copy(new.get(first)) or {}
+    new[first] = put(inner, {rest: value}) if rest else value
+  return new
+
+
+def lead(found: Sequence[Member]) -> Experiment:
+  """The experiment whose method serves all members.
+
+  Rows are not cut to widths: under `vmap` over members every width would be
+  computed.
+  """
+  first = found[0].built
+  targets = [m.built.max_targets for m in found]
+  known = [x for x in targets if x is not None]
+  return first._replace(
+    conf=found[0].run.conf,
+    settings=first.settings._replace(widths=()),
+    max_targets=max(known) if len(known) == len(targets) else None,
+  )
+
+
+# ---------------------------------------------------------------- likeness --
+
+
+def _ground(run: Run) -> str:
+  """All that is read before a method is built."""
+  central = run.conf['algorithm']['name'] == 'centralised'
+  parts = [name for name in run.resolved if name not in (*METHOD, *_FREE)]
+  return f'{central} {_text(run, parts)}'
+
+
+def _form(member: Member, numbers: Sequence[str]) -> Any:
+  """Equal for members that may be one program, numbers left open."""
+  run, built = member.run, member.built
+  kept = [k for k in run.resolved if k not in ('seed', *_HOST, *_FREE)]
+  left = {f: '#' for f in numbers if _is_number(value(run, f))}
+  text = _text(run._replace(resolved=put(run.resolved, left)), kept)
+  # Rows of texts may be filled up, so their length does not count.
+  shapes = [
+    x.shape[:3] if x.ndim == 4 else x.shape
+    for x in map(np.asarray, jax.tree.leaves(member.cohort.batches))
+  ]
+  shapes += [np.shape(x) for x in jax.tree.leaves(member.cohort.profiles)]
+  shapes += [(x.shape, x.dtype) for x in jax.tree.leaves(built.initial)]
+  recipe = builders.resolve_builder(
+    'algorithm',
+    member.run.conf['algorithm']['name'],
+    SPEC.sections['algorithm'],
+  )
+  counted = 'num_clients' in builders.parameters(recipe)
+  return text, str(shapes), len(built.owned) if counted else None
+
+
+def _text(run: Run, parts: Sequence[str]) -> str:
+  return json.dumps({k: run.resolved.get(k) for k in parts}, sort_keys=True)
+
+
+def value(run: Run, field: str) -> Any:
+  """What a field is in a run: a number, or whatever it is as text."""
+  found: Any = run.resolved
+  for part in field.split('.'):
+    found = found.get(part) if isinstance(found, Mapping) else None
+  return found if _is_number(found) else json.dumps(found, sort_keys=True)
+
+
+def _is_number(x: Any) -> bool:
+  return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+# ------------------------------------------------------------- what cannot --
+
+
+def _why_not(member: Member) -> str | None:
+  """Why runs of this method have to be trained one after another."""
+  algorithm = member.built.method(conf=member.run.conf)
+  name = member.run.conf['algorithm']['name']
+  if algorithm.plan is not None:
+    return f'{name} plans on the host between rounds'
+  state = jax.eval_shape(
+    algorithm.init, member.built.round_key, member.built.initial
+  )
+  kept = jax.eval_shape(algorithm.init_client, state.params)
+  if jax.tree.leaves(kept):
+    return f'{name} keeps something of every client between rounds'
+  return None
+
+
+def writes_base(member: Member) -> bool:
+  """Whether a round of its method folds something into the base.
+
+  Members that train at once would then need a base each.
+  """
+  algorithm = member.built.method(conf=member.run.conf)
+  state = jax.eval_shape(
+    algorithm.init, member.built.round_key, member.built.initial
+  )
+  same = []
+
+  def fold(base, params):
+    folded, _ = member.built.adapter.fold(base, params)
+    pairs = zip(jax.tree.leaves(base), jax.tree.leaves(folded))
+    same.extend(a is b for a, b in pairs)
+    return ()
+
+  jax.eval_shape(fold, member.built.base, state.params)
+  return not all(same)
+
+
+def _traceable(member: Member, fields: Sequence[str]) -> tuple[str, ...]:
+  """Those of the fields whose numbers may be traced, found by trying."""
+  if not fields or _traces(member, fields):
+    return tuple(fields)
+  able = tuple(f for f in fields if _traces(member, (f,)))
+  return able if len(able) < 2 or _traces(member, able) else able[:1]
+
+
+def _traces(member: Member, fields: Sequence[str]) -> bool:
+  """Whether a round with these numbers traced is of the same shapes."""
+  built = lead([member])
+
+  def round(values, cohort, key, params, base):
+    method = built.method(conf=put(built.conf, values))
+    state = built.method().init(key, params)
+    newcomer = method.init_client(state.params)
+    return method.round(state, cohort._replace(states=newcomer), base)
+
+  rest = (member.cohort, built.round_key, built.initial, built.base)
+  plain = jax.eval_shape(lambda *rest: round({}, *rest), *rest)
+  try:
+    numbers = {f: np.float32(0.1) for f in fields}
+    traced = jax.eval_shape(round, numbers, *rest)
+  except (
+    Error,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    jax.errors.JAXTypeError,
+  ):
+    return False
+  kinds = lambda told: jax.tree.map(lambda x: (x.shape, str(x.dtype)), told)
+  return kinds(plain) == kinds(traced)

@@ -1,0 +1,50 @@
+"""LP-FL in NumPy float64: softmax regression on texts with some labels."""
+
+import numpy as np
+
+
+def softmax(z):
+  e = np.exp(z - z.max(-1, keepdims=True))
+  return e / e.sum(-1, keepdims=True)
+
+
+def labelled(x, y, w, threshold, soft):
+  """Distributions [B, C] of one batch; zeros for a text that is left out.
+
+  y is -1 without a label and -2 on padding.
+  """
+  q = np.zeros((len(x), w.shape[1]))
+  for i, (features, label) in enumerate(zip(x, y)):
+    p = softmax(features @ w)
+    if label >= 0:
+      q[i, label] = 1
+    elif label == -1 and p.max() >= threshold:
+      if soft:
+        q[i] = p
+      else:
+        q[i, p.argmax()] = 1
+  return q
+
+
+def lp_fl(x, y, w, rate, threshold, soft, rounds):
+  """x [K, S, B, D], y [K, S, B]; returns w and how many texts took part."""
+  w = np.float64(w)
+  counts = []
+  for _ in range(rounds):
+    ends, weights = [], []
+    for features, labels in zip(np.float64(x), y):
+      q = [
+        labelled(*step, w, threshold, soft) for step in zip(features, labels)
+      ]
+      own = w.copy()
+      for step, target in zip(features, q):
+        some = target.sum(-1) > 0
+        if some.any():
+          error = (softmax(step @ own) - target) * some[:, None]
+          own -= rate * step.T @ error / some.sum()
+      ends.append(own)
+      weights.append(sum((target.sum(-1) > 0).sum() for target in q))
+    total = sum(weights)
+    w = sum(n / total * end for n, end in zip(weights, ends))
+    counts.append(weights)
+  return w, np.array(counts)
