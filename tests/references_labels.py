@@ -28,15 +28,15 @@ def labelled(x, y, w, threshold, soft):
 
 def lp_fl(x, y, w, rate, threshold, soft, rounds):
   """x [K, S, B, D], y [K, S, B]; returns w and how many texts took part."""
-  w = np.float64(w)
+  w = np.array(w, np.float64)
   counts = []
   for _ in range(rounds):
     ends, weights = [], []
-    for features, labels in zip(np.float64(x), y):
+    for features, labels in zip(np.asarray(x, np.float64), y):
       q = [
         labelled(*step, w, threshold, soft) for step in zip(features, labels)
       ]
-      own = w.copy()
+      own = np.copy(w)
       for step, target in zip(features, q):
         some = target.sum(-1) > 0
         if some.any():

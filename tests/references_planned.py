@@ -7,7 +7,7 @@ import numpy as np
 
 def knapsack(value, size, most, budget):
   """The best counts, and what they are worth, of all that fit."""
-  best, worth = None, -np.inf
+  best, worth = np.zeros(len(size), int), -np.inf
   for counts in itertools.product(*(range(n + 1) for n in most)):
     if np.dot(size, counts) <= budget and np.dot(value, counts) > worth + 1e-12:
       best, worth = np.array(counts), np.dot(value, counts)
@@ -20,13 +20,13 @@ def fed_pipe(w, s, a, b, clients, weight, rate, budgets, drawn, num_rounds):
   w [L, D, F], a [L, D, R], b [L, R, F]; y = x sum_l (w + s a b)_l; `clients`
   are lists of steps (x, y); `drawn` [K, L] stands for the first reports.
   """
-  server = [np.float64(a), np.float64(b)]
+  server = [np.asarray(x, np.float64) for x in (a, b)]
   num, _, rank = a.shape
   size = np.full(num, a.shape[1] + b.shape[2])
-  scores, plans = np.float64(drawn), []
+  scores, plans = np.asarray(drawn, np.float64), []
 
   def slopes(p, x, y):
-    x, y = np.float64(x), np.float64(y)
+    x, y = (np.asarray(z, np.float64) for z in (x, y))
     g = x.T @ (x @ (w + s * p[0] @ p[1]).sum(0) - y) / len(x)
     t = lambda z: np.swapaxes(z, -1, -2)
     return s * g @ t(p[1]), s * t(p[0]) @ g

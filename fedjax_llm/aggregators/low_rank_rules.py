@@ -231,7 +231,7 @@ def norm_weighted(*, per: str = 'client') -> Aggregator:
       for x in nodes
       if low_rank.is_node(x)
     )
-    norms = jnp.where(uploads.valid, tree.root(square), 0.0)
+    norms = jnp.where(uploads.valid, tree.root(jnp.asarray(square)), 0.0)
     weight = jnp.where(jnp.sum(norms) > 0, norms, uploads.weight)
     return inner.aggregate(uploads._replace(weight=weight), state, params, key)
 

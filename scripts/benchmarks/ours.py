@@ -1,7 +1,7 @@
 """fedjax_llm: the cohort as one program, through the public interface.
 
-`--devices 2` makes XLA see two CPU devices, to which the clients are dealt: what
-is not a matrix product runs on one core a device.
+`--devices 2` makes XLA see two CPU devices, to which clients are dealt: what
+is no matrix product runs on one core a device.
 """
 
 import os
