@@ -16,7 +16,7 @@ import fedjax_llm as fl
 TITLE = 'Mixed ranks: zero padding, FlexLoRA, HLoRA, stacking'
 PAPER = '2402.11505'
 CLIENTS, ROUNDS, STEPS, RANKS = 9, 6, 4, (4, 8, 16)
-RATES = (2e-3, 8e-3, 2e-2)
+RATES = (2e-3, 8e-3, 2e-2, 5e-2)
 NAMES = ('zero_padding', 'flexlora', 'hlora', 'flora')
 LABELS = {
   'zero_padding': 'zero padding',
