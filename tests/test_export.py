@@ -84,8 +84,12 @@ def written(folder, fields, *, residual_rank=1, own=None):
   algorithm = build(
     'algorithm',
     loss=None,
+    model=None,
     optimizer=build('local'),
     num_clients=4,
+    profiles=build('profiles', num_clients=4, seed=resolved['seed'])
+    if conf.get('profiles')
+    else None,
     fold=adapter.fold,
     **({'aggregator': build('aggregator')} if conf.get('aggregator') else {}),
   )
@@ -418,6 +422,8 @@ def test_every_method_comes_back_from_its_checkpoint(name, tmp_path):
     fields['adapter.name'] = ADAPTERS[name]
   if name == 'scaffold':
     fields['local.name'] = 'sgd'
+  if name == 'fed_pipe':
+    fields['profiles'] = {'name': 'budgets', 'choices': [100, 400]}
   _, served, _ = written(folder, fields)
   made = rebuild.open(str(folder))
   assert jax.tree.structure(made.params) == jax.tree.structure(served)

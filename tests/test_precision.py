@@ -65,7 +65,7 @@ def test_products_run_in_the_compute_dtype_and_the_rest_in_float32(dtype):
   assert {x.dtype.name for x in jax.tree.leaves(shapes)} == {'float32'}
 
 
-def test_scores_and_logits_are_summed_in_float32_unless_asked_otherwise():
+def test_attention_and_logits_are_summed_in_float32_unless_asked_otherwise():
   def wide(**settings):
     (forward, _), _ = programs(compute_dtype='bfloat16', **settings)
     return sum(
@@ -74,8 +74,9 @@ def test_scores_and_logits_are_summed_in_float32_unless_asked_otherwise():
       if equation.primitive.name == 'dot_general'
     )
 
-  assert wide() == 2
-  assert wide(logits_dtype='bfloat16') == 1
+  # Scores, the sums of values that they weigh, logits.
+  assert wide() == 3
+  assert wide(logits_dtype='bfloat16') == 2
 
 
 def test_a_cpu_computes_in_float32_and_an_accelerator_in_bfloat16(monkeypatch):
