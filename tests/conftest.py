@@ -2,8 +2,11 @@
 
 import atexit
 import os
+import pathlib
 import shutil
 import tempfile
+
+import pytest
 
 # Programs and references that tests use or run; with --doctest-modules every
 # file would be imported.
@@ -25,3 +28,21 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
   # Workers of xdist find the variable set: the folder is the first process's.
   atexit.register(shutil.rmtree, _folder, ignore_errors=True)
+
+
+# Whole processes, runs and notebooks: only with SLOW=1, as in `.ci/run`, or when
+# the file is named on the command line.
+SLOW = (
+  *('test_colabs.py', 'test_differentiable.py', 'test_methods.py'),
+  *('test_multihost.py', 'test_replay.py', 'test_reproduce.py'),
+  *('test_sharding.py', 'test_sweep.py'),
+)
+
+
+def pytest_collection_modifyitems(config, items):
+  named = {pathlib.Path(arg.split('::')[0]).name for arg in config.args}
+  skip = pytest.mark.skip(reason='slow: run by SLOW=1 scripts/test')
+  for item in items:
+    slow = item.path.name in SLOW and item.path.name not in named
+    if slow and os.environ.get('SLOW') != '1':
+      item.add_marker(skip)
