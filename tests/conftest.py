@@ -30,8 +30,8 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   atexit.register(shutil.rmtree, _folder, ignore_errors=True)
 
 
-# Whole processes, runs and notebooks: with SLOW=1 only, as in `.ci/run`, or when
-# the file is named on the command line.
+# Whole processes, runs and notebooks: run with SLOW=1, as `.ci/run` does, or
+# when the file is named on the command line.
 SLOW = (
   *('test_colabs.py', 'test_differentiable.py', 'test_methods.py'),
   *('test_multihost.py', 'test_replay.py', 'test_reproduce.py'),
