@@ -34,7 +34,7 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 # when the file is named on the command line.
 SLOW = (
   *('test_colabs.py', 'test_differentiable.py', 'test_methods.py'),
-  *('test_multihost.py', 'test_replay.py', 'test_reproduce.py'),
+  *('test_multihost.py', 'test_plan.py', 'test_replay.py', 'test_reproduce.py'),
   *('test_sharding.py', 'test_sweep.py'),
 )
 
