@@ -226,7 +226,7 @@ class Scope(NamedTuple):
   `labels(params)` gives a `Label` a leaf, `mask(start, profile, state, round,
   key) -> Masks` runs inside the round, and `plan(round, reports, profiles) ->
   profiles` is host code between rounds (knapsacks, searches) on `Reports` and
-  profiles [N, ...]; `server.planned` runs it.
+  profiles [N, ...]: what a recipe hands to `server.planned`, which runs it.
   """
 
   labels: Callable[[Params], Any]

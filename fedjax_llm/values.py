@@ -172,7 +172,9 @@ def shapley(
   joined = place[:, None, :] < np.arange(num + 1)[:, None]  # [P, n + 1, n]
   masks = np.zeros((num_permutations, num + 1, len(present)), bool)
   masks[..., players] = joined
-  flat, back = np.unique(masks.reshape(-1, len(present)), axis=0, return_inverse=True)  # fmt: skip  # noqa: E501
+  flat, back = np.unique(
+    masks.reshape(-1, len(present)), axis=0, return_inverse=True
+  )
   worth = _evaluated(game, flat)[back.ravel()].reshape(masks.shape[:2])
   gains = np.diff(worth, axis=1)  # [P, n] in the order of joining
   gains = np.take_along_axis(gains, place, axis=1)  # by client

@@ -61,6 +61,9 @@ def rank_sizes(params: Params) -> tuple[np.ndarray, np.ndarray]:
 
   In the order of `allotted`.
 
+  Raises:
+    Error: there are no low-rank factors.
+
   >>> node = LowRank(jnp.ones((2, 5, 4)), jnp.ones((2, 4, 3)), jnp.ones(2))
   >>> [x.tolist() for x in rank_sizes({'q': node})]
   [[8, 8], [4, 4]]

@@ -114,8 +114,7 @@ def planned(
     inner, profiles, reports = state.aggregator
     decided = policy(state.params)(
       int(state.round),
-      jax.tree.map(_host, reports),
-      jax.tree.map(_host, profiles),
+      *jax.tree.map(np.asarray, (reports, profiles)),
     )
 
     def put(new, old):
@@ -130,10 +129,6 @@ def planned(
     return state._replace(aggregator=Planned(inner, profiles, reports))
 
   return algorithm._replace(init=init, round=round, plan=plan)
-
-
-def _host(x: Any) -> np.ndarray:
-  return np.asarray(x)
 
 
 def _beside(counts: jax.Array, rows: Any, who: jax.Array) -> jax.Array:
