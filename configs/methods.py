@@ -51,6 +51,8 @@ NEEDS = {
   'fed_tt_plus': dict(adapter=dict(name='tensor_train')),
   # Budgets of parameters, of 8,184.
   'fed_pipe': dict(profiles=dict(name='budgets', choices=(2000, 8000))),
+  # Ten clients, all of them in every round.
+  'fed_amole': dict(clients=dict(name='full'), population=dict(max_clients=12)),
   # Few labels and many texts: the genre of a speech.
   'lp_fl': dict(
     task=dict(name='classification'),

@@ -62,11 +62,12 @@ def rows_from_first(
   return jax.tree.map(leaf, template, stack)
 
 
-def rows_to_first(rows: Any) -> Any:
+def rows_to_first(rows: Any, num_sharing: int = 1) -> Any:
   """Every process's rows [n, ...] one after another, on process 0.
 
   The others get their own back. In pieces as above: all rows over the network
-  into every process a call.
+  into every process a call. `num_sharing` processes after each other have the
+  same rows, which are taken once.
   """
   if not hosts.several():
     return rows
@@ -80,9 +81,26 @@ def rows_to_first(rows: Any) -> Any:
     if not hosts.first() or not flat.size:
       return x
     whole = np.concatenate(parts, axis=1)  # [processes, n, bytes]
+    whole = np.ascontiguousarray(whole[::num_sharing])
     return whole.view(x.dtype).reshape(-1, *x.shape[1:])
 
   return jax.tree.map(leaf, rows)
+
+
+def shared(store: Any, template: Any) -> Any:
+  """The store of what clients keep, as all processes read it together.
+
+  What `gather(ids)` and `seen()` give on process 0 they give on all.
+  """
+
+  def gather(ids):
+    ask = lambda: store.gather(ids)
+    return rows_from_first(ask, template, len(ids), slice(None))
+
+  def seen():
+    return np.array(hosts.from_first(lambda: store.seen().tolist()), np.int64)
+
+  return store._replace(gather=gather, seen=seen)
 
 
 def _spread(rows: np.ndarray) -> np.ndarray:

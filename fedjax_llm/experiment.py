@@ -188,7 +188,9 @@ def checked(conf: Mapping[str, Any]) -> tuple[Settings, Evals]:
   """
   settings, test = config.settings(conf, SPEC), _make(conf, 'evals')
   config.at_least(settings, num_rounds=1, seed=0, block_size=1, mesh_model=1)
-  config.at_least(settings, checkpoint_every=1, keep_checkpoints=1)
+  config.at_least(
+    settings, cpu_devices=1, checkpoint_every=1, keep_checkpoints=1
+  )
   config.at_least(test, 'evals.', every=1, batch_size=1, per_client=0)
   config.at_least(test, 'evals.', common=0, samples=0, sample_tokens=1)
   return settings, test
@@ -215,6 +217,7 @@ def build(
     Error: what a builder finds wrong.
   """
   settings, test = checked(conf)
+  sharding.split_cpu(settings.cpu_devices)
   make = functools.partial(_make, conf)
   seed = settings.seed
 
@@ -298,7 +301,7 @@ def build(
   if near is not None:  # whatever does not lie there yet
     loaded = loaded._replace(base=sharding.place(loaded.base, near))
   adapter = make('adapter')
-  initial = adapter.init(adapter_key, loaded.base)
+  initial = sharding.fetched(adapter.init(adapter_key, loaded.base))
   complete(initial, loaded.base, task.head)  # or it could not be written
   max_targets = clients.cohorts.max_targets(
     owned,

@@ -8,7 +8,9 @@ through the devices.
 
 Every process reads all texts, since any of them may get any client, but makes
 arrays only of its own clients' and reads the weights that lie on its own
-devices.
+devices. Where several share a copy of the base (`sharding.num_sharing`) they
+have the same clients, and test the model together. Where all see the workdir
+they may write checkpoints together (`checkpoint.Writers`).
 
 A process that fails ends all of them: it leaves its last words with the
 coordination service, where every process looks a few times a second, and

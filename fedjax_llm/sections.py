@@ -36,8 +36,12 @@ class Settings(NamedTuple):
   widths: tuple[int, ...] = ()  # that a block's rows may have, against padding
   mesh_model: int = 1  # devices that share a copy of the base, of all there are
   execution: str = 'shard_map'  # or 'pmap', where mesh_model is 1
+  # As which JAX sees a CPU; one a core is fastest, and copies the base to each.
+  cpu_devices: int = 1
   checkpoint_every: int = 1
   keep_checkpoints: int = 2
+  # Of several processes; all: each its share, where all see the workdir.
+  checkpoint_writers: Literal['first', 'all'] = 'first'
   # Where compiled programs are kept for the next start; none: nowhere.
   compilation_cache: str | None = 'auto'
 

@@ -14,13 +14,38 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fedjax_llm.types import Base, Cohort, Draw, Error
+from fedjax_llm.types import Base, Draw, Error
 
 CLIENTS, MODEL = 'clients', 'model'
 EXECUTIONS = ('shard_map', 'pmap')
 
 # Linear maps whose input is what another one has split: the product is summed.
 _ROWS = ('o_proj', 'down_proj')
+
+
+def split_cpu(num: int) -> None:
+  """Makes JAX see the cores of a CPU as `num` devices, before it looks.
+
+  What is no matrix product then runs on as many cores, each with its own
+  clients and its own copy of the base. Where there is an accelerator, and for
+  one device, nothing changes.
+
+  Raises:
+    Error: JAX has counted its devices already, and found others.
+
+  >>> split_cpu(1)
+  """
+  if num == 1:
+    return
+  try:
+    jax.config.update('jax_num_cpu_devices', num)
+  except RuntimeError:  # it has looked
+    there = jax.local_device_count()
+    if jax.default_backend() == 'cpu' and there != num:
+      raise Error(
+        f'cpu_devices is {num}, but JAX has begun with {there} here: ask for '
+        'them before the first computation, in a process of its own.'
+      ) from None
 
 
 def mesh(num_model: int = 1, devices: Any = None) -> Mesh:
@@ -92,11 +117,17 @@ def base_specs(base: Base, mesh: Mesh) -> Any:
 
 def place(base: Base, mesh: Mesh) -> Base:
   """The base on the devices of the mesh, split by `base_specs`."""
-  return jax.tree.map(
-    lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)),
-    base,
-    base_specs(base, mesh),
-  )
+
+  def leaf(x, spec):
+    where = NamedSharding(mesh, spec)
+    if where.is_fully_addressable or not x.is_fully_addressable:
+      return jax.device_put(x, where)
+    x = np.asarray(x)  # every process has it, and takes its own parts
+    # Copies: a part that is lent would keep the whole.
+    part = lambda at: np.array(x[at])
+    return jax.make_array_from_callback(x.shape, where, part)
+
+  return jax.tree.map(leaf, base, base_specs(base, mesh))
 
 
 def over_clients(
@@ -172,34 +203,50 @@ def _by_pmap(train: Callable[[Any, Any], Any], mesh: Mesh) -> Callable:
 
 # ------------------------------------------------------------ many processes --
 #
-# A round is computed by the devices of all processes, everything else by each
-# process on its own. So arrays have two views that share their memory: over
-# the whole mesh, and over the rows of it that are here (`nearby`). Of a process
-# that is alone the two are one, and most of these functions do nothing.
+# A round is computed by the devices of all processes, everything else by those
+# that have a copy of the base: a process on its own, or the few that share one
+# row of the mesh (`num_sharing`), each of which then does the same. So arrays
+# have two views that share their memory: over the whole mesh, and over the rows
+# of it that are here (`nearby`). Of a process that is alone the two are one,
+# and most of these functions do nothing.
 
 
 def nearby(mesh: Mesh) -> Mesh:
-  """The rows of the mesh whose devices are this process's.
+  """The rows of the mesh in which this process has devices.
+
+  Rows of its own, or one that it shares with others.
 
   Raises:
-    Error: a row has devices of several processes, or one process has more rows
-      than another.
+    Error: one process has more devices than another, or rows would end in the
+      middle of one.
   """
   if jax.process_count() == 1:
     return mesh
+  num = mesh.shape[MODEL]
   owners = np.vectorize(lambda d: d.process_index)(mesh.devices)
-  rows = np.bincount(owners[:, 0], minlength=jax.process_count())
-  if (owners != owners[:, :1]).any() or len(set(rows.tolist())) > 1:
+  each = np.bincount(owners.ravel(), minlength=jax.process_count())
+  if len(set(each.tolist())) > 1 or (each[0] % num and num % each[0]):
     raise Error(
-      f'mesh_model is {mesh.shape[MODEL]}: it must divide the devices of each '
-      f'process, of which this one has {jax.local_device_count()}, and all the '
+      f'mesh_model is {num}: it must divide the devices of each process, or be '
+      f'a multiple of them; process 0 has {each[0]}, and all must have the '
       'same number.'
     )
   return Mesh(
-    mesh.devices[owners[:, 0] == jax.process_index()],
+    mesh.devices[(owners == jax.process_index()).any(axis=1)],
     mesh.axis_names,
     axis_types=mesh.axis_types,
   )
+
+
+def num_sharing(mesh: Mesh | None) -> int:
+  """How many processes share a copy of the base; 1 where each has its own.
+
+  >>> num_sharing(mesh())
+  1
+  """
+  if mesh is None:
+    return 1
+  return len({device.process_index for device in mesh.devices[0]})
 
 
 def compiled(round: Callable, mesh: Mesh | None) -> Callable:
@@ -247,7 +294,7 @@ def widened(base: Base, mesh: Mesh | None) -> Base:
 
 
 def here(tree: Any, mesh: Mesh | None) -> Any:
-  """Arrays that are whole on every device, for this process alone."""
+  """Arrays that are whole on every device, on those `nearby`."""
   if mesh is None or jax.process_count() == 1:
     return tree
   near = nearby(mesh)
@@ -259,6 +306,26 @@ def _seen(x: jax.Array, mesh: Mesh, spec: P) -> jax.Array:
   shards = [shard.data for shard in x.addressable_shards]
   where = NamedSharding(mesh, spec)
   return jax.make_array_from_single_device_arrays(x.shape, where, shards)
+
+
+def fetched(tree: Any) -> Any:
+  """Arrays that processes share, whole and in NumPy, on each of them.
+
+  All of them come here together. What is stacked [L, ...] travels a layer at a
+  time, since the whole of it may fit on no device. Other arrays stay.
+  """
+
+  def leaf(x):
+    if getattr(x, 'is_fully_addressable', True):
+      return x
+    if x.is_fully_replicated:
+      return np.asarray(x)
+    if x.ndim > 2:
+      return np.stack([leaf(x[i]) for i in range(len(x))])
+    whole = NamedSharding(x.sharding.mesh, P())
+    return np.asarray(jax.device_put(x, whole))
+
+  return jax.tree.map(leaf, tree)
 
 
 def dealt(draw: Draw, sizes: Sequence[int], mesh: Mesh) -> Draw:
@@ -289,18 +356,31 @@ def own_rows(draw: Draw, mesh: Mesh | None) -> tuple[Draw, slice]:
   pad = -len(draw.ids) % mesh.shape[CLIENTS]
   ids = np.append(draw.ids, np.full(pad, -1)).astype(np.int32)
   reports = np.append(draw.reports, np.zeros(pad)).astype(bool)
-  each = len(ids) // jax.process_count()
-  start = each * jax.process_index()
+  sharing = num_sharing(mesh)  # these have the same rows
+  each = len(ids) * sharing // jax.process_count()
+  start = each * (jax.process_index() // sharing)
   return Draw(ids, reports), slice(start, start + each)
 
 
-def joined(cohort: Cohort, mesh: Mesh | None) -> Cohort:
-  """The whole cohort, to which every process gives its own rows."""
-  if mesh is None or jax.process_count() == 1:
-    return cohort
-  split = NamedSharding(mesh, P(CLIENTS))
+def joined(rows: Any, mesh: Mesh | None) -> Any:
+  """Rows of clients on the devices, to which every process gives its own.
+
+  They lie as the round wants them: split over 'clients', or whole on every
+  device where the axis does not divide them. It returns at once, and they
+  travel while the devices compute.
+
+  >>> joined(np.zeros((3, 2)), mesh()).shape
+  (3, 2)
+  """
+  if mesh is None:
+    return jax.device_put(rows)
+  split, whole = NamedSharding(mesh, P(CLIENTS)), NamedSharding(mesh, P())
+  if jax.process_count() == 1:
+    even = lambda x: len(x) % mesh.shape[CLIENTS] == 0
+    where = jax.tree.map(lambda x: split if even(x) else whole, rows)
+    return jax.device_put(rows, where)
   give = lambda x: jax.make_array_from_process_local_data(split, np.asarray(x))
-  return jax.tree.map(give, cohort)
+  return jax.tree.map(give, rows)
 
 
 def held(rows: Any) -> Any:

@@ -34,8 +34,9 @@ from fedjax_llm import (
   tree,
   workdir,
 )
+from fedjax_llm.adapters import complete
 from fedjax_llm.sections import SPEC
-from fedjax_llm.types import Error, FederatedAlgorithm
+from fedjax_llm.types import Cohort, Draw, Error, FederatedAlgorithm
 
 
 def run(argv: list[str]) -> None:
@@ -46,10 +47,11 @@ def train(args: config.Arguments) -> None:
   conf, settings = args.config, config.settings(args.config, SPEC)
   builders.build(conf['hosts'], SPEC.sections['hosts'])  # one of several now?
   experiment.checked(conf)
+  sharding.split_cpu(settings.cpu_devices)  # before JAX looks at it
   track = builders.build(conf['tracking'], SPEC.sections['tracking'])
   resolved = config.resolved(conf, SPEC)
   hosts.agree('the config', {**resolved, 'hosts': None})
-  first = hosts.first()  # of the processes: it reads, writes, tests and speaks
+  first = hosts.first()  # of the processes: it reads, writes and speaks
   room = workdir.open(args.workdir, resolved, mine=first)
   for note in args.notes:
     print(note)
@@ -92,11 +94,20 @@ def train(args: config.Arguments) -> None:
   )
 
   examine = built.examiner(algorithm)
+  # Process 0 tests, with all who share its copy of the base.
+  sharing = sharding.num_sharing(mesh)
+  tests = first or sharing > 1
 
   # ----------------------------------------------------------------- resume --
   room.take()  # nothing was written before
+  writers = None
+  if settings.checkpoint_writers == 'all':
+    writers = checkpoint.Writers(hosts.index(), hosts.count(), hosts.meet)
   saver = checkpoint.open(
-    room.checkpoints, max_to_keep=settings.keep_checkpoints, mine=first
+    room.checkpoints,
+    max_to_keep=settings.keep_checkpoints,
+    mine=first,
+    writers=writers,
   )
   restored, done = saver.restore(state), 0
   meta = {'data': data.population.digest(population)}
@@ -109,6 +120,7 @@ def train(args: config.Arguments) -> None:
     print('\n'.join([*restored.notices, f'resuming after round {done}']))
   room.save_config()
   store = clients.store.open(room.states, newcomer, at_round=done, mine=first)
+  kept = exchange.shared(store, newcomer) if sharing > 1 else store
   record, leave = lambda number, told: None, lambda finished: None
   if first:
     room.keep('clients.json', data.population.sizes(population))
@@ -121,14 +133,15 @@ def train(args: config.Arguments) -> None:
   def save(number: int) -> None:
     store.commit(number)
     saver.save(number, state, meta)
-    store.prune(min(saver.rounds()))
+    store.prune(min(saver.rounds(), default=number))
 
-  if restored is None and first:
-    ready = time.monotonic()
-    told = examine(base, state.params, store, built.round_key)
-    told['time/setup'] = ready - began
-    told['time/evals'] = time.monotonic() - ready
-    record(0, told)
+  if hosts.from_first(lambda: restored is None):
+    if tests:
+      ready = time.monotonic()
+      told = examine(base, state.params, kept, built.round_key)
+      told['time/setup'] = ready - began
+      told['time/evals'] = time.monotonic() - ready
+      record(0, told)
     save(0)
   # What process 0 has found or begun, all have.
   done = hosts.from_first(lambda: done)
@@ -137,6 +150,10 @@ def train(args: config.Arguments) -> None:
   everybodys = sharding.widened(base, mesh)
 
   # ----------------------------------------------------------------- rounds --
+  def prepared(number: int) -> tuple[Draw, Cohort]:
+    draw, cohort = assemble(number)
+    return draw, sharding.joined(cohort, mesh)
+
   stop, number, following = workdir.stop_after_round(), done, None
   unit = 'labels' if built.labels else 'tokens'
   bar = metrics.progress(
@@ -147,16 +164,16 @@ def train(args: config.Arguments) -> None:
     at_end.callback(bar.close)
     for number in range(done + 1, num_rounds + 1):
       began = time.monotonic()
-      draw, cohort = following or assemble(number - 1)
+      draw, cohort = following or prepared(number - 1)
       (ids, _), mine = sharding.own_rows(draw, mesh)
       states = exchange.rows_from_first(
         lambda ids=ids: store.gather(ids), newcomer, len(ids), mine
       )
-      cohort = sharding.joined(cohort._replace(states=states), mesh)
+      cohort = cohort._replace(states=sharding.joined(states, mesh))
       assembled = time.monotonic()
       state, states, on_device = step(state, cohort, everybodys)
-      # The host prepares the next cohort while the device works.
-      following = assemble(number) if number < num_rounds else None
+      # The next cohort is made, and travels, while the devices work.
+      following = prepared(number) if number < num_rounds else None
       told = metrics.summarise(on_device)
       if algorithm.plan is not None:  # on the host, for the round that follows
         state = algorithm.plan(state)
@@ -164,12 +181,12 @@ def train(args: config.Arguments) -> None:
       told, note = narration.left_out(told, draw, built.names, number)
       if note:
         bar.write(note)
-      states = exchange.rows_to_first(sharding.held(states))
+      states = exchange.rows_to_first(sharding.held(states), sharing)
       store.scatter(ids, told.pop('clients/reported'), states)
       last = number == num_rounds
-      if first and (number % test.every == 0 or last):
+      if tests and (number % test.every == 0 or last):
         served = sharding.here(state.params, mesh)
-        told |= examine(base, served, store, built.round_key)
+        told |= examine(base, served, kept, built.round_key)
       speed = told['local/tokens'] / (trained - began)
       told |= {
         'time/data': assembled - began,
@@ -180,8 +197,7 @@ def train(args: config.Arguments) -> None:
       record(number, told)
       ending = hosts.anybody(stop())
       if number % settings.checkpoint_every == 0 or last or ending:
-        if first:
-          save(number)
+        save(number)
         hosts.meet()
       bar.update(number, told['local/loss'], speed)
       if ending:
@@ -189,7 +205,7 @@ def train(args: config.Arguments) -> None:
   if number < num_rounds:
     print(f'stopped after round {number}; the same command goes on from there')
     return
-  if not first:
+  if not tests:
     return
 
   # ----------------------------------------------------------------- record --
@@ -217,8 +233,8 @@ def train(args: config.Arguments) -> None:
   served = algorithm.personal(state.params, None)
   said = {'before': say(before, asked)}
   if has_private:  # each client answers with its own model
-    kept = lambda client: tree.take(store.gather([client]), 0)
-    own = lambda client: algorithm.personal(state.params, kept(client))
+    row = lambda client: tree.take(kept.gather([client]), 0)
+    own = lambda client: algorithm.personal(state.params, row(client))
     said['after'] = [say(own(q.client), [q])[0] for q in asked]
   else:
     said['after'] = say(served, asked)
@@ -227,6 +243,11 @@ def train(args: config.Arguments) -> None:
   base, final = built.adapter.fold(base, served)
   folded = jax.tree.structure(final) != jax.tree.structure(served)
   keep_base = folded or loaded.directory is None  # nobody else has it
+  if keep_base:
+    base = sharding.fetched(base)
+  final = sharding.fetched(complete(final, base, built.task.head))
+  if not first:
+    return
   if keep_base:
     models.save(room.base, loaded.config, base)
   experiment.save_adapter(

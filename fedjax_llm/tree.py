@@ -282,25 +282,38 @@ def ravel(stack: Tree) -> jax.Array:
 def squared_distances(stack: Tree) -> jax.Array:
   """||x_i - x_j||^2 over the whole tree, [K, K], symmetric, float32.
 
-  Differences first: inner products would drown small distances in rounding,
-  all of them as soon as one row is huge. One pass over the stack a row.
+  By inner products, |x_i|^2 + |x_j|^2 - 2 x_i'x_j, which is one matrix product.
+  They drown small distances in rounding: rows of which one pair is closer than
+  an eighth of its length are compared by differences, one pass over the stack
+  a row.
 
   >>> squared_distances({'w': jnp.array([[0.0, 0.0], [3.0, 4.0]])}).tolist()
   [[0.0, 25.0], [25.0, 0.0]]
   """
+  leaves = [
+    x.reshape(x.shape[0], -1).astype(jnp.float32)
+    for x in jax.tree.leaves(stack)
+  ]
+  highest = jax.lax.Precision.HIGHEST
+  grams = [jnp.matmul(x, x.T, precision=highest) for x in leaves]
+  gram = functools.reduce(operator.add, grams)
+  square = jnp.diagonal(gram)
+  lengths = square[:, None] + square
+  same = jnp.eye(len(square), dtype=bool)
+  near = jnp.where(same, 0.0, lengths - (gram + gram.T))
+  # False for what is infinite or no number.
+  precise = same | (lengths == 0) | (near > lengths / 64)
 
   def from_row(row):
-    parts = jax.tree.map(
-      lambda x, r: jnp.sum(
-        jnp.square(x.astype(jnp.float32) - r.astype(jnp.float32)),
-        axis=tuple(range(1, x.ndim)),
-      ),
-      stack,
-      row,
-    )
-    return functools.reduce(operator.add, jax.tree.leaves(parts))
+    parts = [jnp.sum(jnp.square(x - x[row]), axis=1) for x in leaves]
+    return functools.reduce(operator.add, parts)
 
-  return jax.lax.map(from_row, stack)
+  def exactly(row):
+    poor = ~jnp.all(precise[row])
+    return jax.lax.cond(poor, from_row, lambda row: near[row], row)
+
+  exact = jax.lax.map(exactly, jnp.arange(len(square)))
+  return jnp.where(precise, near, exact)
 
 
 # ----------------------------------------------------------------- uploads --

@@ -102,6 +102,28 @@ class Dual(NamedTuple):
   personal: Any  # a client's own: it stays there
 
 
+class Experts(NamedTuple):
+  """An expert for every token, and for each token some out of a pool of E.
+
+  Which change a token gets depends on it, so this is no change of a weight: see
+  `adapters.experts`. A client works with the experts that it holds.
+  """
+
+  shared: LowRank  # the expert of every token
+  pool: LowRank  # [L, E, ...]
+  router: Any  # [L, D, R]
+  held: Any  # [L, E] uint8, 1 for the experts that the client holds
+
+
+class Routing(NamedTuple):
+  """What a router tells of a batch: see `adapters.experts.added`."""
+
+  balance: Any  # [L] how unevenly tokens go to experts, 1 where evenly
+  experts: Any  # [L, E, R] sum over the tokens of A_e x
+  tokens: Any  # [L, R] sum over the tokens of P x
+  count: Any  # [L] tokens
+
+
 class Adapter(NamedTuple):
   """A parameter-efficient change of the base.
 
@@ -223,17 +245,13 @@ class ClientState(NamedTuple):
 class Scope(NamedTuple):
   """What a client trains, shares and keeps.
 
-  `labels(params)` gives a `Label` a leaf, `mask(start, profile, state, round,
-  key) -> Masks` runs inside the round, and `plan(round, reports, profiles) ->
-  profiles` is host code between rounds (knapsacks, searches) on `Reports` and
-  profiles [N, ...]: what a recipe hands to `server.planned`, which runs it.
+  `labels(params)` gives a `Label` a leaf, and `mask(start, profile, state,
+  round, key) -> Masks` runs inside the round. What the host decides between
+  rounds (knapsacks, searches) reaches it in the profile: `server.planned`.
   """
 
   labels: Callable[[Params], Any]
   mask: Callable[[Params, Any, ClientState, jax.Array, Key], Masks]
-  plan: Callable[[int, Any, Any], Any] = lambda round, reports, profiles: (
-    profiles
-  )
 
 
 class Cohort(NamedTuple):

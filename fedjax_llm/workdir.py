@@ -32,7 +32,8 @@ from fedjax_llm.types import Error
 # that was already written.
 _FREE = (
   *('num_rounds', 'checkpoint_every', 'keep_checkpoints'),
-  *('compilation_cache', 'chosen', 'hosts', 'tracking'),
+  *('checkpoint_writers', 'compilation_cache', 'chosen', 'hosts', 'tracking'),
+  *('mesh_model', 'execution', 'cpu_devices'),  # rounding, from here on
 )
 
 

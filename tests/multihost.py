@@ -2,7 +2,8 @@
 
 Its model has one layer and only query weights: compiled in no time. With
 AT=process:round:signal a process sends itself a signal in the middle of a
-round.
+round. With WEIGHTS=path each writes the shapes in which it holds the matrices
+then.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm import hosts, sharding, train
+from fedjax_llm import exchange, hosts, train
 from fedjax_llm.models import config, load
 from fedjax_llm.types import Model
 
@@ -54,17 +55,37 @@ def shallow(vocab_size, eos_ids):
 
 def fate(process: int, round: int, name: str) -> None:
   """Lets the process that is meant send itself the signal in that round."""
-  rounds, joined = itertools.count(1), sharding.joined
+  rounds, fetched = itertools.count(1), exchange.rows_from_first
 
   def watched(*args):
     if next(rounds) == round and hosts.index() == process:
       os.kill(os.getpid(), signal.Signals[name])
-    return joined(*args)
+    return fetched(*args)
 
-  sharding.joined = watched
+  exchange.rows_from_first = watched
+
+
+def weights(path: str) -> None:
+  """Shapes of all that a process holds of a matrix, in every round."""
+  fetched = exchange.rows_from_first
+
+  def watched(*args):
+    held = {
+      str(shard.data.shape)
+      for x in jax.live_arrays()
+      if x.shape == (1, 32, 32)
+      for shard in x.addressable_shards
+    }
+    with open(f'{path}.{hosts.index()}', 'a') as file:
+      print(*sorted(held), sep='; ', file=file)
+    return fetched(*args)
+
+  exchange.rows_from_first = watched
 
 
 if __name__ == '__main__':
+  if 'WEIGHTS' in os.environ:
+    weights(os.environ['WEIGHTS'])
   if 'AT' in os.environ:
     process, number, name = os.environ['AT'].split(':')
     fate(int(process), int(number), name)

@@ -1,15 +1,19 @@
 """Run by test_sharding.py with eight CPU devices: prints what it found."""
 
+import contextlib
 import json
+import logging
+import pathlib
 import re
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 import fedjax_llm as fl
-from fedjax_llm import sharding
+from fedjax_llm import metrics, sharding, train
 from fedjax_llm.types import Batch, Cohort
 
 S, B, T, V = 2, 1, 12, 96
@@ -97,7 +101,66 @@ def collectives(text: str, mesh) -> dict[str, int]:
   return count
 
 
+def trained(folder: str) -> dict:
+  """A run on all devices: what each round was given, and in which order."""
+  events, places, compiled = [], set(), sharding.compiled
+  handler = logging.Handler()
+  handler.emit = lambda record: events.append(record.getMessage()[:23])
+
+  def watched(module, name):
+    do = getattr(module, name)
+
+    def told(*args):
+      events.append(name)
+      return do(*args)
+
+    setattr(module, name, told)
+
+  def strict(round, mesh):
+    step = compiled(round, mesh)
+
+    def run(state, cohort, base):
+      if isinstance(cohort.ids, Tracer):  # asked for shapes
+        return step(state, cohort, base)
+      events.append('step')
+      for leaf in jax.tree.leaves(cohort):
+        places.add((leaf.committed, str(leaf.sharding.spec)))
+      # Nothing is left to move.
+      with jax.transfer_guard('disallow'):
+        return step(state, cohort, base)
+
+    return run
+
+  sharding.compiled = strict
+  watched(sharding, 'joined')
+  watched(metrics, 'summarise')
+  logging.getLogger('jax').addHandler(handler)
+  config = pathlib.Path(__file__).parents[1] / 'configs' / 'tiny.py:smoke'
+  fields = {
+    'num_rounds': 3,
+    'mesh_model': 2,
+    'clients.cohort_size': 4,
+    'model.name': 'multihost:shallow',
+    'adapter.targets': 'q_proj',
+    'algorithm.name': 'scaffold',
+    'local.name': 'sgd',
+    'evals.samples': 0,
+    'compilation_cache': 'none',
+  }
+  given = [f'--config.{k}={v}' for k, v in fields.items()]
+  with jax.log_compiles():
+    words = ['--config', str(config), '--workdir', folder, *given]
+    with contextlib.redirect_stdout(sys.stderr):
+      assert train.main(words) == 0
+  return {
+    'events': [x for x in events if x in ('step', 'joined', 'summarise')],
+    'compiled': sum(x.startswith('Compiling jit(round_fn)') for x in events),
+    'places': sorted(places),
+  }
+
+
 def main(shapes: list[str]) -> None:
+  sharding.split_cpu(8)
   loaded = fl.models.random(
     vocab_size=V, hidden_size=32, num_heads=4, num_kv_heads=4
   )
@@ -106,6 +169,9 @@ def main(shapes: list[str]) -> None:
   optimizer = fl.local.optimizer('sgd', 0.1)
   out: dict = {}
   for shape in shapes:
+    if shape.startswith('train:'):
+      out['train'] = trained(shape.removeprefix('train:'))
+      continue
     rule, rows, columns, block, num, *execution = shape.split(':')
     devices = jax.devices()[: int(rows) * int(columns)]
     mesh = sharding.mesh(int(columns), devices)
@@ -125,10 +191,18 @@ def main(shapes: list[str]) -> None:
     )
     before = jax.tree.map(lambda x: x.sharding, state)
     step = sharding.compiled(algorithm.round, mesh_or_none)
-    program = step.lower(state, cohort(int(num)), base).compile()
-    state, _, told = program(state, cohort(int(num)), base)
+    given = sharding.joined(cohort(int(num)), mesh_or_none)
+    program = step.lower(state, given, base).compile()
+    state, _, told = program(state, given, base)
     after = jax.tree.map(lambda x: x.sharding, state)
     out[shape] = {
+      'as_it_lies': jax.tree.all(
+        jax.tree.map(
+          lambda x, where: x.sharding.is_equivalent_to(where, x.ndim),
+          given,
+          program.input_shardings[0][1],
+        )
+      ),
       'params': [
         np.asarray(x).ravel().tolist() for x in jax.tree.leaves(state.params)
       ],

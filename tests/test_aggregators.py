@@ -337,6 +337,18 @@ def test_the_trimmed_fraction_is_the_decimal_that_was_written(fraction):
   np.testing.assert_allclose(delta, wanted, rtol=1e-6)
 
 
+def test_values_are_ordered_as_floats_are():
+  # A quotient of zeros has a sign on most machines; last it is all the same.
+  nan = np.copysign(np.float32(np.nan), np.float32(-1))
+  values = [nan, 2, -np.inf, -0.0, np.inf, -1.5, 3e38]
+  for num in (3, 5, 7):
+    some = np.array(values[:num], np.float32)
+    turned = np.stack([np.roll(some, i) for i in range(num)])  # [K, K]
+    uploads = Uploads(turned, None, NO_MASKS, None, np.ones(num, bool))
+    delta = aggregators.median().aggregate(uploads, (), None, KEY)[0].delta
+    np.testing.assert_array_equal(delta, np.sort(some)[num // 2].repeat(num))
+
+
 # -------------------------------------------------------------- guarantees --
 
 

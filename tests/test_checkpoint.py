@@ -1,6 +1,8 @@
 """Checkpoints: bit for bit, and never half of one."""
 
 import doctest
+import itertools
+import json
 import os
 import pathlib
 import resource
@@ -13,6 +15,8 @@ import optax
 import pytest
 
 from fedjax_llm import checkpoint
+from fedjax_llm.checkpoint import directory
+from fedjax_llm.checkpoint import files as parts
 from fedjax_llm.clients import store
 from fedjax_llm.types import ClientState, Error, LowRank, ServerState
 
@@ -77,8 +81,27 @@ def restored(folder, template=None):
   return found
 
 
+def alone(folder):
+  checkpoint.open(folder).save(8, server(8), {'at': 8})
+
+
+def together(folder, other=None):
+  """Two processes: the second writes while the first waits for it."""
+  state, turns = server(8), itertools.count()
+
+  def meet():
+    if next(turns) == 0:
+      second.save(8, state)
+
+  second = checkpoint.open(
+    other or folder, mine=False, writers=checkpoint.Writers(1, 2)
+  )
+  first = checkpoint.Writers(0, 2, meet)
+  checkpoint.open(folder, writers=first).save(8, state, {'at': 8})
+
+
 def test_docstring_examples_run():
-  result = doctest.testmod(checkpoint)
+  result = doctest.testmod(directory)
   assert result.attempted and not result.failed
 
 
@@ -220,8 +243,9 @@ class Killed(BaseException):
   """Nothing catches it: what is on the disk is what a kill leaves."""
 
 
+@pytest.mark.parametrize('save', [alone, together])
 def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(
-  two_rounds, tmp_path, monkeypatch
+  two_rounds, tmp_path, monkeypatch, save
 ):
   moments, survived, ends = 0, False, []
   while not survived:
@@ -238,11 +262,11 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(
       return call
 
     with monkeypatch.context() as patch:
-      patch.setattr(checkpoint, '_sync', wrap(checkpoint._sync))
+      patch.setattr(parts, 'sync', wrap(parts.sync))
       patch.setattr(pathlib.Path, 'rename', wrap(pathlib.Path.rename))
       patch.setattr(shutil, 'rmtree', wrap(shutil.rmtree))
       try:
-        checkpoint.open(folder).save(8, server(8), {'at': 8})
+        save(folder)
         survived = True
       except Killed:
         pass
@@ -258,14 +282,50 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(
   assert set(ends) <= {6, 8} and ends[-1] == 8
 
 
+# ----------------------------------------------------------------- writers --
+
+
+def test_what_two_wrote_anybody_reads(folder):
+  together(folder)
+  found = restored(folder)
+  assert (found.round, found.meta, found.notices) == (8, {'at': 8}, [])
+  assert_identical(found.state, server(8))
+  path = folder / 'round_00000008'
+  manifest = json.loads((path / 'manifest.json').read_text())
+  shares = {'state': 0, 'state_1': 0}
+  for leaf in manifest['leaves']:
+    dtype, shape = leaf['file_kind']
+    shares[leaf['folder']] += np.zeros(shape, jnp.dtype(dtype)).nbytes
+  assert abs(shares['state'] - shares['state_1']) <= 4 * 2 * 4 * 3  # a leaf
+  on_disk = {p.relative_to(path).as_posix() for p in files(path)}
+  assert on_disk == {*manifest['files'], 'manifest.json'}
+  part = next(p for p in files(path / 'state_1') if p.stat().st_size)
+  part.write_bytes(part.read_bytes()[:-1])
+  found = restored(folder)
+  assert found.round == 6 and part.name in found.notices[0]
+  alone(folder)
+  assert restored(folder).round == 8 and not (path / 'state_1').exists()
+
+
+def test_a_writer_who_sees_another_disk_is_told(folder, tmp_path):
+  elsewhere = tmp_path / 'elsewhere'
+  with pytest.raises(Error, match=r'process 1 does not see .*part_round_0000'):
+    together(folder, elsewhere)
+  # Something of that name may lie there by chance.
+  (elsewhere / 'part_round_00000008').mkdir(parents=True)
+  with pytest.raises(Error, match='process 1 has written to another disk'):
+    together(folder, elsewhere)
+  assert restored(folder).round == 6
+
+
 # --------------------------------------------------------------- full disk --
 
 
 @pytest.mark.parametrize(
   'where, error',
   [
-    ('_sync', OSError(28, 'No space left on device')),
-    ('_kind', ValueError('RESOURCE_EXHAUSTED: No space left on device')),
+    ('sync', OSError(28, 'No space left on device')),
+    ('write', ValueError('RESOURCE_EXHAUSTED: No space left on device')),
   ],
 )
 def test_a_full_disk_is_a_sentence(folder, monkeypatch, where, error):
@@ -274,7 +334,7 @@ def test_a_full_disk_is_a_sentence(folder, monkeypatch, where, error):
 
   checkpointer = checkpoint.open(folder)
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoint, where, full)
+    patch.setattr(parts, where, full)
     with pytest.raises(Error, match=r'round_00000008 cannot .* disk is full'):
       checkpointer.save(8, server(8))
   assert len(list(folder.iterdir())) == 2

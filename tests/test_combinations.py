@@ -47,6 +47,7 @@ ELSEWHERE = {
   *test_personalised.SETTINGS,
   *(recipe for recipe, *_ in test_variants.METHODS.values()),
   *('fed_ra', 'slora', 'fed_hm', 'hafl'),  # test_structured
+  'fed_amole',  # test_experts
   'fed_pipe',  # test_planned
   'lp_fl',  # test_labelling
 }

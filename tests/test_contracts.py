@@ -110,8 +110,11 @@ def test_every_public_builder_keeps_its_rooms_contract(room):
 
 
 RANKS = np.array([1, 2, 2, 1], np.int32)  # what clients can hold
-# On other parameters than two factors: test_variants and test_structured.
-OTHERS = ('fed_pipe', 'fed_ra', 'fed_sb', 'fed_tt_plus', 'lp_fl', 'ravan')
+# On other parameters than two factors: test_variants, test_structured, ...
+OTHERS = (
+  *('fed_amole', 'fed_pipe', 'fed_ra', 'fed_sb', 'fed_tt_plus'),
+  *('lp_fl', 'ravan'),
+)
 
 
 def test_every_recipe_carries_a_round():

@@ -424,6 +424,8 @@ def test_every_method_comes_back_from_its_checkpoint(name, tmp_path):
     fields['local.name'] = 'sgd'
   if name == 'fed_pipe':
     fields['profiles'] = {'name': 'budgets', 'choices': [100, 400]}
+  if name == 'fed_amole':
+    fields['algorithm.num_experts'] = 8
   _, served, _ = written(folder, fields)
   made = rebuild.open(str(folder))
   assert jax.tree.structure(made.params) == jax.tree.structure(served)

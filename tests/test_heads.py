@@ -247,7 +247,8 @@ def test_every_recipe_trains_and_serves_a_head():
   )
   same = ('fed_prox', 'fed_avgm', 'fed_adagrad', 'fed_yogi', 'fed_it')
   # On parameters that are not two factors: they refuse these.
-  others = ('fed_pipe', 'fed_ra', 'fed_sb', 'fed_tt_plus', 'lp_fl', 'ravan')
+  others = ('fed_amole', 'fed_pipe', 'fed_ra', 'fed_sb', 'fed_tt_plus')
+  others += ('lp_fl', 'ravan')
   for name in recipes.__all__:
     if name in (*same, *others):
       continue

@@ -199,9 +199,13 @@ def two(texts, programs, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def cut(texts, programs, tmp_path_factory):
-  """Two processes, of which the second was killed in round 4."""
+  """Two processes, of which the second was killed in round 4.
+
+  Both wrote the checkpoints.
+  """
   folder = tmp_path_factory.mktemp('cut') / 'run'
-  arguments = command(texts, folder, 'scaffold')
+  both = '--config.checkpoint_writers=all'
+  arguments = command(texts, folder, 'scaffold', both)
   return folder, together(arguments, programs | {'AT': '1:4:SIGKILL'})
 
 
@@ -236,6 +240,7 @@ def test_two_processes_resume_bit_for_bit(texts, programs, two, cut, tmp_path):
 def test_one_process_resumes_what_two_began(texts, one, cut, tmp_path):
   folder = tmp_path / 'run'
   shutil.copytree(cut[0], folder)
+  assert (folder / 'checkpoints' / 'round_00000002' / 'state_1').is_dir()
   printed = alone(command(texts, folder, 'scaffold'))
   assert 'resuming after round 2' in printed
   agree(folder, one['scaffold'])
@@ -257,6 +262,26 @@ def test_sigterm_stops_all_after_the_same_round(texts, programs, one, tmp_path):
   (folder / 'config.json').write_text(json.dumps(config))
   assert 'resuming after round 3' in alone(arguments)
   agree(folder, one['local_only'])
+
+
+def test_two_processes_share_a_base_that_neither_has_whole(
+  texts, programs, one, tmp_path
+):
+  """One device each; what clients keep, tests and the end are of both."""
+  folder, held = tmp_path / 'run', tmp_path / 'held'
+  arguments = command(texts, folder, 'local_only', '--config.mesh_model=2')
+  out = done(together(arguments, programs | {'WEIGHTS': str(held)}))
+  assert "own model, client's own text" in out
+  agree(folder, one['local_only'])
+  for process in range(2):
+    shapes = (tmp_path / f'held.{process}').read_text().splitlines()
+    # `o_proj` and `down_proj` are split by rows, the others by columns.
+    assert set(shapes[:5]) == {'(1, 16, 32); (1, 32, 16)'}
+  got, want = (load_file(x / 'base' / 'model.safetensors') for x in
+               (folder, one['local_only']))  # fmt: skip
+  assert got.keys() == want.keys()
+  for name in got:
+    np.testing.assert_array_equal(got[name], want[name])
 
 
 def test_an_error_of_one_process_is_said_once_and_ends_all(
@@ -316,27 +341,41 @@ def test_clients_are_dealt_to_rows_by_size():
   assert got.reports.tolist() == [True, True, False, True, False]
 
 
-@pytest.mark.parametrize('process', [0, 1])
-def test_each_process_has_its_part_of_a_padded_draw(process, monkeypatch):
-  monkeypatch.setattr(sharding.jax, 'process_count', lambda: 2)
-  monkeypatch.setattr(sharding.jax, 'process_index', lambda: process)
-  mesh: Any = SimpleNamespace(shape={'clients': 4, 'model': 1})
-  draw = Draw(np.array([7, 1, 3, 9, 5], np.int32), np.ones(5, bool))
-  whole, mine = sharding.own_rows(draw, mesh)
-  assert whole.ids.tolist() == [7, 1, 3, 9, 5, -1, -1, -1]
-  assert whole.reports.tolist() == [True] * 5 + [False] * 3
-  assert whole.ids[mine].tolist() == [[7, 1, 3, 9], [5, -1, -1, -1]][process]
-
-
-@pytest.mark.parametrize('owners', [[[0, 0], [0, 1]], [[0], [0], [1]]])
-def test_a_copy_of_the_base_lies_within_one_process(owners, monkeypatch):
-  monkeypatch.setattr(sharding.jax, 'process_count', lambda: 2)
-  devices = [[SimpleNamespace(process_index=i) for i in row] for row in owners]
-  mesh: Any = SimpleNamespace(
-    devices=np.array(devices), shape={'model': len(owners[0])}
+def owned(owners, process, monkeypatch) -> Any:
+  """A mesh of devices of these processes, as one of them sees it."""
+  monkeypatch.setattr(
+    sharding.jax, 'process_count', lambda: 1 + int(np.max(owners))
   )
+  monkeypatch.setattr(sharding.jax, 'process_index', lambda: process)
+  devices = [[SimpleNamespace(process_index=i) for i in row] for row in owners]
+  shape = {'clients': len(owners), 'model': len(owners[0])}
+  return SimpleNamespace(devices=np.array(devices), shape=shape)
+
+
+@pytest.mark.parametrize(
+  ('owners', 'parts'),
+  [
+    ([[0], [0], [1], [1]], [[7, 1, 3, 9], [5, -1, -1, -1]]),
+    # Processes that share a row have the same clients.
+    ([[0, 1], [2, 3]], [[7, 1, 3], [7, 1, 3], [9, 5, -1], [9, 5, -1]]),
+  ],
+)
+def test_each_process_has_its_part_of_a_padded_draw(owners, parts, monkeypatch):
+  draw = Draw(np.array([7, 1, 3, 9, 5], np.int32), np.ones(5, bool))
+  for process, part in enumerate(parts):
+    mesh = owned(owners, process, monkeypatch)
+    whole, mine = sharding.own_rows(draw, mesh)
+    assert whole.ids.tolist() == [7, 1, 3, 9, 5, -1, -1, -1][: len(whole.ids)]
+    assert whole.reports.tolist() == [True] * 5 + [False] * (len(whole.ids) - 5)
+    assert whole.ids[mine].tolist() == part
+
+
+@pytest.mark.parametrize(
+  'owners', [[[0, 0], [0, 1]], [[0], [0], [1]], [[0, 0, 0], [0, 1, 1]]]
+)
+def test_a_copy_of_the_base_ends_with_a_process(owners, monkeypatch):
   with pytest.raises(Error, match='must divide the devices of each process'):
-    sharding.nearby(mesh)
+    sharding.nearby(owned(owners, 0, monkeypatch))
 
 
 # ----------------------------------------------------------------- launchers --
@@ -442,3 +481,25 @@ def test_launch_slurm_gives_each_process_its_place(tasks, tmp_path):
         f'--config.hosts.process_id={i}',
       ]
     assert run.splitlines() == ['-m', 'fedjax_llm.train', *joined, *given]
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='a setting of glibc')
+@pytest.mark.parametrize(
+  ('given', 'kept'),
+  [
+    ({'FEDJAX_LLM_ALLOCATOR': 'system'}, None),
+    ({'JAX_PLATFORMS': 'cuda'}, None),
+    ({'MALLOC_TRIM_THRESHOLD_': '7', 'JAX_PLATFORMS': 'cpu'}, '7'),
+  ],
+)
+def test_the_allocator_is_left_as_it_is_where_that_is_asked(given, kept):
+  program = '. scripts/allocator; echo "${MALLOC_TRIM_THRESHOLD_:-}"'
+  told = subprocess.run(
+    ['bash', '-euc', program],
+    cwd=ROOT,
+    env={'PATH': os.environ['PATH'], **given},
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert (told.returncode, told.stdout.strip()) == (0, kept or ''), told.stderr

@@ -23,8 +23,7 @@ ALONE = ['mean:1:1:0:8', 'median:1:1:0:8']
 
 
 @pytest.fixture(scope='module')
-def runs():
-  flags = os.environ.get('XLA_FLAGS', '')
+def runs(tmp_path_factory):
   done = subprocess.run(
     [
       sys.executable,
@@ -34,12 +33,9 @@ def runs():
       *ONE_ROW,
       *PMAP,
       *ALONE,
+      f'train:{tmp_path_factory.mktemp("trained") / "run"}',
     ],
-    env={
-      **os.environ,
-      'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': f'{flags} --xla_force_host_platform_device_count=8',
-    },
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
     capture_output=True,
     text=True,
     timeout=900,
@@ -63,6 +59,21 @@ def test_the_next_round_is_the_same_program(runs, shape):
   assert runs[shape]['compiled_once']
 
 
+@pytest.mark.parametrize('shape', MEAN + ONE_ROW)
+def test_a_round_takes_its_cohort_as_it_lies(runs, shape):
+  assert runs[shape]['as_it_lies']
+
+
+def test_the_next_cohort_travels_while_the_devices_work(runs):
+  """Within a round nothing waits and nothing moves but the one transfer."""
+  told = runs['train']
+  last = ['joined', 'step', 'summarise']  # what clients keep, by itself
+  ahead = ['joined', 'step', 'joined', 'summarise']
+  assert told['events'] == ['joined', *ahead, *ahead, *last]
+  assert told['places'] == [[True, "P('clients',)"]]
+  assert told['compiled'] == 1
+
+
 @pytest.mark.parametrize('shape', MEAN + PMAP)
 def test_one_all_reduce_a_round_crosses_clients(runs, shape):
   found = runs[shape]['collectives']
@@ -82,3 +93,10 @@ def test_an_execution_that_cannot_be_is_refused():
 def test_devices_that_do_not_divide_into_rows_are_refused():
   with pytest.raises(Error, match='mesh_model is 3'):
     sharding.mesh(3, devices=np.arange(8))
+
+
+def test_cpu_devices_that_come_too_late_are_refused():
+  jax.devices()  # JAX has looked
+  sharding.split_cpu(jax.local_device_count())
+  with pytest.raises(Error, match='cpu_devices is 3, but JAX has begun with'):
+    sharding.split_cpu(3)

@@ -725,7 +725,7 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_later(
     return usage(0, 0, 0 if len(saved) == 3 else 1 << 40)
 
   with monkeypatch.context() as patch:
-    patch.setattr(checkpoint.shutil, 'disk_usage', free)
+    patch.setattr('shutil.disk_usage', free)
     status, _, err = run(arguments)
   assert status == 1
   assert err.splitlines()[-1].startswith('error: ')

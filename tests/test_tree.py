@@ -146,10 +146,17 @@ DISTANCES = jax.jit(tree.squared_distances)
 
 
 @few
-@given(st.integers(0, 2**31 - 1), st.sampled_from([0.0, 1e3, 1e12]))
-def test_distances_match_float64_whatever_one_row_holds(seed, huge):
-  # A common part of 10 and steps of 1e-3, as updates of clients have.
-  x = {'a': 1e-3 * normal(seed, 5, 3, 4) + 10, 'b': 1e-3 * normal(seed + 1, 5)}
+@given(
+  st.integers(0, 2**31 - 1),
+  st.sampled_from([0.0, 10.0]),
+  st.sampled_from([0.0, 1e3, 1e12]),
+)
+def test_distances_match_float64_whatever_one_row_holds(seed, common, huge):
+  # Steps of 1e-3 from a common part, as updates of clients have, or from none.
+  x = {
+    'a': 1e-3 * normal(seed, 5, 3, 4) + common,
+    'b': 1e-3 * normal(seed + 1, 5),
+  }
   x['a'][0] += huge
   flat = np.concatenate([x['a'].reshape(5, -1), x['b'][:, None]], axis=1)
   wanted = np.array(

@@ -4,6 +4,7 @@ The names in `__all__` are those that a config may use.
 """
 
 from fedjax_llm.adapters import cores as cores
+from fedjax_llm.adapters import experts as experts
 from fedjax_llm.adapters import gates as gates
 from fedjax_llm.adapters import targets as targets
 from fedjax_llm.adapters.changes import Dense as Dense

@@ -5,6 +5,8 @@ an array                W + array
 Dense(value)            value: it takes the place of W
 Dora(direction, m)      the direction of W + scale * a @ b, of the length m
 
+Experts                 no change of W at all: it depends on the token
+
 Any other named tuple with a method `factors() -> LowRank` acts as those
 factors do. Fields that nobody trains are named by its attribute `FROZEN`.
 """
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm.types import Base, Error, LowRank, Params
+from fedjax_llm.types import Base, Error, Experts, LowRank, Params
 
 
 class Dense(NamedTuple):
@@ -73,7 +75,8 @@ def factors(leaf: Any) -> LowRank | None:
 
 def is_node(leaf: Any) -> bool:
   """Whether a leaf says something about a whole matrix through its parts."""
-  return isinstance(leaf, LowRank | Dora) or hasattr(leaf, 'factors')
+  known = isinstance(leaf, LowRank | Dora | Experts)
+  return known or hasattr(leaf, 'factors')
 
 
 def as_low_rank(params: Params) -> Params:
@@ -132,6 +135,9 @@ def product(leaf: Any) -> jax.Array:
 def merge(base: Base, params: Params) -> Base:
   """The base with every change written into its weights.
 
+  Raises:
+    Error: experts, whose change depends on the token.
+
   >>> base = {'layers': {'q_proj': {'kernel': jnp.ones((1, 2, 2))}}}
   >>> node = LowRank(jnp.ones((1, 2, 1)), jnp.ones((1, 1, 2)), jnp.ones(1))
   >>> merge(base, {'layers': {'q_proj': node}})['layers']['q_proj']['kernel']
@@ -145,6 +151,11 @@ def merge(base: Base, params: Params) -> Base:
   def written(weight, leaf):
     if isinstance(leaf, Dense):
       return weight if leaf.value is None else leaf.value.astype(weight.dtype)
+    if isinstance(leaf, Experts):
+      raise Error(
+        'which experts act depends on the token, so they cannot be written '
+        'into a weight: what everybody is served has the shared expert alone.'
+      )
     if isinstance(leaf, Dora):
       turned = (weight + product(leaf.direction)) * gain(weight, leaf)[
         ..., None, :
@@ -167,6 +178,7 @@ def fold(base: Base, params: Params) -> tuple[Base, Params]:
 
   def written(weight, leaf):
     leaf = leaf.direction if isinstance(leaf, Dora) else leaf
+    leaf = leaf.shared if isinstance(leaf, Experts) else leaf
     if not isinstance(leaf, LowRank) or leaf.residual is None:
       return weight
     return add(weight, leaf.residual)

@@ -90,15 +90,16 @@ def complete(params: Params, base: Base, modules: Sequence[str]) -> Params:
   ['score']
   """
   here = [name for name in modules if name in base]
-  if not here:
-    return params
   for name in here:
     if is_node(params.get(name)):
       raise Error(
         f'adapter.targets: {name} is part of the head, which is trained whole: '
         'name it in adapter.modules_to_save instead.'
       )
-  return {**dense(here).init(jax.random.key(0), base), **params}
+  absent = [name for name in here if name not in params]
+  if not absent:
+    return params
+  return {**params, **dense(absent).init(jax.random.key(0), base)}
 
 
 def find(base: Base, modules: str | Sequence[str]) -> list[Path]:

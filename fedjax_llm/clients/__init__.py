@@ -4,11 +4,12 @@ sampling  round -> Draw             cohorts  Draw -> Cohort [K, S, B, T]
 scopes    what a client trains,     store    private state of N clients
           shares and keeps         profiles what clients can carry
 policies  what the host decides    allotment ranks that it gives to weights
-          between rounds
+          between rounds           assignment experts that it gives to clients
 """
 
 from fedjax_llm.clients import (
   allotment,
+  assignment,
   cohorts,
   policies,
   profiles,
@@ -30,6 +31,7 @@ from fedjax_llm.clients.scopes import (
 
 __all__ = [
   'allotment',
+  'assignment',
   'cohorts',
   'policies',
   'profiles',

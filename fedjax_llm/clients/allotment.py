@@ -53,7 +53,7 @@ def allotted(inner: Scope | None = None) -> Scope:
     trained = jax.tree.map(node, start, masks.trained, is_leaf=is_leaf)
     return masks._replace(trained=trained)
 
-  return Scope(both_trained(inner), mask, inner.plan)
+  return Scope(both_trained(inner), mask)
 
 
 def rank_sizes(params: Params) -> tuple[np.ndarray, np.ndarray]:

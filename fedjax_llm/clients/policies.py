@@ -12,7 +12,8 @@ import numpy as np
 
 from fedjax_llm.types import Error, Reports
 
-_FIRST = 301  # purpose of the random stream: scores before any report
+# Purposes of the random streams: scores before any report.
+_FIRST, _DRAWN = 301, 302
 
 
 def knapsack(
@@ -99,5 +100,120 @@ def by_importance(
         value = np.random.default_rng((seed, _FIRST, k)).random(len(sizes))
       ranks[k] = knapsack(value, sizes, most, int(budgets[k]))
     return {**profiles, 'ranks': ranks}
+
+  return policy
+
+
+def assignment(
+  score: np.ndarray, per_expert: int, least: int, most: int
+) -> np.ndarray:
+  """Which clients each expert chooses, booleans [E, N].
+
+      max sum_ej score_ej z_ej  with  sum_j z_ej = per_expert,
+                                      least <= sum_e z_ej <= most,  z in {0, 1}
+
+  Exact: the constraints are those of a flow, so a vertex of the linear program
+  has whole numbers, and the simplex method ends at one.
+
+  Raises:
+    Error: no choice satisfies the bounds.
+
+  >>> score = np.array([[0.9, 0.1, 0.0], [0.8, 0.1, 0.1], [0.7, 0.2, 0.1]])
+  >>> assignment(score, 1, least=1, most=2).astype(int).tolist()
+  [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
+  """
+  import scipy.optimize
+  import scipy.sparse
+
+  num, clients = np.shape(score)
+  check_bounds(num, clients, per_expert, least, most)
+  experts = scipy.sparse.kron(
+    scipy.sparse.eye_array(num), np.ones((1, clients)), format='csr'
+  )
+  held = scipy.sparse.kron(
+    np.ones((1, num)), scipy.sparse.eye_array(clients), format='csr'
+  )
+  solved = scipy.optimize.linprog(
+    -np.ravel(score),
+    A_ub=scipy.sparse.vstack([held, -held]),
+    b_ub=np.repeat([most, -least], clients),
+    A_eq=experts,
+    b_eq=np.full(num, per_expert),
+    bounds=(0, 1),
+    method='highs-ds',
+  )
+  chosen = np.asarray(solved.x).reshape(num, clients) > 0.5
+  assert np.abs(solved.x - chosen.ravel()).max() < 1e-6, solved.message
+  return chosen
+
+
+def check_bounds(
+  num: int, clients: int, per_expert: int, least: int, most: int
+) -> None:
+  """Raises `Error` where no assignment of experts satisfies its bounds.
+
+  >>> check_bounds(30, 10, per_expert=2, least=2, most=8)
+  """
+  given, most = num * per_expert, min(most, num)
+  if not 1 <= per_expert <= clients:
+    raise Error(
+      f'algorithm.clients_per_expert is {per_expert}; an expert chooses from '
+      f'1 to all {clients} clients.'
+    )
+  if not clients * least <= given <= clients * most:
+    raise Error(
+      f'algorithm.num_experts is {num}: with {per_expert} clients each they '
+      f'fill {given} places, and {clients} clients hold {clients * least} to '
+      f'{clients * most}, {least} to {most} each.'
+    )
+
+
+def by_affinity(
+  *, per_expert: int = 2, least: int = 2, most: int = 8, seed: int = 0
+) -> Callable[[int, Reports, Any], Mapping[str, np.ndarray]]:
+  """Experts choose the clients whose texts they suit, in every weight.
+
+      score_ej = softmax over clients j of <v_e, u_j> / sqrt(R)
+
+  where u_j is what client j last reported as its tokens' embedding and v_e the
+  mean of what the clients that then held expert e reported of it
+  (`local.embeddings`); then `assignment`. Before any report scores are drawn. A
+  client or an expert of which nothing has been reported has the embedding zero.
+
+  Args:
+    per_expert: clients that each expert chooses.
+    least, most: experts that each client gets.
+    seed: of the first draw.
+
+  Returns:
+    A policy on the entry 'experts' [N, M, E] of the profiles.
+
+  >>> told = {'experts': np.zeros((2, 1, 2, 1)), 'tokens': np.ones((2, 1, 1)),
+  ...         'held': np.ones((2, 1, 2))}
+  >>> told['tokens'][1], told['experts'][:, :, 0] = -1, 1  # expert 0 is like 0
+  >>> policy = by_affinity(per_expert=1, least=1, most=1)
+  >>> plan = {'experts': np.zeros((2, 1, 2), bool)}
+  >>> plan = policy(1, Reports(told, np.array([1, 1])), plan)
+  >>> plan['experts'][:, 0].astype(int).tolist()
+  [[1, 0], [0, 1]]
+  """
+
+  def policy(round: int, reports: Reports, profiles: Any):
+    if round and not (reports.round == round).any():
+      return profiles  # nothing new
+    clients, places, num = np.shape(profiles['experts'])
+    if not round:
+      rng = np.random.default_rng((seed, _DRAWN))
+      alike = rng.random((places, num, clients))
+    else:
+      told = {n: np.asarray(x, float) for n, x in reports.values.items()}
+      of = np.maximum(told['held'].sum(0), 1)[..., None]  # [M, E, 1]
+      experts = told['experts'].sum(0) / of
+      rank = experts.shape[-1]
+      alike = np.einsum('mer,nmr->men', experts, told['tokens']) / rank**0.5
+    score = np.exp(alike - alike.max(-1, keepdims=True))
+    score /= score.sum(-1, keepdims=True)
+    chosen = np.stack([assignment(s, per_expert, least, most) for s in score])
+    return {**profiles, 'experts': np.moveaxis(chosen, -1, 0)}
 
   return policy

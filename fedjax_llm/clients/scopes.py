@@ -315,7 +315,7 @@ def layers(inner: Scope | None = None) -> Scope:
 
     return Masks(*map(narrow, masks))
 
-  return Scope(inner.labels, mask, inner.plan)
+  return Scope(inner.labels, mask)
 
 
 def untrained(pattern: str) -> Scope:
@@ -387,7 +387,7 @@ def ranks(inner: Scope | None = None) -> Scope:
       masks, start, lambda node: jnp.arange(node.a.shape[-1]) < rank
     )
 
-  return Scope(both_trained(inner), mask, inner.plan)
+  return Scope(both_trained(inner), mask)
 
 
 def both_trained(inner: Scope) -> Callable[[Params], Any]:

@@ -22,6 +22,9 @@ from fedjax_llm.local.phases import Phase as Phase
 from fedjax_llm.local.phases import counted as counted
 from fedjax_llm.local.phases import phases as phases
 from fedjax_llm.local.pseudo_labels import pseudo_labelled as pseudo_labelled
+from fedjax_llm.local.routing import balanced as balanced
+from fedjax_llm.local.routing import embeddings as embeddings
+from fedjax_llm.local.routing import routed as routed
 from fedjax_llm.local.selection import selected as selected
 from fedjax_llm.local.self_pruning import self_pruning as self_pruning
 from fedjax_llm.local.sgd import sgd as sgd
@@ -30,10 +33,12 @@ __all__ = [
   'Counted',
   'LocalOptimizer',
   'Phase',
+  'balanced',
   'causal_lm',
   'class_logits',
   'classification',
   'counted',
+  'embeddings',
   'forked',
   'frobenius_decay',
   'important',
@@ -44,6 +49,7 @@ __all__ = [
   'pruned',
   'pseudo_labelled',
   'reported',
+  'routed',
   'scaffold',
   'selected',
   'self_pruning',

@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedjax_llm.adapters import experts
 from fedjax_llm.adapters.changes import Amended, Dora, factors, gain, is_node
 from fedjax_llm.models import quantised
 from fedjax_llm.models.attention import Places as Places
 from fedjax_llm.models.attention import attention as attention
 from fedjax_llm.models.attention import softcapped as softcapped
-from fedjax_llm.types import Error
+from fedjax_llm.types import Error, Experts
 
 # ---------------------------------------------------------------- weights --
 
@@ -30,6 +31,7 @@ def linear(x, w: Mapping[str, Any], leaf=None, out_dtype=None) -> jax.Array:
       LowRank(a, b, scale)    y += scale * (x @ a) @ b
       an array [D, F]         y += x @ delta
       Dora(direction, m)      y = gain * (x @ W + the direction's change)
+      Experts                 y += what its experts say of x
       {'kernel': leaf, 'bias': array}     both, or one of them
       None                    nothing
 
@@ -70,6 +72,8 @@ def linear(x, w: Mapping[str, Any], leaf=None, out_dtype=None) -> jax.Array:
     y = y + changed(w, leaf, 'bias').astype(dtype)
   if change is None or isinstance(change, Dora):
     return y
+  if isinstance(change, Experts):
+    return y + experts.added(x, change).astype(dtype)
   node = factors(change)
   if node is None:
     return y + dot(x, change)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm import adapters
+from fedjax_llm import adapters, asides
 from fedjax_llm.models import blocks, layers, rope
 from fedjax_llm.models.attention import Places, choose
 from fedjax_llm.models.config import Config, longest_text
@@ -138,12 +138,16 @@ def _walk(config, implementation, dtype, remat, unroll):
         window=layer.window if mixed_windows else windows,
         angles=angles(layer.angles) if mixed_ropes else common,
       )
-      y, kv = blocks.block(
-        config, implementation, x, layer, (queries, keys, slot)
+      (y, kv), told = asides.heard(
+        lambda: blocks.block(
+          config, implementation, x, layer, (queries, keys, slot)
+        ),
+        layer.params,
+        batch.segments > 0,
       )
       gate = blocks.child(layer.params, adapters.gates.NAME)
       x = y if gate is None else jnp.where(gate > 0, y, x)
-      return x, (None if cache is None else kv)
+      return x, (None if cache is None else kv, told)
 
     xs = blocks.Layer(
       base['layers'],
@@ -153,9 +157,10 @@ def _walk(config, implementation, dtype, remat, unroll):
       None if cache is None else cache.keys,
       None if cache is None else cache.values,
     )
-    x, kv = jax.lax.scan(
+    x, (kv, told) = jax.lax.scan(
       _rematerialised(body, remat, unroll), x, xs, unroll=unroll
     )
+    asides.pass_on({'layers': told})
     return _norm(
       config, base, params, x, 'norm'
     ) if config.final_norm else x, kv

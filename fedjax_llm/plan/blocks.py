@@ -139,6 +139,10 @@ def auto(
     return split + costs.num_bytes(state) + found.temporary
 
   def needs(m):
+    if not all(
+      getattr(x, 'is_fully_addressable', True) for x in jax.tree.leaves(base)
+    ):
+      return None  # what several processes run is not compiled by one
     round, state, full = work(m)
     program = jax.jit(round, donate_argnums=0).lower(state, full, base)
     return costs.compiled_bytes(program.compile())

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm import builders, config, models, tasks, tree
+from fedjax_llm import adapters, asides, builders, config, models, tasks, tree
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.models import families, load, quantised
 from fedjax_llm.plan import costs, published
@@ -246,6 +246,7 @@ def batch_shapes(shape: tuple[int, ...], labelled: bool = False) -> Batch:
 
 def _no_loss(base: Any, params: Any, batch: Any, key: Any) -> LossSum:
   del base, batch, key
+  asides.pass_on(adapters.experts.untold(params))
   total = jnp.float32(0)
   for x in jax.tree.leaves(_floats(params)):
     total += 0.0 * jnp.sum(x)
@@ -287,6 +288,8 @@ def travel(work: Work) -> tuple[float, float]:
   state = jax.tree.map(
     lambda x: jax.random.key(0) if keyed(x) else fresh(x), work.state
   )
+  if algorithm.plan is not None:  # what clients get is part of what travels
+    state = algorithm.plan(state)
   labelled = work.cohort.batches.label is not None
   ones = jax.tree.map(
     lambda x: jnp.ones(x.shape, x.dtype),

@@ -10,6 +10,7 @@ from fedjax_llm.recipes.averaging import fed_yogi as fed_yogi
 from fedjax_llm.recipes.averaging import scaffold as scaffold
 from fedjax_llm.recipes.baselines import centralised as centralised
 from fedjax_llm.recipes.baselines import local_only as local_only
+from fedjax_llm.recipes.experts import fed_amole as fed_amole
 from fedjax_llm.recipes.heterogeneous import fed_hm as fed_hm
 from fedjax_llm.recipes.heterogeneous import flexlora as flexlora
 from fedjax_llm.recipes.heterogeneous import flora as flora
@@ -52,6 +53,7 @@ __all__ = [
   'fd_lora',
   'fed_adagrad',
   'fed_adam',
+  'fed_amole',
   'fed_avg',
   'fed_avgm',
   'fed_dpa_f',

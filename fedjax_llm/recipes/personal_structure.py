@@ -95,4 +95,4 @@ def _patterned(inner: Scope) -> Scope:
     narrow = lambda m: Dual(tree.map_present(jnp.logical_and, m, pattern), true)
     return Masks(narrow(common.held), narrow(common.trained))
 
-  return Scope(labels, mask, inner.plan)
+  return Scope(labels, mask)

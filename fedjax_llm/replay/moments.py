@@ -118,6 +118,7 @@ def play(
 ) -> tuple[ServerState, Any, dict[str, Any]]:
   """One round from the moment: the server's state, clients' states, numbers."""
   state = jax.tree.map(jnp.copy, moment.state)  # the step consumes its own
+  cohort = sharding.joined(cohort, moment.built.mesh)  # as `train` does
   state, states, told = moment.step(state, cohort, moment.built.base)
   if moment.algorithm.plan is not None:
     state = moment.algorithm.plan(state)

@@ -184,7 +184,7 @@ def fed_opt(
     finite = tree.all_finite((update, sent, out.metrics, states))
     told = {
       **{f'local/{name}': value for name, value in out.metrics.items()},
-      'local/update_norm': tree.norm(update),
+      'local/update_norm': tree.norm(_floating(update)),
       'uploads/bytes': _flat(up_bytes),
       'downloads/bytes': _flat((down_bytes, extra)),
     }
@@ -383,6 +383,12 @@ def _with_residuals(params: Params) -> Params:
     return x._replace(residual=jnp.zeros(shape, jnp.float32))
 
   return jax.tree.map(node, params, is_leaf=lambda x: isinstance(x, LowRank))
+
+
+def _floating(update: Any) -> Any:
+  """What a client moved; notes that it keeps in whole numbers are no step."""
+  is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+  return jax.tree.map(lambda x: x if is_float(x) else None, update)
 
 
 def _present(part: Any) -> Any:

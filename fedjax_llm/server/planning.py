@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_llm import tree
 from fedjax_llm.types import (
   FederatedAlgorithm,
   Key,
@@ -33,6 +34,7 @@ def planned(
   *,
   first: Callable[[Params], tuple[Mapping[str, np.ndarray], Any]],
   num_clients: int,
+  sent: Callable[[Mapping[str, Any]], Any] | None = None,
 ) -> FederatedAlgorithm:
   """The algorithm, with a plan that a policy makes for every client.
 
@@ -50,6 +52,9 @@ def planned(
     first: `(params) -> (profiles [N, ...], report)`: the plan before anybody
       has reported, and zeros in the shape of one client's report.
     num_clients: N.
+    sent: of a client's row of the plan, which entries of its report travel:
+      booleans in the shape of the report, broadcast from the right; all if
+      None.
 
   >>> from fedjax_llm.types import Cohort
   >>> none = jnp.zeros((2, 1), jnp.int32)
@@ -102,7 +107,10 @@ def planned(
       write(reports.round, new.round),
     )
     told['uploads/bytes'] = _beside(
-      told['uploads/bytes'], report, told['clients/reported']
+      told['uploads/bytes'],
+      report,
+      told['clients/reported'],
+      None if sent is None else jax.vmap(sent)(mine),
     )
     told['downloads/bytes'] = _beside(
       told['downloads/bytes'], mine, cohort.ids >= 0
@@ -131,8 +139,17 @@ def planned(
   return algorithm._replace(init=init, round=round, plan=plan)
 
 
-def _beside(counts: jax.Array, rows: Any, who: jax.Array) -> jax.Array:
+def _beside(
+  counts: jax.Array, rows: Any, who: jax.Array, sent: Any = None
+) -> jax.Array:
   """Bytes [K, leaves] with one more column: those of rows [K, ...]."""
-  size = sum(x[0].size * x.dtype.itemsize for x in jax.tree.leaves(rows))
-  more = jnp.where(who, jnp.int32(size), 0)
-  return jnp.concatenate([counts, more[:, None]], axis=1)
+  if sent is None:
+    sent = jax.tree.map(lambda x: jnp.ones(len(x), bool), rows)
+
+  def size(x, some):
+    entries = jnp.broadcast_to(tree.rows(some, x), x.shape)
+    axes = tuple(range(1, x.ndim))
+    return jnp.sum(entries, axes, dtype=jnp.int32) * x.dtype.itemsize
+
+  more = sum(jax.tree.leaves(jax.tree.map(size, rows, sent)))
+  return jnp.concatenate([counts, jnp.where(who, more, 0)[:, None]], axis=1)

@@ -169,9 +169,10 @@ def train(
 
   def assembled(number: int) -> tuple[list[Draw], Any]:
     pairs = [built.assemble(number) for built in builds]
-    return [draw for draw, _ in pairs], texts.stacked(
+    stack = texts.stacked(
       [cohort for _, cohort in pairs], population.num_kinds, population.length
     )
+    return [draw for draw, _ in pairs], jax.device_put(stack)
 
   ready = time.monotonic()
   for i in range(share):
@@ -186,7 +187,7 @@ def train(
     states, on_device = population.step(
       values, states, cohorts, kind, lead.base
     )
-    # The host prepares the next cohorts while the device works.
+    # The next cohorts are made, and travel, while the device works.
     sent = time.monotonic()
     if number < settings.num_rounds:
       following = assembled(number)

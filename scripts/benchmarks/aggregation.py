@@ -1,52 +1,43 @@
-"""Aggregation alone, and the low-rank algebra against the dense way.
+"""Aggregation alone: rules on a stack of adapters, against other libraries.
 
-    .venv-peers/bin/python scripts/benchmarks/aggregation.py [--out FILE]
-
-The stack is that of K clients' LoRA factors (rank 8 on q and v of a model of
-width 512, 6 layers). A rule's rate is the bytes of the stack it reads over its
-time, as a share of what copying that stack reaches; calls are interleaved.
+The stack is that of K clients' LoRA factors: rank 8 on q and v of 6 layers of
+width 512, float32, 393 kB a client. Everybody has it in memory in the form they
+like best. A rule reads the stack once, a copy reads and writes it; the rate of
+either is the bytes that it has to move over its time. A copy is that of torch
+on all cores, or of NumPy where that is faster. The mean of products computes
+2 K R D F operations a product and is bound by them: their rate is told too, and
+so is Krum's, whose inner products are 2 K^2 operations an entry.
 """
 
-import argparse
-import datetime
-import json
-import pathlib
-import statistics
-import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import records
 
-from fedjax_llm import aggregators, tree
+from fedjax_llm import aggregators
 from fedjax_llm.aggregators import low_rank
 from fedjax_llm.types import LowRank, Masks, Uploads
 
-
-def seconds(functions, repeats: int) -> dict[str, float]:
-  """Medians of interleaved calls, the first (compilation) not counted."""
-  for call in functions.values():
-    jax.block_until_ready(call())
-  told = {name: [] for name in functions}
-  for _ in range(repeats):
-    for name, call in functions.items():
-      began = time.perf_counter()
-      jax.block_until_ready(call())
-      told[name].append(time.perf_counter() - began)
-  return {name: statistics.median(values) for name, values in told.items()}
+LAYERS, WIDTH, RANK = 6, 512, 8
+TRIMMED = 0.1
 
 
 def uploads_of(num: int, seed: int) -> Uploads:
+  """What the server has received: two nodes, of every client the whole."""
   rng = np.random.default_rng(seed)
   draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
-  layers, width, rank = 6, 512, 8
   node = lambda: LowRank(
-    draw(num, layers, width, rank), draw(num, layers, rank, width), None
+    draw(num, LAYERS, WIDTH, RANK), draw(num, LAYERS, RANK, WIDTH), None
   )
   update = {'q_proj': node(), 'v_proj': node()}
   start = jax.tree.map(
-    lambda x: x._replace(scale=jnp.full((num, layers), 2.0)),
-    jax.tree.map(jnp.zeros_like, update),
+    lambda x: jax.tree.map(jnp.zeros_like, x)._replace(
+      scale=jnp.full((num, LAYERS), 2.0)
+    ),
+    update,
     is_leaf=low_rank.is_node,
   )
   full = jax.tree.map(lambda x: jnp.ones(num, bool), update)
@@ -55,132 +46,200 @@ def uploads_of(num: int, seed: int) -> Uploads:
   )
 
 
-def rules(num: int, repeats: int, seed: int) -> dict[str, dict[str, float]]:
-  import torch
+Calls = dict[str, Callable[[], Any]]
 
-  uploads = uploads_of(num, seed)
+
+def ours(uploads: Uploads) -> Calls:
   params = jax.tree.map(lambda x: x[0], uploads.start)
-  stack = jax.tree.leaves(uploads.update)
-  size = sum(x.nbytes for x in stack)
   key = jax.random.key(0)
 
-  def ours(rule):
+  def call(rule):
     rule = aggregators.as_stack(rule)
     state = rule.init(params, key)
     step = jax.jit(lambda u: rule.aggregate(u, state, params, key)[0])
     return lambda: step(uploads)
 
-  arrays = [np.asarray(x) for x in stack]
+  num = len(uploads.weight)
+  return {
+    'mean': call(aggregators.mean()),
+    'trimmed mean': call(aggregators.trimmed_mean(TRIMMED)),
+    'krum': call(aggregators.krum(num // 8)),
+    'product mean': call(aggregators.fedex()),
+  }
+
+
+def in_numpy(arrays: list[np.ndarray]) -> Calls:
+  num = len(arrays[0])
+  cut = int(TRIMMED * num)
+  share = np.full(num, 1 / num, np.float32)
+
+  def trimmed():
+    parts = [np.partition(x, (cut, num - cut - 1), axis=0) for x in arrays]
+    return [x[cut : num - cut].mean(0) for x in parts]
+
+  def krum():
+    gram = sum(x @ x.T for x in (x.reshape(num, -1) for x in arrays))
+    square = np.diagonal(gram)
+    distances = np.sort(square[:, None] + square - 2 * gram, axis=1)
+    best = distances[:, 1 : num - num // 8 - 1].sum(1).argmin()
+    return [x[best] for x in arrays]
+
+  def products():
+    a_q, b_q, a_v, b_v = arrays
+    mean = lambda a, b: np.matmul(
+      a.transpose(1, 2, 0, 3).reshape(LAYERS, WIDTH, -1),
+      b.transpose(1, 0, 2, 3).reshape(LAYERS, -1, WIDTH) / num,
+    )
+    return [mean(a_q, b_q), mean(a_v, b_v)]
+
+  return {
+    'mean': lambda: [np.tensordot(share, x, 1) for x in arrays],
+    'mean, x.mean(0)': lambda: [x.mean(0) for x in arrays],
+    'trimmed mean': trimmed,
+    'krum': krum,
+    'product mean': products,
+  }
+
+
+def in_torch(arrays: list[np.ndarray]) -> Calls:
+  import torch
+
+  num = len(arrays[0])
+  cut = int(TRIMMED * num)
   tensors = [torch.from_numpy(x.copy()) for x in arrays]
-  clients = [[x[k] for x in arrays] for k in range(num)]
-  copy = [np.empty_like(x) for x in arrays]
+  share = torch.full((num,), 1 / num)
 
-  def flower():
-    from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
+  def trimmed():
+    parts = [x.sort(dim=0).values for x in tensors]
+    return [x[cut : num - cut].mean(0) for x in parts]
 
-    return aggregate_arrayrecords(records, 'num-examples')
+  def krum():
+    flat = [x.reshape(num, -1) for x in tensors]
+    gram = sum(x @ x.T for x in flat)
+    square = gram.diagonal()
+    distances = (square[:, None] + square - 2 * gram).sort(dim=1).values
+    best = distances[:, 1 : num - num // 8 - 1].sum(1).argmin()
+    return [x[best] for x in tensors]
 
+  def products():
+    a_q, b_q, a_v, b_v = tensors
+    mean = lambda a, b: torch.matmul(
+      a.permute(1, 2, 0, 3).reshape(LAYERS, WIDTH, -1),
+      b.permute(1, 0, 2, 3).reshape(LAYERS, -1, WIDTH) / num,
+    )
+    return [mean(a_q, b_q), mean(a_v, b_v)]
+
+  return {
+    'mean': lambda: [torch.tensordot(share, x, dims=1) for x in tensors],
+    'mean, x.mean(0)': lambda: [x.mean(0) for x in tensors],
+    'trimmed mean': trimmed,
+    'krum': krum,
+    'product mean': products,
+  }
+
+
+def in_flower(arrays: list[np.ndarray]) -> Calls:
+  """What its strategies call on the records that clients have sent."""
   from flwr.app import ArrayRecord, MetricRecord, RecordDict
+  from flwr.serverapp.strategy import fedtrimmedavg, multikrum, strategy_utils
 
-  records = [
+  num = len(arrays[0])
+  sent = [
     RecordDict(
       {
-        'arrays': ArrayRecord(client),
+        'arrays': ArrayRecord([x[k] for x in arrays]),
         'metrics': MetricRecord({'num-examples': 1}),
       }
     )
-    for client in clients
+    for k in range(num)
   ]
-  functions = {
-    'copy': lambda: [np.copyto(a, b) for a, b in zip(copy, arrays)],
-    'ours mean': ours(aggregators.mean()),
-    'ours trimmed_mean': ours(aggregators.trimmed_mean(0.1)),
-    'ours product mean (fedex)': ours(aggregators.fedex()),
-    'numpy mean, one by one': lambda: [
-      sum(client[i] for client in clients) / num for i in range(len(arrays))
-    ],
-    'numpy mean, stacked': lambda: [x.mean(0) for x in arrays],
-    'torch mean': lambda: [x.mean(0) for x in tensors],
-    'flower FedAvg': flower,
-  }
-  if num <= 256:
-    functions['ours krum'] = ours(aggregators.krum(num // 8))
-  told = seconds(functions, repeats)
-  rate = lambda s: size / s
+
+  def trimmed():
+    by_client = [r.array_records['arrays'].to_numpy_ndarrays() for r in sent]
+    return [
+      fedtrimmedavg.trim_mean(np.stack(layers), TRIMMED)
+      for layers in zip(*by_client, strict=True)
+    ]
+
+  average = strategy_utils.aggregate_arrayrecords
   return {
-    name: {
-      'seconds': s,
-      'gb_per_second': rate(s) / 1e9,
-      'share_of_copy': told['copy'] / s,
-    }
-    for name, s in told.items()
+    'mean': lambda: average(sent, 'num-examples') and None,
+    'trimmed mean': trimmed,
+    'krum': lambda: multikrum.select_multikrum(sent, num // 8, 1) and None,
   }
 
 
-def rounding(repeats: int, seed: int) -> dict[str, dict[str, float]]:
-  """`svd_round` against a dense SVD of the mean product, 4096 x 4096."""
-  rng = np.random.default_rng(seed)
-  width, told = 4096, {}
-  for num, rank in ((10, 8), (50, 16)):
-    a = jnp.asarray(rng.standard_normal((num, width, rank), np.float32))
-    b = jnp.asarray(rng.standard_normal((num, rank, width), np.float32))
-    nodes = LowRank(a, b, jnp.ones(num))
-    weight = tree.normalise(jnp.ones(num))
+def measured(num: int, repeats: int, seed: int) -> dict[str, Any]:
+  import torch
 
-    @jax.jit
-    def ours(nodes, weight=weight, rank=rank):
-      return low_rank.svd_round(low_rank.stack(nodes, weight), rank)
-
-    def dense(a=a, b=b, num=num, rank=rank):
-      mean = np.einsum('kdr,krf->df', a, b, optimize=True) / num
-      u, s, v = np.linalg.svd(mean, full_matrices=False)
-      return (u[:, :rank] * s[:rank]) @ v[:rank]
-
-    fast = seconds({'ours': lambda ours=ours, n=nodes: ours(n)}, repeats)
-    began = time.perf_counter()
-    exact = dense()
-    slow = time.perf_counter() - began
-    got = np.asarray(low_rank.dense(ours(nodes)))
-    told[f'{num} clients of rank {rank}'] = {
-      'seconds': fast['ours'],
-      'dense_seconds': slow,
-      'times_faster': slow / fast['ours'],
-      'relative_error': float(
-        np.linalg.norm(got - exact) / np.linalg.norm(exact)
-      ),
+  uploads = uploads_of(num, seed)
+  arrays = [np.asarray(x) for x in jax.tree.leaves(uploads.update)]
+  libraries = {
+    'fedjax_llm': ours(uploads),
+    'numpy': in_numpy(arrays),
+    'torch': in_torch(arrays),
+    'flower': in_flower(arrays),
+  }
+  calls: Calls = {
+    f'{rule}: {library}': call
+    for library, by_rule in libraries.items()
+    for rule, call in by_rule.items()
+  }
+  new = [np.empty_like(x) for x in arrays]
+  pairs = list(zip(new, arrays, strict=True))
+  threads = [tuple(map(torch.tensor, pair)) for pair in pairs]
+  calls['copy: numpy'] = lambda: [np.copyto(a, b) for a, b in pairs] and None
+  calls['copy: torch'] = lambda: [a.copy_(b) for a, b in threads] and None
+  taken = records.seconds(calls, repeats, pause=0.1)
+  size = sum(x.nbytes for x in arrays)
+  copy = 2 * size / min(taken['copy: numpy'], taken['copy: torch'])
+  done = {
+    'krum': 2 * num * size / 4,
+    'product mean': 2 * 2 * num * RANK * LAYERS * WIDTH**2,
+  }
+  told: dict[str, Any] = {}
+  for name, spent in sorted(taken.items()):
+    rule = name.split(':')[0]
+    rate = size * (2 if rule == 'copy' else 1) / spent
+    told[name] = {
+      'seconds': spent,
+      'gb_per_second': rate / 1e9,
+      'share_of_copy': rate / copy,
     }
+    if rule in done:
+      told[name]['gflop_per_second'] = done[rule] / spent / 1e9
   return told
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--clients', type=int, nargs='+', default=[64, 1024])
-  parser.add_argument('--repeats', type=int, default=7)
-  parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--out', type=pathlib.Path)
-  args = parser.parse_args()
-  told = {
-    'date': datetime.date.today().isoformat(),
-    'jax': jax.__version__,
-    'seed': args.seed,
-    'rules': {k: rules(k, args.repeats, args.seed) for k in args.clients},
-    'svd_round': rounding(args.repeats, args.seed),
-  }
-  if args.out:
-    args.out.write_text(json.dumps(told, indent=1) + '\n')
-  for number, by_name in told['rules'].items():
-    print(f'\n{number} clients: milliseconds, GB/s, share of copying')
-    for name, r in by_name.items():
-      print(
-        f'  {name:28} {1e3 * r["seconds"]:9.1f} {r["gb_per_second"]:7.2f} '
-        f'{100 * r["share_of_copy"]:6.0f} %'
-      )
-  print('\nsvd_round against a dense SVD of the mean product, 4096 x 4096')
-  for name, r in told['svd_round'].items():
-    print(
-      f'  {name:28} {1e3 * r["seconds"]:9.1f} ms, {r["times_faster"]:.0f} x '
-      f'faster, off {r["relative_error"]:.1e}'
+def table(number: Any, told: dict[str, Any]) -> str:
+  lines = [
+    f'| {number} clients | library | ms | GB/s | share of a copy | GFLOP/s |',
+    '|---|---|---|---|---|---|',
+  ]
+  for name, r in told.items():
+    rule, library = name.split(': ')
+    done = r.get('gflop_per_second')
+    lines.append(
+      f'| {rule} | {library} | {1e3 * r["seconds"]:,.1f} | '
+      f'{r["gb_per_second"]:.2f} | {100 * r["share_of_copy"]:.0f} % | '
+      f'{"" if done is None else format(done, ".0f")} |'
     )
+  return '\n'.join(lines)
+
+
+def main() -> None:
+  parser = records.arguments(__doc__, 'aggregation.json')
+  parser.add_argument('--clients', type=int, nargs='+')
+  parser.add_argument('--seed', type=int, default=0)
+  args = parser.parse_args()
+  numbers = args.clients or ([32] if args.quick else [64, 1024])
+  repeats = args.repeats or (3 if args.quick else 7)
+  kept = records.Records(args.out, seed=args.seed, repeats=repeats)
+  for num in numbers:
+    told = kept.keep(
+      'rules', num, lambda num=num: measured(num, repeats, args.seed)
+    )
+    print('\n' + table(num, told), flush=True)
 
 
 if __name__ == '__main__':

@@ -1,16 +1,11 @@
 """fedjax_llm: the cohort as one program, through the public interface.
 
-`--devices 2` makes XLA see two CPU devices, to which clients are dealt: what
-is no matrix product runs on one core a device.
+`--devices 2` makes JAX see the CPU as two devices, to which clients are dealt:
+`cpu_devices` of a config.
 """
 
-import os
-import sys
-
-if '--devices' in sys.argv:  # before jax counts them
-  number = sys.argv[sys.argv.index('--devices') + 1]
-  flag = f'--xla_force_host_platform_device_count={number}'
-  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,31 +54,51 @@ def as_auto(cohort) -> int:
   return blocks.rule(b * t, k, jax.default_backend())
 
 
-def main() -> None:
-  args = peer.arguments('block', 'unroll', 'devices')
-  extra = {'unroll': int(args.unroll)} if args.unroll else {}
-  loaded, params, cohort, loss = setting(args, **extra)
+class Run(NamedTuple):
+  """A method that stands ready: `step()` is one round."""
+
+  step: Callable[[], None]
+  params: Callable[[], Any]  # what the server has now
+  program: Callable[[], Any]  # a round on one device, traced
+  loaded: Any
+
+
+def ready(args, block: int = 0, **model_settings) -> Run:
+  """FedAvg on all devices, in blocks of `block` clients (0: as auto)."""
+  loaded, params, cohort, loss = setting(args, **model_settings)
   mesh = sharding.mesh() if jax.device_count() > 1 else None
   base = loaded.base
   if mesh is not None:
     base = sharding.widened(sharding.place(base, mesh), mesh)
-  algorithm = recipes.fed_avg(
+  method = lambda mesh: recipes.fed_avg(
     loss,
     optimizer(args),
-    block_size=int(args.block) if args.block else as_auto(cohort),
+    block_size=block or as_auto(cohort),
     measure=None,
     mesh=mesh,
   )
+  algorithm = method(mesh)
   step = sharding.compiled(algorithm.round, mesh)
   state = sharding.everywhere(algorithm.init(jax.random.key(0), params), mesh)
+  program = lambda: jax.make_jaxpr(method(None).round)(
+    algorithm.init(jax.random.key(0), params), cohort, loaded.base
+  )
 
   def one_round():
     nonlocal state
     state, _, told = step(state, cohort, base)
     jax.block_until_ready((state.params, told))
 
-  peer.measure(args, one_round)
-  save(args, state.params, loaded.config)
+  return Run(one_round, lambda: state.params, program, loaded)
+
+
+def main() -> None:
+  args = peer.arguments('block', 'unroll', 'devices')
+  sharding.split_cpu(int(args.devices or 1))
+  extra = {'unroll': int(args.unroll)} if args.unroll else {}
+  run = ready(args, int(args.block or 0), **extra)
+  peer.measure(args, run.step)
+  save(args, run.params(), run.loaded.config)
 
 
 def save(args, params, config) -> None:

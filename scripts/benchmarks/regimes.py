@@ -8,6 +8,7 @@ replies do.
 
 import json
 import pathlib
+import shutil
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,8 +50,17 @@ REGIMES = {
 }
 
 
-def make(name: str, folder: pathlib.Path, seed: int = 0) -> None:
-  """Writes the workload `name` unless it is there."""
+def make(
+  name: str,
+  folder: pathlib.Path,
+  seed: int = 0,
+  regime: Regime | None = None,
+) -> None:
+  """Writes the workload `name`, or `regime` under it, unless it is there.
+
+  Raises:
+    FileNotFoundError: its model has not been fetched.
+  """
   import jax
 
   from fedjax_llm import adapters, models
@@ -59,8 +69,8 @@ def make(name: str, folder: pathlib.Path, seed: int = 0) -> None:
 
   if (folder / 'work.json').exists():
     return
-  folder.mkdir(parents=True, exist_ok=True)
-  regime = REGIMES[name]
+  shutil.rmtree(folder, ignore_errors=True)  # of a start that was stopped
+  regime = regime or REGIMES[name]
   rng = np.random.default_rng(seed)
   if isinstance(regime.shape, str):
     import os
@@ -68,11 +78,16 @@ def make(name: str, folder: pathlib.Path, seed: int = 0) -> None:
     cache = os.environ.get('FEDJAX_LLM_CACHE') or '~/.cache/fedjax_llm'
     directory = pathlib.Path(cache).expanduser() / regime.shape
     if not directory.exists():
-      raise SystemExit(f'{directory} is missing: run scripts/fetch_smollm2.')
+      raise FileNotFoundError(
+        f'{name} is left out: {directory} is missing, see scripts/fetch_smollm2'
+      )
+    folder.mkdir(parents=True)
     loaded = models.pretrained(str(directory))
     (folder / 'model').symlink_to(directory)
   else:
-    loaded = models.random(seed=seed, max_positions=512, **regime.shape)
+    folder.mkdir(parents=True)
+    positions = max(512, regime.length)
+    loaded = models.random(seed=seed, max_positions=positions, **regime.shape)
     models.save(folder / 'model', loaded.config, loaded.base)
   key = jax.random.key(seed)
   params = adapters.lora(regime.rank, regime.alpha).init(key, loaded.base)

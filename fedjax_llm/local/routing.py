@@ -1,0 +1,171 @@
+"""Local training of a network that routes tokens to experts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm import asides
+from fedjax_llm.types import (
+  ClientOutput,
+  Error,
+  Experts,
+  LocalUpdate,
+  Loss,
+  Masks,
+  Params,
+  Routing,
+)
+
+
+def balanced(loss: Loss, strength: float) -> Loss:
+  """The token mean of the loss, plus strength * sum_m balance_m.
+
+  balance_m is that of each weight with experts (`Routing`): 1 where tokens go
+  to all experts alike, up to half of the experts held where two get all. The
+  sum is over weights and layers; for their mean divide the strength.
+
+  Raises:
+    Error: a negative strength; from the loss, a network without experts.
+
+  >>> from fedjax_llm.types import LossSum
+  >>> def loss(base, params, batch, key):
+  ...   told = Routing(jnp.array([1.0, 3.0]), None, None, None)
+  ...   asides.pass_on({'layers': told})  # as a network of two layers does
+  ...   return LossSum(jnp.float32(10), jnp.float32(2), jnp.float32(0))
+  >>> float(balanced(loss, 0.5)(None, {}, None, None).total)  # 10 + 2 * 0.5 * 4
+  14.0
+  """
+  if strength < 0:
+    raise Error(f'balanced: strength={strength} must not be negative.')
+
+  def penalised(base, params, batch, key):
+    with asides.listening() as found:
+      sums = loss(base, params, batch, key)
+    term = sum(jnp.sum(told.balance) for told in _routings(found))
+    return sums._replace(total=sums.total + sums.count * strength * term)
+
+  return loss if strength == 0 else penalised
+
+
+def embeddings(loss: Loss) -> Callable[..., Any]:
+  """What a client and its experts look like to routers: a measure for
+  `reported`.
+
+      experts [M, E, R]  mean over the client's tokens of x A_e, of the experts
+                         that it holds, zero for others
+      tokens  [M, R]     mean over the client's tokens of x P
+      held    [M, E]     1 for the experts that it holds
+
+  of each of M weights, in the order of `clients.assignment`; the client's
+  tokens are those of all its batches of the round.
+
+  >>> from fedjax_llm.types import LossSum, LowRank
+  >>> def loss(base, params, batch, key):
+  ...   told = Routing(None, batch * jnp.ones((1, 2, 1)), batch * jnp.ones(
+  ...     (1, 1)), jnp.ones(1))
+  ...   asides.pass_on({'q': told})  # one token, of a network of one layer
+  ...   return LossSum(batch, batch, batch)
+  >>> node = Experts(None, None, None, held=jnp.array([[0, 1]], jnp.uint8))
+  >>> batches = jnp.array([1.0, 3.0])
+  >>> told = embeddings(loss)(None, {'q': node}, None, batches, None)
+  >>> told['experts'].tolist(), told['tokens'].tolist()
+  ([[[0.0], [2.0]]], [[2.0]])
+  """
+
+  def measure(base, params, held, batches, key):
+    del held  # which experts are is in the nodes
+
+    def one(batch) -> Any:
+      with asides.listening() as found:
+        loss(base, params, batch, key)
+      rows = [told._replace(balance=None) for told in _routings(found)]
+      return jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
+
+    each = jax.lax.map(one, batches)
+    sums = jax.tree.map(lambda x: jnp.sum(x, 0), each)
+    count = jnp.maximum(sums.count, 1)
+    mine = jnp.concatenate([x.held for x in _nodes(params)])
+    mine = mine.astype(jnp.float32)
+    return {
+      'experts': mine[..., None] * sums.experts / count[:, None, None],
+      'tokens': sums.tokens / count[:, None],
+      'held': mine,
+    }
+
+  return measure
+
+
+def routed(inner: LocalUpdate) -> LocalUpdate:
+  """`inner`, in which tokens use the experts that the client holds.
+
+  `Experts.held` is what the masks hold of the pool while `inner` trains, which
+  does not train it; the client's update brings it, so a scope that makes it
+  private (`clients.assignment.assigned`) keeps it.
+
+  >>> from fedjax_llm.types import LowRank
+  >>> seen = []
+  >>> def run(base, start, state, batches, masks, round, key):
+  ...   seen.append(start['q'].held.tolist())
+  ...   return ClientOutput(start, masks, (), {})
+  >>> node = Experts(None, LowRank(jnp.ones((1, 3, 1, 1)), None, None), None,
+  ...                jnp.zeros((1, 3), jnp.uint8))
+  >>> mine = jnp.array([True, False, True]).reshape(1, 3, 1, 1)
+  >>> mask = {'q': Experts(None, LowRank(mine, None, None), None, True)}
+  >>> update = routed(LocalUpdate(lambda trainable: (), run))
+  >>> out = update.run(None, {'q': node}, (), None, Masks(mask, mask), 0, None)
+  >>> seen, out.update['q'].held.tolist()
+  ([[[1, 0, 1]]], [[1, 0, 1]])
+  """
+
+  def without(masks: Any) -> Any:
+    return _each(lambda m: m._replace(held=None), masks)
+
+  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
+    def given(x, m):
+      mine = jnp.broadcast_to(m.pool.a[..., 0, 0], x.held.shape)
+      return x._replace(held=mine.astype(x.held.dtype))
+
+    begin = _each(given, start, masks.held)
+    out = inner.run(
+      base, begin, state, batches, Masks(*map(without, masks)), round, key
+    )
+    note = lambda u, new, old: u._replace(held=new.held - old.held)
+    both = lambda mine, all: mine._replace(held=all.held)
+    return out._replace(
+      update=_each(note, out.update, begin, start),
+      masks=Masks(*(_each(both, x, y) for x, y in zip(out.masks, masks))),
+    )
+
+  return LocalUpdate(lambda trainable: inner.init(without(trainable)), run)
+
+
+def _is_node(x: Any) -> bool:
+  return isinstance(x, Experts)
+
+
+def _nodes(params: Params) -> list[Experts]:
+  return [x for x in jax.tree.leaves(params, is_leaf=_is_node) if _is_node(x)]
+
+
+def _each(change: Callable[..., Any], first: Any, *rest: Any) -> Any:
+  """`change` on the nodes of trees of one structure, and the first's rest."""
+
+  def node(x, *others):
+    return change(x, *others) if _is_node(x) else x
+
+  is_leaf = lambda x: x is None or _is_node(x)
+  return jax.tree.map(node, first, *rest, is_leaf=is_leaf)
+
+
+def _routings(found: list[Any]) -> list[Routing]:
+  is_told = lambda x: isinstance(x, Routing)
+  told = filter(is_told, jax.tree.leaves(found, is_leaf=is_told))
+  told = list(told)
+  if not told:
+    raise Error(
+      'the network told nothing of experts: it has none, or is not one of '
+      'models that walk over layers.'
+    )
+  return told

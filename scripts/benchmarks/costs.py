@@ -1,0 +1,220 @@
+"""What a round of ours costs, against everything that it may grow with.
+
+(a) the cohort: 1 to 256 clients in blocks of 16, each one step on one row of 8
+tokens, 2 layers of width 64: nearly all of it is overhead. A line a + b N is
+fitted from 16 clients on; b without its matrix products at the machine's own
+rate is the fixed cost of a client. (b) width, 4 layers, 16 clients of one row
+of 64 tokens; (c) length of a row, 4 layers of width 256, 4 clients; (d) block
+size, 64 clients of one row of 64 tokens. One step everywhere. Points of a panel
+are interleaved in one process; those of the eager torch loop (needed logits)
+are processes of their own. Then the share that rounds of three regimes of
+`compare.py` reach of this machine's matrix products, measured between them.
+"""
+
+import argparse
+import os
+import pathlib
+import statistics
+import sys
+from typing import Any
+
+import compare
+import numpy as np
+import ours
+import peak
+import peer
+import records
+import regimes
+
+from fedjax_llm import sharding
+
+SHARES = ('many', 'middle', 'long')
+BLOCK = 16  # of panel (a)
+
+
+def shape(width: int, layers: int = 4, vocabulary: int = 2048) -> dict:
+  heads = max(width // 64, 1)
+  return {
+    'vocab_size': vocabulary,
+    'hidden_size': width,
+    'intermediate_size': 8 * width // 3 // 8 * 8,
+    'num_layers': layers,
+    'num_heads': heads,
+    'num_kv_heads': heads,
+  }
+
+
+def panels(quick: bool) -> dict[str, dict[int, regimes.Regime]]:
+  """Regimes by panel and by what is varied there."""
+  row = lambda clients, length, of: regimes.Regime(clients, 1, length, 1, of)
+  some = lambda values: values[::2][:2] if quick else values
+  small = regimes.REGIMES['overhead'].shape
+  numbers = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+  return {
+    'cohort': {
+      n: row(n, 8, small) for n in ([4, 16, 32, 48] if quick else numbers)
+    },
+    'width': {n: row(16, 64, shape(n)) for n in some([64, 128, 256, 512, 768])},
+    'length': {
+      n: row(4, n, shape(256)) for n in some([64, 128, 256, 512, 1024])
+    },
+    'block': {
+      n: row(64, 64, shape(256)) for n in some([1, 2, 4, 8, 16, 32, 64])
+    },
+  }
+
+
+def work_of(folder: pathlib.Path, name: str, regime: Any = None) -> Any:
+  """The workload in a folder of its own, as the runners' arguments."""
+  regimes.make(name, folder / name, 0, regime)
+  return argparse.Namespace(
+    work=folder / name, optimizer='adamw', rate=peer.RATE['adamw']
+  )
+
+
+def measured(
+  panel: str, points: dict[int, regimes.Regime], args: Any
+) -> dict[str, Any]:
+  """Milliseconds a round by point, of ours and of torch, and the peak."""
+  calls, done = peak.products()
+  counts = {}
+  for n, regime in points.items():
+    name = panel if panel == 'block' else f'{panel}-{n}'
+    work = work_of(args.work, name, regime)
+    block = {'cohort': min(BLOCK, n), 'block': n}.get(panel, 0)
+    run = ours.ready(work, block)
+    calls[f'{n}'] = run.step
+    needed = regime.batch * (regime.length // 2)
+    counts[f'{n}'] = peak.counted(regime, run.loaded.config, needed)
+  short = 5 if panel == 'cohort' else 1  # milliseconds: more of them
+  taken = records.seconds(calls, short * args.repeats)
+  told: dict[str, Any] = {
+    'gflop_per_second': peak.rate(taken, done) / 1e9,
+    'ours': {n: 1e3 * taken[n] for n in counts},
+    'counted_gflop': {n: x / 1e9 for n, x in counts.items()},
+    'tokens': {
+      str(n): r.clients * r.steps * r.batch * r.length
+      for n, r in points.items()
+    },
+  }
+  if panel != 'block':
+    told['torch'] = {n: by_torch(f'{panel}-{n}', args) for n in counts}
+  return told
+
+
+def by_torch(name: str, args: Any) -> float | None:
+  """Milliseconds a round of the eager loop, in a fresh process."""
+  out = args.work / 'out'
+  rounds = args.repeats + 1
+  found = compare.run('p0+', args.work / name, out, rounds, 'adamw')
+  if 'error' in found:
+    print(f'{name}: torch failed: {found["error"]}', file=sys.stderr)
+    return None
+  return 1e3 * statistics.median(found['rounds'][1:])
+
+
+def line(by_number: dict[str, float], least: int) -> tuple[float, float]:
+  """a and b of a + b N, from `least` clients on; all errors count alike."""
+  points = [(int(n), ms) for n, ms in by_number.items() if int(n) >= least]
+  n, ms = np.array(points).T
+  slope, start = np.polyfit(n, ms, 1, w=1 / ms)
+  return float(start), float(slope)
+
+
+def overhead(cohort: dict[str, Any]) -> dict[str, float]:
+  """The line of panel (a), and what of a client's share is no product."""
+  start, slope = line(cohort['ours'], BLOCK)
+  most = max(cohort['ours'], key=int)
+  products = cohort['counted_gflop'][most] / int(most)
+  products *= 1e3 / cohort['gflop_per_second']
+  told = {
+    'a_ms': start,
+    'b_ms': slope,
+    'products_ms': products,
+    'fixed_ms_a_client': slope - products,
+  }
+  if all(cohort['torch'].values()):
+    told['torch_a_ms'], told['torch_b_ms'] = line(cohort['torch'], 1)
+  return told
+
+
+def share(name: str, args: Any) -> dict[str, float]:
+  """Of the machine's matrix products, what a round of the regime reaches."""
+  regime = regimes.REGIMES[name]
+  work = work_of(args.work, name)
+  run = ours.ready(work)
+  calls, done = peak.products()
+  taken = records.seconds(calls | {'round': run.step}, args.repeats)
+  _, mask = peer.data(work.work)
+  needed = int(mask[0, 0, :, 1:].sum())
+  counted = peak.counted(regime, run.loaded.config, needed)
+  executed = peak.executed(run.program(), regime.steps)
+  best = peak.rate(taken, done)
+  return {
+    'seconds': taken['round'],
+    'peak_gflop_per_second': best / 1e9,
+    'counted_gflop': counted / 1e9,
+    'executed_gflop': executed / 1e9,
+    'share': counted / taken['round'] / best,
+    'share_executed': executed / taken['round'] / best,
+  }
+
+
+def text(told: dict[str, Any]) -> str:
+  fit = overhead(told['costs']['cohort'])
+  lines = [
+    f'A round of N clients: {fit["a_ms"]:.2f} + {fit["b_ms"]:.3f} N ms, of '
+    f'which products {fit["products_ms"]:.3f} N: fixed cost of a client '
+    f'{fit["fixed_ms_a_client"]:.3f} ms.'
+  ]
+  if 'torch_b_ms' in fit:
+    lines.append(
+      f'Torch, eager: {fit["torch_a_ms"]:.2f} + {fit["torch_b_ms"]:.2f} N ms.'
+    )
+  lines += [
+    '',
+    '| regime | s a round | counted GFLOP | GFLOP/s | products here, GFLOP/s | '
+    'share | with all that is executed |',
+    '|---|---|---|---|---|---|---|',
+  ]
+  for name, r in told['shares'].items():
+    lines.append(
+      f'| {name} | {r["seconds"]:.3f} | {r["counted_gflop"]:.1f} | '
+      f'{r["counted_gflop"] / r["seconds"]:.0f} | '
+      f'{r["peak_gflop_per_second"]:.0f} | {100 * r["share"]:.0f} % | '
+      f'{100 * r["share_executed"]:.0f} % |'
+    )
+  return '\n'.join(lines)
+
+
+def main() -> None:
+  missing = {
+    k: v for k, v in compare.ALLOCATOR.items() if os.environ.get(k) != v
+  }
+  if missing:  # as in the comparison; it is read when a process begins
+    words = [sys.executable, *sys.argv]
+    os.execve(sys.executable, words, {**os.environ, **missing})
+  parser = records.arguments(__doc__, 'costs.json')
+  parser.add_argument('--devices', type=int, default=1, help='of the CPU')
+  parser.add_argument('--work', type=pathlib.Path, default='runs/benchmark')
+  args = parser.parse_args()
+  args.work = args.work.resolve()
+  args.repeats = args.repeats or (3 if args.quick else 7)
+  sharding.split_cpu(args.devices)
+  kept = records.Records(
+    args.out, repeats=args.repeats, devices=args.devices, quick=args.quick
+  )
+  for panel, points in panels(args.quick).items():
+    measure = lambda panel=panel, points=points: measured(panel, points, args)
+    kept.keep('costs', panel, measure)
+    print(f'{panel} is measured', flush=True)
+  for name in SHARES[:1] if args.quick else SHARES:
+    kept.keep('shares', name, lambda name=name: share(name, args))
+  print('\n' + text(kept.told))
+  from costs_figure import save
+
+  save(args.out.with_suffix('.png'), kept.told, overhead)
+
+
+if __name__ == '__main__':
+  main()

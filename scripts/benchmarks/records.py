@@ -1,0 +1,77 @@
+"""What the measuring programs share: the clock, and a file that remembers."""
+
+import argparse
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from compare import machine
+
+
+def arguments(doc: str, out: str) -> argparse.ArgumentParser:
+  """Flags of all of them; results are kept in `out` unless told otherwise."""
+  parser = argparse.ArgumentParser(
+    prog=f'scripts/benchmark {pathlib.Path(out).stem}',
+    description=doc,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument('--quick', action='store_true', help='small sizes')
+  parser.add_argument('--repeats', type=int, default=0, help='calls each')
+  parser.add_argument(
+    *('--out', '-o'),
+    type=pathlib.Path,
+    default=pathlib.Path('runs/benchmark') / out,
+    help='a .json file; what it holds already is not measured again',
+  )
+  return parser
+
+
+class Records:
+  """Results by name, written after each, so that a run can be taken up."""
+
+  def __init__(self, path: pathlib.Path, **settings: Any):
+    self.path = path
+    self.told: dict[str, Any] = {'machine': machine(), **settings}
+    if path.exists():
+      before = json.loads(path.read_text())
+      if any(before.get(k) != v for k, v in self.told.items()):
+        raise SystemExit(
+          f'{path} is of another day, machine or setting: take another --out.'
+        )
+      self.told = before
+
+  def keep(self, part: str, name: Any, measure: Callable[[], Any]) -> Any:
+    """`told[part][name]`, measured unless it is there."""
+    by_name = self.told.setdefault(part, {})
+    if str(name) not in by_name:
+      by_name[str(name)] = measure()
+      self.path.parent.mkdir(parents=True, exist_ok=True)
+      new = self.path.with_suffix('.new')
+      new.write_text(json.dumps(self.told, indent=1) + '\n')
+      new.replace(self.path)
+    return by_name[str(name)]
+
+
+def seconds(
+  functions: Mapping[str, Callable[[], Any]], repeats: int, pause: float = 0.0
+) -> dict[str, float]:
+  """Medians of interleaved calls; the first, which compiles, is not counted.
+
+  A slow minute of the machine hits them all. Where libraries take turns there
+  is a pause before each: threads of the one before spin on for some time, and
+  nobody shall pay for them.
+  """
+  for call in functions.values():
+    jax.block_until_ready(call())
+  taken = {name: [] for name in functions}
+  for _ in range(repeats):
+    for name, call in functions.items():
+      time.sleep(pause)
+      began = time.perf_counter()
+      jax.block_until_ready(call())
+      taken[name].append(time.perf_counter() - began)
+  return {name: statistics.median(values) for name, values in taken.items()}
