@@ -39,8 +39,12 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.widths = ()  # that the rows of a block may be cut to, e.g. (32, 64)
   config.mesh_model = 1  # devices that share a copy of the model
   config.execution = 'shard_map'  # over devices; or 'pmap', as some like it
+  # As which JAX sees a CPU: one a core is fastest for small models.
+  config.cpu_devices = 1
   config.checkpoint_every = 1  # rounds; a killed run goes on from the last one
   config.keep_checkpoints = 2  # a damaged one can be passed over
+  # Of several processes; 'all' of them, where all see the workdir.
+  config.checkpoint_writers = 'first'
   # Compiled programs are kept in a cache for the next start; None: nowhere.
   config.compilation_cache = 'auto'
 

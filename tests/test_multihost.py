@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -124,10 +125,17 @@ def together(arguments, environment, *, devices=1, each=((), ())):
   return [(x.returncode, *told) for x, told in zip(running, said)]
 
 
+# What Gloo says of its connections, from several threads into each other.
+_GLOO = re.compile(
+  r'(\[Gloo\]|Rank|is connected to|peer ranks\.|Expected number of connected|'
+  r'peer ranks is|:|\d+|\s)*'
+)
+
+
 def quiet(text):
   """Lines that the program, not its libraries, wrote."""
-  lines = text.splitlines()
-  return [x for x in lines if x and not x.startswith(('[Gloo]', 'W', 'E', 'I'))]
+  lines = [x for x in text.splitlines() if not _GLOO.fullmatch(x)]
+  return [x for x in lines if not x.startswith(('[Gloo]', 'W', 'E', 'I'))]
 
 
 def done(told):
