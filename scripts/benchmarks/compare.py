@@ -19,49 +19,18 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import psutil
 import regimes
+from runners import RUNNERS, Runner
+from tables import overview, table
 
 HERE = pathlib.Path(__file__).parent
 PEERS = sys.executable  # one environment holds them all
 
 
-class Runner(NamedTuple):
-  label: str
-  program: str
-  flags: tuple[str, ...] = ()
-  slow: bool = False  # only where rounds are short
-
-
-def _loop(label, *flags):
-  return Runner(f'torch+peft, {label}', 'torch_loop.py', flags)
-
-
-RUNNERS = {
-  'ours': Runner('fedjax_llm', 'ours.py'),
-  'oursx2': Runner('fedjax_llm, 2 devices', 'ours.py', ('--devices', '2')),
-  'oursx2u': Runner(
-    'fedjax_llm, 2 devices, 4 layers a turn',
-    'ours.py',
-    ('--devices', '2', '--unroll', '4'),
-  ),
-  'p0': _loop('full logits', '--loss', 'full'),
-  'p0+': _loop('needed logits', '--loss', 'needed'),
-  'p0+x2': _loop('needed, 2 processes', '--loss', 'needed', '--processes', '2'),
-  'p0+c': _loop('needed, compiled', '--loss', 'needed', '--compile', '1'),
-  'p0+cx2': _loop(
-    'needed, compiled, 2 processes',
-    *('--loss', 'needed', '--compile', '1', '--processes', '2'),
-  ),
-  'p1': Runner('HF Trainer per client', 'hf_trainer.py'),
-  'p2': Runner('Flower 1.41 (Ray)', 'flower.py'),
-  'p3': Runner('pfl 0.6', 'pfl_users.py'),
-  'p6': Runner('DrJAX 0.2.1', 'drjax_round.py'),
-  'p7': Runner('torch.func vmap', 'torch_vmap.py'),
-}
 # What a final adapter may be off by, relative to the largest move of an entry.
 TOLERANCE = {'sgd': 1e-3, 'adamw': 5e-2}
 # Freed memory is kept, and in large pages: measured to help both frameworks.
@@ -212,29 +181,6 @@ def _short(result: dict[str, Any]) -> str:
   return f'rounds {seconds} s, {result["peak_mb"]:.0f} MB{off}'
 
 
-def table(told: dict[str, Any]) -> str:
-  lines = [
-    '| regime | framework | tokens/s (spread) | our best / it | '
-    'first round, s | peak, MB |',
-    '|---|---|---|---|---|---|',
-  ]
-  for regime, results in told.items():
-    there = [x for x in results if x.startswith('ours')]
-    ours = max((results[x]['tokens_per_second'] for x in there), default=None)
-    for name, runner in RUNNERS.items():
-      if name not in results:
-        continue
-      r = results[name]
-      low, high = r['spread']
-      ratio = f'{ours / r["tokens_per_second"]:.2f}' if ours else ''
-      lines.append(
-        f'| {regime} | {runner.label} | {r["tokens_per_second"]:,.0f} '
-        f'({low:,.0f}..{high:,.0f}) | {ratio} | {r["first_round"]:.1f} | '
-        f'{r["peak_mb"]:,.0f} |'
-      )
-  return '\n'.join(lines)
-
-
 def machine() -> dict[str, Any]:
   names = (
     'fedjax_llm',
@@ -274,10 +220,11 @@ def main() -> None:
   parser.add_argument('--rounds', type=int, default=3)
   parser.add_argument('--work', type=pathlib.Path, default='runs/benchmark')
   parser.add_argument('--out', type=pathlib.Path, help='a .json file')
-  parser.add_argument('--show', type=pathlib.Path, help='a table of that file')
+  parser.add_argument('--show', type=pathlib.Path, help='tables of that file')
   args = parser.parse_args()
   if args.show:
-    print(table(json.loads(args.show.read_text())['regimes']))
+    told = json.loads(args.show.read_text())['regimes']
+    print(table(told) + '\n\n' + overview(told))
     return
   quick = args.quick
   args.repeats = args.repeats or (1 if quick else 3)
