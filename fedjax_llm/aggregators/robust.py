@@ -19,8 +19,8 @@ from fedjax_llm.types import Aggregate, Aggregator, Error, Traits, known
 def _sorted(values: jax.Array) -> jax.Array:
   """`jnp.sort` of the last axis, float32.
 
-  As integers in the order of the floats, which a CPU sorts five times as fast.
-  For that the bits of a negative number are turned, all but its sign.
+  As integers in the order of the floats, which a CPU compares faster. For
+  that the bits of a negative number are turned, all but its sign.
   """
   turned = lambda x: jnp.where(x < 0, x ^ jnp.iinfo(jnp.int32).max, x)
   nan_last = jnp.where(jnp.isnan(values), jnp.nan, values)  # without a sign

@@ -231,15 +231,22 @@ def main() -> None:
   args.regimes = args.regimes or (
     ['overhead', 'middle'] if quick else list(regimes.REGIMES)
   )
-  some = ['ours', 'p0', 'p0+', 'p0+x2', 'p7']
+  some = ['ours', 'oursx2u', 'p0', 'p0+', 'p0+x2', 'p7']
   args.frameworks = args.frameworks or (some if quick else list(RUNNERS))
+  here, before = machine(), {}  # on the day that the run begins
+  if args.out and args.out.exists():
+    found = json.loads(args.out.read_text())
+    before = found['regimes']
+    if found['machine'] != here:
+      raise SystemExit(
+        f'{args.out} is of another day or machine: take another --out.'
+      )
   told = compare(args, args.work.resolve())
-  if args.out and args.out.exists():  # of the same day and machine
-    before = json.loads(args.out.read_text())
-    assert before['machine'] == machine(), 'other versions: take another --out'
-    for regime, results in before['regimes'].items():
-      told[regime] = results | told.get(regime, {})
-  result = {'machine': machine(), 'regimes': told}
+  for regime, results in before.items():
+    new = told.get(regime, {})
+    off = results['off'] | new.get('off', {})
+    told[regime] = results | new | {'off': off}
+  result = {'machine': here, 'regimes': told}
   if args.out:
     args.out.write_text(json.dumps(result, indent=1) + '\n')
   print('\n' + json.dumps(result['machine']) + '\n\n' + table(told))
