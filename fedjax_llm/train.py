@@ -1,4 +1,4 @@
-"""Federated fine-tuning, from a config to an adapter.
+"""Trains one federated run: from a config to a workdir with an adapter.
 
     python -m fedjax_llm.train --config configs/NAME.py --workdir DIR
         [--config.section.field=value ...]
