@@ -1,5 +1,6 @@
 """Tests the front page: its round runs, and it stays short."""
 
+import json
 import pathlib
 import re
 
@@ -26,3 +27,18 @@ def test_the_readme_is_short_and_leads_to_the_other_pages():
   rows = [line for line in table.splitlines() if line.startswith('|')][2:]
   assert len(rows) == 10
   assert all(re.search(r'\]\([\w/]+\.md', row) for row in rows)
+
+
+def test_the_comparison_is_that_of_the_committed_results():
+  path = ROOT / 'scripts/benchmarks/results.json'
+  many = json.loads(path.read_text())['regimes']['many']
+  results = {k: v for k, v in many.items() if 'tokens_per_second' in str(v)}
+  ours = [name for name in results if name.startswith('ours')]
+  speed = {k: results[k]['tokens_per_second'] for k in results}
+  best = max(speed[name] for name in ours)
+  ratios = [best / speed[name] for name in results if name not in ours]
+  plain = ' '.join(TEXT.split())
+  assert f'{min(ratios):.1f} to {max(ratios):.0f} times as many' in plain
+  loop = results['p0+']['peak_mb']  # the eager loop that computes our logits
+  memory = [results[name]['peak_mb'] / loop for name in ours]
+  assert f'in {min(memory):.1f} to {max(memory):.1f} times the memory' in plain
