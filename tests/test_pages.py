@@ -14,7 +14,7 @@ import pytest
 
 import fedjax_llm
 from fedjax_llm import __main__ as programs
-from fedjax_llm import config, recipes, train
+from fedjax_llm import builders, config, recipes, train
 from fedjax_llm.sections import SPEC
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -176,6 +176,17 @@ def test_fields_that_pages_name_exist(monkeypatch):
       continue  # a placeholder
     config.parse([*start, *shlex.split(flag)], SPEC)
   assert len(fields) > 10
+
+
+def test_names_in_the_table_of_sections_exist():
+  """Every section has its row, in flow order; every name is a builder's."""
+  text = TEXTS['configs/README.md'].split('## Fields')[1].split('\n## ')[0]
+  lines = [x.split('|')[1:-1] for x in text.splitlines() if x[:3] == '| `']
+  table = {cells[0].strip(' `'): cells[2] for cells in lines}
+  assert list(table) == [x for x in SPEC.sections if '.' not in x]
+  for section, cell in table.items():
+    for name in re.findall(r'`(\w+)`', cell):
+      builders.resolve_builder(section, name, SPEC.sections[section])
 
 
 # ------------------------------------------------------------------- tables --
