@@ -113,34 +113,41 @@ SECTIONS = {
 }
 
 
+def files(text: str) -> dict[str, str]:
+  """Returns the blocks whose first line is `# PATH.py`, by that path."""
+  found = [
+    (re.match(r'# ([\w/]+\.py)\n', b), b) for b in blocks(text, 'python')
+  ]
+  return {match[1]: block for match, block in found if match}
+
+
 @pytest.mark.parametrize('section', list(SECTIONS))
 def test_the_code_of_a_section_runs(section, tmp_path, monkeypatch):
-  """Writes its files, runs its blocks in order, then trains what it trains.
+  """Writes the files of the page, runs the section's other blocks in order.
 
-  A block whose first line is `# PATH.py` is a file. Where a section has files,
-  its commands run, shortened to one round.
+  Where a section has files of its own, its commands run too, for one round.
   """
   name, body = SECTIONS[section]
   monkeypatch.syspath_prepend(str(tmp_path))
-  own, names = set(), {}
-  for block in blocks(body, 'python'):
-    if file := re.match(r'# ([\w/]+\.py)\n', block):
-      path = tmp_path / file[1]
-      path.parent.mkdir(exist_ok=True)
-      path.write_text(block)
-      own.add(file[1].split('/')[0])
-    else:
-      exec(compile(block, name, 'exec'), names)
+  for file, block in files(TEXTS[name]).items():
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(block)
+  own, names = files(body), {}
   try:
+    for block in blocks(body, 'python'):
+      if block not in own.values():
+        exec(compile(block, name, 'exec'), names)
     for words in commands(body) if own else ():
       assert words[2] == 'fedjax_llm.train', words
-      argv = ['--workdir', str(tmp_path / 'run')]
-      short = ['--config.num_rounds=1', '--config.evals.samples=0']
       at = words.index('--workdir')
-      assert train.main([*words[3:at], *words[at + 2 :], *argv, *short]) == 0
+      words[at + 1] = str(tmp_path / 'run')
+      short = ['--config.num_rounds=1', '--config.evals.samples=0']
+      assert train.main([*words[3:], *short]) == 0
   finally:
+    packages = {path.split('/')[0] for path in files(TEXTS[name])}
     for module in list(sys.modules):
-      if module.split('.')[0] in own:
+      if module.split('.')[0] in packages:
         del sys.modules[module]
 
 
