@@ -1,6 +1,7 @@
 """Tests the pages: links, named files, code, commands, tables of results."""
 
 import ast
+import contextlib
 import importlib
 import importlib.util
 import pathlib
@@ -121,34 +122,58 @@ def files(text: str) -> dict[str, str]:
   return {match[1]: block for match, block in found if match}
 
 
-@pytest.mark.parametrize('section', list(SECTIONS))
-def test_the_code_of_a_section_runs(section, tmp_path, monkeypatch):
-  """Writes the files of the page, runs the section's other blocks in order.
-
-  Where a section has files of its own, its commands run too, for one round.
-  """
-  name, body = SECTIONS[section]
-  monkeypatch.syspath_prepend(str(tmp_path))
-  for file, block in files(TEXTS[name]).items():
-    path = tmp_path / file
+@contextlib.contextmanager
+def written(page: str, folder: pathlib.Path):
+  """Makes the files of a page importable while the block runs."""
+  found = files(TEXTS[page])
+  for file, block in found.items():
+    path = folder / file
     path.parent.mkdir(exist_ok=True)
     path.write_text(block)
-  own, names = files(body), {}
   try:
-    for block in blocks(body, 'python'):
-      if block not in own.values():
-        exec(compile(block, name, 'exec'), names)
-    for words in commands(body) if own else ():
-      assert words[2] == 'fedjax_llm.train', words
-      at = words.index('--workdir')
-      words[at + 1] = str(tmp_path / 'run')
-      short = ['--config.num_rounds=1', '--config.evals.samples=0']
-      assert train.main([*words[3:], *short]) == 0
+    yield
   finally:
-    packages = {path.split('/')[0] for path in files(TEXTS[name])}
+    packages = {path.split('/')[0] for path in found}
     for module in list(sys.modules):
       if module.split('.')[0] in packages:
         del sys.modules[module]
+
+
+@pytest.mark.parametrize('section', list(SECTIONS))
+def test_the_code_of_a_section_runs(section, tmp_path, monkeypatch):
+  """Writes the files of the page and runs the section's other blocks."""
+  name, body = SECTIONS[section]
+  monkeypatch.syspath_prepend(str(tmp_path))
+  names = {}
+  with written(name, tmp_path):
+    for block in blocks(body, 'python'):
+      if block not in files(body).values():
+        exec(compile(block, name, 'exec'), names)
+
+
+@pytest.mark.parametrize('name', [x for x in TEXTS if files(TEXTS[x])])
+def test_the_files_of_a_page_train(name, tmp_path, monkeypatch):
+  """Runs the commands that use a page's files, as one run of one round.
+
+  Each command alone is checked against the signatures of its builders.
+  """
+  monkeypatch.chdir(ROOT)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  folder, fields = tmp_path / 'run', []
+  with written(name, tmp_path):
+    for _, _, program, *words in commands(TEXTS[name]):
+      if 'my_lab' in ' '.join(words):
+        assert program == 'fedjax_llm.train'
+        config.parse(words, SPEC)
+        assert words[:3] == ['--config', 'configs/tiny.py:smoke', '--workdir']
+        fields += [word for word in words if word.startswith('--config.')]
+    assert fields
+    short = ['--config.num_rounds=1', '--config.evals.samples=0']
+    start = ['--config', 'configs/tiny.py:smoke', '--workdir', str(folder)]
+    assert train.main([*start, *fields, *short]) == 0
+  assert (folder / 'config.json').read_text().count('my_lab') == len(
+    [field for field in fields if '.name=' in field]
+  )
 
 
 @pages
