@@ -341,7 +341,7 @@ class ClientOutput(NamedTuple):
   private: Any = None  # new values of private leaves that no update moves
   weight: Any = None  # [] how much it counts, in place of `Cohort.weight`
   report: Any = None  # a pytree for the server's next plan (`server.planned`)
-  work: Work = Work()
+  work: Work = Work()  # how much it computed
   metrics: Mapping[str, Any] = {}
 
 
