@@ -42,6 +42,7 @@ def as_low_rank(params: Params) -> Params:
 def product(leaf: Any) -> jax.Array:
   """Returns scale * a @ b + residual of a low-rank change, [..., D, F].
 
+  >>> from fedjax_llm.nodes import LowRank
   >>> one = jax.numpy.ones((1, 1))
   >>> node = LowRank(2 * one, 3 * one, jax.numpy.float32(5))
   >>> product(node).tolist()
@@ -61,6 +62,7 @@ def merge(base: Base, params: Params) -> Base:
   Raises:
     Error: a node that no weight can hold, with its reason.
 
+  >>> from fedjax_llm.nodes import LowRank
   >>> jnp = jax.numpy
   >>> base = {'layers': {'q_proj': {'kernel': jnp.ones((1, 2, 2))}}}
   >>> node = LowRank(jnp.ones((1, 2, 1)), jnp.ones((1, 1, 2)), jnp.ones(1))
@@ -123,6 +125,7 @@ def _plain(kernel: Any) -> bool:
 def fold(base: Base, params: Params) -> tuple[Base, Params]:
   """Moves the residuals into the base: done once a round, outside `vmap`.
 
+  >>> from fedjax_llm.nodes import LowRank
   >>> one = jax.numpy.ones((1, 1))
   >>> node = LowRank(one, one, scale=1.0, residual=4 * one)
   >>> base, params = fold({'q': {'kernel': one}}, {'q': node})
@@ -222,13 +225,14 @@ def _check(base: Any, params: Any, path: Path, places: tuple[str, ...]) -> None:
       below = (*path, name)
       if name in base:
         _check(base[name], child, below, places)
-      elif child is not None:
-        shape = beside(base, name) if name in places else None
-        if shape is None:
-          have = ', '.join(sorted(base))
-          raise Error(
-            f'it has {"/".join(below)}, but the model has only {have} there.'
-          )
+        continue
+      shape = beside(base, name) if name in places else None
+      if shape is None:
+        have = ', '.join(sorted(base))
+        raise Error(
+          f'it has {"/".join(below)}, but the model has only {have} there.'
+        )
+      if child is not None:
         protocol.check(child, shape, below)
   else:
     name = _main(base)

@@ -148,7 +148,7 @@ def _joined(first: Any, second: Any, path: Path) -> Any:
     for name in first.keys() & second.keys():
       both[name] = _joined(first[name], second[name], (*path, name))
     return both
-  whole = isinstance(first, Mapping) or protocol.replacement(first)[0]
+  whole = not protocol.is_node(first) or protocol.replacement(first)[0]
   kind = 'trained whole' if whole else 'low-rank'
   raise Error(
     f'{"/".join(path)} is {kind} already: leave it out of adapter.targets or '

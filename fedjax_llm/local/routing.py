@@ -29,6 +29,7 @@ def balanced(loss: Loss, strength: float) -> Loss:
     Error: a negative strength; from the loss, a network without experts, or a
       loss that gives no statistics (`local.Observed` does).
 
+  >>> from fedjax_llm.local.observed import Observed
   >>> from fedjax_llm.types import LossSum
   >>> def both(base, params, batch, key):  # of a network of two layers
   ...   routing = Routing(jnp.array([1.0, 3.0]), None, None, None)

@@ -49,6 +49,9 @@ class Added(NamedTuple):
   def write(self, weight: Any) -> Any:
     return add(weight, self.delta)
 
+  def weight_shape(self) -> tuple[int, ...]:
+    return jnp.shape(self.delta)
+
 
 class Amended(NamedTuple):
   """A quantised weight of the base, and the dense change that belongs to it.
