@@ -93,6 +93,8 @@ def test_a_node_acts_as_the_weight_that_it_writes(name):
     merged = adapters.merge(base, {'q': leaf})['q']
     np.testing.assert_allclose(merged['kernel'], w, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(merged['bias'], BIAS)
+    half = layers.linear(X.astype(jnp.bfloat16), base['q'], leaf)
+    assert half.dtype == jnp.bfloat16
   # Stacked over layers it is written layer by layer, and folds exactly.
   stack = lambda x: jax.tree.map(lambda y: jnp.stack([y, 2 * y]), x)
   deep, wide = {'q': stack(base['q'])}, {'q': stack(node)}

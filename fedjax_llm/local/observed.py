@@ -12,6 +12,12 @@ class Observed(NamedTuple):
   `loss(base, params, batch, key) -> LossSum`, which calling it gives as well;
   `with_statistics(base, params, batch, key) -> (LossSum, statistics)`, where
   `statistics` is that of `Model.hidden_with_statistics`.
+
+  >>> def both(base, params, batch, key):
+  ...   return LossSum(batch, 1.0, 0.0), {'layers': None}
+  >>> loss = Observed(lambda *given: both(*given)[0], both)
+  >>> loss(None, {}, 2.0, None)
+  LossSum(total=2.0, count=1.0, correct=0.0)
   """
 
   loss: Loss

@@ -61,7 +61,8 @@ def embeddings(loss: Loss) -> Callable[..., Any]:
   of each of M weights, in the order of `clients.assignment`; the client's
   tokens are those of all its batches of the round.
 
-  >>> from fedjax_llm.types import LossSum, LowRank
+  >>> from fedjax_llm.local.observed import Observed
+  >>> from fedjax_llm.types import LossSum
   >>> def both(base, params, batch, key):  # one token, and one layer
   ...   routing = Routing(None, batch * jnp.ones((1, 2, 1)), batch * jnp.ones(
   ...     (1, 1)), jnp.ones(1))

@@ -80,8 +80,9 @@ def whole(
   prompt rows are of segment 0, and every text sees them all the same
   (`attention`, `shared`); in an encoder they are of the row's only text.
   """
-  positions = batch.positions + own.length
-  batch = batch._replace(positions=positions)
+  wide = lambda x: jnp.broadcast_to(x, jnp.shape(batch.tokens))
+  positions = wide(batch.positions + own.length)
+  batch = batch._replace(positions=positions, segments=wide(batch.segments))
   if not (with_rows and own.rows):
     return batch, Places(positions, batch.segments)
 
@@ -93,17 +94,16 @@ def whole(
     return jnp.concatenate([new.astype(x.dtype), x], axis=1)
 
   at = own.prefix + jnp.arange(own.rows)
-  segments = jnp.broadcast_to(batch.segments, positions.shape)
   extended = Batch(
     tokens=put(batch.tokens, 0),
     loss_mask=put(batch.loss_mask, False, bool),
-    segments=put(segments, 1),
-    positions=put(jnp.broadcast_to(positions, segments.shape), at),
+    segments=put(batch.segments, 1),
+    positions=put(positions, at),
     label=batch.label,
     types=put(batch.types, 0),
   )
-  seen_by = put(segments, 0) if config.causal else extended.segments
-  return extended, Places(extended.positions, seen_by)
+  segments = put(batch.segments, 0) if config.causal else extended.segments
+  return extended, Places(extended.positions, segments)
 
 
 def before(own: Front, places: Places) -> Places:

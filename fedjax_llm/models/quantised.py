@@ -19,9 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedjax_llm.nodes import dense as dense_lib
 from fedjax_llm.types import Base, Error
 
 KINDS = ('int8', 'int4', 'nf4')
+dense = dense_lib.values
 BLOCK = 64  # inputs that share a scale, where 64 divides their number
 
 

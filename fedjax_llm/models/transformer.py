@@ -73,7 +73,8 @@ def _embed(config: Config, base, params, batch: Batch, dtype, num_rows=0):
   def rows(index, name):
     return layers.embed(index, base[name], blocks.child(params, name), dtype)
 
-  x = rows(batch.tokens[:, num_rows:], 'embed_tokens')
+  tokens = batch.tokens[:, num_rows:] if num_rows else batch.tokens
+  x = rows(tokens, 'embed_tokens')
   if num_rows:
     x = jnp.concatenate([params['inputs'].before(x), x], axis=1)
   if config.embedding_scale != 1:
@@ -182,7 +183,7 @@ def _walk(config, implementation, dtype, remat, unroll):
       x = _norm(config, base, params, x, 'norm')
     if mixed is not None:
       x = jnp.where(mixed[:, None, None], jnp.nan, x)
-    return x[:, num_rows:], kv, {'layers': statistics}
+    return x[:, num_rows:] if num_rows else x, kv, {'layers': statistics}
 
   return walk
 
@@ -259,7 +260,7 @@ def build(
 
   def hidden_with_statistics(base: Base, params: Params, batch: Batch):
     hidden, _, statistics = walk(base, params, batch, record=True)
-    return hidden, {**dict.fromkeys(params), **statistics}
+    return hidden, {**dict.fromkeys(params or {}), **statistics}
 
   return Model(hidden, logits, hidden_with_statistics)
 
