@@ -8,14 +8,23 @@ no other file knows of it.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from fedjax_llm import batching, local
 from fedjax_llm.data import encoding
-from fedjax_llm.data.collate import Collate, by_kind, texts
+from fedjax_llm.data.collate import Collate, by_kind, pairs, texts
 from fedjax_llm.data.sources import Record
 from fedjax_llm.models import LoadedModel
-from fedjax_llm.types import Error, Example, Loss, Population
+from fedjax_llm.types import (
+  Base,
+  Error,
+  Example,
+  Loss,
+  Pair,
+  Pairs,
+  Population,
+)
 
 __all__ = ['causal_lm', 'classification']
 
@@ -147,6 +156,50 @@ def classification(labels: Sequence[str] | None = None) -> Task:
     head=('pooler', 'classifier'),
     peft_type='SEQ_CLS',
   )
+
+
+def with_references(
+  loaded: LoadedModel, population: Population, *, batch_size: int = 8
+) -> Population:
+  """The `Task.prepare` of pairs: log-probabilities under the base alone.
+
+      reference = log p(reply | prompt; base), in nats, of both replies
+
+  Args:
+    loaded: the model; no adapter changes it.
+    population: whose examples are pairs (`types.Pair`).
+    batch_size: pairs computed at a time.
+
+  Returns:
+    The population with every `reference_chosen` and `reference_rejected` set.
+  """
+  parts = (population.train, population.heldout, population.new)
+  everything = [pair for part in parts for own in part for pair in own]
+  width = -(-max(map(batching.length, everything)) // 8) * 8
+  build = pairs(everything, width)
+  nats = local.causal_lm(loaded.model, per_row=True)
+
+  @jax.jit
+  def score(base: Base, batch: Pairs) -> tuple[jax.Array, jax.Array]:
+    key = jax.random.key(0)  # no dropout
+    sides = (batch.chosen, batch.rejected)
+    chosen, rejected = (-nats(base, {}, side, key).total for side in sides)
+    return chosen, rejected
+
+  def scored(own: Sequence[Pair]) -> tuple[Pair, ...]:
+    found: list[Pair] = []
+    for start in range(0, len(own), batch_size):
+      some = own[start : start + batch_size]
+      rows = [[pair] for pair in some] + [[]] * (batch_size - len(some))
+      values = zip(*map(np.asarray, score(loaded.base, build(rows))))
+      found += [
+        Pair(pair.chosen, pair.rejected, float(chosen), float(rejected))
+        for pair, (chosen, rejected) in zip(some, values)
+      ]
+    return tuple(found)
+
+  train, heldout, new = (tuple(map(scored, part)) for part in parts)
+  return population._replace(train=train, heldout=heldout, new=new)
 
 
 def _tokens(length: int, vocab_size: int) -> np.ndarray:

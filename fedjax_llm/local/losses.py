@@ -1,6 +1,7 @@
 """What a client minimises."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,8 @@ def classification(model: Model, *, per_row: bool = False) -> Loss:
     del key  # no dropout
     if batch.label is None:
       raise Error('these texts have no labels, so nothing can classify them.')
-    first = _first(model.hidden(base, params, batch))  # [B, D]
+    hidden: Any = model.hidden  # that of texts, or of images
+    first = _first(hidden(base, params, batch))  # [B, D]
     soft = batch.label.ndim == 2  # [B, classes]
     told = jnp.any(batch.label > 0, -1) if soft else batch.label >= 0
     here = batch.present if isinstance(batch, Images) else batch.segments[:, 0]
