@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm.types import Base, Batch, Error, Key, Loss, LossSum, Params
+from fedjax_llm.types import Base, Error, Key, Loss, LossSum, Params
 
-Group = tuple[Batch, np.ndarray]  # [M, B, T], owner [M, B]
+Group = tuple[Any, np.ndarray]  # batches [M, B, ...], owner [M, B]
 
 
 class ClientSums(NamedTuple):
@@ -226,8 +226,8 @@ def personal(
   return evaluate
 
 
-def _per_row(sums: LossSum, batch: Batch) -> LossSum:
-  want = batch.tokens.shape[:-1]
+def _per_row(sums: LossSum, batch: Any) -> LossSum:
+  want = jax.tree.leaves(batch)[0].shape[:1]
   if sums.total.shape != want:
     raise ValueError(
       f'evals need a loss for each row, {want}, not {sums.total.shape}: build'
@@ -276,9 +276,9 @@ def _chunks(num: int, chunk_size: int) -> list[np.ndarray]:
 
 
 def _deal(
-  batch: Batch, owner: np.ndarray, ids: np.ndarray, chunks: list[np.ndarray]
-) -> tuple[Batch, np.ndarray]:
-  """Rows [M, B, T] sorted into chunks of clients: [chunks, M', B, T].
+  batch: Any, owner: np.ndarray, ids: np.ndarray, chunks: list[np.ndarray]
+) -> tuple[Any, np.ndarray]:
+  """Rows [M, B, ...] sorted into chunks of clients: [chunks, M', B, ...].
 
   Returns also the place of each row's owner within its chunk, -1 on padding.
   """
@@ -298,7 +298,7 @@ def _deal(
   def deal(x):
     x = np.asarray(x).reshape(num_rows, *np.shape(x)[2:])
     empty = (index < 0).reshape(*index.shape, *(1,) * (x.ndim - 1))
-    # Zeros, in `segments` too: nothing counts a row without a text.
+    # Zeros, in `segments` too: nothing counts a row without an example.
     return np.where(empty, np.zeros_like(x[:1]), x[index])
 
   dealt = jax.tree.map(deal, batch)
