@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedjax_llm import metrics
-from fedjax_llm.types import Draw, Error, Population
+from fedjax_llm.types import Draw, Error, Population, RoundInfo
 
 
 class Diverged(Error):
@@ -71,19 +71,20 @@ def describe(population: Population) -> str:
 
 
 def left_out(
-  told: Mapping[str, Any],
+  record: Mapping[str, Any],
+  info: RoundInfo,
   draw: Draw,
   names: Sequence[str],
   number: int,
 ) -> tuple[dict[str, Any], str]:
-  """A round's metrics with the clients that did not count, and a sentence.
+  """Returns a round's record with the clients left out, and a sentence.
 
   Raises:
     Diverged: every client that reported sent values that are not finite.
   """
-  told = dict(told)
+  told = dict(record)
   # Rows beyond the draw are padding.
-  broken = np.asarray(told.pop('clients/non_finite'), bool)[: len(draw.ids)]
+  broken = ~np.asarray(info.finite, bool)[: len(draw.ids)]
   chosen = np.asarray(draw.ids) >= 0
   reported = np.asarray(draw.reports, bool) & chosen
   bad = [names[int(i)] for i in np.sort(np.asarray(draw.ids)[broken])]
@@ -92,7 +93,7 @@ def left_out(
     raise Diverged(
       f'round {number}: the updates of all {len(bad)} clients that reported '
       f'are not finite ({some}): lower local.learning_rate or set '
-      'algorithm.clip_norm, in another workdir.'
+      'local.clip_norm, in another workdir.'
     )
   told |= {
     'clients/reporting': int(reported.sum()) - len(bad),

@@ -165,24 +165,26 @@ def train(args: config.Arguments) -> None:
     for number in range(done + 1, num_rounds + 1):
       began = time.monotonic()
       draw, cohort = following or prepared(number - 1)
-      (ids, _), mine = sharding.own_rows(draw, mesh)
+      own, mine = sharding.own_rows(draw, mesh)
+      ids = own.ids
       states = exchange.rows_from_first(
         lambda ids=ids: store.gather(ids), newcomer, len(ids), mine
       )
       cohort = cohort._replace(states=sharding.joined(states, mesh))
       assembled = time.monotonic()
-      state, states, on_device = step(state, cohort, everybodys)
+      state, states, info = step(state, cohort, everybodys)
       # The next cohort is made, and travels, while the devices work.
       following = prepared(number) if number < num_rounds else None
-      told = metrics.summarise(on_device)
+      info = jax.device_get(info._replace(reports=None))
+      told = metrics.summarise(info)
       if algorithm.plan is not None:  # on the host, for the round that follows
         state = algorithm.plan(state)
       trained = time.monotonic()
-      told, note = narration.left_out(told, draw, built.names, number)
+      told, note = narration.left_out(told, info, draw, built.names, number)
       if note:
         bar.write(note)
       states = exchange.rows_to_first(sharding.held(states), sharing)
-      store.scatter(ids, told.pop('clients/reported'), states)
+      store.scatter(ids, info.reported, states)
       last = number == num_rounds
       if tests and (number % test.every == 0 or last):
         served = sharding.here(state.params, mesh)

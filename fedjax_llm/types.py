@@ -318,14 +318,17 @@ class ImagesWithTexts(NamedTuple):
 
 
 class Draw(NamedTuple):
-  """Who takes part in a round.
+  """The clients of a round.
 
   `ids[k] == -1` is padding (fewer clients were available than asked for);
   `reports[k]` is False for padding and for a client that drops out.
+  `started[k]` is the round whose parameters the client trains from, in
+  asynchronous methods (`fed_opt(history=V)`).
   """
 
   ids: np.ndarray  # [K] int32
   reports: np.ndarray  # [K] bool
+  started: np.ndarray | None = None  # [K] int32; None: this round
 
 
 Sampler = Callable[[int], Draw]  # round -> who; pure, so a resumed run agrees
@@ -342,8 +345,24 @@ class Label(enum.Enum):
 Shared, Private, Frozen = Label.SHARED, Label.PRIVATE, Label.FROZEN
 
 
+class Context(NamedTuple):
+  """The client, the round and the server's news, as each station sees them.
+
+  Scopes, local updates and codecs get one for a single client; `key` is of the
+  station alone. Keys follow from (seed, round, client), never from a position.
+  """
+
+  client: Any = 0  # [] int32, the id in the population
+  round: Any = 0  # [] int32, rounds done before this one
+  key: Any = None  # a PRNG key
+  profile: Any = ()  # what the client can carry: rank, layers, bytes
+  news: Any = None  # `Aggregator.broadcast` of the round before
+  peers: Any = None  # [K] int32, all who agreed; of additive codecs
+  reported: Any = None  # [K] bool, of `peers`; for `decode` of a sum
+
+
 class Reports(NamedTuple):
-  """What the clients of a population last told, for plans on the host."""
+  """The last report of every client of a population, for plans on the host."""
 
   values: Any  # [N, ...], zeros for a client that never reported
   round: Any  # [N] int32: when, -1 for never
@@ -373,13 +392,13 @@ class ClientState(NamedTuple):
 class Scope(NamedTuple):
   """What a client trains, shares and keeps.
 
-  `labels(params)` gives a `Label` a leaf, and `mask(start, profile, state,
-  round, key) -> Masks` runs inside the round. What the host decides between
-  rounds (knapsacks, searches) reaches it in the profile: `server.planned`.
+  `labels(params)` gives a `Label` a leaf, and `mask(start, state, context) ->
+  Masks` runs inside the round. What the host decides between rounds (knapsacks,
+  searches) reaches it in `context.profile`: `server.planned`.
   """
 
   labels: Callable[[Params], Any]
-  mask: Callable[[Params, Any, ClientState, jax.Array, Key], Masks]
+  mask: Callable[[Params, ClientState, Context], Masks]
 
 
 class Cohort(NamedTuple):
@@ -391,6 +410,7 @@ class Cohort(NamedTuple):
   valid: Any  # [K] bool
   profiles: Any = ()  # [K, ...] capacities: rank, layers, bytes
   states: Any = ClientState()  # ClientState of [K, ...]
+  started: Any = None  # [K] int32, see `Draw.started`
 
 
 # ------------------------------------------------------------------- local --
@@ -418,26 +438,46 @@ class LossSum(NamedTuple):
 Loss = Callable[[Base, Params, Any, Key], LossSum]  # (base, params, batch, key)
 
 
-class ClientOutput(NamedTuple):
-  """What comes of training.
+# The gradient of one step, a slot of `local.sgd`:
+# (loss, base, trained, start, batch, key) -> (grads, LossSum), where the grads
+# are those of the token mean and have the structure of `trained`.
+Gradient = Callable[
+  [Loss, Base, Params, Params, Any, Key], tuple[Params, LossSum]
+]
 
-  `metrics` has 'loss' and 'tokens' at least. 'weight', if it is there, says
-  how much the client counts in this round, in place of `Cohort.weight`;
-  'report', a pytree, is what it tells the server for the next plan.
+
+class Work(NamedTuple):
+  """Amounts that one client computed in a round; parts add up."""
+
+  tokens: Any = 0.0  # [] float32, learned: tokens, labels, pairs
+  steps: Any = 0  # [] int32, steps taken; steps of padding are none
+  used: Any = None  # [] float32, places of its texts that held a token
+  turns: Any = 0  # [] int32, steps computed, those of padding too
+
+
+class ClientOutput(NamedTuple):
+  """One client's result: update, masks, state and metrics.
+
+  `metrics` are scalars: 'loss' and 'accuracy' are means over the client's
+  tokens and averaged so over clients, any other is averaged over clients; all
+  are reported as 'local/NAME'.
   """
 
   update: Update  # end - start on trained leaves, None on frozen ones
   masks: Masks  # of what it trained; a method may narrow those that it got
-  state: Any  # ClientState.local
-  metrics: Mapping[str, jax.Array]
+  state: Any = ()  # ClientState.local
+  private: Any = None  # new values of private leaves that no update moves
+  weight: Any = None  # [] how much it counts, in place of `Cohort.weight`
+  report: Any = None  # a pytree for the server's next plan (`server.planned`)
+  work: Work = Work()
+  metrics: Mapping[str, Any] = {}
 
 
 class LocalUpdate(NamedTuple):
   """Training on one client: `vmap` makes it a cohort.
 
   `init(params) -> state` is what one client keeps;
-  `run(base, start, state, batches [S, ...], masks, round, key) ->
-  ClientOutput`.
+  `run(base, start, state, batches [S, ...], masks, context) -> ClientOutput`.
   """
 
   init: Callable[[Params], Any]
@@ -452,16 +492,22 @@ class Codec(NamedTuple):
 
   All four are for one client:
   `init(update) -> state`,
-  `encode(update, masks, state, key) -> (message, state)`,
-  `decode(message, start, key) -> update` (the same key as `encode`),
+  `encode(update, masks, state, context) -> (message, state)`,
+  `decode(message, start, context) -> update` (the context of `encode`),
   `num_bytes(message, masks) -> ` int32 counts, one a leaf of the message,
   summed on the host: 32 bits do not hold the sum over a cohort.
+
+  The messages of an `additive` upload are summed before they are decoded
+  (secure sums, seeds, sketches). A client then encodes its weight times its
+  update, and the server decodes the sum once, with a context that has `peers`
+  and `reported`; only rules that are `linear` take it.
   """
 
   init: Callable[[Update], Any]
-  encode: Callable[[Update, Masks, Any, Key], tuple[Any, Any]]
-  decode: Callable[[Any, Params, Key], Update]
+  encode: Callable[[Update, Masks, Any, Context], tuple[Any, Any]]
+  decode: Callable[[Any, Params, Context], Update]
   num_bytes: Callable[[Any, Masks], Any]
+  additive: bool = False
 
 
 Upload = Codec
@@ -481,18 +527,22 @@ class Uploads(NamedTuple):
   masks: Masks  # [K, ...]
   weight: Any  # [K] float32
   valid: Any  # [K] bool
+  ids: Any = None  # [K] int32
+  profiles: Any = ()  # [K, ...]
+  staleness: Any = None  # [K] int32, rounds since the client started
+  reports: Any = None  # [K, ...] `ClientOutput.report`
 
 
 # ------------------------------------------------------------- aggregators --
 
 
 class Traits(NamedTuple):
-  """What a rule is, so that senseless combinations are refused when built."""
+  """Properties of a rule, each of which `fed_opt` enforces."""
 
-  linear: bool = False  # linear in the updates: secure aggregation may be used
-  needs_stack: bool = True  # sees all clients at once: memory grows with K
+  linear: bool = False  # sees sum_k w_k u_k alone: an additive upload will do
   changes_basis: bool = False  # factors change meaning: no server moments
   writes_residual: bool = False  # of `LowRank` nodes: needs `Adapter.fold`
+  always: bool = False  # acts in a round of nobody too: noise is still added
 
 
 class Aggregate(NamedTuple):
@@ -511,20 +561,23 @@ class Aggregator(NamedTuple):
 
   `init(params, key) -> state`;
   `aggregate(uploads, state, params, key) -> (Aggregate, state)`;
-  `num_bytes(state) -> ` int32 counts: what else has to reach every client at
-  the start of the next round, beside the shared leaves (`None`: nothing).
+  `broadcast(state) -> ` arrays that every client of the next round receives
+  (`Context.news`); their bytes are counted as downloads;
+  `num_bytes(state) -> ` int32 counts of what else has to reach every client
+  beside the shared leaves, as changes of the base do.
   """
 
   init: Callable[[Params, Key], Any]
   aggregate: Callable[[Uploads, Any, Params, Key], tuple[Aggregate, Any]]
   traits: Traits = Traits()  # what it may be combined with
   num_bytes: Callable[[Any], Any] | None = None
+  broadcast: Callable[[Any], Any] | None = None
 
 
 class StreamingAggregator(NamedTuple):
   """A rule that eats blocks of clients, so memory stays flat as K grows.
 
-  `init`, `traits` and `num_bytes` as in `Aggregator`;
+  `init`, `traits`, `num_bytes` and `broadcast` as in `Aggregator`;
   `zero(params) -> sums`; `accumulate(sums, uploads, state, params) -> sums`;
   `finalize(sums, state, params, key) -> (Aggregate, state)`. Sums are
   additive: those of two blocks may be added, also across devices.
@@ -534,8 +587,9 @@ class StreamingAggregator(NamedTuple):
   zero: Callable[[Params], Any]
   accumulate: Callable[[Any, Uploads, Any, Params], Any]
   finalize: Callable[[Any, Any, Params, Key], tuple[Aggregate, Any]]
-  traits: Traits = Traits(linear=True, needs_stack=False)
+  traits: Traits = Traits()
   num_bytes: Callable[[Any], Any] | None = None
+  broadcast: Callable[[Any], Any] | None = None
 
 
 AnyAggregator = Aggregator | StreamingAggregator
@@ -543,6 +597,9 @@ AnyAggregator = Aggregator | StreamingAggregator
 # ------------------------------------------------------------------ server --
 
 ServerOptimizer = optax.GradientTransformation  # sees -delta
+
+# (uploads, key) -> uploads: clients that lie, between the clients and the rule.
+Adversary = Callable[[Uploads, Key], Uploads]
 
 
 class ServerState(NamedTuple):
@@ -553,6 +610,23 @@ class ServerState(NamedTuple):
   optimizer: Any  # of the server optimizer: its moments
   aggregator: Any  # of the rule: what it remembers
   key: Any  # the seed's key: rounds fold their number in, it never changes
+  history: Any = ()  # [V, ...] parameters of the last rounds, the newest first
+
+
+# (state, base, data, key) -> state: a traced phase of the server after the
+# rule, on data of its own that the round is given.
+After = Callable[[ServerState, Base, Any, Key], ServerState]
+
+
+class RoundInfo(NamedTuple):
+  """The outcome of a round beside its state."""
+
+  reported: Any  # [K] bool, clients that count
+  finite: Any  # [K] bool, False: left out, for a value that is not finite
+  bytes_up: Any  # [K, leaves] int32, summed on the host
+  bytes_down: Any  # [K, leaves] int32
+  metrics: Metrics  # 'room/name' -> array, mostly scalars
+  reports: Any = None  # [K, ...] `ClientOutput.report`, for plans
 
 
 class FederatedAlgorithm(NamedTuple):
@@ -560,17 +634,22 @@ class FederatedAlgorithm(NamedTuple):
 
   `init(key, params) -> ServerState`;
   `init_client(params) -> ClientState` of a client never seen before;
-  `round(state, cohort, base) -> (state, states [K], metrics)`;
+  `round(state, cohort, base, data=None) -> (state, states [K], RoundInfo)`;
   `personal(params, state) -> params` is what a client is served
   (`state=None`: a client never trained on);
+  `train(state, cohort, base) -> (Uploads, states [K], RoundInfo)` and
+  `aggregate(state, uploads, base, data=None) -> (state, metrics)` are the two
+  halves of `round`, None where a method has no halves (split learning);
   `plan(state) -> state` is host code between rounds (`server.planned`), None
   where nothing is decided there.
   """
 
   init: Callable[[Key, Params], ServerState]
   init_client: Callable[[Params], ClientState]
-  round: Callable[..., tuple[ServerState, ClientState, Metrics]]
+  round: Callable[..., tuple[ServerState, ClientState, RoundInfo]]
   personal: Callable[[Params, ClientState | None], Params]
+  train: Callable[..., tuple[Uploads, ClientState, RoundInfo]] | None = None
+  aggregate: Callable[..., tuple[ServerState, Metrics]] | None = None
   plan: Callable[[ServerState], ServerState] | None = None
 
 

@@ -75,7 +75,7 @@ def test_bytes_are_those_of_a_serialised_message(name):
     wire = b''.join(
       np.asarray(x)[k][np.asarray(m)[k]].tobytes() for x, m in pairs
     )
-    assert len(wire) == told['uploads/bytes'][k].sum()
+    assert len(wire) == told.bytes_up[k].sum()
     assert len(wire) == HERE[name] * 4 * toy.R * (toy.D + toy.F)
 
 

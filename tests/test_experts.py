@@ -330,7 +330,7 @@ def test_experts_of_absent_clients_stay_as_they_are():
   np.testing.assert_array_equal(notes[0], held)
   assert not notes[1:].any()
   assert new.aggregator.reports.round.tolist() == [-1, -1, -1, 1, -1]
-  assert (told['uploads/bytes'].sum(1) > 0).tolist() == [True] + [False] * 4
+  assert (told.bytes_up.sum(1) > 0).tolist() == [True] + [False] * 4
   planned = algorithm.plan(new)  # type: ignore
   assert (plan_of(planned).sum(0) == 2).all()
 
@@ -357,12 +357,10 @@ def test_bytes_are_those_of_the_message_the_report_and_the_plan():
       mine = plan_of(state)[k]
       report = np.asarray(values['tokens'][k]).tobytes()
       report += np.asarray(values['experts'][k])[mine].tobytes()
-      assert (
-        len(wire(states, k)) + len(report) == told['uploads/bytes'][k].sum()
-      )
+      assert len(wire(states, k)) + len(report) == told.bytes_up[k].sum()
       parts = [q.shared.a, q.shared.b, q.router, q.pool.a[mine], q.pool.b[mine]]
       down = b''.join(np.asarray(x).tobytes() for x in parts) + mine.tobytes()
-      assert len(down) == told['downloads/bytes'][k].sum()
+      assert len(down) == told.bytes_down[k].sum()
       assert len(wire(states, k)) == len(down) - mine.size
 
 
@@ -388,7 +386,7 @@ def test_a_client_is_served_its_own_experts():
 
 
 def test_it_learns():
-  losses = [float(told['local/loss']) for *_, told in history()]
+  losses = [float(told.metrics['local/loss']) for *_, told in history()]
   assert losses[-1] < 0.8 * losses[0], losses
 
 

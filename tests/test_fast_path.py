@@ -291,18 +291,22 @@ def test_useful_tokens_are_real_ones_over_places_computed(plain, narrow):
   real = sum(s * n for s, n in zip(STEPS, LENGTHS, strict=True))
   _, _, told = plain
   np.testing.assert_allclose(  # everybody takes three steps of 24
-    told['clients/useful_tokens'], real / (K * 3 * T), rtol=1e-6
+    told.metrics['clients/useful_tokens'], real / (K * 3 * T), rtol=1e-6
   )
   compiled, state, base = narrow
   copy = lambda: jax.tree.map(jnp.copy, state)
   # As they come: (5, 24), (7, 11) and (6, padding) tokens; 3, 2 and 1 steps.
   places = 2 * (3 * 24 + 2 * 24 + 1 * 8)
   told = compiled(copy(), cohort(), base)[2]
-  np.testing.assert_allclose(told['clients/useful_tokens'], real / places)
+  np.testing.assert_allclose(
+    told.metrics['clients/useful_tokens'], real / places
+  )
   # Sorted: (24, 11), (7, 6) and (5, padding); 3, 1 and 1 steps.
   places = 2 * (3 * 24 + 1 * 8 + 1 * 8)
   told = compiled(copy(), sorted_cohort()[1], base)[2]
-  np.testing.assert_allclose(told['clients/useful_tokens'], real / places)
+  np.testing.assert_allclose(
+    told.metrics['clients/useful_tokens'], real / places
+  )
 
 
 def test_steps_of_padding_at_the_end_are_not_computed():
@@ -328,7 +332,7 @@ def test_steps_of_padding_at_the_end_are_not_computed():
     _, _, told = jax.block_until_ready(step(state, texts, toy.base()))
     jax.effects_barrier()
     turns.append(len(calls))
-    assert int(told['local/steps']) == sum(STEPS)
+    assert int(told.metrics['local/steps']) == sum(STEPS)
   # Blocks of (1, 3), (1, 2), (1, the last again) steps; then (3, 2), (1, 1), 1.
   assert turns[0] == turns[1] * (3 + 2 + 1) / (3 + 1 + 1)
 

@@ -47,7 +47,7 @@ def test_a_round_of_every_method_can_be_traced(name):
   alike = lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype)
   assert jax.tree.all(jax.tree.map(alike, new, state))
   assert jax.tree.all(jax.tree.map(alike, states, cohort.states))
-  assert told['clients/reported'].shape == (K,)
+  assert told.reported.shape == (K,)
 
 
 @each

@@ -105,7 +105,8 @@ def test_clients_one_after_another_give_the_same_round(round_program):
     alone, _, heard = one(state, row, loaded.base)
     update = tree.scale(tree.sub(alone.params, state.params), cohort.weight[k])
     total = update if total is None else tree.add(total, update)
-    losses.append((float(heard['local/loss']), float(heard['local/tokens'])))
+    seen = heard.metrics
+    losses.append((float(seen['local/loss']), float(seen['local/tokens'])))
   mean = tree.scale(total, 1 / cohort.weight.sum())
   for x, y in zip(
     jax.tree.leaves(together.params),
@@ -114,7 +115,7 @@ def test_clients_one_after_another_give_the_same_round(round_program):
   ):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
   loss = sum(a * b for a, b in losses) / sum(b for _, b in losses)
-  np.testing.assert_allclose(told['local/loss'], loss, rtol=1e-5)
+  np.testing.assert_allclose(told.metrics['local/loss'], loss, rtol=1e-5)
 
 
 def test_a_bound_changes_nothing_and_too_small_a_one_is_refused(round_program):

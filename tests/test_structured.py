@@ -93,13 +93,13 @@ def run(name, num_rounds=ROUNDS, **more):
 def test_the_loss_falls_and_bytes_are_those_of_a_message(name):
   _, history, _ = run(name)
   told = [told for *_, told in history[1:]]
-  assert told[-1]['local/loss'] < 0.75 * told[0]['local/loss']
-  for _, states, metrics in history[1:]:
+  assert told[-1].metrics['local/loss'] < 0.75 * told[0].metrics['local/loss']
+  for _, states, info in history[1:]:
     for k in range(K):
       # A bit a unit in the masks of a and of b says which were trained.
       bitmap = 2 * -(-L * 3 // 8) if name == 'hafl' else 0
       size = len(wire(states, k)) + bitmap
-      assert size == metrics['uploads/bytes'][k].sum()
+      assert size == info.bytes_up[k].sum()
 
 
 # ------------------------------------------------------------------ fed_ra --
@@ -131,8 +131,8 @@ def test_fed_ra_draws_as_many_layers_as_a_client_has_anew_in_every_round():
   assert (weak.any(0) & ~weak.all(0)).any()
   told = history[1][2]
   sent = 4 * R * (D + F) * LAYERS
-  assert told['uploads/bytes'].sum(1).tolist() == sent.tolist()
-  assert told['downloads/bytes'].sum(1).tolist() == (sent + 4 * LAYERS).tolist()
+  assert told.bytes_up.sum(1).tolist() == sent.tolist()
+  assert told.bytes_down.sum(1).tolist() == (sent + 4 * LAYERS).tolist()
   state = history[-1][0]
   assert (state.params['layers']['gate'] == 1).all()
   served = algorithm.personal(state.params, None)
@@ -236,8 +236,8 @@ def test_slora_is_sparse_first_and_then_the_factors_of_what_it_found():
 def test_slora_sends_the_same_in_both_stages_and_serves_what_it_has():
   algorithm, history, _ = run('slora')
   for _, _, told in history[1:]:
-    for way in ('uploads', 'downloads'):
-      assert (told[f'{way}/bytes'].sum(1) == 4 * L * R * (D + F)).all()
+    for counts in (told.bytes_up, told.bytes_down):
+      assert (counts.sum(1) == 4 * L * R * (D + F)).all()
   for state, *_ in history[1 : T1 + 2]:
     served = algorithm.personal(state.params, None)
     x, y = cohort().batches.x[0, 0], np.zeros((B, F))

@@ -92,7 +92,7 @@ def mean() -> StreamingAggregator:
   >>> rule.finalize(sums, (), params, None)[0].delta['w'].tolist()
   [2.0, 3.0]
   """
-  return _mean_by(_given)
+  return _mean_by(_given)._replace(traits=Traits(linear=True))
 
 
 def uniform_mean() -> StreamingAggregator:
@@ -243,6 +243,9 @@ def control_variates(inner: AnyAggregator, num_clients: int) -> AnyAggregator:
       assign=Controlled(assign, control),
     )
 
+  # A change of c counts the same whatever the client's weight is.
+  traits = inner.traits._replace(linear=False)
+
   def init(params, key):
     return inner.init(params.params, key)
 
@@ -252,7 +255,7 @@ def control_variates(inner: AnyAggregator, num_clients: int) -> AnyAggregator:
       result, state = inner.aggregate(own(uploads), state, params.params, key)
       return outcome(result, changes(uploads), params), state
 
-    return Aggregator(init, aggregate, inner.traits, inner.num_bytes)
+    return Aggregator(init, aggregate, traits, inner.num_bytes, inner.broadcast)
 
   def zero(params):
     return Controlled(
@@ -269,8 +272,12 @@ def control_variates(inner: AnyAggregator, num_clients: int) -> AnyAggregator:
     result, state = inner.finalize(sums.params, state, params.params, key)
     return outcome(result, sums.control, params), state
 
-  return StreamingAggregator(
-    init, zero, accumulate, finalize, inner.traits, inner.num_bytes
+  return inner._replace(
+    init=init,
+    zero=zero,
+    accumulate=accumulate,
+    finalize=finalize,
+    traits=traits,
   )
 
 
@@ -329,7 +336,7 @@ def from_rule(fn: Callable[[Update, jax.Array], Update]) -> Aggregator:
 def as_stack(aggregator: AnyAggregator) -> Aggregator:
   """Any rule as one on the whole stack: the stack is a single block.
 
-  >>> as_stack(mean()).traits.needs_stack
+  >>> isinstance(as_stack(mean()), Aggregator)
   True
   """
   if isinstance(aggregator, Aggregator):
@@ -340,5 +347,6 @@ def as_stack(aggregator: AnyAggregator) -> Aggregator:
     sums = rule.accumulate(rule.zero(params), uploads, state, params)
     return rule.finalize(sums, state, params, key)
 
-  traits: Traits = rule.traits._replace(needs_stack=True)
-  return Aggregator(rule.init, aggregate, traits, rule.num_bytes)
+  return Aggregator(
+    rule.init, aggregate, rule.traits, rule.num_bytes, rule.broadcast
+  )

@@ -53,7 +53,7 @@ def on_shared(inner: AnyAggregator) -> AnyAggregator:
       result, state = inner.aggregate(own(uploads), state, params.shared, key)
       return whole(result, params), state
 
-    return Aggregator(init, aggregate, inner.traits, inner.num_bytes)
+    return inner._replace(init=init, aggregate=aggregate)
 
   def finalize(sums, state, params, key):
     result, state = inner.finalize(sums, state, params.shared, key)

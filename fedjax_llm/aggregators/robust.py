@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import tree
-from fedjax_llm.types import Aggregate, Aggregator, Error, Traits, known
+from fedjax_llm.types import Aggregate, Aggregator, Error, known
 
 
 @jax.custom_jvp
@@ -59,7 +59,7 @@ def _by_rank(fn: Callable[[jax.Array, jax.Array], jax.Array]) -> Aggregator:
 
     return Aggregate(jax.tree.map(leaf, uploads.update)), state
 
-  return Aggregator(init, aggregate, Traits(linear=False, needs_stack=True))
+  return Aggregator(init, aggregate)
 
 
 def median() -> Aggregator:
@@ -194,4 +194,4 @@ def krum(num_byzantine: int, num_selected: int = 1) -> Aggregator:
     chosen = jnp.zeros(num_rows).at[order].set(best.astype(jnp.float32))
     return Aggregate(tree.weighted_mean(uploads.update, chosen)), state
 
-  return Aggregator(init, aggregate, Traits(linear=False, needs_stack=True))
+  return Aggregator(init, aggregate)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from fedjax_llm import tree
 from fedjax_llm.local.optimizers import LocalOptimizer
-from fedjax_llm.local.sgd import clip, descend
+from fedjax_llm.local.sgd import descend
 from fedjax_llm.types import (
   ClientOutput,
   Controlled,
@@ -20,8 +20,6 @@ from fedjax_llm.types import (
 def scaffold(
   loss: Loss,
   optimizer: LocalOptimizer,
-  *,
-  clip_norm: float | None = None,
 ) -> LocalUpdate:
   """Steps of y <- y - eta (g(y) - c_k + c), and a new control variate c_k.
 
@@ -55,23 +53,21 @@ def scaffold(
   def init(trainable: Controlled) -> Any:
     return tree.zeros_like(trainable.control, jnp.float32)
 
-  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
+  def run(base, start, state, batches, masks, context) -> ClientOutput:
     inner_masks = Masks(masks.held.params, masks.trained.params)
     correction = tree.sub(start.control, state)  # c - c_k
 
     def adjust(grads, now):
       del now
-      if clip_norm is not None:
-        grads = clip(grads, clip_norm)
       return tree.map_present(lambda g, c: g + c, grads, correction)
 
     trained = tree.like(start.params, inner_masks.trained)
-    end, _, metrics = descend(
+    out = descend(
       loss, optimizer, base, start.params, optimizer.init(trained), batches,
-      inner_masks, round, key, adjust,
+      inner_masks, context, adjust,
     )  # fmt: skip
-    update = tree.sub(end, trained)
-    rates = metrics['learning_rate_sum']
+    update = tree.sub(out.end, trained)
+    rates = out.rates
     change = tree.map_present(
       lambda u, c: jnp.where(
         rates > 0, -u / jnp.where(rates > 0, rates, 1.0) - c, 0.0
@@ -85,7 +81,8 @@ def scaffold(
       update=Controlled(update, change),
       masks=masks,
       state=new_state,
-      metrics=metrics,
+      work=out.work,
+      metrics=out.metrics,
     )
 
   return LocalUpdate(init, run)

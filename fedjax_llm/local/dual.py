@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from fedjax_llm import tree
 from fedjax_llm.local.optimizers import LocalOptimizer
 from fedjax_llm.local.phases import Counted
-from fedjax_llm.local.sgd import clip, descend
+from fedjax_llm.local.sgd import descend
 from fedjax_llm.types import (
   ClientOutput,
   Dual,
@@ -34,7 +34,6 @@ def tethered(
   optimizer: LocalOptimizer,
   *,
   strength: float,
-  clip_norm: float | None = None,
   keep_optimizer: bool = False,
 ) -> LocalUpdate:
   """Steps of v <- v - eta (g(v) + strength (v - w)) on the personal part v.
@@ -42,38 +41,34 @@ def tethered(
   w is the shared part of the `Dual` parameters as the client received it, and
   does not move: Ditto's personal solver (Li et al. 2021, arXiv 2012.04221,
   algorithm 1, line 7). The pull comes after clipping, which bounds what the
-  data say. `clip_norm` and `keep_optimizer` as in `sgd`.
+  data say. `keep_optimizer` as in `sgd`.
 
   Raises:
-    Error: a negative strength, a clip_norm that is not positive.
+    Error: a negative strength.
 
   >>> import jax
   >>> from fedjax_llm.local import optimizer
-  >>> from fedjax_llm.types import LossSum, Masks
+  >>> from fedjax_llm.types import Context, LossSum, Masks
   >>> flat = lambda base, p, x, key: LossSum(0 * p * x, *jnp.float32([1, 0]))
   >>> update = tethered(flat, optimizer('sgd', 0.5), strength=1.0)
   >>> start = Dual(shared=jnp.float32(0), personal=jnp.float32(8))
   >>> mine = Dual(None, jnp.bool_(True))
-  >>> out = update.run(None, start, (), jnp.ones(2), Masks(mine, mine), 0,
-  ...                  jax.random.key(0))
+  >>> out = update.run(None, start, (), jnp.ones(2), Masks(mine, mine),
+  ...                  Context(key=jax.random.key(0)))
   >>> float(start.personal + out.update.personal)  # half of the way, twice
   2.0
   """
   if strength < 0:
     raise Error(f'tethered: strength={strength} must not be negative.')
-  if clip_norm is not None and clip_norm <= 0:
-    raise Error(f'clip_norm is {clip_norm}; it must be above 0.')
   own = viewed(loss, lambda params: params.personal)
 
   def init(trainable: Dual) -> Any:
     return optimizer.init(trainable) if keep_optimizer else ()
 
-  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
+  def run(base, start, state, batches, masks, context) -> ClientOutput:
     trained = tree.like(start, masks.trained)
 
     def adjust(grads, now):
-      if clip_norm is not None:
-        grads = clip(grads, clip_norm)
       pulled = tree.map_present(
         lambda g, v, w: g + strength * (v - w),
         grads.personal,
@@ -83,14 +78,15 @@ def tethered(
       return grads._replace(personal=pulled)
 
     moments = state if keep_optimizer else optimizer.init(trained)
-    end, moments, metrics = descend(
-      own, optimizer, base, start, moments, batches, masks, round, key, adjust
+    out = descend(
+      own, optimizer, base, start, moments, batches, masks, context, adjust
     )
     return ClientOutput(
-      update=tree.sub(end, trained),
+      update=tree.sub(out.end, trained),
       masks=masks,
-      state=moments if keep_optimizer else (),
-      metrics=metrics,
+      state=out.optimizer if keep_optimizer else (),
+      work=out.work,
+      metrics=out.metrics,
     )
 
   return LocalUpdate(init, run)
@@ -101,11 +97,12 @@ def forked(inner: LocalUpdate) -> LocalUpdate:
 
   Later it goes on from its own. The state counts the client's rounds.
 
+  >>> from fedjax_llm.types import Context
   >>> still = LocalUpdate(lambda p: (), lambda base, start, *rest: ClientOutput(
-  ...   Dual(jnp.float32(0), jnp.float32(0)), None, (), {}))
+  ...   Dual(jnp.float32(0), jnp.float32(0)), None))
   >>> start = Dual(shared=jnp.float32(5), personal=jnp.float32(1))
   >>> update = forked(still)
-  >>> out = update.run(None, start, update.init(start), None, None, 0, None)
+  >>> out = update.run(None, start, update.init(start), None, None, Context())
   >>> float(start.personal + out.update.personal), int(out.state.rounds)
   (5.0, 1)
   """
@@ -113,7 +110,7 @@ def forked(inner: LocalUpdate) -> LocalUpdate:
   def init(trainable):
     return Counted(jnp.int32(0), inner.init(trainable))
 
-  def run(base, start, state, batches, masks, round, key):
+  def run(base, start, state, batches, masks, context):
     own = tree.merge(
       tree.map_present(
         lambda w, v: jnp.where(state.rounds == 0, w, v),
@@ -128,8 +125,7 @@ def forked(inner: LocalUpdate) -> LocalUpdate:
       state.inner,
       batches,
       masks,
-      round,
-      key,
+      context,
     )
     moved = tree.map_present(
       lambda u, v, old: v + u - old, out.update.personal, own, start.personal
@@ -151,11 +147,12 @@ def synced(inner: LocalUpdate, *, every: int) -> LocalUpdate:
   Raises:
     Error: `every` below one.
 
+  >>> from fedjax_llm.types import Context
   >>> still = LocalUpdate(lambda p: (), lambda base, start, *rest: ClientOutput(
-  ...   Dual(jnp.float32(2), jnp.float32(0)), None, (), {}))
+  ...   Dual(jnp.float32(2), jnp.float32(0)), None))
   >>> start = Dual(shared=jnp.float32(5), personal=jnp.float32(1))
   >>> update = synced(still, every=10)
-  >>> out = update.run(None, start, update.init(start), None, None, 0, None)
+  >>> out = update.run(None, start, update.init(start), None, None, Context())
   >>> float(start.personal + out.update.personal)  # 5 + 2
   7.0
   """
@@ -165,9 +162,9 @@ def synced(inner: LocalUpdate, *, every: int) -> LocalUpdate:
   def init(trainable):
     return Counted(jnp.int32(0), inner.init(trainable))
 
-  def run(base, start, state, batches, masks, round, key):
-    out = inner.run(base, start, state.inner, batches, masks, round, key)
-    now = (round % every == 0) | (state.rounds == 0)
+  def run(base, start, state, batches, masks, context):
+    out = inner.run(base, start, state.inner, batches, masks, context)
+    now = (context.round % every == 0) | (state.rounds == 0)
     copied = tree.map_present(
       lambda u, w, v, old: jnp.where(now, w + u - v, old),
       out.update.shared,

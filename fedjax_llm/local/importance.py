@@ -70,26 +70,28 @@ def reported(inner: LocalUpdate, measure: Callable[..., Any]) -> LocalUpdate:
   """`inner`, after which the client tells the server what it measured.
 
   `measure(base, params, held, batches, key)` sees the parameters that the
-  client ends with, and of those the ones that it holds; what it gives becomes
-  `metrics['report']`, for `server.planned`.
+  client ends with, and of those the ones that it holds; its result becomes
+  `ClientOutput.report`, for `server.planned`.
 
-  >>> def run(base, start, state, batches, masks, round, key):
-  ...   return ClientOutput({'w': jnp.float32(1)}, masks, (), {})
+  >>> from fedjax_llm.types import Context
+  >>> def run(base, start, state, batches, masks, context):
+  ...   return ClientOutput({'w': jnp.float32(1)}, masks)
   >>> update = reported(
   ...   LocalUpdate(lambda trainable: (), run),
   ...   lambda base, params, held, batches, key: 10 * held['w'],
   ... )
   >>> masks = Masks({'w': True}, {'w': True})
-  >>> out = update.run(None, {'w': jnp.float32(2)}, (), None, masks, 0, None)
-  >>> float(out.metrics['report'])
+  >>> out = update.run(None, {'w': jnp.float32(2)}, (), None, masks, Context())
+  >>> float(out.report)
   30.0
   """
 
-  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
-    out = inner.run(base, start, state, batches, masks, round, key)
+  def run(base, start, state, batches, masks, context) -> ClientOutput:
+    out = inner.run(base, start, state, batches, masks, context)
     end = tree.add(start, out.update)
-    report = measure(base, end, tree.like(end, masks.held), batches, key)
-    return out._replace(metrics={**out.metrics, 'report': report})
+    held = tree.like(end, masks.held)
+    report = measure(base, end, held, batches, context.key)
+    return out._replace(report=report)
 
   return LocalUpdate(inner.init, run)
 
@@ -121,17 +123,17 @@ def important(
   Raises:
     Error: a beta not in [0, 1); from the round, no low-rank factors.
 
-  >>> from fedjax_llm.types import LossSum
+  >>> from fedjax_llm.types import Context, LossSum
   >>> loss = lambda base, p, x, key: LossSum(
   ...   x * (p['q'].a @ p['q'].b).sum(), *jnp.float32([1, 0]))
   >>> start = {'q': LowRank(jnp.array([[1.0, 9.0]]), jnp.ones((2, 1)), None)}
-  >>> def still(base, start, state, batches, masks, round, key):
-  ...   return ClientOutput(None, masks, (), {})
+  >>> def still(base, start, state, batches, masks, context):
+  ...   return ClientOutput(None, masks)
   >>> one = {'q': LowRank(*jnp.array([[[True, False]]] * 2), None)}
   >>> one['q'] = one['q']._replace(b=one['q'].b.T)  # one of two units may train
   >>> update = important(LocalUpdate(lambda p: (), still), loss)
   >>> out = update.run(None, start, update.init(start), jnp.ones(3),
-  ...                  Masks(one, one), 0, jax.random.key(0))
+  ...                  Masks(one, one), Context(key=jax.random.key(0)))
   >>> out.masks.trained['q'].a.tolist()  # the unit that the loss depends on
   [[False, True]]
   """
@@ -143,9 +145,9 @@ def important(
     zeros = tree.zeros_like(trainable, jnp.float32)
     return Importance(zeros, zeros, inner.init(trainable))
 
-  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
+  def run(base, start, state, batches, masks, context) -> ClientOutput:
     trained = tree.like(start, masks.trained)
-    now = saliency(loss, base, start, trained, batches, key)
+    now = saliency(loss, base, start, trained, batches, context.key)
     mix = lambda beta: lambda old, new: beta * old + (1 - beta) * new
     smooth = tree.map_present(mix(beta1), state.sensitivity, now)
     apart = tree.map_present(lambda i, j: jnp.abs(i - j), now, smooth)
@@ -153,7 +155,7 @@ def important(
     score = tree.map_present(jnp.multiply, smooth, unsure)
     chosen = _chosen(start, score, masks.trained)
     out = inner.run(
-      base, start, state.inner, batches, Masks(masks.held, chosen), round, key
+      base, start, state.inner, batches, Masks(masks.held, chosen), context
     )
     return out._replace(state=Importance(smooth, unsure, out.state))
 

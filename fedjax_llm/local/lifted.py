@@ -21,15 +21,16 @@ def lifted(
   `settle(lift(p)) == p`. The update, the masks and the bytes are those of the
   parameters that travel.
 
+  >>> from fedjax_llm.types import Context
   >>> p = {'core': jnp.float32(3), 'gain': None}
   >>> lift = lambda p: {**p, 'gain': jnp.float32(1)}
   >>> settle = lambda p: {'core': p['core'] * p['gain'], 'gain': None}
   >>> trained = {'core': jnp.float32(1), 'gain': jnp.float32(1)}
   >>> inner = LocalUpdate(lambda p: (), lambda base, start, *rest: ClientOutput(
-  ...   trained, None, (), {}))
+  ...   trained, None))
   >>> one = {'core': jnp.bool_(True), 'gain': None}
   >>> out = lifted(inner, lift, settle).run(
-  ...   None, p, (), None, Masks(one, one), 0, None)
+  ...   None, p, (), None, Masks(one, one), Context())
   >>> float(out.update['core'])  # (3 + 1) * (1 + 1) - 3
   5.0
   """
@@ -41,10 +42,10 @@ def lifted(
     )
     return Masks(part(masks.held), part(masks.trained))
 
-  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
+  def run(base, start, state, batches, masks, context) -> ClientOutput:
     wide = lift(start)
     out = inner.run(
-      base, wide, state, batches, widened(masks, start, wide), round, key
+      base, wide, state, batches, widened(masks, start, wide), context
     )
     end = settle(tree.add(wide, out.update))
     update = tree.like(tree.sub(end, start), masks.trained)

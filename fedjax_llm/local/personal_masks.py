@@ -46,18 +46,18 @@ def pruned(
   Raises:
     Error: a density not above 0 or above 1, another `per`.
 
-  >>> from fedjax_llm.types import LossSum
+  >>> from fedjax_llm.types import Context, LossSum
   >>> loss = lambda base, p, x, key: LossSum(
   ...   x * jnp.sum(p.shared['w']), *jnp.float32([1, 0]))
   >>> w, true = jnp.array([1.0, -9.0]), jnp.bool_(True)
   >>> start = Dual({'w': w}, {'w': jnp.ones(2, jnp.int8)})
   >>> masks = Masks(*[Dual({'w': true}, {'w': true})] * 2)
-  >>> def still(base, start, state, batches, masks, round, key):
-  ...   return ClientOutput(Dual({'w': 0 * w}, {'w': None}), masks, (), {})
+  >>> def still(base, start, state, batches, masks, context):
+  ...   return ClientOutput(Dual({'w': 0 * w}, {'w': None}), masks)
   >>> update = pruned(LocalUpdate(lambda p: (), still), loss, density=0.5)
-  >>> out = update.run(None, start, update.init(start), jnp.ones(1), masks, 0,
-  ...                  jax.random.key(0))
-  >>> (start.personal['w'] + out.update.personal['w']).tolist()
+  >>> out = update.run(None, start, update.init(start), jnp.ones(1), masks,
+  ...                  Context(key=jax.random.key(0)))
+  >>> out.private.personal['w'].tolist()
   [0, 1]
   """
   if not 0 < density <= 1:
@@ -68,15 +68,15 @@ def pruned(
   def init(trainable: Dual) -> Counted:
     return Counted(jnp.int32(0), inner.init(trainable))
 
-  def search(base, start, state, batches, masks, round, key):
-    out = inner.run(base, start, state.inner, batches, masks, round, key)
+  def search(base, start, state, batches, masks, context):
+    out = inner.run(base, start, state.inner, batches, masks, context)
     trained = tree.add(tree.like(start, masks.trained), out.update)
-    score = saliency(loss, base, start, trained, batches, key)
+    score = saliency(loss, base, start, trained, batches, context.key)
     return _largest(score.shared, density, per)
 
-  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
+  def run(base, start, state, batches, masks, context) -> ClientOutput:
     wide = Masks(*(m._replace(personal=_nothing(m.personal)) for m in masks))
-    found = search(base, start, state, batches, wide, round, key)
+    found = search(base, start, state, batches, wide, context)
     kept = tree.map_present(
       lambda old, new: jnp.where(state.rounds > 0, old > 0, new),
       start.personal,
@@ -89,18 +89,18 @@ def pruned(
       )
     )
     begin = tree.apply_mask(start, narrow.held)
-    out = inner.run(base, begin, state.inner, batches, narrow, round, key)
+    out = inner.run(base, begin, state.inner, batches, narrow, context)
     pattern = tree.map_present(
-      lambda new, old: new.astype(old.dtype) - old, kept, start.personal
+      lambda new, old: new.astype(old.dtype), kept, start.personal
     )
+    nothing = _nothing(start)
     whole = Masks(
       *(n._replace(personal=m.personal) for n, m in zip(out.masks, masks))
     )
-    return ClientOutput(
-      update=out.update._replace(personal=pattern),
+    return out._replace(
       masks=whole,
       state=Counted(state.rounds + 1, out.state),
-      metrics=out.metrics,
+      private=Dual(nothing.shared, pattern),
     )
 
   return LocalUpdate(init, run)

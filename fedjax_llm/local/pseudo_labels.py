@@ -31,7 +31,7 @@ def pseudo_labelled(
 
   with `start` as the client received it, fixed for the round. The loss gets
   labels [B, classes] (`classification`), so a text counts as one whether its
-  label was given or found. The metric 'weight' is the number of texts trained
+  label was given or found. `ClientOutput.weight` is the number of texts trained
   on, which the server weighs the client by. Costs a forward pass over the
   round's batches.
 
@@ -45,15 +45,16 @@ def pseudo_labelled(
     Error: a threshold below 0 or above 1; from the round, texts that are not
       to be classified.
 
-  >>> def run(base, start, state, batches, masks, round, key):
-  ...   return ClientOutput(batches.label, masks, state, {})
+  >>> from fedjax_llm.types import Context
+  >>> def run(base, start, state, batches, masks, context):
+  ...   return ClientOutput(batches.label, masks, state)
   >>> logits = lambda base, params, batch: jnp.array([[9.0, 0], [9, 0], [1, 0]])
   >>> tokens = jnp.ones((1, 3, 2), jnp.int32)
   >>> labels = jnp.array([[1, -1, -1]])  # the second is confident
   >>> batches = Batch(tokens, tokens > 1, tokens, tokens, labels)
   >>> local = pseudo_labelled(LocalUpdate(None, run), logits, soft=False)
-  >>> out = local.run(None, None, (), batches, None, 0, None)
-  >>> out.update[0].tolist(), int(out.metrics['weight'])
+  >>> out = local.run(None, None, (), batches, None, Context())
+  >>> out.update[0].tolist(), int(out.weight)
   ([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]], 2)
   """
   if known(threshold) and not 0 <= threshold <= 1:
@@ -62,7 +63,7 @@ def pseudo_labelled(
       'probability.'
     )
 
-  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
+  def run(base, start, state, batches, masks, context) -> ClientOutput:
     if getattr(batches, 'label', None) is None:
       raise Error(
         'pseudo-labels are classes of texts: set task.name=classification.'
@@ -80,9 +81,9 @@ def pseudo_labelled(
 
     q = jax.lax.map(labels, jax.tree.map(jnp.asarray, batches))
     out = inner.run(
-      base, start, state, batches._replace(label=q), masks, round, key
+      base, start, state, batches._replace(label=q), masks, context
     )
     number = jnp.sum(jnp.any(q > 0, axis=-1), dtype=jnp.float32)
-    return out._replace(metrics={**out.metrics, 'weight': number})
+    return out._replace(weight=number)
 
   return LocalUpdate(inner.init, run)

@@ -101,40 +101,41 @@ def routed(inner: LocalUpdate) -> LocalUpdate:
   """`inner`, in which tokens use the experts that the client holds.
 
   `Experts.held` is what the masks hold of the pool while `inner` trains, which
-  does not train it; the client's update brings it, so a scope that makes it
-  private (`clients.assignment.assigned`) keeps it.
+  does not train it; the client keeps it (`ClientOutput.private`) where the
+  scope makes it private (`clients.assignment.assigned`).
 
-  >>> from fedjax_llm.types import LowRank
+  >>> from fedjax_llm.types import Context, LowRank
   >>> seen = []
-  >>> def run(base, start, state, batches, masks, round, key):
+  >>> def run(base, start, state, batches, masks, context):
   ...   seen.append(start['q'].held.tolist())
-  ...   return ClientOutput(start, masks, (), {})
+  ...   return ClientOutput(start, masks)
   >>> node = Experts(None, LowRank(jnp.ones((1, 3, 1, 1)), None, None), None,
   ...                jnp.zeros((1, 3), jnp.uint8))
   >>> mine = jnp.array([True, False, True]).reshape(1, 3, 1, 1)
   >>> mask = {'q': Experts(None, LowRank(mine, None, None), None, True)}
   >>> update = routed(LocalUpdate(lambda trainable: (), run))
-  >>> out = update.run(None, {'q': node}, (), None, Masks(mask, mask), 0, None)
-  >>> seen, out.update['q'].held.tolist()
+  >>> both = Masks(mask, mask)
+  >>> out = update.run(None, {'q': node}, (), None, both, Context())
+  >>> seen, out.private['q'].held.tolist()
   ([[[1, 0, 1]]], [[1, 0, 1]])
   """
 
   def without(masks: Any) -> Any:
     return _each(lambda m: m._replace(held=None), masks)
 
-  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
+  def run(base, start, state, batches, masks, context) -> ClientOutput:
     def given(x, m):
       mine = jnp.broadcast_to(m.pool.a[..., 0, 0], x.held.shape)
       return x._replace(held=mine.astype(x.held.dtype))
 
     begin = _each(given, start, masks.held)
     out = inner.run(
-      base, begin, state, batches, Masks(*map(without, masks)), round, key
+      base, begin, state, batches, Masks(*map(without, masks)), context
     )
-    note = lambda u, new, old: u._replace(held=new.held - old.held)
+    mine = lambda x, new: x._replace(held=new.held)
     both = lambda mine, all: mine._replace(held=all.held)
     return out._replace(
-      update=_each(note, out.update, begin, start),
+      private=_each(mine, jax.tree.map(lambda _: None, start), begin),
       masks=Masks(*(_each(both, x, y) for x, y in zip(out.masks, masks))),
     )
 

@@ -32,21 +32,22 @@ def selected(inner: LocalUpdate, *, budget: int) -> LocalUpdate:
     Error: a budget below one; from the round, no `LowRank` node or a budget
       above the rank.
 
-  >>> def inner(base, start, state, batches, masks, round, key):
+  >>> from fedjax_llm.types import Context
+  >>> def inner(base, start, state, batches, masks, context):
   ...   change = LowRank(jnp.array([[0.1, 0.9]]), jnp.zeros((2, 1)), None)
-  ...   return ClientOutput({'q': change}, masks, (), {})
+  ...   return ClientOutput({'q': change}, masks)
   >>> start = {'q': LowRank(jnp.ones((1, 2)), jnp.ones((2, 1)), None)}
   >>> true = {'q': LowRank(jnp.bool_(True), jnp.bool_(True), None)}
   >>> update = selected(LocalUpdate(lambda p: (), inner), budget=1)
-  >>> out = update.run(None, start, (), None, Masks(true, true), 0, None)
+  >>> out = update.run(None, start, (), None, Masks(true, true), Context())
   >>> out.masks.trained['q'].a.tolist()  # the unit that moved most
   [[False, True]]
   """
   if budget < 1:
     raise Error(f'selected: budget={budget} must be at least 1.')
 
-  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
-    trial = inner.run(base, start, state, batches, masks, round, key)
+  def run(base, start, state, batches, masks, context) -> ClientOutput:
+    trial = inner.run(base, start, state, batches, masks, context)
     scores = [
       _scores(node, change)
       for node, change in zip(
@@ -67,7 +68,7 @@ def selected(inner: LocalUpdate, *, budget: int) -> LocalUpdate:
       at += s.size
     trained = _only(masks.trained, start, kept)
     masks = Masks(masks.held, trained)
-    return inner.run(base, start, state, batches, masks, round, key)
+    return inner.run(base, start, state, batches, masks, context)
 
   return LocalUpdate(inner.init, run)
 

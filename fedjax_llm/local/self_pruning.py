@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import tree
-from fedjax_llm.local import sgd as sgd_lib
 from fedjax_llm.local.optimizers import LocalOptimizer
+from fedjax_llm.local.sgd import descend
 from fedjax_llm.types import (
   ClientOutput,
   Error,
@@ -32,7 +32,6 @@ def self_pruning(
   penalty: float = 5e-4,
   gamma: float = 0.99,
   min_rank: int = 1,
-  clip_norm: float | None = None,
 ) -> LocalUpdate:
   """S steps on loss + penalty * tail, and fewer ranks where the tail shrank.
 
@@ -49,11 +48,10 @@ def self_pruning(
     penalty: lambda of the paper.
     gamma: the share of ranks that stay when a client prunes.
     min_rank: no client goes below.
-    clip_norm: see `sgd`.
 
   Raises:
-    Error: a negative penalty, a gamma not in (0, 1), min_rank below one, a
-      clip_norm that is not positive; from `init`, no `LowRank` node.
+    Error: a negative penalty, a gamma not in (0, 1), min_rank below one; from
+      `init`, no `LowRank` node.
 
   >>> update = self_pruning(loss=None, optimizer=None, gamma=0.5)
   >>> node = LowRank(jnp.ones((2, 4)), jnp.ones((4, 2)), None)
@@ -66,8 +64,6 @@ def self_pruning(
     raise Error(f'self_pruning: gamma={gamma} must be above 0 and below 1.')
   if min_rank < 1:
     raise Error(f'self_pruning: min_rank={min_rank} must be at least 1.')
-  if clip_norm is not None and clip_norm <= 0:
-    raise Error(f'clip_norm is {clip_norm}; it must be above 0.')
 
   def init(trainable: Params) -> Ranks:
     nodes = _nodes(trainable)
@@ -75,7 +71,7 @@ def self_pruning(
       raise Error('self_pruning needs low-rank factors: adapter.name=lora.')
     return Ranks(jnp.int32(max(x.a.shape[-1] for x in nodes)))
 
-  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
+  def run(base, start, state, batches, masks, context) -> ClientOutput:
     trained = tree.like(start, masks.trained)
     rank = _held(masks, start)
     smaller = jnp.floor(gamma * rank + 1e-4).astype(jnp.int32)
@@ -83,14 +79,12 @@ def self_pruning(
     tail = lambda params: _tail(params, smaller)
 
     def adjust(grads, now):
-      if clip_norm is not None:
-        grads = sgd_lib.clip(grads, clip_norm)
       if penalty:
         pull = jax.grad(tail)(now)
         grads = tree.map_present(lambda g, p: g + penalty * p, grads, pull)
       return grads
 
-    end, _, metrics = sgd_lib.descend(
+    out = descend(
       loss,
       optimizer,
       base,
@@ -98,16 +92,16 @@ def self_pruning(
       optimizer.init(trained),
       batches,
       masks,
-      round,
-      key,
+      context,
       adjust,
     )
-    rank = jnp.where(tail(end) < tail(trained), smaller, rank)
+    rank = jnp.where(tail(out.end) < tail(trained), smaller, rank)
     return ClientOutput(
-      update=tree.sub(end, trained),
+      update=tree.sub(out.end, trained),
       masks=_first(masks, start, rank),
       state=Ranks(jnp.minimum(state.rank, rank)),
-      metrics={**metrics, 'rank': rank.astype(jnp.float32)},
+      work=out.work,
+      metrics={**out.metrics, 'rank': rank.astype(jnp.float32)},
     )
 
   return LocalUpdate(init, run)

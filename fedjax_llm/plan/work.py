@@ -332,10 +332,9 @@ def travel(work: Work) -> tuple[float, float]:
   total = np.zeros(2)
   step = jax.jit(algorithm.round)
   for _ in range(2):
-    state, states, told = step(state, cohort, base)
+    state, states, info = step(state, cohort, base)
     cohort = cohort._replace(states=states)
-    for i, way in enumerate(('uploads', 'downloads')):
-      parts = np.asarray(told[f'{way}/bytes'], np.float64)
-      total[i] += parts.sum() / 2
+    for i, counts in enumerate((info.bytes_up, info.bytes_down)):
+      total[i] += np.asarray(counts, np.float64).sum() / 2
   up, down = (math.ceil(x) * K / k for x in total)
   return up, down

@@ -5,6 +5,7 @@ Every recipe takes a loss and a local optimizer, and hands further keywords
 Examples that train nothing have no loss, `None`.
 """
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,7 +22,6 @@ from fedjax_llm.types import (
   LocalUpdate,
   Loss,
   Params,
-  ServerState,
 )
 
 
@@ -47,7 +47,6 @@ def fed_avg(
   loss: Loss,
   optimizer: LocalOptimizer,
   *,
-  clip_norm: float | None = None,
   keep_optimizer: bool = False,
   **parts: Any,
 ) -> FederatedAlgorithm:
@@ -68,9 +67,7 @@ def fed_avg(
   >>> float(state.params['w'])  # (3 * 2 + 1 * 6) / 4
   3.0
   """
-  update = local.sgd(
-    loss, optimizer, clip_norm=clip_norm, keep_optimizer=keep_optimizer
-  )
+  update = local.sgd(loss, optimizer, keep_optimizer=keep_optimizer)
   return compose(update, **parts)
 
 
@@ -79,7 +76,6 @@ def fed_prox(
   optimizer: LocalOptimizer,
   *,
   mu: float = 0.01,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedProx: FedAvg with mu / 2 * ||p - start||^2 in the local objective.
@@ -91,7 +87,7 @@ def fed_prox(
     ...
   fedjax_llm.types.Error: prox is -1.0; it must be 0 or more.
   """
-  update = local.sgd(loss, optimizer, prox=mu, clip_norm=clip_norm)
+  update = local.sgd(loss, optimizer, prox=mu)
   return compose(update, **parts)
 
 
@@ -101,7 +97,6 @@ def scaffold(
   *,
   num_clients: int,
   aggregator: AnyAggregator | None = None,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """SCAFFOLD: control variates cancel the drift between clients.
@@ -117,28 +112,26 @@ def scaffold(
   {'w': Array(0., dtype=float32)}
   """
   inner = aggregator or aggregators.mean()
-  fold = parts.pop('fold', None)
-  if fold is not None:  # what is served, not the control variate, folds
-    parts['fold'] = lambda base, p: (
-      (done := fold(base, p.params))[0],
-      p._replace(params=done[1]),
-    )
-  algorithm = compose(
-    local.scaffold(loss, optimizer, clip_norm=clip_norm),
-    aggregator=aggregators.control_variates(inner, num_clients),
-    **parts,
-  )
   scope = parts.get('scope') or scopes.everything()
 
-  def init(key: Key, params: Params) -> ServerState:
+  def wrap(key: Key, params: Params) -> Controlled:
     masks = tree.full_masks(params, scope.labels(params))
     control = tree.zeros_like(tree.like(params, masks.trained), jnp.float32)
-    return algorithm.init(key, Controlled(params, control))
+    return Controlled(params, control)
 
-  def personal(params, state):
-    return algorithm.personal(params, state).params
-
-  return algorithm._replace(init=init, personal=personal)
+  fold = parts.pop('fold', None)
+  return server.on_part(
+    functools.partial(
+      compose,
+      local.scaffold(loss, optimizer),
+      aggregator=aggregators.control_variates(inner, num_clients),
+      **parts,
+    ),
+    wrap=wrap,
+    get=lambda params: params.params,
+    put=lambda params, part: params._replace(params=part),
+    fold=fold,
+  )
 
 
 def fed_avgm(
@@ -147,7 +140,6 @@ def fed_avgm(
   *,
   server_learning_rate: float | None = None,
   momentum: float | None = None,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedAvgM: momentum on the server (Hsu et al. 2019, arXiv 1909.06335).
@@ -161,7 +153,7 @@ def fed_avgm(
   step = server.fed_avgm(
     **_given(learning_rate=server_learning_rate, momentum=momentum)
   )
-  return _with_server('fed_avgm', step, loss, optimizer, clip_norm, parts)
+  return _with_server('fed_avgm', step, loss, optimizer, parts)
 
 
 def fed_adagrad(
@@ -171,7 +163,6 @@ def fed_adagrad(
   server_learning_rate: float | None = None,
   b1: float | None = None,
   tau: float | None = None,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedAdagrad (Reddi et al. 2021, arXiv 2003.00295, algorithm 2).
@@ -185,7 +176,7 @@ def fed_adagrad(
   step = server.fed_adagrad(
     **_given(learning_rate=server_learning_rate, b1=b1, tau=tau)
   )
-  return _with_server('fed_adagrad', step, loss, optimizer, clip_norm, parts)
+  return _with_server('fed_adagrad', step, loss, optimizer, parts)
 
 
 def fed_adam(
@@ -196,7 +187,6 @@ def fed_adam(
   b1: float | None = None,
   b2: float | None = None,
   tau: float | None = None,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedAdam (Reddi et al. 2021, arXiv 2003.00295, algorithm 2).
@@ -210,7 +200,7 @@ def fed_adam(
   step = server.fed_adam(
     **_given(learning_rate=server_learning_rate, b1=b1, b2=b2, tau=tau)
   )
-  return _with_server('fed_adam', step, loss, optimizer, clip_norm, parts)
+  return _with_server('fed_adam', step, loss, optimizer, parts)
 
 
 def fed_yogi(
@@ -221,7 +211,6 @@ def fed_yogi(
   b1: float | None = None,
   b2: float | None = None,
   tau: float | None = None,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedYogi (Reddi et al. 2021, arXiv 2003.00295, algorithm 2).
@@ -235,16 +224,16 @@ def fed_yogi(
   step = server.fed_yogi(
     **_given(learning_rate=server_learning_rate, b1=b1, b2=b2, tau=tau)
   )
-  return _with_server('fed_yogi', step, loss, optimizer, clip_norm, parts)
+  return _with_server('fed_yogi', step, loss, optimizer, parts)
 
 
-def _with_server(name, step, loss, optimizer, clip_norm, parts):
+def _with_server(name, step, loss, optimizer, parts):
   if 'server' in parts:
     raise Error(
       f'{name} brings its own server optimizer: leave the server section out, '
       'or name fed_avg with the server that you want.'
     )
-  return fed_avg(loss, optimizer, clip_norm=clip_norm, server=step, **parts)
+  return fed_avg(loss, optimizer, server=step, **parts)
 
 
 def _given(**settings: Any) -> dict[str, Any]:

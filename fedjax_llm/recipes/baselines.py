@@ -12,7 +12,6 @@ def local_only(
   loss: Loss,
   optimizer: LocalOptimizer,
   *,
-  clip_norm: float | None = None,
   keep_optimizer: bool = True,
   **parts: Any,
 ) -> FederatedAlgorithm:
@@ -30,7 +29,6 @@ def local_only(
   return averaging.fed_avg(
     loss,
     optimizer,
-    clip_norm=clip_norm,
     keep_optimizer=keep_optimizer,
     scope=scopes.all_private(),
     **parts,
@@ -41,7 +39,6 @@ def centralised(
   loss: Loss,
   optimizer: LocalOptimizer,
   *,
-  clip_norm: float | None = None,
   keep_optimizer: bool = True,
   **parts: Any,
 ) -> FederatedAlgorithm:
@@ -60,7 +57,6 @@ def centralised(
   return averaging.fed_avg(
     loss,
     optimizer,
-    clip_norm=clip_norm,
     keep_optimizer=keep_optimizer,
     **parts,
   )

@@ -1,5 +1,6 @@
 """Methods whose clients work with experts of their own choice out of a pool."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +15,9 @@ from fedjax_llm.recipes import averaging
 from fedjax_llm.recipes.homogeneous import refuse
 from fedjax_llm.types import (
   FederatedAlgorithm,
-  Key,
   Loss,
   Metrics,
   Params,
-  ServerState,
   Uploads,
 )
 
@@ -35,7 +34,6 @@ def fed_amole(
   balance: float = 0.001,
   weighted: bool = False,
   policy: Callable[[int, Any, Any], Any] | None = None,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedAMoLE: experts of a pool choose the clients whose texts they suit.
@@ -91,25 +89,25 @@ def fed_amole(
   )
   policies.check_bounds(num_experts, num_clients, **bounds)
   decide = policies.by_affinity(**bounds) if policy is None else policy
-  update = local.sgd(
-    local.balanced(loss, balance), optimizer, clip_norm=clip_norm
+  update = local.sgd(local.balanced(loss, balance), optimizer)
+  fold = parts.pop('fold', None)
+  algorithm = server.on_part(
+    functools.partial(
+      averaging.compose,
+      local.routed(local.reported(update, local.embeddings(loss))),
+      scope=assignment.assigned(),
+      aggregator=aggregators.masked_mean('mask', weighted=weighted),
+      **{'measure': _of_shared(weighted), 'fold': fold, **parts},
+    ),
+    wrap=lambda key, params: adapters.experts.pooled(
+      jax.random.fold_in(key, 1), params, num_experts
+    ),
+    get=adapters.experts.shared,
+    put=lambda params, part: part,
+    serve=lambda params, state: (
+      adapters.experts.shared(params) if state is None else params
+    ),
   )
-  algorithm = averaging.compose(
-    local.routed(local.reported(update, local.embeddings(loss))),
-    scope=assignment.assigned(),
-    aggregator=aggregators.masked_mean('mask', weighted=weighted),
-    **{'measure': _of_shared(weighted), **parts},
-  )
-
-  def init(key: Key, params: Params) -> ServerState:
-    drawn = jax.random.fold_in(key, 1)
-    wide = adapters.experts.pooled(drawn, params, num_experts)
-    return algorithm.init(key, wide)
-
-  def personal(params, state):
-    if state is None:
-      return adapters.experts.shared(params)
-    return algorithm.personal(params, state)
 
   def first(params: Params) -> tuple[dict[str, np.ndarray], Any]:
     places, rank = assignment.places(params)
@@ -130,7 +128,7 @@ def fed_amole(
     }
 
   return server.planned(
-    algorithm._replace(init=init, personal=personal),
+    algorithm,
     lambda params: decide,
     first=first,
     num_clients=num_clients,

@@ -22,8 +22,6 @@ from fedjax_llm.types import FederatedAlgorithm, Loss, Scope
 def zero_padding(
   loss: Loss,
   optimizer: LocalOptimizer,
-  *,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedIT with ranks: the mean of factors that are padded with zeros.
@@ -44,7 +42,6 @@ def zero_padding(
     aggregators.zero_padding(),
     loss,
     optimizer,
-    clip_norm,
     {'scope': scopes.ranks(), **parts},
   )
 
@@ -52,8 +49,6 @@ def zero_padding(
 def rbla(
   loss: Loss,
   optimizer: LocalOptimizer,
-  *,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """RBLA: every rank is averaged over the clients that hold it.
@@ -77,7 +72,6 @@ def rbla(
     aggregators.masked_mean('mask'),
     loss,
     optimizer,
-    clip_norm,
     {'scope': scopes.ranks(), **parts},
   )
 
@@ -85,8 +79,6 @@ def rbla(
 def replication_padding(
   loss: Loss,
   optimizer: LocalOptimizer,
-  *,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """Small clients are padded with what the largest clients learned.
@@ -107,7 +99,6 @@ def replication_padding(
     aggregators.replication(),
     loss,
     optimizer,
-    clip_norm,
     {'scope': scopes.ranks(), **parts},
   )
 
@@ -115,8 +106,6 @@ def replication_padding(
 def flora(
   loss: Loss,
   optimizer: LocalOptimizer,
-  *,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FLoRA: the stacked product goes into the base, and factors start afresh.
@@ -139,7 +128,6 @@ def flora(
     aggregators.flora(),
     loss,
     optimizer,
-    clip_norm,
     {'scope': scopes.ranks(), 'download': uploads.known(), **parts},
   )
 
@@ -149,7 +137,6 @@ def flexlora(
   optimizer: LocalOptimizer,
   *,
   split: str = 'b',
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FlexLoRA: the mean product, rounded to each client's rank by its SVD.
@@ -171,7 +158,6 @@ def flexlora(
     aggregators.flexlora(split=split),
     loss,
     optimizer,
-    clip_norm,
     {'scope': scopes.ranks(), **parts},
   )
 
@@ -179,8 +165,6 @@ def flexlora(
 def hlora(
   loss: Loss,
   optimizer: LocalOptimizer,
-  *,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """HLoRA, as NVIDIA FLARE's MedGemma example means it.
@@ -202,7 +186,6 @@ def hlora(
     aggregators.flexlora(split='a'),
     loss,
     optimizer,
-    clip_norm,
     {'scope': scopes.ranks(), **parts},
   )
 
@@ -212,7 +195,6 @@ def fed_hm(
   optimizer: LocalOptimizer,
   *,
   decay: float = 1e-4,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedHM: factorised weights of each client's rank, averaged as weights.
@@ -230,9 +212,7 @@ def fed_hm(
   fedjax_llm.types.Error: frobenius_decay: strength=-1.0 must not be negative.
   """
   refuse('fed_hm', 'aggregator', parts)
-  update = local.sgd(
-    local.frobenius_decay(loss, decay), optimizer, clip_norm=clip_norm
-  )
+  update = local.sgd(local.frobenius_decay(loss, decay), optimizer)
   return averaging.compose(
     update,
     aggregator=aggregators.flexlora(),
@@ -246,7 +226,6 @@ def hafl(
   *,
   beta1: float = 0.85,
   beta2: float = 0.85,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """HAFL, with freezing: all hold every unit, and train those that matter.
@@ -267,7 +246,7 @@ def hafl(
   """
   refuse('hafl', 'aggregator', parts)
   update = local.important(
-    local.sgd(loss, optimizer, clip_norm=clip_norm),
+    local.sgd(loss, optimizer),
     loss,
     beta1=beta1,
     beta2=beta2,
@@ -283,11 +262,9 @@ def _trained_ranks() -> Scope:
   inner = scopes.everything()
   narrow = scopes.ranks(inner)
 
-  def mask(start, profile, state, round, key):
-    some = narrow.mask(start, profile, state, round, key)
-    return inner.mask(start, profile, state, round, key)._replace(
-      trained=some.trained
-    )
+  def mask(start, state, context):
+    some = narrow.mask(start, state, context)
+    return inner.mask(start, state, context)._replace(trained=some.trained)
 
   return inner._replace(mask=mask)
 
@@ -300,7 +277,6 @@ def het_lora(
   gamma: float = 0.99,
   min_rank: int = 1,
   per: str = 'client',
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """HetLoRA: truncated dispatch, self-pruning, weights by what was learned.
@@ -326,7 +302,6 @@ def het_lora(
     penalty=penalty,
     gamma=gamma,
     min_rank=min_rank,
-    clip_norm=clip_norm,
   )
   return averaging.compose(
     update,
@@ -339,8 +314,8 @@ def _pruned_ranks() -> Scope:
   """The first ranks of the profile, less those that the client gave up."""
   inner = scopes.ranks()
 
-  def mask(start, profile, state, round, key):
-    rank = jnp.minimum(scopes.rank_of(profile), state.local.rank)
-    return inner.mask(start, rank, state, round, key)
+  def mask(start, state, context):
+    rank = jnp.minimum(scopes.rank_of(context.profile), state.local.rank)
+    return inner.mask(start, state, context._replace(profile=rank))
 
   return inner._replace(mask=mask)

@@ -22,8 +22,6 @@ from fedjax_llm.types import Error, FederatedAlgorithm, Loss
 def fed_it(
   loss: Loss,
   optimizer: LocalOptimizer,
-  *,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedIT: federated averaging of the factors.
@@ -44,18 +42,17 @@ def fed_it(
   >>> state = method.init(jax.random.key(0), params)
   >>> cohort = Cohort(jnp.arange(2), jnp.array([[0.0], [4.0]]), jnp.ones(2),
   ...                 jnp.ones(2, bool))
-  >>> _, _, told = jax.jit(method.round)(state, cohort)
-  >>> round(float(told['aggregators/error']), 3)  # of one step on each client
+  >>> _, _, info = jax.jit(method.round)(state, cohort)
+  >>> error = info.metrics['aggregators/error']  # of one step on each client
+  >>> round(float(error), 3)
   0.1
   """
-  return averaging.fed_avg(loss, optimizer, clip_norm=clip_norm, **parts)
+  return averaging.fed_avg(loss, optimizer, **parts)
 
 
 def ffa_lora(
   loss: Loss,
   optimizer: LocalOptimizer,
-  *,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FFA-LoRA: a stays as it was drawn, and only b is trained and sent.
@@ -74,16 +71,12 @@ def ffa_lora(
   (None, (2, 3))
   """
   scope = scopes.frozen('/a$')
-  return averaging.fed_avg(
-    loss, optimizer, clip_norm=clip_norm, scope=scope, **parts
-  )
+  return averaging.fed_avg(loss, optimizer, scope=scope, **parts)
 
 
 def rolora(
   loss: Loss,
   optimizer: LocalOptimizer,
-  *,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """RoLoRA: rounds take turns between b (the first) and a.
@@ -95,17 +88,16 @@ def rolora(
   since a client may not have been there in the round before. Moments of the
   local optimizer start afresh in every round.
 
+  >>> from fedjax_llm.types import Context
   >>> from jax import numpy as jnp
   >>> turns, params = scopes.alternating('b$', 'a$'), {'a': 1.0, 'b': 2.0}
-  >>> [[name for name, m in turns.mask(params, (), None, jnp.int32(t),
-  ...   None).trained.items() if m] for t in (0, 1)]
+  >>> [[name for name, m in turns.mask(params, None, Context(
+  ...   round=t)).trained.items() if m] for t in (0, 1)]
   [['b'], ['a']]
   >>> method = rolora(None, local.optimizer('adamw'))
   """
   scope = scopes.alternating('/b$', '/a$')
-  return averaging.fed_avg(
-    loss, optimizer, clip_norm=clip_norm, scope=scope, **parts
-  )
+  return averaging.fed_avg(loss, optimizer, scope=scope, **parts)
 
 
 def fed_sa(
@@ -113,7 +105,6 @@ def fed_sa(
   optimizer: LocalOptimizer,
   *,
   private: str = '/b$',
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedSA-LoRA: both factors are trained, a is shared, and b stays at home.
@@ -137,9 +128,7 @@ def fed_sa(
   (None, (2, 3))
   """
   scope = scopes.private(private)
-  return averaging.fed_avg(
-    loss, optimizer, clip_norm=clip_norm, scope=scope, **parts
-  )
+  return averaging.fed_avg(loss, optimizer, scope=scope, **parts)
 
 
 def fedex_lora(
@@ -148,7 +137,6 @@ def fedex_lora(
   *,
   weighted: bool = False,
   residual_rank: int | None = None,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedEx-LoRA: the mean of the factors, and the base takes what it misses.
@@ -167,7 +155,7 @@ def fedex_lora(
   (4, 3)
   """
   rule = aggregators.fedex(weighted=weighted, residual_rank=residual_rank)
-  return with_rule('fedex_lora', rule, loss, optimizer, clip_norm, parts)
+  return with_rule('fedex_lora', rule, loss, optimizer, parts)
 
 
 def lora_fair(
@@ -175,7 +163,6 @@ def lora_fair(
   optimizer: LocalOptimizer,
   *,
   penalty: float = 0.01,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """LoRA-FAIR: the mean of the factors, b corrected towards the mean product.
@@ -192,7 +179,7 @@ def lora_fair(
   fedjax_llm.types.Error: lora_fair: penalty=0.0 must be positive.
   """
   rule = aggregators.lora_fair(penalty=penalty)
-  return with_rule('lora_fair', rule, loss, optimizer, clip_norm, parts)
+  return with_rule('lora_fair', rule, loss, optimizer, parts)
 
 
 def fed_svd(
@@ -200,7 +187,6 @@ def fed_svd(
   optimizer: LocalOptimizer,
   *,
   every: int = 1,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedSVD: b alone is trained, and the server factors the product anew.
@@ -219,9 +205,7 @@ def fed_svd(
   """
   rule = aggregators.fedsvd(every=every)
   scope = {'scope': scopes.untrained('/a$')}
-  return with_rule(
-    'fed_svd', rule, loss, optimizer, clip_norm, {**scope, **parts}
-  )
+  return with_rule('fed_svd', rule, loss, optimizer, {**scope, **parts})
 
 
 def fedrot_lora(
@@ -230,7 +214,6 @@ def fedrot_lora(
   *,
   strength: float = 1.0,
   first: str = 'a',
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedRot-LoRA: clients' factors are turned onto the server's before the mean.
@@ -246,7 +229,7 @@ def fedrot_lora(
   fedjax_llm.types.Error: fedrot: strength=2.0 must be from 0 to 1.
   """
   rule = aggregators.fedrot(strength=strength, first=first)
-  return with_rule('fedrot_lora', rule, loss, optimizer, clip_norm, parts)
+  return with_rule('fedrot_lora', rule, loss, optimizer, parts)
 
 
 def lora_a2(
@@ -254,7 +237,6 @@ def lora_a2(
   optimizer: LocalOptimizer,
   *,
   budget: int = 2,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """LoRA-A2: alternating factors, and of each only the units that matter.
@@ -273,9 +255,7 @@ def lora_a2(
     ...
   fedjax_llm.types.Error: selected: budget=0 must be at least 1.
   """
-  update = local.selected(
-    local.sgd(loss, optimizer, clip_norm=clip_norm), budget=budget
-  )
+  update = local.selected(local.sgd(loss, optimizer), budget=budget)
   mine = {
     'scope': scopes.alternating('/b$', '/a$'),
     'upload': uploads.identity(bitmap=True),
@@ -294,7 +274,6 @@ def flasc(
   b1: float = 0.9,
   b2: float = 0.99,
   tau: float = 1e-3,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FLASC: dense training between a sparse download and a sparse upload.
@@ -325,7 +304,6 @@ def flasc(
   return averaging.fed_avg(
     loss,
     optimizer,
-    clip_norm=clip_norm,
     download=uploads.top_k(download_density, per),
     upload=uploads.top_k(upload_density, per),
     server=server.fed_adam(server_learning_rate, b1, b2, tau),
@@ -347,7 +325,6 @@ def with_rule(
   rule: Any,
   loss: Loss,
   optimizer: LocalOptimizer,
-  clip_norm: float | None,
   parts: dict[str, Any],
 ) -> FederatedAlgorithm:
   """`fed_avg` with a rule that makes the method what it is.
@@ -356,6 +333,4 @@ def with_rule(
     Error: another aggregator is given as well.
   """
   refuse(name, 'aggregator', parts)
-  return averaging.fed_avg(
-    loss, optimizer, clip_norm=clip_norm, aggregator=rule, **parts
-  )
+  return averaging.fed_avg(loss, optimizer, aggregator=rule, **parts)

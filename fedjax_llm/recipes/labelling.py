@@ -15,7 +15,6 @@ def lp_fl(
   model: Model,
   threshold: float = 0.9,
   soft: bool = True,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """LP-FL: clients train on texts that the global model has labelled for them.
@@ -44,7 +43,7 @@ def lp_fl(
   ClientState(private=None, local=(), upload=())
   """
   update = local.pseudo_labelled(
-    local.sgd(loss, optimizer, clip_norm=clip_norm),
+    local.sgd(loss, optimizer),
     local.class_logits(model),
     threshold=threshold,
     soft=soft,

@@ -26,7 +26,6 @@ def perfit(
   *,
   expansion: float = 2.0,
   per: str = 'tree',
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """PerFIT: an expanded adapter, of which every client keeps its own entries.
@@ -54,7 +53,7 @@ def perfit(
   inner = scopes.everything()
   common = local.viewed(loss, dual.shared)
   update = local.pruned(
-    local.sgd(common, optimizer, clip_norm=clip_norm),
+    local.sgd(common, optimizer),
     common,
     density=1 / max(expansion, 1e-9),
     per=per,
@@ -88,8 +87,8 @@ def _patterned(inner: Scope) -> Scope:
     own = jax.tree.map(lambda _: Shared, params.personal)
     return Dual(inner.labels(params.shared), own)
 
-  def mask(start, profile, state, round, key):
-    common = inner.mask(start.shared, profile, state, round, key)
+  def mask(start, state, context):
+    common = inner.mask(start.shared, state, context)
     pattern = _pattern(start)
     true = jax.tree.map(lambda _: jnp.bool_(True), pattern)
     narrow = lambda m: Dual(tree.map_present(jnp.logical_and, m, pattern), true)

@@ -41,7 +41,6 @@ def fed_rep(
   *,
   private: str = '/b$',
   private_steps: int | None = None,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedRep: first the client's head at a fixed body, then the body, shared.
@@ -65,7 +64,7 @@ def fed_rep(
   >>> kept.a, kept.b.shape
   (None, (2, 3))
   """
-  step = local.sgd(loss, optimizer, clip_norm=clip_norm)
+  step = local.sgd(loss, optimizer)
   if not private:
     return averaging.compose(step, **parts)
   refuse('fed_rep', 'scope', parts)
@@ -84,7 +83,6 @@ def ditto(
   *,
   strength: float = 0.1,
   private_steps: int | None = None,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """Ditto: federated averaging, and beside it a model of one's own, tethered.
@@ -105,10 +103,8 @@ def ditto(
   >>> method.init_client(start).private
   Dual(shared={'w': None}, personal={'w': Array([1., 1.], dtype=float32)})
   """
-  own = local.tethered(loss, optimizer, strength=strength, clip_norm=clip_norm)
-  common = local.sgd(
-    local.viewed(loss, dual.shared), optimizer, clip_norm=clip_norm
-  )
+  own = local.tethered(loss, optimizer, strength=strength)
+  common = local.sgd(local.viewed(loss, dual.shared), optimizer)
   update = local.phases(
     Phase(local.counted(own), dual.OWN),
     Phase(common, dual.COMMON),
@@ -125,7 +121,6 @@ def fed_dpa_t(
   *,
   local_weight: float = 0.5,
   private_steps: int | None = None,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedDPA-T: a local adapter learned in every round beside the global one.
@@ -154,10 +149,8 @@ def fed_dpa_t(
   _check_weight(local_weight)
   weights = (local_weight, 1 - local_weight)
   both = lambda p: multi.mix((p.personal, p.shared), weights)
-  own = local.sgd(local.viewed(loss, both), optimizer, clip_norm=clip_norm)
-  common = local.sgd(
-    local.viewed(loss, dual.shared), optimizer, clip_norm=clip_norm
-  )
+  own = local.sgd(local.viewed(loss, both), optimizer)
+  common = local.sgd(local.viewed(loss, dual.shared), optimizer)
   update = local.phases(
     Phase(local.counted(own), dual.OWN, lambda round: round > 0),
     Phase(common, dual.COMMON),
@@ -177,7 +170,6 @@ def fed_dpa_f(
   *,
   federated_rounds: int = 20,
   local_weight: float = 0.5,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedDPA-F: federated averaging first, then a local copy, fine-tuned.
@@ -205,9 +197,7 @@ def fed_dpa_f(
     raise Error(
       f'fed_dpa_f: federated_rounds={federated_rounds} must be at least 1.'
     )
-  step = lambda view: local.sgd(
-    local.viewed(loss, view), optimizer, clip_norm=clip_norm
-  )
+  step = lambda view: local.sgd(local.viewed(loss, view), optimizer)
   update = local.phases(
     Phase(
       local.forked(step(dual.personal)),
@@ -226,7 +216,6 @@ def fed_lora(
   optimizer: LocalOptimizer,
   *,
   private_steps: int | None = None,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedLoRA: full matrices are shared, and a low-rank change is one's own.
@@ -249,7 +238,7 @@ def fed_lora(
   (4, 3)
   """
   both = lambda p: multi.mix((p.personal, p.shared), (1.0, 1.0))
-  step = local.sgd(local.viewed(loss, both), optimizer, clip_norm=clip_norm)
+  step = local.sgd(local.viewed(loss, both), optimizer)
   update = local.phases(
     Phase(local.counted(step), dual.OWN),
     Phase(step, dual.COMMON),
@@ -271,7 +260,6 @@ def fd_lora(
   server_learning_rate: float = 0.7,
   momentum: float = 0.9,
   fusion: tuple[float, float] = (0.5, 0.5),
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FDLoRA: a global adapter by Nesterov momentum, a personal copy, fused.
@@ -297,9 +285,7 @@ def fd_lora(
   (2,)
   """
   refuse('fd_lora', 'server', parts)
-  step = local.sgd(
-    local.viewed(loss, dual.shared), optimizer, clip_norm=clip_norm
-  )
+  step = local.sgd(local.viewed(loss, dual.shared), optimizer)
   update = local.synced(
     local.phases(Phase(step, dual.COMMON)), every=sync_every
   )

@@ -24,7 +24,6 @@ def fed_pipe(
   num_clients: int,
   profiles: Mapping[str, np.ndarray] | None = None,
   policy: Callable[..., Any] | None = None,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedPipe's policy: a client trains the weights that matter most to it.
@@ -70,7 +69,7 @@ def fed_pipe(
   budgets = np.asarray(profiles['budget'])
   build = policies.by_importance if policy is None else policy
   update = local.reported(
-    local.sgd(loss, optimizer, clip_norm=clip_norm),
+    local.sgd(loss, optimizer),
     local.weight_importance(loss),
   )
   parts.setdefault('aggregator', aggregators.masked_mean('mask'))

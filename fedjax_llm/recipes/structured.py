@@ -6,12 +6,13 @@ takes a loss and a local optimizer, and hands further keywords (`server`,
 Examples that train nothing have no loss, `None`.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import adapters, aggregators, local
+from fedjax_llm import adapters, aggregators, local, server
 from fedjax_llm.clients import scopes
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.recipes import averaging
@@ -31,8 +32,6 @@ from fedjax_llm.types import (
 def fed_tt_plus(
   loss: Loss,
   optimizer: LocalOptimizer,
-  *,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedTT+: of every tensor train one core is trained in a round, in turn.
@@ -45,25 +44,22 @@ def fed_tt_plus(
   every round: it is `fed_avg` on that adapter. The paper leaves open here how
   many cores take part in a round, and in which order.
 
+  >>> from fedjax_llm.types import Context
   >>> turns = scopes.in_turn('/cores/([0-9]+)$')
   >>> train = {'q': {'cores': [jnp.ones(1)] * 3}}
-  >>> masks = turns.mask(train, (), None, jnp.int32(1), None)
+  >>> masks = turns.mask(train, None, Context(round=1))
   >>> [bool(m) for m in masks.trained['q']['cores']]  # the second round
   [False, True, False]
   >>> method = fed_tt_plus(None, local.optimizer('adamw'))
   """
   refuse('fed_tt_plus', 'scope', parts)
   scope = scopes.in_turn('/cores/([0-9]+)$')
-  return averaging.fed_avg(
-    loss, optimizer, clip_norm=clip_norm, scope=scope, **parts
-  )
+  return averaging.fed_avg(loss, optimizer, scope=scope, **parts)
 
 
 def fed_sb(
   loss: Loss,
   optimizer: LocalOptimizer,
-  *,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """Fed-SB: an R x R matrix between frozen bases is all that is averaged.
@@ -83,16 +79,12 @@ def fed_sb(
   ['q/core', 'q/p', 'q/q', 'q/scale']
   """
   refuse('fed_sb', 'scope', parts)
-  return averaging.fed_avg(
-    loss, optimizer, clip_norm=clip_norm, scope=_on_cores('fed_sb'), **parts
-  )
+  return averaging.fed_avg(loss, optimizer, scope=_on_cores('fed_sb'), **parts)
 
 
 def ravan(
   loss: Loss,
   optimizer: LocalOptimizer,
-  *,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """RAVAN: several heads between frozen bases, each with a gain of its own.
@@ -112,7 +104,7 @@ def ravan(
   """
   refuse('ravan', 'scope', parts)
   update = local.lifted(
-    local.sgd(loss, optimizer, clip_norm=clip_norm),
+    local.sgd(loss, optimizer),
     adapters.cores.with_gains,
     adapters.cores.without_gains,
   )
@@ -141,7 +133,6 @@ def fed_ra(
   optimizer: LocalOptimizer,
   *,
   weighted: bool = False,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedRA: in every round a client gets some layers at random, and no others.
@@ -168,30 +159,26 @@ def fed_ra(
   for section in ('scope', 'aggregator'):
     refuse('fed_ra', section, parts)
   gate = adapters.gates.NAME
-  if (fold := parts.get('fold')) is not None:
 
-    def folded(base, params):
-      base, done = fold(base, adapters.gates.without(params))
-      gates = params['layers'][gate]
-      return base, {**done, 'layers': {**done['layers'], gate: gates}}
+  def put(params: Params, part: Params) -> Params:
+    gates = params['layers'][gate]
+    return {**part, 'layers': {**part['layers'], gate: gates}}
 
-    parts = {**parts, 'fold': folded}
-  algorithm = averaging.fed_avg(
-    loss,
-    optimizer,
-    clip_norm=clip_norm,
-    scope=scopes.layers(scopes.untrained(f'^layers/{gate}$')),
-    aggregator=aggregators.masked_mean('mask', weighted=weighted),
-    **parts,
+  fold = parts.pop('fold', None)
+  return server.on_part(
+    functools.partial(
+      averaging.fed_avg,
+      loss,
+      optimizer,
+      scope=scopes.layers(scopes.untrained(f'^layers/{gate}$')),
+      aggregator=aggregators.masked_mean('mask', weighted=weighted),
+      **parts,
+    ),
+    wrap=lambda key, params: adapters.gates.added(params),
+    get=adapters.gates.without,
+    put=put,
+    fold=fold,
   )
-
-  def init(key: Key, params: Params):
-    return algorithm.init(key, adapters.gates.added(params))
-
-  def personal(params, state):
-    return adapters.gates.without(algorithm.personal(params, state))
-
-  return algorithm._replace(init=init, personal=personal)
 
 
 # ------------------------------------------------------------------ stages --
@@ -217,7 +204,6 @@ def slora(
   *,
   first_rounds: int = 5,
   density: float | None = None,
-  clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """SLoRA: sparse full fine-tuning first, whose outcome starts the factors.
@@ -253,44 +239,42 @@ def slora(
     raise Error(f'slora: first_rounds={first_rounds} must be at least 1.')
   if density is not None and not 0 < density <= 1:
     raise Error(f'slora: density={density} must be above 0 and at most 1.')
-  if (fold := parts.get('fold')) is not None:
 
-    def folded(base, params):
-      base, factors = fold(base, params.factors)
-      return base, params._replace(factors=factors)
-
-    parts = {**parts, 'fold': folded}
-  algorithm = averaging.fed_avg(
-    local.viewed(loss, _together),
-    optimizer,
-    clip_norm=clip_norm,
-    scope=_by_stage(first_rounds),
-    **parts,
-  )
-
-  def init(key: Key, params: Params):
+  def wrap(key: Key, params: Params) -> Staged:
     here = jax.random.fold_in(key, 1)
-    return algorithm.init(key, Staged(_pattern(here, params, density), params))
+    return Staged(_pattern(here, params, density), params)
 
-  def round(state, cohort, base=None):
-    state, states, told = algorithm.round(state, cohort, base)
+  def turn(state, base, data, key):
+    del base, data, key
     turned = jax.lax.cond(
       state.round == first_rounds, _factored, lambda p: p, state.params
     )
-    return state._replace(params=turned), states, told
+    return state._replace(params=turned)
 
-  def personal(params, state):
-    return _together(algorithm.personal(params, state))
-
-  return algorithm._replace(init=init, round=round, personal=personal)
+  fold = parts.pop('fold', None)
+  return server.on_part(
+    functools.partial(
+      averaging.fed_avg,
+      local.viewed(loss, _together),
+      optimizer,
+      scope=_by_stage(first_rounds),
+      after=turn,
+      **parts,
+    ),
+    wrap=wrap,
+    get=lambda params: params.factors,
+    put=lambda params, part: params._replace(factors=part),
+    serve=lambda params, state: _together(params),
+    fold=fold,
+  )
 
 
 def _by_stage(first_rounds: int) -> Scope:
   inner = scopes.everything()
 
-  def mask(start, profile, state, round, key):
-    masks = inner.mask(start, profile, state, round, key)
-    early = round < first_rounds
+  def mask(start, state, context):
+    masks = inner.mask(start, state, context)
+    early = context.round < first_rounds
     when = lambda m, now: jax.tree.map(lambda x: x & now, m)
     narrow = lambda m: Staged(when(m.sparse, early), when(m.factors, ~early))
     return Masks(*map(narrow, masks))

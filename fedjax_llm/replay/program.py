@@ -43,9 +43,11 @@ def run(argv: list[str]) -> None:
   tested = any(x.startswith('evals/') for x in moment.record)
 
   def replayed(cohort: Cohort, test: bool) -> dict[str, Any]:
-    state, states, told = play(moment, cohort)
-    told, _ = narration.left_out(told, draw, built.names, moment.round)
-    moment.store.scatter(draw.ids, told.pop('clients/reported'), states)
+    state, states, info = play(moment, cohort)
+    told, _ = narration.left_out(
+      metrics.summarise(info), info, draw, built.names, moment.round
+    )
+    moment.store.scatter(draw.ids, info.reported, states)
     if test:
       served = state.params
       told |= examine(built.base, served, moment.store, built.round_key)

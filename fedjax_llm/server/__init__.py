@@ -1,6 +1,7 @@
 """The server: one round, and optimizers that see its pseudo-gradient."""
 
 from fedjax_llm.server.algorithm import fed_opt as fed_opt
+from fedjax_llm.server.lens import on_part as on_part
 from fedjax_llm.server.optimizers import fed_adagrad as fed_adagrad
 from fedjax_llm.server.optimizers import fed_adam as fed_adam
 from fedjax_llm.server.optimizers import fed_avgm as fed_avgm

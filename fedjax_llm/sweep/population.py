@@ -87,7 +87,7 @@ def ready(
 def program(lead: Experiment, block_size: int | None) -> Step:
   """The round of all members, compiled once.
 
-  `step(values, states, cohorts, kind, base) -> (states, metrics)`: `values` are
+  `step(values, states, cohorts, kind, base) -> (states, info)`: `values` are
   numbers [P] by field, and member p trains on row `kind[p]` of `cohorts`.
   """
 
@@ -95,8 +95,8 @@ def program(lead: Experiment, block_size: int | None) -> Step:
     def member(values, state, at):
       # Built while it is traced: the numbers are then inputs of the program.
       method = lead.method(block_size, conf=groups.put(lead.conf, values))
-      state, _, told = method.round(state, tree.take(cohorts, at), base)
-      return state, told
+      state, _, info = method.round(state, tree.take(cohorts, at), base)
+      return state, info
 
     return jax.vmap(member)(values, states, kind)
 
@@ -203,17 +203,17 @@ def train(
     for i, member in enumerate(part):
       if i in ended:
         continue
-      one = metrics.summarise({k: v[i] for k, v in on_host.items()})
+      info = tree.take(on_host, i)
+      one = metrics.summarise(info)
       draw, names = draws[kind[i]], member.built.names
       try:
-        one, note = narration.left_out(one, draw, names, number)
+        one, note = narration.left_out(one, info, draw, names, number)
       except narration.Diverged as diverged:
         ended[i] = folders.Outcome(number - 1, str(diverged))
         bar.write(f'{member.run.name} ended: {diverged}')
         continue
       if note:
         bar.write(f'{member.run.name}: {note}')
-      one.pop('clients/reported')
       losses.append(one['local/loss'])
       tokens += one['local/tokens']
       start_of = time.monotonic()

@@ -56,8 +56,8 @@ def top_k(density: float = 0.25, per: str = 'tree') -> Codec:
   if per not in ('tree', 'leaf'):
     raise Error(f"top_k: per={per!r} is neither 'tree' nor 'leaf'.")
 
-  def encode(update, masks, state, key):
-    del key
+  def encode(update, masks, state, context):
+    del context
     inside = tree.apply_mask(update, masks.trained)
     if per == 'leaf':
       return jax.tree.map(lambda x: _largest(x.ravel(), density), inside), state
@@ -65,8 +65,8 @@ def top_k(density: float = 0.25, per: str = 'tree') -> Codec:
     empty = jax.tree.map(lambda x: jnp.zeros((0,), x.dtype), inside)
     return SparseTree(_largest(flat, density), empty), state
 
-  def decode(message, start, key):
-    del key
+  def decode(message, start, context):
+    del context
     if per == 'leaf':
       return jax.tree.map(
         lambda m, x: None if m is None else _dense(m, x.size).reshape(x.shape),
