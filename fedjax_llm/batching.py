@@ -80,13 +80,23 @@ def real(batches: Any) -> Any:
 
 
 def used(batches: Any) -> Any:
-  """Returns the places of each step that are not padding; None if unknown."""
+  """Returns the places of each step that are not padding; None if unknown.
+
+  >>> ones = np.ones((2, 1, 4), np.int32)
+  >>> used(Batch(ones, ones > 0, ones * [1, 1, 1, 0], ones)).tolist()
+  [3, 3]
+  """
   found = [batch.used() for batch in kinds(batches)]
   return sum(found[1:], start=found[0]) if found else None
 
 
 def learned(batches: Any) -> Any:
-  """Returns the terms of the loss in each step; None if unknown."""
+  """Returns the terms of the loss in each step; None if unknown.
+
+  >>> ones = np.ones((2, 1, 4), np.int32)
+  >>> learned(Batch(ones, ones * [0, 1, 1, 0] > 0, ones, ones)).tolist()
+  [2, 2]
+  """
   found = [batch.learned() for batch in kinds(batches)]
   return sum(found[1:], start=found[0]) if found else None
 
@@ -119,7 +129,12 @@ def axes(batches: Any) -> tuple[int, int, int]:
 
 
 def width(batches: Any) -> int:
-  """Returns the columns of the widest text; 0 if there is no text."""
+  """Returns the columns of the widest text; 0 if there is no text.
+
+  >>> ones = np.ones((2, 4), np.int32)
+  >>> width(Batch(ones, ones > 0, ones, ones)), width(ones)
+  (4, 0)
+  """
   return max((text.segments.shape[-1] for text in texts(batches)), default=0)
 
 
@@ -164,7 +179,12 @@ def _each_array(change: Callable[[Any], Any], batches: Any) -> Any:
 
 
 def bounds(batches: Any) -> tuple[int | None, ...]:
-  """Returns the bound of each text: see `bounded`."""
+  """Returns the bound of each text: see `bounded`.
+
+  >>> ones = np.ones((2, 4), np.int32)
+  >>> bounds(Batch(ones, ones > 0, ones, ones))
+  (None,)
+  """
   return tuple(text.bound for text in texts(batches))
 
 

@@ -128,24 +128,24 @@ class Pair(NamedTuple):
   that a preference loss compares with; a task's `prepare` may fill them in.
   """
 
-  chosen: Example
-  rejected: Example
-  reference_chosen: float = 0.0
-  reference_rejected: float = 0.0
+  chosen: Example  # the prompt with the preferred reply
+  rejected: Example  # the prompt with the other reply
+  reference_chosen: float = 0.0  # log p(chosen reply | prompt)
+  reference_rejected: float = 0.0  # log p(rejected reply | prompt)
 
 
 class Image(NamedTuple):
-  """One picture as a client holds it, with the number of its class."""
+  """One picture as a client holds it."""
 
   pixels: np.ndarray  # [H, W, C]
-  label: int | None = None
+  label: int | None = None  # the number of its class
 
 
 class ImageWithText(NamedTuple):
   """A picture and a text about it."""
 
   pixels: np.ndarray  # [H, W, C]
-  text: Example
+  text: Example  # what is said about it
 
 
 class Population(NamedTuple):

@@ -157,6 +157,12 @@ def images_with_texts(
 
   Raises:
     Error: pictures of different shapes.
+
+  >>> text = Example(np.arange(2, dtype=np.int32), np.array([0, 1], bool))
+  >>> seen = ImageWithText(np.ones((2, 2, 1), np.float32), text)
+  >>> batch = images_with_texts([seen], 3)([[seen]])
+  >>> batch.pixels.shape, batch.text.tokens.shape
+  ((1, 2, 2, 1), (1, 3))
   """
   empty = _empty_pixels(examples)
   text = texts([example.text for example in examples], width, pad_id)
@@ -176,6 +182,9 @@ def check(examples: Sequence[Sequence[Any]], max_length: int) -> None:
   Raises:
     Error: a text without tokens or longer than `max_length`, or a loss mask of
       another length.
+
+  >>> text = Example(np.arange(2, dtype=np.int32), np.array([0, 1], bool))
+  >>> check([[text]], max_length=2)
   """
   for client, own in enumerate(examples):
     for i, example in enumerate(own):

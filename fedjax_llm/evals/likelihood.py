@@ -94,6 +94,7 @@ def likelihood(loss: Loss, *, worst: float = 0.1) -> Callable[..., Report]:
   >>> def loss(base, params, batch, key):
   ...   n = jnp.sum(batch.loss_mask, -1, dtype=jnp.float32)
   ...   return LossSum(n * params, n, n)
+  >>> from fedjax_llm.types import Batch
   >>> full = np.ones((1, 2, 4), np.int32)
   >>> group = Batch(full, full > 0, full, full), np.array([[7, -1]])
   >>> evaluate = likelihood(loss)
@@ -146,6 +147,7 @@ def personal(
   >>> def loss(base, params, batch, key):
   ...   n = jnp.sum(batch.loss_mask, -1, dtype=jnp.float32)
   ...   return LossSum(n * params, n, n)
+  >>> from fedjax_llm.types import Batch
   >>> full = np.ones((1, 2, 4), np.int32)
   >>> own = [(Batch(full, full > 0, full, full), np.array([[7, 9]]))]
   >>> models, key = jnp.array([1.0, 5.0]), jax.random.key(0)  # of 7 and 9
