@@ -15,7 +15,7 @@ import pytest
 
 import fedjax_llm
 from fedjax_llm import __main__ as programs
-from fedjax_llm import builders, config, recipes, train
+from fedjax_llm import builders, config, export, recipes, train
 from fedjax_llm.sections import SPEC
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -155,7 +155,8 @@ def test_the_code_of_a_section_runs(section, tmp_path, monkeypatch):
 def test_the_files_of_a_page_train(name, tmp_path, monkeypatch):
   """Runs the commands that use a page's files, as one run of one round.
 
-  Each command alone is checked against the signatures of its builders.
+  Each command alone is checked against the signatures of its builders. The node
+  of the page has no form in PEFT, so the run writes none and can be merged.
   """
   monkeypatch.chdir(ROOT)
   monkeypatch.syspath_prepend(str(tmp_path))
@@ -171,6 +172,11 @@ def test_the_files_of_a_page_train(name, tmp_path, monkeypatch):
     short = ['--config.num_rounds=1', '--config.evals.samples=0']
     start = ['--config', 'configs/tiny.py:smoke', '--workdir', str(folder)]
     assert train.main([*start, *fields, *short]) == 0
+    note = (folder / 'adapter' / 'no_adapter.txt').read_text()
+    assert 'a Diagonal node has no form in PEFT' in note
+    out = str(tmp_path / 'merged')
+    merge = ['--workdir', str(folder), '--to', 'merged', '--out', out]
+    assert export.main(merge) == 0
   assert (folder / 'config.json').read_text().count('my_lab') == len(
     [field for field in fields if '.name=' in field]
   )
