@@ -73,7 +73,9 @@ SETTINGS = {
 
 def build(name, **more):
   settings = {**SETTINGS.get(name, {}), **more}
-  return getattr(recipes, name)(toy.loss, toy.sgd(0.1), fold=toy.fold, **settings)
+  return getattr(recipes, name)(
+    toy.loss, toy.sgd(0.1), fold=toy.fold, **settings
+  )
 
 
 def watched(codec):

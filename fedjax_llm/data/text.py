@@ -6,7 +6,7 @@ which that reply is generated later (`prompt`).
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
