@@ -1,9 +1,6 @@
-"""Methods whose parameters have more structure than two factors.
+"""SLoRA: sparse full fine-tuning first, whose outcome starts the factors.
 
-Adapters other than `lora` are named where a method needs one. Every recipe
-takes a loss and a local optimizer, and hands further keywords (`server`,
-`upload`, `block_size`, ...) to `fed_opt`.
-Examples that train nothing have no loss, `None`.
+Babakniya et al. 2023, arXiv 2308.06522.
 """
 
 import functools
@@ -12,11 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import adapters, aggregators, local, server
+from fedjax_llm import local, server
 from fedjax_llm.clients import scopes
 from fedjax_llm.local import LocalOptimizer
-from fedjax_llm.recipes import averaging
-from fedjax_llm.recipes.homogeneous import refuse
+from fedjax_llm.recipes.averaging.fed_avg import fed_avg
+from fedjax_llm.recipes.composing import (
+  refuse,
+)
 from fedjax_llm.types import (
   Error,
   FederatedAlgorithm,
@@ -28,160 +27,11 @@ from fedjax_llm.types import (
   Scope,
 )
 
-
-def fed_tt_plus(
-  loss: Loss,
-  optimizer: LocalOptimizer,
-  **parts: Any,
-) -> FederatedAlgorithm:
-  """FedTT+: of every tensor train one core is trained in a round, in turn.
-
-      round t: G_i <- sum_k w_k G_i,k,   i = n - t mod n,   the others stay
-
-  Ghiasvand et al. 2025, arXiv 2410.13097, on the adapter `tensor_train`. The
-  change is linear in one core, so the mean is exact, and an n-th travels up.
-  The last core, which starts at zero, is the first. FedTT trains all cores in
-  every round: it is `fed_avg` on that adapter. The paper leaves open here how
-  many cores take part in a round, and in which order.
-
-  >>> from fedjax_llm.types import Context
-  >>> turns = scopes.in_turn('/cores/([0-9]+)$')
-  >>> train = {'q': {'cores': [jnp.ones(1)] * 3}}
-  >>> masks = turns.mask(train, None, Context(round=1))
-  >>> [bool(m) for m in masks.trained['q']['cores']]  # the second round
-  [False, True, False]
-  >>> method = fed_tt_plus(None, local.optimizer('adamw'))
-  """
-  refuse('fed_tt_plus', 'scope', parts)
-  scope = scopes.in_turn('/cores/([0-9]+)$')
-  return averaging.fed_avg(loss, optimizer, scope=scope, **parts)
-
-
-def fed_sb(
-  loss: Loss,
-  optimizer: LocalOptimizer,
-  **parts: Any,
-) -> FederatedAlgorithm:
-  """Fed-SB: an R x R matrix between frozen bases is all that is averaged.
-
-      C <- sum_k w_k C_k,   so that   p C q = sum_k w_k p C_k q   exactly
-
-  Singhal et al. 2025, arXiv 2502.15436: R^2 numbers a matrix travel, whatever
-  its sides are and however many clients there are. On the adapter `lora_xs`,
-  whose bases are those of the weights; the paper takes them from the singular
-  vectors of a first gradient of full fine-tuning, which needs clients' data
-  before the first round, and that start is left out.
-
-  >>> method = fed_sb(None, local.optimizer('adamw'))
-  >>> base, key = {'q': {'kernel': jnp.ones((4, 3))}}, jax.random.key(0)
-  >>> params = adapters.lora_xs(rank=2, targets=['q']).init(key, base)
-  >>> scopes.leaf_paths(method.init(None, params).params)
-  ['q/core', 'q/p', 'q/q', 'q/scale']
-  """
-  refuse('fed_sb', 'scope', parts)
-  return averaging.fed_avg(loss, optimizer, scope=_on_cores('fed_sb'), **parts)
-
-
-def ravan(
-  loss: Loss,
-  optimizer: LocalOptimizer,
-  **parts: Any,
-) -> FederatedAlgorithm:
-  """RAVAN: several heads between frozen bases, each with a gain of its own.
-
-      client: trains C_h and g_h (from 1) of  W + s sum_h g_h p_h C_h q_h,
-      server: C_h <- sum_k w_k g_h,k C_h,k
-
-  Raje et al. 2025, arXiv 2506.05568, on the adapter `ravan`: clients send the
-  products, so the mean is exact and the gains cost nothing. Every client trains
-  all heads; the paper's choice of a few heads for weak clients is left out.
-
-  >>> method = ravan(None, local.optimizer('adamw'))
-  >>> method.init(None, {'w': jnp.ones(2)})  # doctest: +ELLIPSIS
-  Traceback (most recent call last):
-    ...
-  fedjax_llm.types.Error: ravan trains matrices between frozen bases: ...
-  """
-  refuse('ravan', 'scope', parts)
-  update = local.lifted(
-    local.sgd(loss, optimizer),
-    adapters.cores.with_gains,
-    adapters.cores.without_gains,
-  )
-  return averaging.compose(update, scope=_on_cores('ravan'), **parts)
-
-
-def _on_cores(name: str) -> Scope:
-  inner = scopes.everything()
-
-  def labels(params):
-    if not any(path.endswith('/core') for path in scopes.leaf_paths(params)):
-      raise Error(
-        f'{name} trains matrices between frozen bases: adapter.name=lora_xs or '
-        'ravan.'
-      )
-    return inner.labels(params)
-
-  return inner._replace(labels=labels)
-
-
-# ------------------------------------------------------------------ layers --
-
-
-def fed_ra(
-  loss: Loss,
-  optimizer: LocalOptimizer,
-  *,
-  weighted: bool = False,
-  **parts: Any,
-) -> FederatedAlgorithm:
-  """FedRA: in every round a client gets some layers at random, and no others.
-
-      client: the network of its L_k layers alone, drawn anew in each round,
-      server: P_l <- mean of P_l,k over the clients that held layer l
-
-  Su et al. 2024, arXiv 2311.11227. A layer that nobody holds keeps its adapter;
-  what is not in a layer is trained by everybody. L_k is the client's profile
-  (`profiles.name=layers`), and a layer that a client lacks is left out of its
-  forward pass: the residual stream goes past it. That simulates the shallow
-  network, at the cost of the deep one. Beside the adapters of its layers a
-  client receives four bytes a layer, which say that it holds it. With all
-  layers for everybody it is FedIT, of clients that count the same unless
-  `weighted`.
-
-  >>> method = fed_ra(None, local.optimizer('adamw'))
-  >>> params = {'layers': {'q': LowRank(
-  ...   jnp.ones((6, 4, 2)), jnp.zeros((6, 2, 3)), jnp.ones(6))}}
-  >>> start = method.init(None, params).params
-  >>> sorted(start['layers']), sorted(method.personal(start, None)['layers'])
-  (['gate', 'q'], ['q'])
-  """
-  for section in ('scope', 'aggregator'):
-    refuse('fed_ra', section, parts)
-  gate = adapters.gates.NAME
-
-  def put(params: Params, part: Params) -> Params:
-    gates = params['layers'][gate]
-    return {**part, 'layers': {**part['layers'], gate: gates}}
-
-  fold = parts.pop('fold', None)
-  return server.on_part(
-    functools.partial(
-      averaging.fed_avg,
-      loss,
-      optimizer,
-      scope=scopes.layers(scopes.untrained(f'^layers/{gate}$')),
-      aggregator=aggregators.masked_mean('mask', weighted=weighted),
-      **parts,
-    ),
-    wrap=lambda key, params: adapters.gates.added(params),
-    get=adapters.gates.without,
-    put=put,
-    fold=fold,
-  )
-
-
-# ------------------------------------------------------------------ stages --
+# What the config of each method changes.
+NEEDS = {
+  # Both stages within the few rounds of a small run.
+  'slora': dict(algorithm=dict(first_rounds=2)),
+}
 
 
 class Sparse(NamedTuple):
@@ -254,7 +104,7 @@ def slora(
   fold = parts.pop('fold', None)
   return server.on_part(
     functools.partial(
-      averaging.fed_avg,
+      fed_avg,
       local.viewed(loss, _together),
       optimizer,
       scope=_by_stage(first_rounds),

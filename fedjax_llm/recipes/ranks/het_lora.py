@@ -1,22 +1,90 @@
-"""Local training that gives up ranks which it does not need."""
+"""HetLoRA: truncated dispatch, self-pruning, weights by what was learned.
+
+Cho et al. 2024, arXiv 2401.06432.
+"""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import tree
-from fedjax_llm.local.optimizers import LocalOptimizer
+from fedjax_llm import aggregators, tree
+from fedjax_llm.clients import scopes
+from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.local.sgd import descend
+from fedjax_llm.recipes.composing import (
+  RANKS,
+  compose,
+  refuse,
+)
 from fedjax_llm.types import (
   ClientOutput,
   Error,
+  FederatedAlgorithm,
   LocalUpdate,
   Loss,
   LowRank,
   Masks,
   Params,
+  Scope,
 )
+
+# What the config of each method changes.
+NEEDS = {
+  'het_lora': RANKS,
+}
+
+
+def het_lora(
+  loss: Loss,
+  optimizer: LocalOptimizer,
+  *,
+  penalty: float = 5e-4,
+  gamma: float = 0.99,
+  min_rank: int = 1,
+  per: str = 'client',
+  **parts: Any,
+) -> FederatedAlgorithm:
+  """HetLoRA: truncated dispatch, self-pruning, weights by what was learned.
+
+      client k: the first r_k columns; loss + penalty ||tail a|| ||tail b||;
+                r_k <- floor(gamma r_k) where the tail shrank
+      server:   mean of zero-padded factors with p_k ~ ||a_k b_k||_F
+
+  Cho et al. 2024, arXiv 2401.06432. Settings as in `self_pruning` and
+  `aggregators.norm_weighted`; r_k starts as the client's profile. What the
+  paper leaves open: whether the norm runs over a client or a target (`per`).
+
+  >>> from fedjax_llm.types import LowRank
+  >>> method = het_lora(None, local.optimizer('adamw'))
+  >>> params = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
+  >>> int(method.init_client(params).local.rank)  # before it prunes itself
+  2
+  """
+  refuse('het_lora', 'aggregator', parts)
+  update = self_pruning(
+    loss,
+    optimizer,
+    penalty=penalty,
+    gamma=gamma,
+    min_rank=min_rank,
+  )
+  return compose(
+    update,
+    aggregator=aggregators.norm_weighted(per=per),
+    **{'scope': _pruned_ranks(), **parts},
+  )
+
+
+def _pruned_ranks() -> Scope:
+  """The first ranks of the profile, less those that the client gave up."""
+  inner = scopes.ranks()
+
+  def mask(start, state, context):
+    rank = jnp.minimum(scopes.rank_of(context.profile), state.local.rank)
+    return inner.mask(start, state, context._replace(profile=rank))
+
+  return inner._replace(mask=mask)
 
 
 class Ranks(NamedTuple):

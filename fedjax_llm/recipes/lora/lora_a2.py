@@ -1,18 +1,65 @@
-"""Local training of the rank-one units that matter to a client."""
+"""LoRA-A2: alternating factors, and of each only the units that matter.
+
+Koo et al. 2025, arXiv 2410.22815.
+"""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fedjax_llm import local, uploads
+from fedjax_llm.clients import scopes
+from fedjax_llm.local import LocalOptimizer
+from fedjax_llm.recipes.composing import (
+  compose,
+)
 from fedjax_llm.types import (
   ClientOutput,
   Error,
+  FederatedAlgorithm,
   LocalUpdate,
+  Loss,
   LowRank,
   Masks,
   Params,
 )
+
+# What the config of each method changes.
+NEEDS = {
+  'lora_a2': {},
+}
+
+
+def lora_a2(
+  loss: Loss,
+  optimizer: LocalOptimizer,
+  *,
+  budget: int = 2,
+  **parts: Any,
+) -> FederatedAlgorithm:
+  """LoRA-A2: alternating factors, and of each only the units that matter.
+
+      even t: b <- b + sum_k w_k m_k db_k;   odd t: a <- a + sum_k w_k m_k da_k
+
+  with m_k the client's choice of rank-one units, `budget` a target and layer
+  on average (Koo et al. 2025, arXiv 2410.22815). The score and the trial pass
+  are those of `selected`; a unit that a client leaves out is a vote for
+  no change. The paper's own learning rate for each factor is left to the
+  optimizer, and every client has the same budget. What was chosen travels as
+  well, a bit a unit.
+
+  >>> lora_a2(None, local.optimizer('adamw'), budget=0)
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: selected: budget=0 must be at least 1.
+  """
+  update = selected(local.sgd(loss, optimizer), budget=budget)
+  mine = {
+    'scope': scopes.alternating('/b$', '/a$'),
+    'upload': uploads.identity(bitmap=True),
+  }
+  return compose(update, **{**mine, **parts})
 
 
 def selected(inner: LocalUpdate, *, budget: int) -> LocalUpdate:

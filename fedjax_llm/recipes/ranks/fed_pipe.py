@@ -1,7 +1,6 @@
-"""Methods in which the server decides what each client trains.
+"""FedPipe's policy: a client trains the weights that matter most to it.
 
-The decision is host code between rounds, a policy on what clients reported
-(`server.planned`): its plan lies in the server's state and its checkpoints.
+Fang et al. 2024, arXiv 2404.06448.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,9 +11,17 @@ import numpy as np
 from fedjax_llm import aggregators, local, server
 from fedjax_llm.clients import allotment, policies
 from fedjax_llm.local import LocalOptimizer
-from fedjax_llm.recipes import averaging
-from fedjax_llm.recipes.homogeneous import refuse
+from fedjax_llm.recipes.composing import (
+  compose,
+  refuse,
+)
 from fedjax_llm.types import Error, FederatedAlgorithm, Loss
+
+# What the config of each method changes.
+NEEDS = {
+  # Budgets of parameters, of the 8,184 of the tiny adapter.
+  'fed_pipe': dict(profiles=dict(name='budgets', choices=(2000, 8000))),
+}
 
 
 def fed_pipe(
@@ -73,7 +80,7 @@ def fed_pipe(
     local.weight_importance(loss),
   )
   parts.setdefault('aggregator', aggregators.masked_mean('mask'))
-  algorithm = averaging.compose(update, scope=allotment.allotted(), **parts)
+  algorithm = compose(update, scope=allotment.allotted(), **parts)
 
   def first(params):
     sizes, _ = allotment.rank_sizes(params)

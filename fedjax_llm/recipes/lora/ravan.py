@@ -1,12 +1,63 @@
-"""Local training in other parameters than those that travel."""
+"""RAVAN: several heads between frozen bases, each with a gain of its own.
+
+Raje et al. 2025, arXiv 2506.05568.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import tree
-from fedjax_llm.types import ClientOutput, LocalUpdate, Masks, Params
+from fedjax_llm import adapters, local, tree
+from fedjax_llm.local import LocalOptimizer
+from fedjax_llm.recipes.composing import (
+  compose,
+  on_cores,
+  refuse,
+)
+from fedjax_llm.types import (
+  ClientOutput,
+  FederatedAlgorithm,
+  LocalUpdate,
+  Loss,
+  Masks,
+  Params,
+)
+
+# What the config of each method changes.
+NEEDS = {
+  'ravan': dict(adapter=dict(name='ravan', heads=4, rank=8)),
+}
+
+
+def ravan(
+  loss: Loss,
+  optimizer: LocalOptimizer,
+  **parts: Any,
+) -> FederatedAlgorithm:
+  """RAVAN: several heads between frozen bases, each with a gain of its own.
+
+      client: trains C_h and g_h (from 1) of  W + s sum_h g_h p_h C_h q_h,
+      server: C_h <- sum_k w_k g_h,k C_h,k
+
+  Raje et al. 2025, arXiv 2506.05568, on the adapter `ravan`: clients send the
+  products, so the mean is exact and the gains cost nothing. Every client trains
+  all heads; the paper's choice of a few heads for weak clients is left out.
+
+  >>> method = ravan(None, local.optimizer('adamw'))
+  >>> method.init(None, {'w': jnp.ones(2)})  # doctest: +ELLIPSIS
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: ravan trains matrices between frozen bases: ...
+  """
+  refuse('ravan', 'scope', parts)
+  update = lifted(
+    local.sgd(loss, optimizer),
+    adapters.cores.with_gains,
+    adapters.cores.without_gains,
+  )
+  return compose(update, scope=on_cores('ravan'), **parts)
 
 
 def lifted(

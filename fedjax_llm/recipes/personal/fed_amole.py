@@ -1,4 +1,7 @@
-"""Methods whose clients work with experts of their own choice out of a pool."""
+"""FedAMoLE: experts of a pool choose the clients whose texts they suit.
+
+Zhang et al. 2024, arXiv 2411.19128.
+"""
 
 import functools
 from collections.abc import Callable
@@ -11,15 +14,17 @@ import numpy as np
 from fedjax_llm import adapters, aggregators, local, server
 from fedjax_llm.clients import assignment, policies
 from fedjax_llm.local import LocalOptimizer
-from fedjax_llm.recipes import averaging
-from fedjax_llm.recipes.homogeneous import refuse
-from fedjax_llm.types import (
-  FederatedAlgorithm,
-  Loss,
-  Metrics,
-  Params,
-  Uploads,
+from fedjax_llm.recipes.composing import (
+  compose,
+  refuse,
 )
+from fedjax_llm.types import FederatedAlgorithm, Loss, Metrics, Params, Uploads
+
+# What the config of each method changes.
+NEEDS = {
+  # Ten clients, all of them in every round.
+  'fed_amole': dict(clients=dict(name='full'), population=dict(max_clients=12)),
+}
 
 
 def fed_amole(
@@ -93,7 +98,7 @@ def fed_amole(
   fold = parts.pop('fold', None)
   algorithm = server.on_part(
     functools.partial(
-      averaging.compose,
+      compose,
       local.routed(local.reported(update, local.embeddings(loss))),
       scope=assignment.assigned(),
       aggregator=aggregators.masked_mean('mask', weighted=weighted),
