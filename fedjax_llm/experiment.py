@@ -192,6 +192,7 @@ def checked(conf: Mapping[str, Any]) -> tuple[Settings, Evals]:
     settings, cpu_devices=1, checkpoint_every=1, keep_checkpoints=1
   )
   config.at_least(test, 'evals.', every=1, batch_size=1, per_client=0)
+  config.at_least(test, 'evals.', patience=1)
   config.at_least(test, 'evals.', common=0, samples=0, sample_tokens=1)
   return settings, test
 
@@ -251,6 +252,8 @@ def build(
   del records
   hosts.agree('the texts', data.population.digest(population))
   say(narration.describe(population))
+  if note := narration.unused_clients(conf):
+    say(note)
   longest = data.population.longest(
     population,
     vocab_size=loaded.config.vocab_size,

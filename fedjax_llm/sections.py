@@ -56,6 +56,10 @@ class Evals(NamedTuple):
   buckets: tuple[int, ...] = (32, 64, 128)  # row widths, against padding
   samples: int = 2  # replies shown before and after
   sample_tokens: int = 48
+  # The checkpoint of the best round is kept beside the newest (`best`).
+  keep_best: bool = False
+  patience: int | None = None  # tests without a better one that end the run
+  best_by: str | None = None  # 'heldout/accuracy'; None: the held-out loss
   # How clients are tested beside what they are served: `evals.views`.
   personal: Mapping[str, Any] | None = None
 

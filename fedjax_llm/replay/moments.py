@@ -18,6 +18,7 @@ from fedjax_llm import (
   experiment,
   metrics,
   rebuild,
+  resume,
   sharding,
   workdir,
 )
@@ -62,7 +63,8 @@ def before(path: str, number: int) -> Moment:
 
   Raises:
     Error: no folder of a run, one at work, on other texts, or without a record
-      of that round; no checkpoint before it is undamaged.
+      of that round; no checkpoint before it is undamaged; a function in its
+      config.json that is none of the project's, inside `builders.confined`.
   """
   folder = pathlib.Path(path)
   raw = rebuild.read_config(folder)
@@ -73,7 +75,7 @@ def before(path: str, number: int) -> Moment:
     last = max(records, default=0)
     told = f'rounds 1 to {last}' if last else 'no round'
     raise Error(f'--round {number}: {file} tells of {told}.')
-  room.take()  # a run at work prunes its checkpoints
+  room.hold()  # a run at work prunes its checkpoints
   conf, _ = config.override(raw, [], SPEC, str(folder / 'config.json'))
   settings, _ = experiment.checked(conf)
   compilation.keep(settings.compilation_cache)
@@ -85,15 +87,23 @@ def before(path: str, number: int) -> Moment:
   state = algorithm.init(built.round_key, jax.tree.map(jnp.copy, built.initial))
   newcomer = algorithm.init_client(state.params)
   saver = checkpoint.open(room.checkpoints, read_only=True)
-  found, begun = saver.restore(state, newest=number - 1), 0
-  # Before the first round no client has kept anything.
-  states = room.states / 'none'
+
+  def open_store(at: int) -> clients.store.Store:
+    # Before the first round no client has kept anything.
+    states = room.states if at else room.states / 'none'
+    return clients.store.open(states, newcomer, at_round=at, read_only=True)
+
+  def check(restored: checkpoint.Restored) -> None:
+    digest = data.population.digest(built.population)
+    if restored.meta.get('data', digest) != digest:
+      raise Error(f'{path} holds a run on other texts or clients.')
+
+  found, store = resume.newest(
+    saver, state, open_store, check, up_to=number - 1
+  )
+  begun = 0
   if found is not None:
     state, begun = found.state, found.round
-    states = room.states if begun else states
-    digest = data.population.digest(built.population)
-    if found.meta.get('data', digest) != digest:
-      raise Error(f'{path} holds a run on other texts or clients.')
   moment = Moment(
     built=built,
     algorithm=algorithm,
@@ -101,7 +111,7 @@ def before(path: str, number: int) -> Moment:
     begun=begun,
     kept=saver.rounds(),
     state=state,
-    store=clients.store.open(states, newcomer, at_round=begun, read_only=True),
+    store=store,
     step=sharding.compiled(algorithm.round, built.mesh),
     record=records[number],
   )

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import pathlib
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from fedjax_llm import (
+  builders,
   command,
   experiment,
   metrics,
   narration,
+  rebuild,
   replay,
   values,
   workdir,
@@ -31,6 +34,12 @@ from fedjax_llm.types import Cohort, Draw, Error
 
 def run(argv: list[str]) -> None:
   args = command.parse(_parser(), argv)
+  file = str(pathlib.Path(args.workdir) / 'config.json')
+  with builders.confined(file, rebuild.TRUST, args.trust_code):
+    _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
   for option in ('permutations', 'seed'):
     if getattr(args, option) is not None and args.values != 'shapley':
       raise Error(f'--{option} belongs to --values shapley.')
@@ -94,6 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     help='random orders, for shapley; 200 if left out',
   )
   parser.add_argument('--seed', type=int, help='of these orders; 0')
+  parser.add_argument(
+    rebuild.TRUST,
+    action='store_true',
+    help="follow import paths in the workdir's config.json, which run code",
+  )
   return parser
 
 
