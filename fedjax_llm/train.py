@@ -114,6 +114,12 @@ def train(args: config.Arguments) -> None:
     mine=first,
     writers=writers,
   )
+  if room.lost and not saver.rounds():
+    raise Error(
+      f'{args.workdir}: {room.lost[0]} of this finished run is lost or '
+      'changed, and no checkpoint is left to make it again: take another '
+      'workdir.'
+    )
   meta = {'data': data.population.digest(population)}
 
   def check(restored: checkpoint.Restored) -> None:
@@ -132,12 +138,6 @@ def train(args: config.Arguments) -> None:
   if restored is not None:
     state, done = restored.state, restored.round
     print('\n'.join([*restored.notices, f'resuming after round {done}']))
-  elif room.lost:
-    raise Error(
-      f'{args.workdir}: {room.lost[0]} of this finished run is lost or '
-      'changed, and no checkpoint is left to make it again: take another '
-      'workdir.'
-    )
   room.save_config()
   kept = exchange.shared(store, newcomer) if sharing > 1 else store
   record, leave = lambda number, told: None, lambda finished: None

@@ -122,6 +122,8 @@ def verified(path: pathlib.Path) -> dict[str, Any]:
     sha256 = manifest.pop('sha256', None)
     if sha256 is not None and sha256 != _content_sum(manifest):
       raise Damage('manifest.json was altered')
+    if set(manifest) != {'round', 'leaves', 'files'}:
+      raise KeyError
     files = [
       (name, entry['bytes'], entry['sha256'])
       for name, entry in manifest['files'].items()
