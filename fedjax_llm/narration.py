@@ -118,7 +118,7 @@ def left_out(
     told['clients/not_finite_names'] = bad
     note = (
       f'round {number}: left out {len(bad)} of {int(reported.sum())} clients, '
-      f'whose updates are not finite: {some}'
+      f'whose updates are not finite or weights out of range: {some}'
     )
   if not reported.any():
     note = f'round {number}: no client reported, so nothing changed'

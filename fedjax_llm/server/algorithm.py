@@ -41,6 +41,12 @@ from fedjax_llm.types import (
 )
 
 
+# What a client may weigh. Clients can tell their weight themselves: one outside
+# of this range is left out like one whose update is not finite. Sums of weights
+# and weighted updates stay far below the largest float32.
+MAX_WEIGHT = 1e12
+
+
 def fed_opt(
   local: LocalUpdate,
   *,
@@ -64,7 +70,8 @@ def fed_opt(
   server optimizer.
 
   A client is left out, and its state unchanged, if it is padding, dropped out,
-  or sent a value that is not finite. A round that nobody reports to changes
+  sent a value that is not finite, or weighs less than 0 or more than
+  `MAX_WEIGHT`. A round that nobody reports to changes
   nothing but its number.
 
   Args:
@@ -203,8 +210,9 @@ def fed_opt(
       steps = jnp.max(told.pop('local/loop_steps')) * len(block.ids)
       first = jnp.arange(len(block.ids)) == 0
       told['clients/places'] = jnp.where(first, steps * places, 0)
-    valid = block.valid & finite
     weight = told.pop('local/weight', block.weight)
+    finite &= (weight >= 0) & (weight <= MAX_WEIGHT)  # NaN is neither
+    valid = block.valid & finite
     uploads = Uploads(
       update=tree.where(valid, sent, tree.zeros_like(sent)),
       start=start,
