@@ -22,9 +22,11 @@ from fedjax_llm import (
   hosts,
   models,
   narration,
+  rates,
   sharding,
   tasks,
   viewing,
+  warm,
 )
 from fedjax_llm.adapters import complete, peft
 from fedjax_llm.plan import blocks
@@ -99,6 +101,15 @@ class Experiment(NamedTuple):
       widths=tuple(self.settings.widths),
       mesh=mesh,
       execution=self.settings.execution,
+    )
+
+  def rates(
+    self, conf: Mapping[str, Any] | None = None
+  ) -> Callable[[int, int], dict[str, float]]:
+    """What the record of a round says of learning rates: `rates.of`."""
+    conf = self.conf if conf is None else conf
+    return rates.of(
+      _make(conf, 'local'), config.resolved(conf, SPEC).get('server')
     )
 
   def block_size(self) -> int | None:
@@ -305,6 +316,7 @@ def build(
     loaded = loaded._replace(base=sharding.place(loaded.base, near))
   adapter = make('adapter')
   initial = sharding.fetched(adapter.init(adapter_key, loaded.base))
+  initial = warm.start(initial, conf['adapter'].get('path'), loaded)
   complete(initial, loaded.base, task.head)  # or it could not be written
   max_targets = clients.cohorts.max_targets(
     owned,

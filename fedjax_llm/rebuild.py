@@ -27,8 +27,8 @@ from fedjax_llm import (
   tree,
   workdir,
 )
-from fedjax_llm.adapters import Dora, peft
-from fedjax_llm.models import LoadedModel, families, quantised, tenants
+from fedjax_llm.adapters import Dora
+from fedjax_llm.models import LoadedModel, quantised
 from fedjax_llm.sections import SPEC
 from fedjax_llm.types import (
   Adapter,
@@ -38,6 +38,7 @@ from fedjax_llm.types import (
   Params,
   ServerState,
 )
+from fedjax_llm.warm import load_adapter as load_adapter
 
 
 class Made(NamedTuple):
@@ -93,7 +94,9 @@ def _open(
   folder = pathlib.Path(path)
   raw = read_config(folder)
   room = workdir.open(path, raw)
-  conf, _ = config.override(raw, [], SPEC, str(folder / 'config.json'))
+  conf, _ = config.override(
+    workdir.settings_of(raw), [], SPEC, str(folder / 'config.json')
+  )
   build = lambda section, **injected: builders.build(
     conf[section], SPEC.sections[section], **injected
   )
@@ -279,21 +282,3 @@ def _finished(room: workdir.Workdir, loaded: LoadedModel) -> Params:
     return leaf._replace(residual=moved) if jnp.any(moved) else leaf
 
   return node(params, base, loaded.base)
-
-
-def load_adapter(directory: pathlib.Path, loaded: LoadedModel) -> Params:
-  """A PEFT directory as an adapter of this model."""
-  if not directory.is_dir():
-    raise Error(f'{directory}: there is no such directory.')
-  if not (directory / peft.CONFIG).is_file():
-    raise Error(
-      f'{directory} has no {peft.CONFIG}, so it is no adapter directory.'
-    )
-  params = peft.load(
-    directory,
-    path_of=lambda name: families.our_paths(name, loaded.config),
-    fused=lambda path: families.fused_rows(loaded.config, path),
-    from_tensors=lambda found: families.from_checkpoint(found, loaded.config),
-  )
-  tenants.check(loaded.base, params, str(directory))
-  return params

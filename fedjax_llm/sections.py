@@ -17,11 +17,13 @@ from fedjax_llm import (
   hosts,
   local,
   models,
+  rates,
   recipes,
   server,
   tasks,
   trackers,
   uploads,
+  warm,
 )
 from fedjax_llm.local import optimizers
 
@@ -93,7 +95,10 @@ SPEC = config.Spec(
     'profiles': clients.profiles,
     'cohort': clients.cohorts.cohorts,
     'model': models,
-    'adapter': adapters,
+    'adapter': {
+      name: warm.startable(builder)
+      for name, builder in builders.names(adapters).items()
+    },
     'algorithm': {
       name: config.onward(recipe, parts)
       for name, recipe in builders.names(recipes).items()
@@ -111,7 +116,13 @@ SPEC = config.Spec(
     'aggregator': without(
       aggregators, 'as_stack', 'control_variates', 'from_rule'
     ),
-    'server': server,
+    'server': {
+      name: rates.scheduled(builder)
+      for name, builder in builders.names(server).items()
+    },
+    'server.schedule': {
+      name: getattr(optax, name) for name in optimizers.schedule_names()
+    },
     'evals': Evals,
     'evals.personal': evals.views,
     'tracking': trackers.tracking,
@@ -131,6 +142,6 @@ SPEC = config.Spec(
   },
   optional=(
     *('task', 'profiles', 'upload', 'aggregator', 'server'),
-    *('local.schedule', 'evals.personal'),
+    *('local.schedule', 'server.schedule', 'evals.personal'),
   ),
 )

@@ -31,6 +31,7 @@ from fedjax_llm import (
   metrics,
   models,
   narration,
+  rates,
   resume,
   sharding,
   tree,
@@ -138,7 +139,11 @@ def train(args: config.Arguments) -> None:
   if restored is not None:
     state, done = restored.state, restored.round
     print('\n'.join([*restored.notices, f'resuming after round {done}']))
-  room.save_config()
+  for field, values in room.changed.items():
+    print(
+      f'{field} was {values["was"]!r}, is {values["is"]!r} after round {done}'
+    )
+  room.save_config(done)
   kept = exchange.shared(store, newcomer) if sharing > 1 else store
   record, leave = lambda number, told: None, lambda finished: None
   judge = best.judge(by=test.best_by, patience=test.patience)
@@ -182,6 +187,7 @@ def train(args: config.Arguments) -> None:
 
   stop, number, following = workdir.stop_after_round(), done, None
   sound = jax.jit(tree.all_finite)
+  told_rates = built.rates()
   unit = 'labels' if built.labels else 'tokens'
   bar = metrics.progress(
     num_rounds, done, unit=unit, file=None if first else sys.stdout
@@ -219,10 +225,12 @@ def train(args: config.Arguments) -> None:
         served = sharding.here(state.params, mesh)
         told |= examine(base, served, kept, built.round_key)
       speed = told['local/tokens'] / (trained - began)
+      told |= told_rates(number, rates.num_steps(cohort.batches))
       told |= {
         'time/data': assembled - began,
         'time/round': trained - assembled,
         'time/evals': time.monotonic() - trained,
+        'time/total': time.monotonic() - began,
         'time/tokens_per_second': speed,
       }
       record(number, told)

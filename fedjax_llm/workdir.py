@@ -20,7 +20,7 @@ import os
 import pathlib
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +37,12 @@ _FREE = (
   *('num_rounds', 'checkpoint_every', 'keep_checkpoints'),
   *('checkpoint_writers', 'compilation_cache', 'chosen', 'hosts', 'tracking'),
   *('mesh_model', 'execution', 'cpu_devices'),  # rounding, from here on
+  *('evals', 'changes'),
 )
+# Of these a change is told, and noted in the config.
+_NOTED = ('num_rounds', 'evals', 'clients.cohort_size')
+# What config.json holds beside the config.
+NOTES = ('chosen', 'changes')
 
 
 # Folders that a run writes into; services put links into others.
@@ -56,7 +61,9 @@ class Workdir(NamedTuple):
   the end is lost or damaged, which `lost` then names. `check()` raises `Error`
   if the folder was removed or replaced after `take()`.
   `chosen` is what the run chose by itself where its config says 'auto': that of
-  an earlier start, and written with the config.
+  an earlier start, and written with the config. `changed` are the fields that
+  differ from an earlier start and may, with what they were and are;
+  `save_config(done)` notes them as of the rounds after `done`.
   """
 
   path: pathlib.Path
@@ -65,7 +72,7 @@ class Workdir(NamedTuple):
   adapter: pathlib.Path
   base: pathlib.Path
   take: Callable[[], None]
-  save_config: Callable[[], None]
+  save_config: Callable[..., None]
   keep: Callable[[str, Any], None]
   finish: Callable[..., None]
   finished: Callable[..., str | None]
@@ -73,6 +80,7 @@ class Workdir(NamedTuple):
   lost: list[str]
   hold: Callable[[], None]
   check: Callable[[], None]
+  changed: dict[str, Any]
 
 
 def open(
@@ -91,6 +99,8 @@ def open(
   folder = pathlib.Path(path)
   file, report = folder / 'config.json', folder / 'report.txt'
   chosen: dict[str, Any] = {}
+  changed: dict[str, Any] = {}
+  changes: list[Any] = []
   if '://' in path:
     raise Error(
       f'--workdir {path} is an address, but a run is kept in a folder: mount '
@@ -113,14 +123,28 @@ def open(
       lost=[],
       hold=nothing,
       check=nothing,
+      changed={},
     )
   if folder.exists() and not folder.is_dir():
     raise Error(f'--workdir {path} is a file, not a folder.')
   if file.exists():
     try:
       before = json.loads(file.read_text())
-      differ = config.same(before, resolved, ignore=_FREE)
+      free = (*_FREE, *_sizes(resolved))
+      # A field that an older version did not know has its default.
+      differ = [
+        field
+        for field in config.same(before, resolved, ignore=NOTES)
+        if (_get(before, field), _get(resolved, field)) not in _SAME
+      ]
+      changed |= {
+        field: {'was': _get(before, field), 'is': _get(resolved, field)}
+        for field in differ
+        if _is_one(field, _NOTED) and _is_one(field, free)
+      }
+      differ = [field for field in differ if not _is_one(field, free)]
       chosen |= before.get('chosen') or {}
+      changes += before.get('changes') or []
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
       raise Error(f'{file} is damaged ({error}).') from error
     if differ:
@@ -166,8 +190,15 @@ def open(
           'it writes would be lost, so the run ends.'
         )
 
-  def save_config() -> None:
-    told = {**resolved, 'chosen': chosen} if chosen else resolved
+  def save_config(done: int = 0) -> None:
+    told = {k: v for k, v in resolved.items() if k not in NOTES}
+    if chosen:
+      told['chosen'] = chosen
+    notes = list(changes)
+    if changed:
+      notes.append({'after': done, 'fields': changed})
+    if notes:
+      told['changes'] = notes
     replace(file, json.dumps(told, indent=2, sort_keys=True) + '\n')
 
   def keep(name: str, value: Any) -> None:
@@ -214,6 +245,7 @@ def open(
     lost=lost,
     hold=hold,
     check=check,
+    changed=changed,
   )
 
 
@@ -221,12 +253,82 @@ def _title(round: int) -> str:
   return f'After round {round}'
 
 
+_ABSENT = 'absent'
+_SAME = [(_ABSENT, None), (_ABSENT, False), (_ABSENT, {}), (_ABSENT, [])]
+
+
 def _at(tree: Any, field: str) -> str:
+  value = _get(tree, field)
+  return value if value is _ABSENT else repr(value)
+
+
+def _get(tree: Any, field: str) -> Any:
   for name in field.split('.'):
     if not isinstance(tree, Mapping) or name not in tree:
-      return 'absent'
+      return _ABSENT
     tree = tree[name]
-  return repr(tree)
+  return tree
+
+
+def _is_one(field: str, fields: Sequence[str]) -> bool:
+  return any(field == one or field.startswith(f'{one}.') for one in fields)
+
+
+def _sizes(resolved: Mapping[str, Any]) -> tuple[str, ...]:
+  """The size of the cohort, where nothing else follows from it."""
+  free = _get(resolved, 'clients.name') in ('uniform', 'by_size')
+  # There the size says how many steps a round takes.
+  free &= _get(resolved, 'algorithm.name') != 'centralised'
+  return ('clients.cohort_size',) if free else ()
+
+
+def settings_of(
+  raw: Mapping[str, Any], number: int | None = None
+) -> dict[str, Any]:
+  """The config in a config.json, as it was in round `number`; None: now.
+
+  >>> fields = {'clients.cohort_size': {'was': 4, 'is': 8}}
+  >>> raw = {'clients': {'cohort_size': 8}}
+  >>> raw['changes'] = [{'after': 3, 'fields': fields}]
+  >>> settings_of(raw), settings_of(raw, 3)
+  ({'clients': {'cohort_size': 8}}, {'clients': {'cohort_size': 4}})
+
+  Raises:
+    Error: what it says of changes is damaged.
+  """
+  found = {k: v for k, v in raw.items() if k not in NOTES}
+  if number is None:
+    return found
+  for after, fields in reversed(changes_of(raw)):
+    if after < number:
+      continue
+    for field, values in fields.items():
+      *path, last = field.split('.')
+      inner = found
+      for part in path:
+        inner[part] = dict(inner.get(part) or {})
+        inner = inner[part]
+      if values['was'] == _ABSENT:
+        inner.pop(last, None)
+      else:
+        inner[last] = values['was']
+  return found
+
+
+def changes_of(
+  raw: Mapping[str, Any],
+) -> list[tuple[int, Mapping[str, Mapping[str, Any]]]]:
+  """After which rounds fields of a config.json were changed, and how."""
+  try:
+    return [
+      (int(one['after']), {k: {**v} for k, v in one['fields'].items()})
+      for one in raw.get('changes') or []
+      if all({'was', 'is'} <= v.keys() for v in one['fields'].values())
+    ]
+  except (TypeError, KeyError, ValueError, AttributeError) as error:
+    raise Error(
+      f"config.json is damaged: 'changes' is {raw['changes']!r:.60}."
+    ) from error
 
 
 _ADAPTER = ('adapter/adapter_config.json', 'adapter/adapter_model.safetensors')

@@ -76,7 +76,8 @@ def before(path: str, number: int) -> Moment:
     told = f'rounds 1 to {last}' if last else 'no round'
     raise Error(f'--round {number}: {file} tells of {told}.')
   room.hold()  # a run at work prunes its checkpoints
-  conf, _ = config.override(raw, [], SPEC, str(folder / 'config.json'))
+  then = workdir.settings_of(raw, number)
+  conf, _ = config.override(then, [], SPEC, str(folder / 'config.json'))
   settings, _ = experiment.checked(conf)
   compilation.keep(settings.compilation_cache)
   built = experiment.build(conf, say=lambda text: None)
@@ -115,6 +116,13 @@ def before(path: str, number: int) -> Moment:
     step=sharding.compiled(algorithm.round, built.mesh),
     record=records[number],
   )
+  for after, fields in workdir.changes_of(raw):
+    if begun < after < number and 'clients.cohort_size' in fields:
+      raise Error(
+        f'--round {number} is reached from the checkpoint of round {begun}, '
+        f'and clients.cohort_size changed after round {after}: a larger '
+        'keep_checkpoints keeps a nearer one.'
+      )
   for passed in range(begun + 1, number):
     draw, cohort = moment.people(passed)
     state, states, told = play(moment, cohort)

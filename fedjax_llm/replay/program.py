@@ -16,6 +16,7 @@ from fedjax_llm import (
   experiment,
   metrics,
   narration,
+  rates,
   rebuild,
   replay,
   values,
@@ -48,13 +49,14 @@ def _run(args: argparse.Namespace) -> None:
   client: str | None = args.without
   row = None if client is None else _row(built, draw, client)
   print(_whence(moment))
-  examine = built.examiner(moment.algorithm)
+  examine, rates_of = built.examiner(moment.algorithm), built.rates()
   tested = any(x.startswith('evals/') for x in moment.record)
 
   def replayed(cohort: Cohort, test: bool) -> dict[str, Any]:
     state, states, told = play(moment, cohort)
     told, _ = narration.left_out(told, draw, built.names, moment.round)
     moment.store.scatter(draw.ids, told.pop('clients/reported'), states)
+    told |= rates_of(moment.round, rates.num_steps(cohort.batches))
     if test:
       served = state.params
       told |= examine(built.base, served, moment.store, built.round_key)

@@ -40,7 +40,6 @@ from fedjax_llm.types import (
   Uploads,
 )
 
-
 # What a client may weigh. Clients can tell their weight themselves: one outside
 # of this range is left out like one whose update is not finite. Sums of weights
 # and weighted updates stay far below the largest float32.
@@ -121,9 +120,10 @@ def fed_opt(
     raise Error(f'block_size is {block_size}; it must be at least 1.')
   if min(widths, default=1) < 1:
     raise Error(f'widths are {tuple(widths)}; each must be at least 1.')
-  if aggregator.traits.changes_basis and jax.tree.leaves(
-    jax.eval_shape(server.init, jnp.zeros(1))
-  ):
+  kept = jax.tree.leaves(jax.eval_shape(server.init, jnp.zeros(1)))
+  # A count of rounds, as a schedule keeps it, is no moment.
+  moments = [x for x in kept if jnp.issubdtype(x.dtype, jnp.inexact)]
+  if aggregator.traits.changes_basis and moments:
     raise Error(
       'this aggregator changes the basis of the factors every round, so the '
       'server optimizer must keep no moments: use server.name=sgd.'
