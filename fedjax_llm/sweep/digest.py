@@ -82,11 +82,12 @@ class _Walk:
       self.value((x.func, x.args, x.keywords), name)
     elif isinstance(x, type):
       self.type(x)
+    elif callable(wrapped := getattr(x, '__wrapped__', None)):  # such as jit
+      self.feed(type(x).__name__, getattr(x, '__qualname__', ''))
+      if not (_installed(x) and _installed(inspect.unwrap(x))):
+        self.value(wrapped, name)
     elif _installed(x):
       self.feed('installed', x.__module__, getattr(x, '__qualname__', ''))
-    elif callable(wrapped := getattr(x, '__wrapped__', None)):  # such as jit
-      self.feed(type(x).__name__)
-      self.value(wrapped, name)
     elif isinstance(x, Mapping):
       self.feed('mapping', len(x))
       for key in sorted(x, key=repr):
@@ -188,7 +189,12 @@ def _globals(code: types.CodeType) -> set[tuple[str, ...]]:
 
 
 def _installed(x: Any) -> bool:
-  """Whether something belongs to Python, an installed package or this one."""
+  """Whether code belongs to Python, an installed package or this one.
+
+  An instance is none: what it holds may be the user's.
+  """
+  if not (inspect.ismodule(x) or hasattr(x, '__qualname__')):
+    return isinstance(x, np.ufunc)
   name = x.__name__ if inspect.ismodule(x) else getattr(x, '__module__', None)
   if not isinstance(name, str):
     return inspect.isbuiltin(x)
