@@ -76,6 +76,18 @@ def select(tree: Tree, labels: Tree, *wanted: Label) -> Tree:
   )
 
 
+def named(tree: Tree) -> dict[str, Any]:
+  """The leaves by name: keys, places and fields joined by '/'.
+
+  >>> named({'q': [1, 2], 'bias': None})
+  {'q/0': 1, 'q/1': 2}
+  """
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
 # ------------------------------------------------------------------ stacks --
 
 

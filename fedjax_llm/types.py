@@ -371,11 +371,15 @@ class Aggregate(NamedTuple):
   """The outcome of a rule. Not every change is a gradient.
 
   `delta` meets the server optimizer; `assign` is written as it is. Both have
-  the structure of the parameters, `None` where they say nothing.
+  the structure of the parameters, `None` where they say nothing. `trained`
+  holds booleans that broadcast to the leaves of `delta` from the right: the
+  entries that some client trained. `fed_opt` fills it in; the server optimizer
+  leaves the other entries and their moments as they are.
   """
 
   delta: Update
   assign: Any = None
+  trained: Any = None
 
 
 class Aggregator(NamedTuple):
@@ -384,19 +388,22 @@ class Aggregator(NamedTuple):
   `init(params, key) -> state`;
   `aggregate(uploads, state, params, key) -> (Aggregate, state)`;
   `num_bytes(state) -> ` int32 counts: what else has to reach every client at
-  the start of the next round, beside the shared leaves (`None`: nothing).
+  the start of the next round, beside the shared leaves (`None`: nothing);
+  `weights(uploads) -> [K]`: how much each client counts in this rule, for
+  metrics (`None`: `uploads.weight`).
   """
 
   init: Callable[[Params, Key], Any]
   aggregate: Callable[[Uploads, Any, Params, Key], tuple[Aggregate, Any]]
   traits: Traits = Traits()  # what it may be combined with
   num_bytes: Callable[[Any], Any] | None = None
+  weights: Callable[[Uploads], jax.Array] | None = None
 
 
 class StreamingAggregator(NamedTuple):
   """A rule that eats blocks of clients, so memory stays flat as K grows.
 
-  `init`, `traits` and `num_bytes` as in `Aggregator`;
+  `init`, `traits`, `num_bytes` and `weights` as in `Aggregator`;
   `zero(params) -> sums`; `accumulate(sums, uploads, state, params) -> sums`;
   `finalize(sums, state, params, key) -> (Aggregate, state)`. Sums are
   additive: those of two blocks may be added, also across devices.
@@ -408,6 +415,7 @@ class StreamingAggregator(NamedTuple):
   finalize: Callable[[Any, Any, Params, Key], tuple[Aggregate, Any]]
   traits: Traits = Traits(linear=True, needs_stack=False)
   num_bytes: Callable[[Any], Any] | None = None
+  weights: Callable[[Uploads], jax.Array] | None = None
 
 
 AnyAggregator = Aggregator | StreamingAggregator

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedjax_llm import linalg
 from fedjax_llm.adapters import targets as targets_lib
 from fedjax_llm.adapters.changes import fold, merge
 from fedjax_llm.adapters.dense import saved_beside
@@ -68,7 +69,7 @@ def lora_xs(
         'lora_xs starts from the singular values of the weights, which a '
         'quantised base does not have: leave model.quantisation out.'
       )
-    u, s, v = jnp.linalg.svd(kernel.astype(jnp.float32), full_matrices=False)
+    u, s, v = linalg.svd(kernel.astype(jnp.float32))
     lead = kernel.shape[:-2]
     core = sigma * jax.random.normal(key, (*lead, 1, rank, rank))
     return Core(
@@ -114,7 +115,7 @@ def ravan(
 
     def orthonormal(key, size):
       drawn = jax.random.normal(key, (*lead, size, heads * rank))
-      return jnp.linalg.qr(drawn)[0]
+      return linalg.qr(drawn)[0]
 
     return Core(
       core=jnp.zeros((*lead, heads, rank, rank), jnp.float32),

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedjax_llm import linalg
 from fedjax_llm.adapters import targets as targets_lib
 from fedjax_llm.adapters.changes import fold, merge, product
 from fedjax_llm.adapters.dense import saved_beside
@@ -105,9 +106,7 @@ def federa(
           'federa starts from the singular values of the weights, which a '
           'quantised base does not have: leave model.quantisation out.'
         )
-      u, s, v = jnp.linalg.svd(
-        weights['kernel'].astype(jnp.float32), full_matrices=False
-      )
+      u, s, v = linalg.svd(weights['kernel'].astype(jnp.float32))
       root = jnp.sqrt(s[..., :rank] / scale)
       new = x._replace(
         a=u[..., :rank] * root[..., None, :],
@@ -153,7 +152,7 @@ def factorised(
           'allow: leave model.quantisation out.'
         )
       kernel = weights['kernel'].astype(jnp.float32)
-      u, s, v = jnp.linalg.svd(kernel, full_matrices=False)
+      u, s, v = linalg.svd(kernel)
       root = jnp.sqrt(s[..., :rank])
       a, b = (
         u[..., :rank] * root[..., None, :],

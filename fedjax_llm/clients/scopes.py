@@ -44,10 +44,7 @@ def leaf_paths(params: Params) -> list[str]:
   >>> leaf_paths({'q': LowRank(a=1, b=2, scale=3), 'bias': [4, 5]})
   ['bias/0', 'bias/1', 'q/a', 'q/b', 'q/scale']
   """
-  return [
-    jax.tree_util.keystr(path, simple=True, separator='/')
-    for path, _ in jax.tree_util.tree_leaves_with_path(params)
-  ]
+  return list(tree.named(params))
 
 
 def _everything_labels(params: Params) -> Any:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import tree
+from fedjax_llm.local.one_way import one_way
 from fedjax_llm.local.optimizers import LocalOptimizer
 from fedjax_llm.types import (
   Batch,
@@ -160,6 +161,12 @@ def descend(
   end, optimizer_state, told = jax.lax.fori_loop(
     0, needed, step, (trained, optimizer_state, told)
   )
+  if texts and not optimizer.differentiable:
+    end = one_way(
+      end,
+      'local training has no gradient in reverse: build its optimizer with '
+      'differentiable=True.',
+    )
   sums, taken, rate, norm = told
   metrics = {
     'loss': sums.total / jnp.maximum(sums.count, 1.0),

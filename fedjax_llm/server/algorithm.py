@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from fedjax_llm import sharding, tree
 from fedjax_llm.clients import scopes
+from fedjax_llm.server import step
 from fedjax_llm.server.widths import narrowed
 from fedjax_llm.types import (
-  Aggregate,
   AnyAggregator,
   Base,
   ClientState,
@@ -64,8 +64,11 @@ def fed_opt(
   server optimizer.
 
   A client is left out, and its state unchanged, if it is padding, dropped out,
-  or sent a value that is not finite. A round that nobody reports to changes
-  nothing but its number.
+  or sent a value that is not finite, an update beyond `step.LARGEST_NORM` or a
+  weight outside of [0, `step.LARGEST_WEIGHT`]. If an aggregate is not finite
+  all the same, the whole cohort is left out. A round that nobody reports to, or
+  only clients of weight zero, changes nothing but its number. Entries that
+  nobody trained keep their value and their moments, whatever the optimizer.
 
   Args:
     local: training on one client.
@@ -110,6 +113,7 @@ def fed_opt(
   2.0
   """
   scope = scope or scopes.everything()
+  aggregator = step.watched(aggregator)
   if block_size is not None and block_size < 1:
     raise Error(f'block_size is {block_size}; it must be at least 1.')
   if min(widths, default=1) < 1:
@@ -203,8 +207,9 @@ def fed_opt(
       steps = jnp.max(told.pop('local/loop_steps')) * len(block.ids)
       first = jnp.arange(len(block.ids)) == 0
       told['clients/places'] = jnp.where(first, steps * places, 0)
-    valid = block.valid & finite
     weight = told.pop('local/weight', block.weight)
+    finite &= jax.vmap(step.usable)(sent, weight)
+    valid = block.valid & finite
     uploads = Uploads(
       update=tree.where(valid, sent, tree.zeros_like(sent)),
       start=start,
@@ -213,6 +218,7 @@ def fed_opt(
       valid=valid,
     )
     states = tree.where(valid, states, block.states)
+    told['clients/weight'] = uploads.weight
     told['clients/non_finite'] = block.valid & ~finite
     told['clients/reported'] = valid
     return uploads, states, told
@@ -261,6 +267,9 @@ def fed_opt(
       blocks = jax.tree.map(
         lambda x: x.reshape(-1, size, *x.shape[1:]), _pad(cohort, size)
       )
+      if isinstance(aggregator, StreamingAggregator):
+        like = jax.eval_shape(run, jax.tree.map(lambda x: x[0], blocks))
+        zero = step.begun(zero, like[0])
       sums, outs = jax.lax.scan(body, zero, blocks)
       return sums, jax.tree.map(
         lambda x: x.reshape(-1, *x.shape[2:])[:num], outs
@@ -285,8 +294,9 @@ def fed_opt(
       aggregate, aggregator_state = aggregator.aggregate(
         uploads, state.aggregator, state.params, server_key
       )
-    new = _server_step(state, aggregate, aggregator_state, server, labels)
-    anybody = jnp.any(told['clients/reported'])
+    new = step.stepped(state, aggregate, aggregator_state, server, labels)
+    told, states = step.checked(aggregate, told, states, cohort)
+    anybody = jnp.any(told['clients/reported'] & (told['clients/weight'] > 0))
     new = jax.tree.map(
       lambda n, o: jnp.where(anybody, n, o),
       new._replace(key=None, round=None),
@@ -294,33 +304,12 @@ def fed_opt(
     )._replace(key=state.key, round=state.round + 1)
     metrics = _tell(told, cohort, aggregate, state.params, new.params)
     if measure is not None and uploads is not None:
+      if aggregator.weights is not None:
+        uploads = uploads._replace(weight=aggregator.weights(uploads))
       metrics |= measure(uploads, state.params, new.params)
     return new, states, metrics
 
   return FederatedAlgorithm(init, init_client, round_fn, personal)
-
-
-def _server_step(
-  state: ServerState,
-  aggregate: Aggregate,
-  aggregator_state: Any,
-  server: ServerOptimizer,
-  labels: Any,
-) -> ServerState:
-  """The only place where an update changes its sign."""
-  shared = tree.select(state.params, labels, Shared)
-  # A shared leaf that the rule assigns has no gradient; others have no update.
-  delta = tree.merge(
-    tree.like(aggregate.delta, shared), tree.zeros_like(shared)
-  )
-  pseudo_gradient = tree.scale(delta, -1.0)
-  step, optimizer = server.update(pseudo_gradient, state.optimizer, shared)
-  params = tree.add(state.params, step)
-  if aggregate.assign is not None:
-    params = tree.merge(aggregate.assign, params)
-  return state._replace(
-    params=params, optimizer=optimizer, aggregator=aggregator_state
-  )
 
 
 def _tell(told, cohort, aggregate, old, new) -> dict[str, jax.Array]:
