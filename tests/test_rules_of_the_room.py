@@ -382,3 +382,42 @@ def test_a_branch_on_a_traced_value_is_explained_with_its_line():
       jax.jit(algorithm.round)(state, toy.cohort(num_clients=K), toy.base())
     assert name in str(error.value) and 'jnp.where' in str(error.value)
     assert 'test_rules_of_the_room.py, line' in str(error.value)
+
+
+# -------------------------------------------------------------------- FLASC --
+
+
+def test_flasc_as_in_its_code_is_adamw_and_serves_what_clients_download():
+  """Two rounds, dense updates: AdamW as a loop, the largest half is served."""
+  rate, decay, b1, b2, eps = 0.05, 0.01, 0.9, 0.999, 1e-8
+  flasc = lambda **more: recipes.flasc(
+    toy.loss, toy.sgd(), server_learning_rate=rate, variant='code', **more
+  )
+  dense = flasc(download_density=1.0, upload_density=1.0)
+  plain = recipes.fed_avg(
+    toy.loss, toy.sgd(), aggregator=aggregators.uniform_mean()
+  )
+  state = dense.init(KEY, toy.params())
+  one, two = jax.jit(dense.round), jax.jit(plain.round)
+  pair = lambda s: np.concatenate(
+    [np.ravel(x) for x in (s.params['q'].a, s.params['q'].b)]
+  ).astype(np.float64)
+  x, m, v = pair(state), 0.0, 0.0
+  for t in (1, 2):
+    cohort = toy.cohort(num_clients=K, seed=t)
+    begin = plain.init(KEY, state.params)._replace(round=state.round)
+    mean, _, _ = two(begin, cohort, toy.base())
+    delta = pair(mean) - pair(begin)
+    state, _, _ = one(state, cohort, toy.base())
+    m, v = b1 * m + (1 - b1) * delta, b2 * v + (1 - b2) * delta**2
+    step = (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+    x = (1 - rate * decay) * x + rate * step
+    np.testing.assert_allclose(pair(state), x, rtol=1e-4, atol=1e-5)
+  served = flasc(download_density=0.5).personal(state.params, None)
+  flat = pair(state)
+  bound = np.sort(np.abs(flat))[len(flat) // 2]
+  want = np.where(np.abs(flat) >= bound, flat, 0)
+  np.testing.assert_array_equal(pair(state._replace(params=served)), want)
+  toy.close(dense.personal(state.params, None), state.params)
+  with pytest.raises(types.Error, match="variant='torch' is neither 'paper'"):
+    recipes.flasc(toy.loss, toy.sgd(), variant='torch')
