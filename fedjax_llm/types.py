@@ -240,6 +240,7 @@ class ClientState(NamedTuple):
   private: Any = None  # private leaves, None elsewhere
   local: Any = ()  # of the local update: control variates, optimizer moments
   upload: Any = ()  # of the upload: what compression left behind
+  seen: Any = ()  # what of the rule's broadcasts the client has: `num_bytes`
 
 
 class Scope(NamedTuple):
@@ -387,8 +388,10 @@ class Aggregator(NamedTuple):
 
   `init(params, key) -> state`;
   `aggregate(uploads, state, params, key) -> (Aggregate, state)`;
-  `num_bytes(state) -> ` int32 counts: what else has to reach every client at
-  the start of the next round, beside the shared leaves (`None`: nothing);
+  `num_bytes(state, seen) -> (counts, seen)`: int32 counts of what else has to
+  reach a client at the start of the next round, beside the shared leaves, and
+  what it has seen then (`None`: nothing). `seen` is what this returned when the
+  client last took part, `()` if it never did; it is kept in its `ClientState`;
   `weights(uploads) -> [K]`: how much each client counts in this rule, for
   metrics (`None`: `uploads.weight`).
   """
@@ -396,7 +399,7 @@ class Aggregator(NamedTuple):
   init: Callable[[Params, Key], Any]
   aggregate: Callable[[Uploads, Any, Params, Key], tuple[Aggregate, Any]]
   traits: Traits = Traits()  # what it may be combined with
-  num_bytes: Callable[[Any], Any] | None = None
+  num_bytes: Callable[[Any, Any], tuple[Any, Any]] | None = None
   weights: Callable[[Uploads], jax.Array] | None = None
 
 
@@ -414,7 +417,7 @@ class StreamingAggregator(NamedTuple):
   accumulate: Callable[[Any, Uploads, Any, Params], Any]
   finalize: Callable[[Any, Any, Params, Key], tuple[Aggregate, Any]]
   traits: Traits = Traits(linear=True, needs_stack=False)
-  num_bytes: Callable[[Any], Any] | None = None
+  num_bytes: Callable[[Any, Any], tuple[Any, Any]] | None = None
   weights: Callable[[Uploads], jax.Array] | None = None
 
 

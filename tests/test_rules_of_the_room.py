@@ -421,3 +421,35 @@ def test_flasc_as_in_its_code_is_adamw_and_serves_what_clients_download():
   toy.close(dense.personal(state.params, None), state.params)
   with pytest.raises(types.Error, match="variant='torch' is neither 'paper'"):
     recipes.flasc(toy.loss, toy.sgd(), variant='torch')
+
+
+# ---------------------------------------------------------------- bytes down --
+
+
+@pytest.mark.parametrize('recipe', ['fedex_lora', 'flora'])
+def test_a_client_that_was_absent_is_billed_for_what_it_missed(recipe):
+  """Client 0 is there in rounds 0 and 3, client 1 always, client 2 from 3."""
+  method = getattr(recipes, recipe)(toy.loss, toy.sgd(), fold=toy.fold)
+  step = jax.jit(method.round)
+  state = method.init(KEY, toy.params())
+  states = tree.broadcast(method.init_client(state.params), 3)
+  present = np.array([[1, 1, 0], [0, 1, 0], [0, 1, 0], [1, 1, 1]], bool)
+  down = []
+  for valid in present:
+    cohort = toy.cohort(num_clients=3, states=states)
+    cohort = cohort._replace(
+      valid=valid, profiles=np.ones(3, np.int32), weight=np.ones(3, np.float32)
+    )
+    state, states, metrics = step(state, cohort, toy.base())
+    down.append(np.asarray(metrics['downloads/bytes'])[:, -1])
+  # Of what a round adds: FedEx (n - 1) R ranks, FLoRA a rank of each client.
+  ranks = {'fedex_lora': [2, 0, 0], 'flora': [2, 1, 1]}[recipe]
+  size = lambda rank: 4 * min(rank * (toy.D + toy.F), toy.D * toy.F)
+  first = size(ranks[0])
+  assert down[0].tolist() == [0, 0, 0]
+  assert down[1][1] == first and down[2][1] == size(ranks[1])
+  assert down[3].tolist() == [
+    size(sum(ranks)),
+    size(ranks[2]),
+    size(sum(ranks)),
+  ]

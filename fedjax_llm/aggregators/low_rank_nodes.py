@@ -44,6 +44,42 @@ class Seen(NamedTuple):
     return tree.add(now, self.update)
 
 
+class Added(NamedTuple):
+  """What rounds have added to the base at one node, int32."""
+
+  rank: Any  # [...] of all rounds so far
+  factors: Any  # [] bytes of a rank
+  dense: Any  # [] bytes of the whole matrix
+
+  @classmethod
+  def none(cls, node: LowRank) -> 'Added':
+    d, f = node.a.shape[-2], node.b.shape[-1]
+    size = node.a.dtype.itemsize
+    rank = jnp.zeros(node.a.shape[:-2], jnp.int32)
+    return cls(rank, jnp.int32(size * (d + f)), jnp.int32(size * d * f))
+
+  def plus(self, rank: jax.Array) -> 'Added':
+    # Far above any rank that is cheaper than the matrix, and below overflow.
+    return self._replace(rank=jnp.minimum(self.rank + rank, 2**30))
+
+
+def _missed(state: Any, seen: Any) -> tuple[Any, Any]:
+  """Bytes of what was added since a client has `seen` the ranks, and these."""
+  is_added = lambda x: isinstance(x, Added)
+  ranks = jax.tree.map(lambda x: x.rank, state, is_leaf=is_added)
+  before = tree.zeros_like(ranks) if type(seen) is tuple else seen
+
+  def leaf(x, old):
+    new = x.rank - old
+    # Compared as ranks: their bytes could overflow.
+    cheaper = new <= x.dense // x.factors
+    few = jnp.where(cheaper, new, 0) * x.factors
+    return jnp.where(cheaper, few, x.dense).astype(jnp.int32)
+
+  counts = jax.tree.map(leaf, state, before, is_leaf=is_added)
+  return counts, ranks
+
+
 NodeRule = Callable[[Seen], Aggregate]
 
 
@@ -59,8 +95,10 @@ def by_node(
   """An aggregator from a rule on single nodes.
 
   `assigns` says that both factors are written, so both have to travel;
-  `rank_down(held [K, ..., R])` is the rank [...] of the residual that goes
-  down, as factors or dense, whichever is less.
+  `rank_down(held [K, ..., R])` is the rank [...] of the residual that a round
+  adds to the base. The state is the rank of all residuals so far, and a client
+  receives what was added since it last took part: as factors of these ranks or
+  as one dense matrix, whichever is less.
   """
 
   def init(params, key):
@@ -74,9 +112,7 @@ def by_node(
     if rank_down is None:
       return ()
     return jax.tree.map(
-      lambda x: (
-        jnp.zeros(x.a.shape[:-2], jnp.int32) if low_rank.is_node(x) else None
-      ),
+      lambda x: Added.none(x) if low_rank.is_node(x) else None,
       params,
       is_leaf=low_rank.is_node,
     )
@@ -84,7 +120,6 @@ def by_node(
   weights = by_weight if weighted else equal
 
   def aggregate(uploads, state, params, key):
-    del state
     counts = counted(uploads)
     anybody = jnp.any(counts)
     weight = tree.normalise(weights(uploads))
@@ -100,9 +135,8 @@ def by_node(
       done = rule(Seen(nodes, weight, p, update, columns, here))
       down = None
       if rank_down is not None:
-        d, f = p.a.shape[-2], p.b.shape[-1]
-        rank = jnp.minimum(rank_down(columns) * (d + f), d * f)
-        down = (p.a.dtype.itemsize * rank).astype(jnp.int32)
+        rank = jnp.broadcast_to(rank_down(columns), p.a.shape[:-2])
+        down = jnp.where(anybody, rank, 0).astype(jnp.int32)
       change = done.delta, done.assign or NOTHING
       return _or_nothing(anybody, *change, p), down
 
@@ -118,9 +152,18 @@ def by_node(
       pick, outcome, is_leaf=lambda x: type(x) is tuple
     )
     result = Aggregate(part(lambda x: x[0].delta), part(lambda x: x[0].assign))
-    return result, () if rank_down is None else part(lambda x: x[1])
+    if rank_down is None:
+      return result, state
+    is_added = lambda x: x is None or isinstance(x, Added)
+    more = jax.tree.map(
+      lambda old, rank: None if old is None else old.plus(rank),
+      state,
+      part(lambda x: x[1]),
+      is_leaf=is_added,
+    )
+    return result, more
 
-  num_bytes = None if rank_down is None else lambda state: state
+  num_bytes = None if rank_down is None else _missed
   return Aggregator(init, aggregate, traits, num_bytes, weights)
 
 

@@ -33,8 +33,9 @@ def fedex(
 
   so that the effective weights are the mean of the clients' effective weights
   exactly (Singhal et al. 2025, arXiv 2410.09432, section 4). The residual has
-  rank (K - 1) R at most and goes down as factors of that rank, or dense where
-  that is less. Exact while the server adds the mean as it is
+  rank (K - 1) R at most. A client receives the residuals of all rounds since it
+  last took part, as factors of their ranks or as one matrix where that is less;
+  it keeps how far it has come. Exact while the server adds the mean as it is
   (`server.sgd(1.0)`) and clients receive what the server holds.
 
   Args:
@@ -87,9 +88,9 @@ def flora() -> Aggregator:
       W0 <- W0 + sum_k w_k s_k a_k b_k,   a ~ U(+-1/sqrt(D)),   b = 0
 
   exact for any mix of ranks (Wang et al. 2024, arXiv 2409.05976, section 3.2).
-  The stack, whose rank is the sum of the clients', goes down to everybody, or
-  the dense change where that is less. The new a is drawn from the round's key,
-  as in `adapters.lora`.
+  The stack, whose rank is the sum of the clients', goes down, with those of the
+  rounds that a client missed, or one dense change where that is less. The new a
+  is drawn from the round's key, as in `adapters.lora`.
 
   Raises:
     Error: from the round, a factor that is frozen or private.

@@ -150,6 +150,7 @@ def fed_opt(
       private=_present(tree.select(params, labels, Private)),
       local=local.init(tree.select(params, labels, Shared, Private)),
       upload=upload.init(shared),
+      seen=step.unseen(aggregator, params),
     )
 
   def personal(params: Params, state: ClientState | None) -> Params:
@@ -184,13 +185,14 @@ def fed_opt(
     sent = upload.decode(message, start, keys[3])
     up_bytes = upload.num_bytes(message, shared_masks)
     private = tree.select(tree.add(start, update), labels, Private)
-    states = ClientState(_present(private), out.state, upload_state)
+    owed, seen = step.owed(aggregator, extra, state.seen)
+    states = ClientState(_present(private), out.state, upload_state, seen)
     finite = tree.all_finite((update, sent, out.metrics, states))
     told = {
       **{f'local/{name}': value for name, value in out.metrics.items()},
       'local/update_norm': tree.norm(_floating(update)),
       'uploads/bytes': _flat(up_bytes),
-      'downloads/bytes': _flat((down_bytes, extra)),
+      'downloads/bytes': _flat((down_bytes, owed)),
     }
     return sent, start, out.masks, states, finite, told
 
@@ -233,7 +235,7 @@ def fed_opt(
     labels = scope.labels(params)
     key = jax.random.fold_in(state.key, state.round)
     client_key, server_key = jax.random.split(key)
-    extra = aggregator.num_bytes and aggregator.num_bytes(state.aggregator)
+    extra = state.aggregator if aggregator.num_bytes else ()
     shared = (base, params, state.aggregator, state.round, client_key, extra)
 
     def train(shared, cohort):

@@ -62,6 +62,29 @@ def checked(
   return told, tree.map_present(keep, states, cohort.states)
 
 
+# --------------------------------------------------------------- broadcasts --
+
+
+def unseen(aggregator: AnyAggregator, params: Any) -> Any:
+  """`ClientState.seen` of a client that never took part."""
+  if aggregator.num_bytes is None:
+    return ()
+  state = aggregator.init(params, jax.random.key(0))
+  return aggregator.num_bytes(state, ())[1]
+
+
+def owed(aggregator: AnyAggregator, state: Any, seen: Any) -> tuple[Any, Any]:
+  """Bytes of the rule's broadcasts for one client, and its new `seen`.
+
+  A caller that keeps no client states passes `()`, which stays `()`: each
+  client is then one that never took part.
+  """
+  if aggregator.num_bytes is None:
+    return (), seen
+  counts, new = aggregator.num_bytes(state, seen)
+  return counts, new if jax.tree.leaves(seen) else seen
+
+
 # ---------------------------------------------------------- what was trained --
 
 
