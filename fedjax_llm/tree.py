@@ -83,9 +83,59 @@ def named(tree: Tree) -> dict[str, Any]:
   {'q/0': 1, 'q/1': 2}
   """
   return {
-    jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+    path_name(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
+
+
+def path_name(path: Any) -> str:
+  """A leaf's name from its path in `jax.tree_util`'s functions on paths.
+
+  >>> jax.tree_util.tree_map_with_path(lambda at, x: path_name(at), {'q': [7]})
+  {'q': ['q/0']}
+  """
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+# ----------------------------------------------------------- largest entries --
+
+
+def largest_places(flat: jax.Array, num: int) -> jax.Array:
+  """The places of the `num` largest entries of [P], in rising order, [num].
+
+  >>> largest_places(jnp.array([3, 9, 1, 5]), 2).tolist()
+  [1, 3]
+  """
+  return jnp.sort(jax.lax.top_k(flat, num)[1])
+
+
+def largest(tree: Tree, num: int) -> Tree:
+  """True at the `num` largest entries of all leaves together.
+
+  Of equal entries the first in the order of `jax.tree.leaves` is taken.
+
+  >>> x = {'a': jnp.array([1.0, 4.0]), 'b': jnp.array([[3.0], [2.0]])}
+  >>> jax.tree.map(lambda m: m.tolist(), largest(x, 2))
+  {'a': [False, True], 'b': [[True], [False]]}
+  """
+  leaves, treedef = jax.tree.flatten(tree)
+  flat = jnp.concatenate([x.ravel() for x in leaves])
+  chosen = jnp.zeros(flat.size, bool).at[largest_places(flat, num)].set(True)
+  return jax.tree.unflatten(treedef, split_flat(chosen, leaves))
+
+
+def split_flat(flat: jax.Array, leaves: list[jax.Array]) -> list[jax.Array]:
+  """A vector [P] cut into the shapes of the leaves, in their order.
+
+  >>> like = [jnp.ones((2, 2)), jnp.ones(1)]
+  >>> [x.shape for x in split_flat(jnp.arange(5), like)]
+  [(2, 2), (1,)]
+  """
+  parts, at = [], 0
+  for x in leaves:
+    parts.append(flat[at : at + x.size].reshape(x.shape))
+    at += x.size
+  return parts
 
 
 # ------------------------------------------------------------------ stacks --
@@ -306,13 +356,11 @@ def squared_distances(stack: Tree) -> jax.Array:
     x.reshape(x.shape[0], -1).astype(jnp.float32)
     for x in jax.tree.leaves(stack)
   ]
-  highest = jax.lax.Precision.HIGHEST
-  grams = [jnp.matmul(x, x.T, precision=highest) for x in leaves]
-  gram = functools.reduce(operator.add, grams)
+  gram = functools.reduce(operator.add, map(_gram, leaves))
   square = jnp.diagonal(gram)
   lengths = square[:, None] + square
   same = jnp.eye(len(square), dtype=bool)
-  near = jnp.where(same, 0.0, lengths - (gram + gram.T))
+  near = jnp.where(same, 0.0, lengths - 2 * gram)
   # False for what is infinite or no number.
   precise = same | (lengths == 0) | (near > lengths / 64)
 
@@ -326,6 +374,19 @@ def squared_distances(stack: Tree) -> jax.Array:
 
   exact = jax.lax.map(exactly, jnp.arange(len(square)))
   return jnp.where(precise, near, exact)
+
+
+def _gram(x: jax.Array, num_parts: int = 8) -> jax.Array:
+  """x x' of [K, P], symmetric: of blocks of rows the upper half is computed."""
+  highest = jax.lax.Precision.HIGHEST
+  num = len(x)
+  step = -(-num // num_parts) if num >= 32 * num_parts else num
+  strips = []
+  for at in range(0, num, step):
+    strip = jnp.matmul(x[at : at + step], x[at:].T, precision=highest)
+    strips.append(jnp.pad(strip, ((0, 0), (at, 0))))
+  upper = jnp.triu(jnp.concatenate(strips))
+  return upper + jnp.triu(upper, 1).T
 
 
 # ----------------------------------------------------------------- uploads --

@@ -11,7 +11,15 @@ import pytest
 import references_lora as ref
 import toy
 
-from fedjax_llm import aggregators, recipes, server, tree, types
+from fedjax_llm import (
+  aggregators,
+  linalg,
+  narration,
+  recipes,
+  server,
+  tree,
+  types,
+)
 from fedjax_llm.types import Controlled, LowRank, Masks
 
 KEY = jax.random.key(0)
@@ -453,3 +461,49 @@ def test_a_client_that_was_absent_is_billed_for_what_it_missed(recipe):
     size(ranks[2]),
     size(sum(ranks)),
   ]
+
+
+# ---------------------------------------------------------------- one of all --
+
+
+def test_distances_in_blocks_of_rows_are_those_of_float64():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(300, 7)).astype(np.float32)
+  got = np.asarray(jax.jit(tree.squared_distances)({'w': x}))
+  wide = x.astype(np.float64)
+  want = ((wide[:, None] - wide) ** 2).sum(-1)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(got, got.T)
+
+
+def test_factorisations_one_after_another_equal_those_of_a_batch():
+  rng = np.random.default_rng(1)
+  x = rng.normal(size=(2, 3, 5, 4)).astype(np.float32)
+  square = np.swapaxes(x, -1, -2) @ x + np.eye(4, dtype=np.float32)
+
+  @jax.jit
+  def run(x, square):
+    right = jnp.swapaxes(x, -1, -2)
+    return linalg.svd(x), linalg.qr(x), jax.vmap(linalg.solve)(square, right)
+
+  (u, s, v), (q, r), solved = run(x, square)
+  np.testing.assert_allclose(u * s[..., None, :] @ v, x, atol=1e-5)
+  want = np.linalg.svd(x.astype(np.float64), compute_uv=False)
+  np.testing.assert_allclose(s, want, rtol=1e-4)
+  np.testing.assert_allclose(q @ r, x, atol=1e-5)
+  np.testing.assert_allclose(square @ solved, np.swapaxes(x, -1, -2), atol=1e-4)
+  size = lambda x: jnp.sum(linalg.svd(x)[1] ** 2)
+  np.testing.assert_allclose(jax.grad(size)(x), 2 * x, atol=1e-4)
+
+
+def test_one_client_that_happens_to_be_alone_does_not_end_a_run():
+  draw = types.Draw(np.array([3, 1]), np.array([True, False]))
+  metrics = {'clients/non_finite': np.array([True, False])}
+  names = [f'c{i}' for i in range(9)]
+  after, note = narration.left_out(metrics, draw, names, 4)
+  assert after['clients/not_finite_names'] == ['c3']
+  assert note.startswith('round 4: left out 1 of 1 clients')
+  alone = types.Draw(np.array([0]), np.array([True]))
+  metrics = {'clients/non_finite': np.array([True])}
+  with pytest.raises(narration.Diverged, match='all 1 clients'):
+    narration.left_out(metrics, alone, ['c0'], 4)

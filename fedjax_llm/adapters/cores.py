@@ -10,6 +10,7 @@ from fedjax_llm import linalg
 from fedjax_llm.adapters import targets as targets_lib
 from fedjax_llm.adapters.changes import fold, merge
 from fedjax_llm.adapters.dense import saved_beside
+from fedjax_llm.adapters.starts import singular
 from fedjax_llm.types import Adapter, Base, Error, Key, LowRank, Params
 
 
@@ -64,18 +65,13 @@ def lora_xs(
 
   def node(key, kernel):
     _check(rank, kernel)
-    if hasattr(kernel, 'qvalue'):
-      raise Error(
-        'lora_xs starts from the singular values of the weights, which a '
-        'quantised base does not have: leave model.quantisation out.'
-      )
-    u, s, v = linalg.svd(kernel.astype(jnp.float32))
+    u, s, v = singular('lora_xs', kernel, rank)
     lead = kernel.shape[:-2]
     core = sigma * jax.random.normal(key, (*lead, 1, rank, rank))
     return Core(
       core=core,
-      p=u[..., :rank] * s[..., None, :rank],
-      q=v[..., :rank, :],
+      p=u * s[..., None, :],
+      q=v,
       scale=jnp.full(lead, alpha / rank, jnp.float32),
     )
 

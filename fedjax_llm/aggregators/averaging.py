@@ -278,9 +278,9 @@ def as_stack(aggregator: AnyAggregator) -> Aggregator:
   >>> as_stack(mean()).traits.needs_stack
   True
   """
-  if isinstance(as_rule(aggregator, 'as_stack: aggregator'), Aggregator):
-    return aggregator
-  rule: StreamingAggregator = aggregator
+  rule = as_rule(aggregator, 'as_stack: aggregator')
+  if isinstance(rule, Aggregator):
+    return rule
 
   def aggregate(uploads: Uploads, state: Any, params: Params, key: Any):
     sums = rule.accumulate(rule.zero(params), uploads, state, params)

@@ -128,7 +128,7 @@ def by_node(
     def leaf(path, p, nodes, update, held):
       if not low_rank.is_node(p):
         return Aggregate(update), None
-      where = jax.tree_util.keystr(path, simple=True, separator='/')
+      where = tree.path_name(path)
       _check(name, where, update, held, assigns)
       columns = _columns(held.a, nodes.a, counts)
       here = jax.random.fold_in(key, zlib.crc32(where.encode()))

@@ -222,7 +222,7 @@ def alternating(*patterns: str) -> Scope:
       _check_match(turn, names)
 
     def leaf(path, m):
-      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      name = tree.path_name(path)
       mine = [i for i, turn in enumerate(turns) if turn.search(name)]
       if not mine:
         return m
@@ -263,7 +263,7 @@ def in_turn(pattern: str) -> Scope:
     num = 1 + max(places.values())
 
     def leaf(path, m):
-      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      name = tree.path_name(path)
       if name not in places:
         return m
       return m & (round % num == num - 1 - places[name])
@@ -336,7 +336,7 @@ def untrained(pattern: str) -> Scope:
     _check_match(regex, leaf_paths(masks.trained))
 
     def leaf(path, m):
-      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      name = tree.path_name(path)
       return jnp.bool_(False) if regex.search(name) else m
 
     trained = jax.tree_util.tree_map_with_path(leaf, masks.trained)
@@ -403,7 +403,7 @@ def both_trained(inner: Scope) -> Callable[[Params], Any]:
         continue
       for name, label in (('a', node.a), ('b', node.b)):
         if label is Frozen:
-          where = jax.tree_util.keystr(path, simple=True, separator='/')
+          where = tree.path_name(path)
           raise Error(
             f'{where}/{name} is frozen, so it cannot be masked: ranks that '
             'differ between clients need both factors trained.'
