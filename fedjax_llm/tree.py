@@ -356,11 +356,13 @@ def squared_distances(stack: Tree) -> jax.Array:
     x.reshape(x.shape[0], -1).astype(jnp.float32)
     for x in jax.tree.leaves(stack)
   ]
-  gram = functools.reduce(operator.add, map(_gram, leaves))
+  highest = jax.lax.Precision.HIGHEST
+  grams = [jnp.matmul(x, x.T, precision=highest) for x in leaves]
+  gram = functools.reduce(operator.add, grams)
   square = jnp.diagonal(gram)
   lengths = square[:, None] + square
   same = jnp.eye(len(square), dtype=bool)
-  near = jnp.where(same, 0.0, lengths - 2 * gram)
+  near = jnp.where(same, 0.0, lengths - (gram + gram.T))
   # False for what is infinite or no number.
   precise = same | (lengths == 0) | (near > lengths / 64)
 
@@ -374,19 +376,6 @@ def squared_distances(stack: Tree) -> jax.Array:
 
   exact = jax.lax.map(exactly, jnp.arange(len(square)))
   return jnp.where(precise, near, exact)
-
-
-def _gram(x: jax.Array, num_parts: int = 8) -> jax.Array:
-  """x x' of [K, P], symmetric: of blocks of rows the upper half is computed."""
-  highest = jax.lax.Precision.HIGHEST
-  num = len(x)
-  step = -(-num // num_parts) if num >= 32 * num_parts else num
-  strips = []
-  for at in range(0, num, step):
-    strip = jnp.matmul(x[at : at + step], x[at:].T, precision=highest)
-    strips.append(jnp.pad(strip, ((0, 0), (at, 0))))
-  upper = jnp.triu(jnp.concatenate(strips))
-  return upper + jnp.triu(upper, 1).T
 
 
 # ----------------------------------------------------------------- uploads --
