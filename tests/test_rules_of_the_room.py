@@ -247,6 +247,11 @@ def test_a_rank_comes_back_when_a_large_client_does(recipe):
   large = cohort._replace(profiles=np.full(K, 2, np.int32))
   new, _, _ = step(state, large, toy.base())
   assert np.all(new.params['q'].b[1] != toy.params()['q'].b[1])
+  papers = getattr(recipes, recipe)(toy.loss, toy.sgd(), keep_unheld=False)
+  dead, _, _ = jax.jit(papers.round)(
+    papers.init(KEY, toy.params()), small, toy.base()
+  )
+  assert not np.any(dead.params['q'].b[1])
 
 
 # ---------------------------------------------------------- weights of rules --

@@ -23,6 +23,7 @@ def zero_padding(
   loss: Loss,
   optimizer: LocalOptimizer,
   *,
+  keep_unheld: bool = True,
   clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
@@ -32,6 +33,8 @@ def zero_padding(
 
   The baseline of every paper on mixed ranks (called zero padding by Cho et al.
   2024, arXiv 2401.06432): ranks that few clients hold shrink in every round.
+  Ranks that no client of a round holds keep their value; with
+  `keep_unheld=False` they are set to zero for good, as the formula says.
 
   >>> zero_padding(  # doctest: +ELLIPSIS
   ...   None, None, aggregator=aggregators.mean())
@@ -41,7 +44,7 @@ def zero_padding(
   """
   return with_rule(
     'zero_padding',
-    aggregators.zero_padding(),
+    aggregators.zero_padding(keep_unheld=keep_unheld),
     loss,
     optimizer,
     clip_norm,
@@ -300,6 +303,7 @@ def het_lora(
   gamma: float = 0.99,
   min_rank: int = 1,
   per: str = 'client',
+  keep_unheld: bool = True,
   clip_norm: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
@@ -330,7 +334,7 @@ def het_lora(
   )
   return averaging.compose(
     update,
-    aggregator=aggregators.norm_weighted(per=per),
+    aggregator=aggregators.norm_weighted(per=per, keep_unheld=keep_unheld),
     **{'scope': _pruned_ranks(), **parts},
   )
 
