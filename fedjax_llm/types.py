@@ -204,7 +204,7 @@ class Batch(NamedTuple):
   positions: Any  # int32
   label: Any = None  # [..., B] int32, where texts are classified
   types: Any = None  # int32: which of two texts a token is of
-  bound: Bound | None = None  # static
+  bound: Any = None  # a `Bound`, static
 
   def real(self) -> Any:
     return (self.segments > 0).any((-2, -1))

@@ -37,14 +37,22 @@ TABLE = {
   'config': ('types', 'builders'),
   'checkpoint': ('types',),
   'sharding': ('types',),
-  'metrics': ('types', 'trackers'),
+  'records': ('types',),
+  'metrics': ('types', 'trackers', 'records'),
+  'best': ('types',),
+  'resume': ('types', 'checkpoint', 'clients'),
+  '_early': (),
+  'signals': (),
   'hosts': ('types',),
   'exchange': ('hosts',),
   'compilation': ('types',),
   'narration': ('types', 'metrics'),
   'trackers': ('types',),
-  'report': ('types', 'config', 'metrics', 'narration', 'command', 'workdir'),
-  'workdir': ('types', 'config', 'metrics', 'hosts'),
+  'report': (
+    *('types', 'config', 'metrics', 'narration', 'command', 'workdir'),
+    'records',
+  ),
+  'workdir': ('types', 'config', 'metrics', 'hosts', 'signals', '_early'),
 }
 # Programs, and the front door, know the whole house.
 PROGRAMS = (
