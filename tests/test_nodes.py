@@ -259,8 +259,8 @@ def test_a_node_of_ones_own_works_everywhere():
   )
   step, losses = jax.jit(algorithm.round), []
   for _ in range(3):
-    state, _, metrics = step(state, cohort, loaded.base)
-    losses.append(float(metrics['local/loss']))
+    state, _, info = step(state, cohort, loaded.base)
+    losses.append(float(info.metrics['local/loss']))
   assert losses[2] < losses[1] < losses[0]
   with pytest.raises(
     Error, match='up_proj: a Diagonal node has no form in PEFT'
@@ -546,8 +546,8 @@ def test_nodes_in_a_network_are_trained():
   loaded, state, cohort, step = trained()
   start, losses = state.params, []
   for _ in range(4):
-    state, _, metrics = step(state, cohort, loaded.base)
-    losses.append(float(metrics['local/loss']))
+    state, _, info = step(state, cohort, loaded.base)
+    losses.append(float(info.metrics['local/loss']))
   assert losses[-1] < losses[0]
   paths = jax.tree_util.tree_leaves_with_path(start)
   for (path, old), new in zip(paths, jax.tree.leaves(state.params)):
