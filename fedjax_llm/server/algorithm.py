@@ -73,8 +73,9 @@ def fed_opt(
   server optimizer.
 
   A client is left out, and its state unchanged, if it is padding, dropped out,
-  or sent a value that is not finite. A round that nobody reports to changes
-  nothing but its number, unless the rule acts `always`.
+  sent a value that is not finite, or weighs less than 0 or more than
+  `client.MAX_WEIGHT`. A round that nobody reports to changes nothing but its
+  number, unless the rule acts `always`.
 
   `round` equals `aggregate` of what `train` returns, but a streaming rule adds
   up blocks and never holds the stack.

@@ -33,9 +33,10 @@ def combination(
     raise Error(f'widths are {tuple(widths)}; each must be at least 1.')
   if history < 1:
     raise Error(f'history is {history}; it must be at least 1.')
-  if traits.changes_basis and jax.tree.leaves(
-    jax.eval_shape(server.init, jnp.zeros(1))
-  ):
+  kept = jax.tree.leaves(jax.eval_shape(server.init, jnp.zeros(1)))
+  # A count of rounds, as a schedule keeps it, is no moment.
+  moments = [x for x in kept if jnp.issubdtype(x.dtype, jnp.inexact)]
+  if traits.changes_basis and moments:
     raise Error(
       'this aggregator changes the basis of the factors every round, so the '
       'server optimizer must keep no moments: use server.name=sgd.'

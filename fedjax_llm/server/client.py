@@ -23,6 +23,11 @@ from fedjax_llm.types import (
   Work,
 )
 
+# The largest weight of a client. Clients may report their weight themselves:
+# one outside of [0, MAX_WEIGHT] is left out, like one whose update is not
+# finite. Sums of weighted updates stay far below the largest float32.
+MAX_WEIGHT = 1e12
+
 
 class Returned(NamedTuple):
   """One client's round as the server receives it; stacked, [K] of each."""
@@ -123,6 +128,7 @@ def one_round(
     finite = tree.all_finite(
       (update, sent, metrics, out.work, out.report, weight, states)
     )
+    finite &= (weight >= 0) & (weight <= MAX_WEIGHT)  # NaN is neither
     return Returned(
       sent=sent,
       start=start,
