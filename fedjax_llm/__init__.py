@@ -14,6 +14,7 @@ from fedjax_llm import batching as batching
 from fedjax_llm import clients as clients
 from fedjax_llm import data as data
 from fedjax_llm import evals as evals
+from fedjax_llm import linalg as linalg
 from fedjax_llm import local as local
 from fedjax_llm import models as models
 from fedjax_llm import recipes as recipes

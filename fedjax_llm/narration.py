@@ -98,7 +98,8 @@ def left_out(
   """Returns a round's record with the clients left out, and a sentence.
 
   Raises:
-    Diverged: every client that reported sent values that are not finite.
+    Diverged: all clients that reported, more than one or the only one that
+      there is, sent values that are not finite.
   """
   told = dict(record)
   # Rows beyond the draw are padding.
@@ -107,7 +108,9 @@ def left_out(
   reported = np.asarray(draw.reports, bool) & chosen
   bad = [names[int(i)] for i in np.sort(np.asarray(draw.ids)[broken])]
   some = ', '.join(map(printable, bad[:5])) + (', ...' if len(bad) > 5 else '')
-  if bad and len(bad) == int(reported.sum()):
+  # One of a population that happens to be alone is no verdict on the others.
+  alone = len(bad) == 1 and len(names) > 1
+  if bad and len(bad) == int(reported.sum()) and not alone:
     raise Diverged(
       f'round {number}: the updates of all {len(bad)} clients that reported '
       f'are not finite ({some}): lower local.learning_rate or set '
@@ -124,7 +127,8 @@ def left_out(
     told['clients/not_finite_names'] = bad
     note = (
       f'round {number}: left out {len(bad)} of {int(reported.sum())} clients, '
-      f'whose updates are not finite or weights out of range: {some}'
+      f'whose updates are not finite or too large, or weights out of range: '
+      f'{some}'
     )
   if not reported.any():
     note = f'round {number}: no client reported, so nothing changed'

@@ -32,7 +32,7 @@ def compose(update: LocalUpdate, **parts: Any) -> FederatedAlgorithm:
 
   >>> method = compose(local.sgd(None, local.optimizer('sgd')))
   >>> method.init_client({'w': jnp.ones(2)})  # clients keep nothing
-  ClientState(private=None, local=(), upload=())
+  ClientState(private=None, local=(), upload=(), seen=())
   """
   parts.setdefault('upload', uploads.identity())
   parts.setdefault('aggregator', aggregators.mean())

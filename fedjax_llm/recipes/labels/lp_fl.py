@@ -77,7 +77,7 @@ def lp_fl(
   >>> loss = local.classification(model)
   >>> method = lp_fl(loss, local.optimizer('sgd', 0.5), model=model)
   >>> method.init_client({'w': 1.0})  # clients keep nothing
-  ClientState(private=None, local=(), upload=())
+  ClientState(private=None, local=(), upload=(), seen=())
   """
   update = pseudo_labelled(
     local.sgd(loss, optimizer),

@@ -31,7 +31,7 @@ def fed_tt(
 
   >>> method = fed_tt(None, local.optimizer('adamw'))
   >>> method.init_client({'w': jnp.ones(2)})  # clients keep nothing
-  ClientState(private=None, local=(), upload=())
+  ClientState(private=None, local=(), upload=(), seen=())
   """
   return fed_avg(loss, optimizer, **parts)
 

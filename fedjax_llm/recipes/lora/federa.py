@@ -30,6 +30,6 @@ def federa(
   >>> from fedjax_llm import local
   >>> method = federa(None, local.optimizer('adamw'))
   >>> method.init_client({'w': 1.0})  # clients keep nothing
-  ClientState(private=None, local=(), upload=())
+  ClientState(private=None, local=(), upload=(), seen=())
   """
   return fed_avg(loss, optimizer, **parts)

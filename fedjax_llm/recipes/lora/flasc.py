@@ -5,11 +5,12 @@ Kuo et al. 2024, arXiv 2406.05233.
 
 from typing import Any
 
-from fedjax_llm import aggregators, server, uploads
+from fedjax_llm import aggregators, server, tree, uploads
+from fedjax_llm.clients import scopes
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.recipes.averaging.fed_avg import fed_avg
 from fedjax_llm.recipes.composing import SLOWLY, refuse
-from fedjax_llm.types import FederatedAlgorithm, Loss
+from fedjax_llm.types import Context, Error, FederatedAlgorithm, Loss, Shared
 
 # What the config of each method changes.
 NEEDS = {
@@ -28,6 +29,7 @@ def flasc(
   b1: float = 0.9,
   b2: float = 0.99,
   tau: float = 1e-3,
+  variant: str = 'paper',
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FLASC: dense training between a sparse download and a sparse upload.
@@ -44,9 +46,15 @@ def flasc(
   Args:
     download_density, upload_density, per: see `uploads.top_k`.
     server_learning_rate, b1, b2, tau: of the server, see `server.fed_adam`.
+    variant: 'paper', the default, is algorithm 1 with the FedAdam that it cites
+      and serves P dense. 'code' is what the authors' program does: the server
+      is torch's AdamW (`server.adamw` with its defaults, of these settings only
+      the learning rate), and what is evaluated and served is top_k(P), as a
+      client would download it.
 
   Raises:
-    Error: a density out of range, another server or upload is given as well.
+    Error: a density out of range, another variant; another server or upload is
+      given as well.
 
   >>> from jax import numpy as jnp
   >>> method = flasc(None, local.optimizer('adamw'), upload_density=1 / 16)
@@ -55,11 +63,29 @@ def flasc(
   """
   for section in ('server', 'upload', 'download'):
     refuse('flasc', section, parts)
-  return fed_avg(
+  if variant not in ('paper', 'code'):
+    raise Error(f"flasc: variant={variant!r} is neither 'paper' nor 'code'.")
+  download = uploads.top_k(download_density, per)
+  step = server.fed_adam(server_learning_rate, b1, b2, tau)
+  if variant == 'code':
+    step = server.adamw(server_learning_rate)
+  algorithm = fed_avg(
     loss,
     optimizer,
-    download=uploads.top_k(download_density, per),
+    download=download,
     upload=uploads.top_k(upload_density, per),
-    server=server.fed_adam(server_learning_rate, b1, b2, tau),
+    server=step,
     **{'aggregator': aggregators.uniform_mean(), **parts},
   )
+  if variant == 'paper':
+    return algorithm
+  labels = (parts.get('scope') or scopes.everything()).labels
+
+  def personal(params, state):
+    shared = tree.select(params, labels(params), Shared)
+    masks = tree.full_masks(params, labels(params))
+    message, _ = download.encode(shared, masks, (), Context())
+    sparse = tree.merge(download.decode(message, params, Context()), params)
+    return algorithm.personal(sparse, state)
+
+  return algorithm._replace(personal=personal)

@@ -8,12 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import local, uploads
+from fedjax_llm import local, tree, uploads
 from fedjax_llm.clients import scopes
 from fedjax_llm.local import LocalOptimizer
-from fedjax_llm.recipes.composing import (
-  compose,
-)
+from fedjax_llm.recipes.composing import compose
 from fedjax_llm.types import (
   ClientOutput,
   Error,
@@ -103,16 +101,11 @@ def selected(inner: LocalUpdate, *, budget: int) -> LocalUpdate:
     ]
     if not scores:
       raise Error('selected needs low-rank factors: adapter.name=lora.')
-    flat = jnp.concatenate([jnp.ravel(s) for s in scores])
     rank = min(s.shape[-1] for s in scores)
     if budget > rank:
       raise Error(f'selected: budget={budget} is above the rank, {rank}.')
     pairs = sum(s.size // s.shape[-1] for s in scores)
-    _, best = jax.lax.top_k(flat, budget * pairs)
-    chosen, kept, at = jnp.zeros(flat.size, bool).at[best].set(True), [], 0
-    for s in scores:
-      kept.append(chosen[at : at + s.size].reshape(s.shape))
-      at += s.size
+    kept = tree.largest(scores, budget * pairs)
     trained = _only(masks.trained, start, kept)
     masks = Masks(masks.held, trained)
     return inner.run(base, start, state, batches, masks, context)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import local, server
+from fedjax_llm import linalg, local, server
 from fedjax_llm.clients import scopes
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.recipes.averaging.fed_avg import fed_avg
@@ -189,13 +189,7 @@ def _factored(params: Staged) -> Staged:
       return x
     rank = x.a.shape[-1]
     dense = _dense(sparse, x)
-    # One after another: a batch could wait for threads that wait for it.
-    u, s, v = jax.lax.map(
-      lambda one: tuple(jnp.linalg.svd(one, full_matrices=False)),
-      dense.reshape(-1, *dense.shape[-2:]),
-    )
-    lead = dense.shape[:-2]
-    u, s, v = (y.reshape(*lead, *y.shape[1:]) for y in (u, s, v))
+    u, s, v = linalg.svd(dense)
     b = s[..., :rank, None] * v[..., :rank, :] / x.scale[..., None, None]
     return x._replace(a=u[..., :rank].astype(x.a.dtype), b=b.astype(x.b.dtype))
 

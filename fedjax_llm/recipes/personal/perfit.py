@@ -207,18 +207,7 @@ def _nothing(x: Any) -> Any:
 
 def _largest(score: Any, density: float, per: str) -> Any:
   """True on the `density` of all entries whose score is largest."""
-  leaves, treedef = jax.tree.flatten(score)
-
-  def best(flat):
-    num = max(1, round(density * flat.size))
-    _, index = jax.lax.top_k(flat, num)
-    return jnp.zeros(flat.size, bool).at[index].set(True)
-
+  share = lambda size: max(1, round(density * size))
   if per == 'leaf':
-    kept = [best(x.ravel()).reshape(x.shape) for x in leaves]
-  else:
-    flat, kept, at = best(jnp.concatenate([x.ravel() for x in leaves])), [], 0
-    for x in leaves:
-      kept.append(flat[at : at + x.size].reshape(x.shape))
-      at += x.size
-  return jax.tree.unflatten(treedef, kept)
+    return jax.tree.map(lambda x: tree.largest(x, share(x.size)), score)
+  return tree.largest(score, share(sum(x.size for x in jax.tree.leaves(score))))

@@ -43,6 +43,7 @@ def het_lora(
   gamma: float = 0.99,
   min_rank: int = 1,
   per: str = 'client',
+  keep_unheld: bool = True,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """HetLoRA: truncated dispatch, self-pruning, weights by what was learned.
@@ -71,7 +72,7 @@ def het_lora(
   )
   return compose(
     update,
-    aggregator=aggregators.norm_weighted(per=per),
+    aggregator=aggregators.norm_weighted(per=per, keep_unheld=keep_unheld),
     **{'scope': _pruned_ranks(), **parts},
   )
 

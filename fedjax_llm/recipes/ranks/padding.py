@@ -21,6 +21,8 @@ NEEDS = {
 def zero_padding(
   loss: Loss,
   optimizer: LocalOptimizer,
+  *,
+  keep_unheld: bool = True,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedIT with ranks: the mean of factors that are padded with zeros.
@@ -29,6 +31,8 @@ def zero_padding(
 
   The baseline of every paper on mixed ranks (called zero padding by Cho et al.
   2024, arXiv 2401.06432): ranks that few clients hold shrink in every round.
+  Ranks that no client of a round holds keep their value; with
+  `keep_unheld=False` they are set to zero for good, as the formula says.
 
   >>> zero_padding(  # doctest: +ELLIPSIS
   ...   None, None, aggregator=aggregators.mean())
@@ -36,9 +40,8 @@ def zero_padding(
     ...
   fedjax_llm.types.Error: zero_padding brings its own aggregator: leave the ...
   """
-  return ranked(
-    'zero_padding', aggregators.zero_padding(), loss, optimizer, parts
-  )
+  rule = aggregators.zero_padding(keep_unheld=keep_unheld)
+  return ranked('zero_padding', rule, loss, optimizer, parts)
 
 
 def rbla(

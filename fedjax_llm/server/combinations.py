@@ -15,7 +15,7 @@ from fedjax_llm.types import (
 )
 
 
-def combination(
+def check(
   upload: Upload,
   aggregator: AnyAggregator,
   server: ServerOptimizer,
