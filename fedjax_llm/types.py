@@ -21,12 +21,17 @@ together again).
 
 import enum
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 from jax.core import Tracer
+
+if TYPE_CHECKING:
+  from fedjax_llm.nodes import Experts as Experts
+  from fedjax_llm.nodes import LowRank as LowRank
+  from fedjax_llm.nodes import Routing as Routing
 
 Base = Any  # frozen weights of the model: a pytree, never batched over clients
 Params = Any  # what the server owns and broadcasts; never the base
@@ -66,22 +71,6 @@ def known(number: Any) -> bool:
 # ---------------------------------------------------------------- adapters --
 
 
-class LowRank(NamedTuple):
-  """The node of every LoRA-like adapter: W + scale * a @ b + residual.
-
-  Stacked over layers every field has a leading L axis, so that one `lax.scan`
-  walks the base and the adapter together. `scale` (alpha / R, or
-  alpha / sqrt(R) for rsLoRA) is never trained and never averaged. `residual`
-  is what an average of factors missed; it is dense, one a target, and is added
-  to the base once a round, outside `vmap`.
-  """
-
-  a: Any  # [L, D, R]
-  b: Any  # [L, R, F]
-  scale: Any  # [L]
-  residual: Any = None  # [L, D, F]
-
-
 class Controlled(NamedTuple):
   """Parameters with the server's control variate c (SCAFFOLD).
 
@@ -100,28 +89,6 @@ class Dual(NamedTuple):
 
   shared: Any  # everybody's: sent and averaged
   personal: Any  # a client's own: it stays there
-
-
-class Experts(NamedTuple):
-  """An expert for every token, and for each token some out of a pool of E.
-
-  Which change a token gets depends on it, so this is no change of a weight: see
-  `adapters.experts`. A client works with the experts that it holds.
-  """
-
-  shared: LowRank  # the expert of every token
-  pool: LowRank  # [L, E, ...]
-  router: Any  # [L, D, R]
-  held: Any  # [L, E] uint8, 1 for the experts that the client holds
-
-
-class Routing(NamedTuple):
-  """What a router tells of a batch: see `adapters.experts.added`."""
-
-  balance: Any  # [L] how unevenly tokens go to experts, 1 where evenly
-  experts: Any  # [L, E, R] sum over the tokens of A_e x
-  tokens: Any  # [L, R] sum over the tokens of P x
-  count: Any  # [L] tokens
 
 
 class Adapter(NamedTuple):
@@ -292,11 +259,18 @@ class Model(NamedTuple):
   """A network as two pure functions, so that logits can be computed late.
 
   `hidden(base, params, batch) -> [B, T, D]`;
-  `logits(base, params, hidden [..., D]) -> [..., V]` in float32.
+  `logits(base, params, hidden [..., D]) -> [..., V]` in float32;
+  `hidden_with_statistics(base, params, batch) -> (hidden, statistics)` also
+  gives the statistics of the nodes that have any (`nodes.Routing` of
+  `nodes.Experts`), in the tree of the adapter with None elsewhere. It is None
+  for a network that has no such function.
   """
 
   hidden: Callable[[Base, Params, Batch], jax.Array]
   logits: Callable[[Base, Params, jax.Array], jax.Array]
+  hidden_with_statistics: (
+    Callable[[Base, Params, Batch], tuple[jax.Array, Any]] | None
+  ) = None
 
 
 class LossSum(NamedTuple):
@@ -529,3 +503,11 @@ class FederatedAlgorithm(NamedTuple):
 
 # (base, params, personal, data, key) -> {'evals/name': number}
 Evaluator = Callable[..., Mapping[str, float]]
+
+
+def __getattr__(name: str) -> Any:  # Until imports are moved.
+  if name not in ('Experts', 'LowRank', 'Routing'):
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  from fedjax_llm import nodes
+
+  return getattr(nodes, name)

@@ -1,7 +1,7 @@
 """Small trained matrices between bases that nobody trains."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,31 +9,8 @@ import jax.numpy as jnp
 from fedjax_llm.adapters import targets as targets_lib
 from fedjax_llm.adapters.changes import fold, merge
 from fedjax_llm.adapters.dense import saved_beside
-from fedjax_llm.types import Adapter, Base, Error, Key, LowRank, Params
-
-
-class Core(NamedTuple):
-  """W + scale * sum_h gain_h p_h core_h q_h, over H heads of rank R.
-
-  `gain` (None: ones) is for training: see `recipes.ravan`.
-  """
-
-  core: Any  # [L, H, R, R]
-  p: Any  # [L, D, H R]
-  q: Any  # [L, H R, F]
-  scale: Any  # [L]
-  gain: Any = None  # [L, H]
-
-  FROZEN = ('p', 'q', 'scale')
-
-  def factors(self) -> LowRank:
-    *lead, num, rank, _ = self.core.shape
-    core = self.core
-    if self.gain is not None:
-      core = core * self.gain[..., None, None]
-    heads = self.q.reshape(*lead, num, rank, -1)
-    b = jnp.matmul(core, heads).reshape(self.q.shape)
-    return LowRank(self.p, b, self.scale)
+from fedjax_llm.nodes import Core as Core
+from fedjax_llm.types import Adapter, Base, Error, Key, Params
 
 
 def lora_xs(

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from fedjax_llm.adapters import targets as targets_lib
 from fedjax_llm.adapters.changes import fold, merge, product
 from fedjax_llm.adapters.dense import saved_beside
-from fedjax_llm.types import Adapter, Base, Error, Key, LowRank, Params
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Adapter, Base, Error, Key, Params
 
 
 def lora(

@@ -12,6 +12,8 @@ from fedjax_llm.local.lifted import lifted as lifted
 from fedjax_llm.local.losses import causal_lm as causal_lm
 from fedjax_llm.local.losses import class_logits as class_logits
 from fedjax_llm.local.losses import classification as classification
+from fedjax_llm.local.observed import Observed as Observed
+from fedjax_llm.local.observed import observed as observed
 from fedjax_llm.local.optimizers import LocalOptimizer as LocalOptimizer
 from fedjax_llm.local.optimizers import lora_plus as lora_plus
 from fedjax_llm.local.optimizers import optimizer as optimizer
@@ -32,6 +34,7 @@ from fedjax_llm.local.sgd import sgd as sgd
 __all__ = [
   'Counted',
   'LocalOptimizer',
+  'Observed',
   'Phase',
   'balanced',
   'causal_lm',
@@ -44,6 +47,7 @@ __all__ = [
   'important',
   'lifted',
   'lora_plus',
+  'observed',
   'optimizer',
   'phases',
   'pruned',

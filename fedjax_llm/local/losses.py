@@ -1,10 +1,12 @@
 """What a client minimises."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from fedjax_llm.local.observed import observed
 from fedjax_llm.types import (
   Base,
   Batch,
@@ -81,7 +83,10 @@ def causal_lm(
       )
     return LossSum(*(jnp.sum(x) for x in parts))
 
-  return loss
+  build = functools.partial(
+    causal_lm, max_targets=max_targets, chunk_size=chunk_size, per_row=per_row
+  )
+  return observed(lambda other: loss if other is model else build(other), model)
 
 
 def classification(model: Model, *, per_row: bool = False) -> Loss:
@@ -130,7 +135,8 @@ def classification(model: Model, *, per_row: bool = False) -> Loss:
     sums = LossSum(parts[0], real.astype(jnp.float32), parts[1])
     return sums if per_row else LossSum(*(jnp.sum(x) for x in sums))
 
-  return loss
+  build = functools.partial(classification, per_row=per_row)
+  return observed(lambda other: loss if other is model else build(other), model)
 
 
 def class_logits(model: Model) -> Callable[[Base, Params, Batch], jax.Array]:

@@ -6,16 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import asides
+from fedjax_llm.local.observed import with_statistics
+from fedjax_llm.nodes import Experts, Routing
 from fedjax_llm.types import (
   ClientOutput,
   Error,
-  Experts,
   LocalUpdate,
   Loss,
   Masks,
   Params,
-  Routing,
 )
 
 
@@ -27,23 +26,24 @@ def balanced(loss: Loss, strength: float) -> Loss:
   sum is over weights and layers; for their mean divide the strength.
 
   Raises:
-    Error: a negative strength; from the loss, a network without experts.
+    Error: a negative strength; from the loss, a network without experts, or a
+      loss that gives no statistics (`local.Observed` does).
 
+  >>> from fedjax_llm.local.observed import Observed
   >>> from fedjax_llm.types import LossSum
-  >>> def loss(base, params, batch, key):
-  ...   told = Routing(jnp.array([1.0, 3.0]), None, None, None)
-  ...   asides.pass_on({'layers': told})  # as a network of two layers does
-  ...   return LossSum(jnp.float32(10), jnp.float32(2), jnp.float32(0))
-  >>> float(balanced(loss, 0.5)(None, {}, None, None).total)  # 10 + 2 * 0.5 * 4
+  >>> def both(base, params, batch, key):  # of a network of two layers
+  ...   routing = Routing(jnp.array([1.0, 3.0]), None, None, None)
+  ...   return LossSum(*jnp.float32([10, 2, 0])), {'layers': routing}
+  >>> loss = balanced(Observed(None, both), 0.5)
+  >>> float(loss(None, {}, None, None).total)  # 10 + 2 * 0.5 * 4
   14.0
   """
   if strength < 0:
     raise Error(f'balanced: strength={strength} must not be negative.')
 
   def penalised(base, params, batch, key):
-    with asides.listening() as found:
-      sums = loss(base, params, batch, key)
-    term = sum(jnp.sum(told.balance) for told in _routings(found))
+    sums, statistics = with_statistics(loss)(base, params, batch, key)
+    term = sum(jnp.sum(x.balance) for x in _routings(statistics))
     return sums._replace(total=sums.total + sums.count * strength * term)
 
   return loss if strength == 0 else penalised
@@ -61,12 +61,13 @@ def embeddings(loss: Loss) -> Callable[..., Any]:
   of each of M weights, in the order of `clients.assignment`; the client's
   tokens are those of all its batches of the round.
 
-  >>> from fedjax_llm.types import LossSum, LowRank
-  >>> def loss(base, params, batch, key):
-  ...   told = Routing(None, batch * jnp.ones((1, 2, 1)), batch * jnp.ones(
+  >>> from fedjax_llm.local.observed import Observed
+  >>> from fedjax_llm.types import LossSum
+  >>> def both(base, params, batch, key):  # one token, and one layer
+  ...   routing = Routing(None, batch * jnp.ones((1, 2, 1)), batch * jnp.ones(
   ...     (1, 1)), jnp.ones(1))
-  ...   asides.pass_on({'q': told})  # one token, of a network of one layer
-  ...   return LossSum(batch, batch, batch)
+  ...   return LossSum(batch, batch, batch), {'q': routing}
+  >>> loss = Observed(None, both)
   >>> node = Experts(None, None, None, held=jnp.array([[0, 1]], jnp.uint8))
   >>> batches = jnp.array([1.0, 3.0])
   >>> told = embeddings(loss)(None, {'q': node}, None, batches, None)
@@ -78,9 +79,8 @@ def embeddings(loss: Loss) -> Callable[..., Any]:
     del held  # which experts are is in the nodes
 
     def one(batch) -> Any:
-      with asides.listening() as found:
-        loss(base, params, batch, key)
-      rows = [told._replace(balance=None) for told in _routings(found)]
+      _, statistics = with_statistics(loss)(base, params, batch, key)
+      rows = [x._replace(balance=None) for x in _routings(statistics)]
       return jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
 
     each = jax.lax.map(one, batches)
@@ -160,13 +160,10 @@ def _each(change: Callable[..., Any], first: Any, *rest: Any) -> Any:
   return jax.tree.map(node, first, *rest, is_leaf=is_leaf)
 
 
-def _routings(found: list[Any]) -> list[Routing]:
-  is_told = lambda x: isinstance(x, Routing)
-  told = filter(is_told, jax.tree.leaves(found, is_leaf=is_told))
-  told = list(told)
-  if not told:
-    raise Error(
-      'the network told nothing of experts: it has none, or is not one of '
-      'models that walk over layers.'
-    )
-  return told
+def _routings(statistics: Any) -> list[Routing]:
+  is_routing = lambda x: isinstance(x, Routing)
+  leaves = jax.tree.leaves(statistics, is_leaf=is_routing)
+  routings = list(filter(is_routing, leaves))
+  if not routings:
+    raise Error('the network has no experts, so it has no statistics of them.')
+  return routings

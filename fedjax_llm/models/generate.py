@@ -16,6 +16,7 @@ import numpy as np
 
 from fedjax_llm.models import requests, tenants
 from fedjax_llm.models.load import LoadedModel
+from fedjax_llm.models.prompts import front
 from fedjax_llm.models.transformer import Decoder
 from fedjax_llm.types import Base, Batch, Error, Key, Model, Params
 
@@ -74,7 +75,8 @@ def generate(
   if batch_size < 1:
     raise Error(f'{batch_size=} must be at least 1.')
   config = model.config if isinstance(model, LoadedModel) else None
-  requests.check(config, prompts, max_new_tokens)
+  length = front(params).length
+  requests.check(config, prompts, max_new_tokens, length)
   draws = requests.seeds(seeds, len(prompts))
   owners = requests.owners(which, params, adapters, len(prompts))
   if owners is not None:
@@ -143,7 +145,7 @@ def _cached(decoder: Decoder, base, params, tokens, lengths, num_new):
   rows, width = tokens.shape
 
   def start():
-    cache = decoder.empty(rows, width + num_new)
+    cache = decoder.begin(base, params, rows, width + num_new)
     batch = _texts(tokens, lengths)
     hidden, cache = decoder.extend(base, params, batch, cache, 0)
     return _at(hidden, lengths - 1), cache
