@@ -9,6 +9,7 @@ holds the contracts (read it first).
 
 from fedjax_llm import adapters as adapters
 from fedjax_llm import aggregators as aggregators
+from fedjax_llm import batching as batching
 from fedjax_llm import clients as clients
 from fedjax_llm import data as data
 from fedjax_llm import evals as evals

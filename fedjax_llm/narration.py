@@ -19,12 +19,17 @@ def describe(population: Population) -> str:
   """Who there is, what was left out and why, and the sizes of the clients."""
   report: Any = population.report
   labels = report.get('labels')
-  learned = f'{report["loss_tokens"]:,} of them learned'
+  sizes = []
+  if report['tokens']:
+    sizes.append(f'{report["tokens"]:,} tokens')
   if labels is not None:
-    learned = f'{len(labels)} labels'
+    sizes.append(f'{len(labels)} labels')
+  elif report['tokens']:
+    sizes.append(f'{report["loss_tokens"]:,} of them learned')
+  some = f' ({", ".join(sizes)})' if sizes else ''
   lines = [
     f'{report["num_clients"]} clients train on {report["train_examples"]} '
-    f'examples ({report["tokens"]:,} tokens, {learned}); '
+    f'examples{some}; '
     f'{report["heldout_examples"]} examples of theirs and '
     f'{report["num_new_clients"]} more clients are held out'
   ]
@@ -141,8 +146,11 @@ _PERSONAL_ROWS = {
 }
 
 
-def summary(path: str | os.PathLike) -> str:
+def summary(path: str | os.PathLike, unit: str = '') -> str:
   """A short table of a finished run: the losses, and what they cost.
+
+  `unit` is what the loss counts, in the singular; by default a label where
+  accuracies of clients were measured, else a token.
 
   A cell is empty where nothing was measured. Personal models are compared with
   what the same clients were served before they trained.
@@ -151,6 +159,8 @@ def summary(path: str | os.PathLike) -> str:
   first, last = dict(records[0]), records[-1]
   own = last.get('evals/personal/own/clients')
   labelled = 'evals/heldout/accuracies' in last
+  usual = 'label' if labelled else 'token'
+  unit = unit or usual
   table = {
     (False, False): _ROWS,
     (False, True): _PERSONAL_ROWS,
@@ -176,6 +186,8 @@ def summary(path: str | os.PathLike) -> str:
         continue  # nothing is shared
       change = '' if old is None or new is None else new - old
       new = 'not finite' if new is None else new  # null in the file
+      label = label.replace(f'nats/{usual}', f'nats/{unit}')
+      label = label.replace(f'{usual} accuracy', f'{unit} accuracy')
       rows.append((label, '' if old is None else old, new, change))
   notes = []
   if own:
@@ -198,8 +210,7 @@ def summary(path: str | os.PathLike) -> str:
       *([metrics.table(rows, header), ''] if rows else []),
       *notes,
       f'{last["round"]} round{"s" if last["round"] > 1 else ""}, '
-      f'{total("local/tokens"):,.0f} {"label" if labelled else "token"}s '
-      'learned; '
+      f'{total("local/tokens"):,.0f} {unit}s learned; '
       f'{metrics.human_bytes(up)} up and {metrics.human_bytes(down)} down; '
       f'{seconds:.0f} s',
       f'adapter: {pathlib.Path(path) / "adapter"}',

@@ -104,6 +104,7 @@ def open(path: str, *, client: str | None = None) -> Made:
       partition=build('partition'),
       labels=labels,
       seed=seed,
+      encode=task.encode,
     ).names
 
   algorithm = experiment.algorithm(

@@ -110,7 +110,7 @@ def train(args: config.Arguments) -> None:
     writers=writers,
   )
   restored, done = saver.restore(state), 0
-  meta = {'data': data.population.digest(population)}
+  meta = {'data': built.digest}
   if restored is not None:
     state, done = restored.state, restored.round
     if {**meta, **restored.meta} != meta:
@@ -155,7 +155,7 @@ def train(args: config.Arguments) -> None:
     return draw, sharding.joined(cohort, mesh)
 
   stop, number, following = workdir.stop_after_round(), done, None
-  unit = 'labels' if built.labels else 'tokens'
+  unit = f'{built.task.metrics.unit}s'
   bar = metrics.progress(
     num_rounds, done, unit=unit, file=None if first else sys.stdout
   )
@@ -229,7 +229,7 @@ def train(args: config.Arguments) -> None:
   asked = evals.questions(
     population.heldout,
     # A classifier writes nothing, nor a network that has no cache.
-    0 if built.labels or loaded.decoder is None else test.samples,
+    test.samples if built.task.writes and loaded.decoder is not None else 0,
     max_prompt=loaded.config.max_positions - test.sample_tokens,
   )
   served = algorithm.personal(state.params, None)
@@ -265,7 +265,7 @@ def train(args: config.Arguments) -> None:
   told = '\n'.join(
     [
       narration.printable(evals.replies(asked, said, tokenizer.decode)),
-      narration.summary(args.workdir),
+      narration.summary(args.workdir, built.task.metrics.unit),
     ]
   )
   room.finish(num_rounds, told)

@@ -121,19 +121,68 @@ class Example(NamedTuple):
   types: np.ndarray | None = None  # [T] int32: 0 in a first text, 1 in a second
 
 
+class Pair(NamedTuple):
+  """Two replies to one prompt, of which a client prefers the first.
+
+  The references are log-probabilities of the replies, in nats, under the model
+  that a preference loss compares with; a task's `prepare` may fill them in.
+  """
+
+  chosen: Example  # the prompt with the preferred reply
+  rejected: Example  # the prompt with the other reply
+  reference_chosen: float = 0.0  # log p(chosen reply | prompt)
+  reference_rejected: float = 0.0  # log p(rejected reply | prompt)
+
+
+class Image(NamedTuple):
+  """One picture as a client holds it."""
+
+  pixels: np.ndarray  # [H, W, C]
+  label: int | None = None  # the number of its class
+
+
+class ImageWithText(NamedTuple):
+  """A picture and a text about it."""
+
+  pixels: np.ndarray  # [H, W, C]
+  text: Example  # what is said about it
+
+
 class Population(NamedTuple):
   """The federation's data: N clients that train, and clients that never do.
 
   A client's id is its place in `names`, which is sorted: the id does not
-  depend on the order of the records in a file.
+  depend on the order of the records in a file. Examples are of one kind:
+  `Example`, `Pair`, `Image`, `ImageWithText`, or a task's own.
   """
 
   names: tuple[str, ...]  # [N]
-  train: tuple[tuple[Example, ...], ...]  # [N], each at least one example
-  heldout: tuple[tuple[Example, ...], ...]  # [N], the same clients' other texts
+  train: tuple[tuple[Any, ...], ...]  # [N], each at least one example
+  heldout: tuple[tuple[Any, ...], ...]  # [N], the same clients' other examples
   new_names: tuple[str, ...] = ()  # clients that no round trains on
-  new: tuple[tuple[Example, ...], ...] = ()  # all texts of each of them
+  new: tuple[tuple[Any, ...], ...] = ()  # all examples of each of them
   report: Mapping[str, Any] = {}  # what was left out and why; histogram
+
+
+@jax.tree_util.register_static
+class Bound(int):
+  """A number that belongs to the structure of a batch, not to its arrays.
+
+  `jax.tree.map` passes it on unchanged, and a compiled program holds it as a
+  constant.
+
+  >>> jax.tree.leaves(Bound(3)), jax.tree.map(lambda x: x + 1, Bound(3))
+  ([], 3)
+  """
+
+
+# The kinds of batches. Each answers what a round asks about its contents:
+#   real() -> [...] bool     which steps hold anything but padding
+#   places() -> int          places of one step, padding included
+#   used() -> [...] int      places of each step that are not padding
+#   learned() -> [...] int   terms of the loss in each step
+# with [...] the axes before B. A kind of one's own is any NamedTuple with these
+# four; `batching` asks them. Pytrees without them are taken to be full.
 
 
 class Batch(NamedTuple):
@@ -143,6 +192,10 @@ class Batch(NamedTuple):
   `positions` restart with every text. A step without any loss token is padding
   and changes nothing. Texts to be classified stand one a row, with a label; -1
   marks a row of padding.
+
+  `bound` is the most tokens with a loss that one step holds, of tokens that
+  have one before them: logits are computed for so many places. None: for all.
+  `batching.bounded` sets it and checks it on the host.
   """
 
   tokens: Any  # int32
@@ -151,6 +204,81 @@ class Batch(NamedTuple):
   positions: Any  # int32
   label: Any = None  # [..., B] int32, where texts are classified
   types: Any = None  # int32: which of two texts a token is of
+  bound: Bound | None = None  # static
+
+  def real(self) -> Any:
+    return (self.segments > 0).any((-2, -1))
+
+  def places(self) -> int:
+    return self.segments.shape[-2] * self.segments.shape[-1]
+
+  def used(self) -> Any:
+    return (self.segments > 0).sum((-2, -1))
+
+  def learned(self) -> Any:
+    if self.label is None:
+      return self.loss_mask.sum((-2, -1))
+    return (self.label >= 0).sum(-1)
+
+
+class Pairs(NamedTuple):
+  """Preferred and rejected replies, a pair a row: see `Pair`."""
+
+  chosen: Batch  # [..., B, T]
+  rejected: Batch  # [..., B, T]
+  reference_chosen: Any  # [..., B] float32, nats
+  reference_rejected: Any  # [..., B] float32, nats
+
+  def real(self) -> Any:
+    return self.chosen.real() | self.rejected.real()
+
+  def places(self) -> int:
+    return self.chosen.places() + self.rejected.places()
+
+  def used(self) -> Any:
+    return self.chosen.used() + self.rejected.used()
+
+  def learned(self) -> Any:
+    return (self.chosen.segments > 0).any(-1).sum(-1)
+
+
+class Images(NamedTuple):
+  """Pictures with classes; a label of -1 is not known."""
+
+  pixels: Any  # [..., B, H, W, C]
+  label: Any  # [..., B] int32
+  present: Any  # [..., B] bool, False on rows of padding
+
+  def real(self) -> Any:
+    return (self.present > 0).any(-1)
+
+  def places(self) -> int:
+    return self.present.shape[-1]
+
+  def used(self) -> Any:
+    return (self.present > 0).sum(-1)
+
+  def learned(self) -> Any:
+    return ((self.present > 0) & (self.label >= 0)).sum(-1)
+
+
+class ImagesWithTexts(NamedTuple):
+  """Pictures, each with the text of the same row."""
+
+  pixels: Any  # [..., B, H, W, C]
+  text: Batch  # [..., B, T]
+
+  def real(self) -> Any:
+    return self.text.real()
+
+  def places(self) -> int:
+    return self.text.places()
+
+  def used(self) -> Any:
+    return self.text.used()
+
+  def learned(self) -> Any:
+    return self.text.learned()
 
 
 # ----------------------------------------------------------------- clients --
@@ -246,7 +374,7 @@ class Cohort(NamedTuple):
   """The clients of one round, stacked; rows that are padding are not valid."""
 
   ids: Any  # [K] int32
-  batches: Any  # Batch of [K, S, B, T], or any pytree with those first axes
+  batches: Any  # Batch of [K, S, B, T], or a pytree of [K, S, ...]
   weight: Any  # [K] float32: examples, tokens, or ones
   valid: Any  # [K] bool
   profiles: Any = ()  # [K, ...] capacities: rank, layers, bytes
@@ -317,7 +445,7 @@ class ClientOutput(NamedTuple):
   private: Any = None  # new values of private leaves that no update moves
   weight: Any = None  # [] how much it counts, in place of `Cohort.weight`
   report: Any = None  # a pytree for the server's next plan (`server.planned`)
-  work: Work = Work()
+  work: Work = Work()  # how much it computed
   metrics: Mapping[str, Any] = {}
 
 

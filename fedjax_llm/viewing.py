@@ -31,7 +31,7 @@ def viewer(
   view: evals.views.View = builders.build(
     built.test.personal,
     evals.views,
-    loss=built.task.loss(built.loaded, per_row=True, max_targets=None),
+    loss=built.task.loss(built.loaded, per_row=True),
     model=built.loaded.model,
   )
   begin = lambda start: algorithm.init(jax.random.key(0), start).params
@@ -64,6 +64,8 @@ def viewer(
         batch_size=view.num_texts,
         max_length=built.width,
         pad_id=built.tokenizer.pad_id,
+        collate=built.task.collate,
+        length=built.task.length,
       )[0].batches
       for k in ids
     ]
@@ -78,6 +80,6 @@ def viewer(
     report = look(base, params, store, ids, key)
     if report is None:
       return {}
-    return evals.told_of(report, people.names, built.labels is not None)
+    return evals.told_of(report, people.names, built.task.metrics.accuracies)
 
   return examine

@@ -171,32 +171,32 @@ def test_bytes_up_and_down_are_those_of_the_method():
   """Closed forms, by hand: r (m + n) floats of four bytes."""
   d, f, r = toy.D, toy.F, toy.R
   bytes_of = lambda name, way, t: (
-    run(name)[1][t][3][f'{way}/bytes'].sum(1).tolist()
+    getattr(run(name)[1][t][3], f'bytes_{way}').sum(1).tolist()
   )
   same = lambda num: [num] * K
   by_rank = (FACTORS * RANKS // r).tolist()
-  assert bytes_of('fed_it', 'uploads', 0) == same(FACTORS)
-  assert bytes_of('ffa_lora', 'uploads', 0) == same(4 * r * f)
-  assert bytes_of('ffa_lora', 'downloads', 0) == same(4 * r * f)
-  assert bytes_of('rolora', 'uploads', 0) == same(4 * r * f)
-  assert bytes_of('rolora', 'uploads', 1) == same(4 * r * d)
-  assert bytes_of('fed_sa', 'uploads', 0) == same(4 * r * d)
+  assert bytes_of('fed_it', 'up', 0) == same(FACTORS)
+  assert bytes_of('ffa_lora', 'up', 0) == same(4 * r * f)
+  assert bytes_of('ffa_lora', 'down', 0) == same(4 * r * f)
+  assert bytes_of('rolora', 'up', 0) == same(4 * r * f)
+  assert bytes_of('rolora', 'up', 1) == same(4 * r * d)
+  assert bytes_of('fed_sa', 'up', 0) == same(4 * r * d)
   # The residual goes down one round later, here dense: 4 * 3 entries are less
   # than its factors.
-  assert bytes_of('fedex_lora', 'downloads', 0) == same(FACTORS)
-  assert bytes_of('fedex_lora', 'downloads', 1) == same(FACTORS + 4 * d * f)
+  assert bytes_of('fedex_lora', 'down', 0) == same(FACTORS)
+  assert bytes_of('fedex_lora', 'down', 1) == same(FACTORS + 4 * d * f)
   # FLoRA's factors follow from a seed; only what was stacked goes down.
-  assert bytes_of('flora', 'uploads', 0) == by_rank
-  assert bytes_of('flora', 'downloads', 0) == same(0)
-  assert bytes_of('flora', 'downloads', 1) == same(4 * d * f)
-  assert bytes_of('fed_svd', 'uploads', 0) == same(4 * r * f)
-  assert bytes_of('fed_svd', 'downloads', 1) == same(FACTORS)
-  assert bytes_of('fedrot_lora', 'uploads', 2) == same(FACTORS)
-  assert bytes_of('lora_a2', 'uploads', 0) == same(4 * f + 1)
-  assert bytes_of('lora_a2', 'uploads', 1) == same(4 * d + 1)
+  assert bytes_of('flora', 'up', 0) == by_rank
+  assert bytes_of('flora', 'down', 0) == same(0)
+  assert bytes_of('flora', 'down', 1) == same(4 * d * f)
+  assert bytes_of('fed_svd', 'up', 0) == same(4 * r * f)
+  assert bytes_of('fed_svd', 'down', 1) == same(FACTORS)
+  assert bytes_of('fedrot_lora', 'up', 2) == same(FACTORS)
+  assert bytes_of('lora_a2', 'up', 0) == same(4 * f + 1)
+  assert bytes_of('lora_a2', 'up', 1) == same(4 * d + 1)
   for name in ('rbla', 'flexlora', 'hlora', 'zero_padding'):
-    assert bytes_of(name, 'uploads', 0) == by_rank
-    assert bytes_of(name, 'downloads', 0) == by_rank
+    assert bytes_of(name, 'up', 0) == by_rank
+    assert bytes_of(name, 'down', 0) == by_rank
 
 
 @pytest.mark.parametrize('name', [n for n in RECIPES if RECIPES[n]])

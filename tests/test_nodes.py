@@ -599,3 +599,13 @@ def test_a_leaf_is_a_node_by_its_methods():
   assert protocol.is_node(LOW) and protocol.is_node(nodes.Dense(1))
   assert protocol.is_node(Diagonal(1)) and protocol.is_node(nodes.Prompt(1))
   assert not any(map(protocol.is_node, (None, W, {}, (1, 2), np.ones(2))))
+
+
+def test_a_loss_with_statistics_is_compiled_as_any_other():
+  loaded, batch = tiny(), texts([9], 12)
+  loss = fl.local.causal_lm(loaded.model)
+  assert isinstance(loss, fl.local.Observed)
+  sums = jax.jit(loss)(loaded.base, {}, batch, KEY)
+  both, statistics = jax.jit(loss.with_statistics)(loaded.base, {}, batch, KEY)
+  np.testing.assert_allclose(sums.total, both.total, rtol=1e-6)
+  assert float(sums.count) == 8 and jax.tree.leaves(statistics) == []

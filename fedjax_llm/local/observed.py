@@ -1,17 +1,20 @@
 """Losses that also give the statistics of a network's nodes."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from fedjax_llm.types import Base, Error, Key, Loss, LossSum, Model, Params
 
 
-class Observed(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Observed:
   """A `Loss`, and the same with what the nodes of its network counted.
 
   `loss(base, params, batch, key) -> LossSum`, which calling it gives as well;
   `with_statistics(base, params, batch, key) -> (LossSum, statistics)`, where
-  `statistics` is that of `Model.hidden_with_statistics`.
+  `statistics` is that of `Model.hidden_with_statistics`. It is no tuple, since
+  `jax.jit` refers weakly to what it compiles.
 
   >>> def both(base, params, batch, key):
   ...   return LossSum(batch, 1.0, 0.0), {'layers': None}

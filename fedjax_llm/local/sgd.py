@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import tree
+from fedjax_llm import batching, tree
 from fedjax_llm.local.gradients import backprop
 from fedjax_llm.local.optimizers import LocalOptimizer
 from fedjax_llm.types import (
@@ -189,16 +189,12 @@ def descend(
 
 
 def _contents(batches: Any, num_steps: int) -> tuple[list[Batch], Any]:
-  """The texts of [S, ...] batches, and up to which step there are any.
+  """The texts of [S, ...] batches, and up to which step they hold anything.
 
-  Batches of something else than texts are taken to fill every step.
+  Batches of an unknown kind are taken to fill every step.
   """
-  is_text = lambda x: isinstance(x, Batch)
-  leaves = jax.tree.leaves(batches, is_leaf=is_text)
-  texts = [x for x in leaves if is_text(x)]
-  if len(texts) < len(leaves):
+  some = batching.real(batches)
+  if some is None:
     return [], num_steps
-  some = jnp.zeros(num_steps, bool)
-  for x in texts:
-    some |= jnp.any(x.segments > 0, axis=tuple(range(1, x.segments.ndim)))
-  return texts, jnp.max(jnp.where(some, jnp.arange(num_steps) + 1, 0))
+  last = jnp.max(jnp.where(some, jnp.arange(num_steps) + 1, 0))
+  return batching.texts(batches), last

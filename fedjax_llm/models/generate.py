@@ -52,6 +52,10 @@ def generate(
   is empty. A `LoadedModel` keeps keys and values in a cache; a bare `Model`
   reads the whole text again for each token, to the same end.
 
+  A soft prompt or a prefix in `params` (`nodes.Prompt`, `nodes.Prefix`) stands
+  in front of every text and takes as many of the model's positions as it has
+  rows; adapters that share a batch have none.
+
   Raises `Error` for an empty prompt, a token outside the vocabulary, a text
   longer than the model's positions, a temperature without key and seeds, and
   adapters that are not of this base.

@@ -115,8 +115,8 @@ def own(network: Any, weights: Any = None) -> Own:
   ...   ids=jnp.arange(5), batches={'x': x, 'y': jnp.argmax(x[..., :3], -1)},
   ...   weight=jnp.ones(5), valid=jnp.ones(5, bool))
   >>> state = algorithm.init(jax.random.key(2), params)
-  >>> state, _, told = jax.jit(algorithm.round)(state, cohort, mine.base)
-  >>> bool(told['local/loss'] > 0)
+  >>> state, _, info = jax.jit(algorithm.round)(state, cohort, mine.base)
+  >>> bool(info.metrics['local/loss'] > 0)
   True
   """
   homes = [c.__module__.split('.') for c in type(network).__mro__]

@@ -14,7 +14,6 @@ from fedjax_llm import (
   clients,
   compilation,
   config,
-  data,
   experiment,
   metrics,
   rebuild,
@@ -92,7 +91,7 @@ def before(path: str, number: int) -> Moment:
   if found is not None:
     state, begun = found.state, found.round
     states = room.states if begun else states
-    digest = data.population.digest(built.population)
+    digest = built.digest
     if found.meta.get('data', digest) != digest:
       raise Error(f'{path} holds a run on other texts or clients.')
   moment = Moment(
@@ -163,9 +162,7 @@ def heldout_score(
     raise Error(
       'nothing is held out, so clients have no value: evals.per_client.'
     )
-  loss = built.task.loss(
-    built.loaded, per_row=True, max_targets=tests.max_targets
-  )
+  loss = built.task.loss(built.loaded, per_row=True)
 
   def score(base, params):
     rows = lambda batch: loss(base, params, batch, built.round_key)

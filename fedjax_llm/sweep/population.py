@@ -7,7 +7,6 @@ P members of a population, each with its own seed, clients and settings: one
 members, so its products stay one GEMM over members and clients.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedjax_llm import data, metrics, narration, tree
+from fedjax_llm import batching, data, metrics, narration, tree
 from fedjax_llm.experiment import Experiment
 from fedjax_llm.plan import blocks, costs
 from fedjax_llm.sweep import folder as folders
@@ -35,6 +34,7 @@ class Population(NamedTuple):
   parts: Sequence[Sequence[groups.Member]]
   num_kinds: int  # U: members of a part on different texts, at most
   length: int  # T of all cohorts
+  bounds: Sequence[int | None]  # of all cohorts: `batching.bounded`
   block_size: int | None
   step: Step
   examine: Mapping[int, Callable[..., dict[str, Any]]]  # by id of `built`
@@ -62,9 +62,9 @@ def ready(
   builds = list({id(m.built): m.built for m in members}.values())
   width = max(built.width for built in builds)
   tests = texts.alike([b._replace(width=width).tests() for b in builds])
-  key = (id(lead.loaded), tests[0].max_targets)
+  key = id(lead.loaded)
   if key not in likelihoods:
-    likelihoods[key] = lead.likelihood(tests[0].max_targets)
+    likelihoods[key] = lead.likelihood()
   examine = {
     id(built): built.examiner(
       lead.method(), tests=test, together=likelihoods[key]
@@ -76,7 +76,8 @@ def ready(
     fields=group.fields,
     parts=parts,
     num_kinds=max(len({id(m.built) for m in part}) for part in parts),
-    length=max(texts.length(m.cohort) for m in members),
+    length=max(batching.width(m.cohort.batches) for m in members),
+    bounds=batching.most([m.cohort.batches for m in members]),
     block_size=block_size,
     step=program(lead, block_size),
     examine=examine,
@@ -115,9 +116,9 @@ def num_at_once(
   first, num = group.members[0], len(group.members)
   if groups.writes_base(first):
     return 1  # or every member would need a base of its own
-  num_clients, steps, *rows = first.cohort.batches.tokens.shape
+  num_clients, steps, places = batching.axes(first.cohort.batches)
   together = min(block_size or num_clients, num_clients)
-  size = blocks.rule(together * math.prod(rows), num)
+  size = blocks.rule(together * places, num)
   limit = blocks.memory()
   if limit is None or size == 1:
     return size
@@ -170,7 +171,10 @@ def train(
   def assembled(number: int) -> tuple[list[Draw], Any]:
     pairs = [built.assemble(number) for built in builds]
     stack = texts.stacked(
-      [cohort for _, cohort in pairs], population.num_kinds, population.length
+      [cohort for _, cohort in pairs],
+      population.num_kinds,
+      population.length,
+      population.bounds,
     )
     return [draw for draw, _ in pairs], jax.device_put(stack)
 
