@@ -216,10 +216,11 @@ def split(
 
       def above(head, sent):
         params_of = tree.merge(head, rest(params))
-        top = Model(lambda base, params, batch: sent.reshape(-1, *sent.shape[2:]),
-                    model.logits)  # fmt: skip
-        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-        sums = local.causal_lm(top)(base, params_of, rows, state.key)
+        rows = lambda x: x.reshape(-1, *x.shape[2:])
+        top = Model(lambda *_: rows(sent), model.logits)
+        sums = local.causal_lm(top)(
+          base, params_of, jax.tree.map(rows, batch), state.key
+        )
         return sums.total / jnp.maximum(sums.count, 1), sums
 
       sent, back = jax.vjp(below, own(trained))

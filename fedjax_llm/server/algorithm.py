@@ -164,6 +164,7 @@ def fed_opt(
       base, params = fold(base, params)
     labels = scope.labels(params)
     rule = state.aggregator
+    news = aggregator.broadcast and aggregator.broadcast(rule)
     started = cohort.started
     if started is not None and history == 1:
       raise Error(
@@ -179,8 +180,8 @@ def fed_opt(
       rule=rule,
       round=state.round,
       key=keys(state)[0],
-      news=aggregator.broadcast and aggregator.broadcast(rule),
-      extra=aggregator.num_bytes and aggregator.num_bytes(rule),
+      news=news,
+      extra=(aggregator.num_bytes and aggregator.num_bytes(rule), _sizes(news)),
       peers=jnp.asarray(cohort.ids) if upload.additive else None,
       round_key=keys(state)[4],
     )
@@ -321,6 +322,11 @@ def _decoded(upload, total, state, anybody, context: Context) -> Uploads:
     valid=jnp.atleast_1d(anybody),
     ids=jnp.full(1, -1, jnp.int32),
   )
+
+
+def _sizes(news: Any) -> Any:
+  """Returns the bytes of every array, int32."""
+  return jax.tree.map(lambda x: jnp.int32(x.size * x.dtype.itemsize), news)
 
 
 def _server_step(

@@ -50,7 +50,7 @@ class Broadcast(NamedTuple):
   round: Any
   key: Any
   news: Any
-  extra: Any  # byte counts of the rule's own download
+  extra: Any  # byte counts of the rule's own download, and of the news
   peers: Any  # [K] int32
   round_key: Any
 
