@@ -49,10 +49,11 @@ def two_point(eps=0.02):
   return gradient
 
 
-def fed_spsa(*, loss, optimizer, fold=None, block_size=None, eps=0.02):
+def fed_spsa(*, loss, optimizer, upload=None, block_size=None, eps=0.02):
   """A recipe that a config names by its import path."""
   update = local.sgd(loss, optimizer, gradient=two_point(eps))
-  return recipes.compose(update, fold=fold, block_size=block_size)
+  parts = {} if upload is None else {'upload': upload}
+  return recipes.compose(update, block_size=block_size, **parts)
 
 
 @pytest.mark.parametrize('name', ['forward', 'two_point'])

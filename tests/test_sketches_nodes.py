@@ -137,7 +137,7 @@ def test_a_linear_bottleneck_is_a_change_of_the_weight_before_it(world):
 
 
 def test_scaled_keys_are_a_weight_with_scaled_columns(world):
-  """(IA)3. Contract: a node acts at 'kernel', and is written into the weight."""
+  """(IA)3. Contract: a node at 'kernel' acts as the weight that it writes."""
   cohort, first, _ = world
   width = tiny.base()['layers']['self_attn']['k_proj']['kernel'].shape[-1]
   scale = np.linspace(0.5, 2, width, dtype=np.float32)[None]
@@ -224,7 +224,7 @@ def test_a_preference_moves_along_the_difference_of_two_texts(world):
     count = rows.loss_mask[:, 0, 1:].sum(-1)
     mean = _nats(params, rows) / count
     of = tiny.gradients(params, tiny.floats(params), rows)
-    g.append(jax.tree.map(lambda x: -(x.T * count).T, of))
+    g.append(jax.vmap(tree.scale)(of, -count))
     gain.append(-mean * count - reference.ravel())
   margin = gain[0] - gain[1]
   each = np.repeat(cohort.weight, B) / cohort.weight.sum() / B

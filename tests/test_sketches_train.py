@@ -17,8 +17,8 @@ NUM, VERSIONS = 5, 2
 path_of = lambda part: f'{part.__module__}:{part.__name__}'
 RUNS = {
   'plain': {},
-  'two_point': {'algorithm.name': path_of(test_sketches.fed_spsa)},
-  'seeds': {
+  'scalars': {  # of a gradient along one direction, in a seeded basis
+    'algorithm.name': path_of(test_sketches.fed_spsa),
     'upload.name': path_of(test_sketches_uploads.seeded),
     'upload.num': NUM,
   },
@@ -94,7 +94,7 @@ def test_a_secure_sum_ends_where_plain_averaging_does(ran):
 
 
 def test_coefficients_are_all_that_is_sent(ran):
-  assert values(ran['seeds'], 'uploads/bytes') == [3 * 4 * NUM] * 3
+  assert values(ran['scalars'], 'uploads/bytes') == [3 * 4 * NUM] * 3
 
 
 def test_states_are_sent_once_a_step(ran):
