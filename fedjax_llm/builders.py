@@ -5,6 +5,8 @@ a namespace (a room's `__all__`, or a mapping), and the keywords are those of
 the builder found there.
 """
 
+import contextlib
+import contextvars
 import difflib
 import functools
 import importlib
@@ -12,7 +14,7 @@ import inspect
 import numbers
 import types as python_types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from fedjax_llm.types import Error, known
@@ -20,7 +22,46 @@ from fedjax_llm.types import Error, known
 Builder = Callable[..., Any]
 Label = Callable[[str], str]  # a dotted field -> how a message names it
 
+# Where names come from that may lead into the project alone, and the flag that
+# lifts this.
+_confined: contextvars.ContextVar[tuple[str, str] | None] = (
+  contextvars.ContextVar('confined', default=None)
+)
+
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+@contextlib.contextmanager
+def confined(source: str, flag: str, trusted: bool = False) -> Iterator[None]:
+  """Inside, only builders that the project's own sections list are resolved.
+
+  For names that a file of somebody else may hold: an import path runs code.
+
+  Args:
+    source: the file, for messages.
+    flag: what the user passes to allow import paths, for messages.
+    trusted: the user has passed it: nothing is confined.
+
+  >>> with confined('config.json', '--trust'):
+  ...   resolve_builder('norm', 'os:system', {})
+  Traceback (most recent call last):
+  fedjax_llm.types.Error: norm.name: config.json names the function os:system, \
+which is none of the project's; if you know and trust it, pass --trust.
+  """
+  token = _confined.set(None if trusted else (source, flag))
+  try:
+    yield
+  finally:
+    _confined.reset(token)
+
+
+def _refuse_foreign(label: str, name: str) -> None:
+  if (where := _confined.get()) is not None:
+    source, flag = where
+    raise Error(
+      f'{label}: {source} names the function {name}, which is none of the '
+      f"project's; if you know and trust it, pass {flag}."
+    )
 
 
 def resolve_builder(
@@ -45,10 +86,11 @@ def resolve_builder(
   if isinstance(name, str) and name in known:
     return known[name]
   if isinstance(name, str) and ':' in name:
+    _refuse_foreign(label, name)
     module_name, _, attribute = name.partition(':')
     try:
       module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
       raise Error(f'{label}: cannot import {module_name}: {error}.') from error
     found = getattr(module, attribute, None)
     if not callable(found):

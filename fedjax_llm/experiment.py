@@ -22,9 +22,11 @@ from fedjax_llm import (
   hosts,
   models,
   narration,
+  rates,
   sharding,
   tasks,
   viewing,
+  warm,
 )
 from fedjax_llm.adapters import complete, peft
 from fedjax_llm.plan import blocks
@@ -97,6 +99,15 @@ class Experiment(NamedTuple):
       widths=tuple(self.settings.widths),
       mesh=mesh,
       execution=self.settings.execution,
+    )
+
+  def rates(
+    self, conf: Mapping[str, Any] | None = None
+  ) -> Callable[[int, int], dict[str, float]]:
+    """What the record of a round says of learning rates: `rates.of`."""
+    conf = self.conf if conf is None else conf
+    return rates.of(
+      _make(conf, 'local'), config.resolved(conf, SPEC).get('server')
     )
 
   def block_size(self) -> int | None:
@@ -196,6 +207,7 @@ def checked(conf: Mapping[str, Any]) -> tuple[Settings, Evals]:
     settings, cpu_devices=1, checkpoint_every=1, keep_checkpoints=1
   )
   config.at_least(test, 'evals.', every=1, batch_size=1, per_client=0)
+  config.at_least(test, 'evals.', patience=1)
   config.at_least(test, 'evals.', common=0, samples=0, sample_tokens=1)
   return settings, test
 
@@ -257,6 +269,8 @@ def build(
   digest = data.population.digest(population)
   hosts.agree('the texts', digest)
   say(narration.describe(population))
+  if note := narration.unused_clients(conf):
+    say(note)
   longest = data.population.longest(
     population,
     vocab_size=loaded.config.vocab_size,
@@ -313,6 +327,7 @@ def build(
     loaded = loaded._replace(base=sharding.place(loaded.base, near))
   adapter = make('adapter')
   initial = sharding.fetched(adapter.init(adapter_key, loaded.base))
+  initial = warm.start(initial, conf['adapter'].get('path'), loaded)
   complete(initial, loaded.base, task.head)  # or it could not be written
   return Experiment(
     conf=conf,

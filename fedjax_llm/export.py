@@ -1,11 +1,15 @@
 """What a run made, for other tools.
 
     python -m fedjax_llm.export --workdir DIR --to peft|merged --out DIR
-        [--client NAME] [--rank R]
+        [--client NAME] [--rank R] [--round N|best] [--trust-code]
 
 'peft' is an adapter directory that PEFT loads, 'merged' a whole model that
 transformers loads. The run may be finished or not: what its newest checkpoint
-holds is exported, without training.
+holds is exported, without training, or with `--round` what an earlier one does
+that is kept. Nothing in the workdir is changed.
+
+A workdir may name functions that are none of the project's. They are code of
+whoever wrote the workdir, and run only with `--trust-code`.
 
 What a method wrote into the base goes into a merged model as it is, and into a
 PEFT adapter as a low-rank change of the base before the run: of the rank that
@@ -47,7 +51,12 @@ def run(argv: list[str]) -> None:
     raise Error(f'--rank {args.rank} must be at least 1.')
   if args.rank is not None and args.to != 'peft':
     raise Error('--rank is of an adapter: leave it out, or use --to peft.')
-  made = rebuild.open(args.workdir, client=args.client)
+  made = rebuild.open(
+    args.workdir,
+    client=args.client,
+    round=_round(args.round),
+    trusted=args.trust_code,
+  )
   whole = out.absolute()
   draft = whole.with_name(f'.{whole.name}.partial')
   shutil.rmtree(draft, ignore_errors=True)
@@ -80,7 +89,18 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     '--client', metavar='NAME', help="that client's model, with what it keeps"
   )
   add('--rank', type=int, metavar='R', help='of the adapter')
+  add('--round', metavar='N|best', help='one whose checkpoint is kept')
+  trust = "follow import paths in the workdir's config.json, which run code"
+  add(rebuild.TRUST, action='store_true', help=trust)
   return command.parse(parser, argv)
+
+
+def _round(text: str | None) -> Any:
+  if text is None or text == 'best':
+    return text
+  if not text.isdecimal():
+    raise Error(f'--round {text}: it is a number from 0, or best.')
+  return int(text)
 
 
 # ------------------------------------------------------------------ merged --

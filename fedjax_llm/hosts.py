@@ -24,7 +24,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -50,6 +49,7 @@ def join(
   process_id: int | None = None,
   heartbeat: int = 100,
   patience: int = 300,
+  bind: str | None = None,
 ) -> None:
   """Makes this process one of several; nothing where no coordinator is named.
 
@@ -62,6 +62,11 @@ def join(
     heartbeat: seconds of silence after which a process counts as lost, and all
       others end.
     patience: seconds to wait for the others at the beginning.
+    bind: 'address:port' on which process 0 listens, where it is not that of
+      the coordinator (behind an address translation); not with 'auto'. Only
+      this address is bound. Whoever reaches the port can join in the place of
+      a process, read what processes tell each other (the config, names of
+      clients) and end the run: name an address of a private network.
 
   Raises:
     Error: a field is missing or out of range, nobody could be reached, or
@@ -71,6 +76,7 @@ def join(
     for field, value in (
       ('num_processes', num_processes),
       ('process_id', process_id),
+      ('bind', bind),
     ):
       if value is not None:
         raise Error(
@@ -83,11 +89,11 @@ def join(
       raise Error(f'hosts.{field} is {value}; it must be at least 1.')
   found: dict[str, Any] = {}
   if coordinator != 'auto':
-    found = _explicit(coordinator, num_processes, process_id)
-  elif num_processes is not None or process_id is not None:
+    found = _explicit(coordinator, num_processes, process_id, bind)
+  elif (num_processes, process_id, bind) != (None, None, None):
     raise Error(
-      'hosts.coordinator=auto finds hosts.num_processes and hosts.process_id '
-      'by itself: leave them out.'
+      'hosts.coordinator=auto finds hosts.num_processes, hosts.process_id and '
+      'hosts.bind by itself: leave them out.'
     )
   # Its SIGTERM would come before ours.
   jax.config.update('jax_enable_preemption_service', False)
@@ -112,13 +118,16 @@ def join(
 
 
 def _explicit(
-  coordinator: str, num_processes: int | None, process_id: int | None
+  coordinator: str,
+  num_processes: int | None,
+  process_id: int | None,
+  bind: str | None,
 ) -> dict[str, Any]:
-  host, _, port = coordinator.rpartition(':')
-  if not host or not port.isdigit():
-    raise Error(
-      f'hosts.coordinator is {coordinator!r}: it is address:port, or auto.'
-    )
+  for field, address in (('coordinator', coordinator), ('bind', bind)):
+    host, _, port = (address or coordinator).rpartition(':')
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+      other = ', or auto' if field == 'coordinator' else ''
+      raise Error(f'hosts.{field} is {address!r}: it is address:port{other}.')
   if num_processes is None or num_processes < 1:
     raise Error(
       f'hosts.num_processes is {num_processes}; with a coordinator it must be '
@@ -131,6 +140,8 @@ def _explicit(
     )
   return {
     'coordinator_address': coordinator,
+    # JAX by itself listens on all addresses of the machine.
+    'coordinator_bind_address': bind or coordinator,
     'num_processes': num_processes,
     'process_id': process_id,
     'cluster_detection_method': 'deactivate',
@@ -283,10 +294,16 @@ def explained(error: Exception) -> str:
   'another process was lost'
   """
   told = ' '.join(str(error).split())
-  if any(word in told.lower() for word in _WORDS):
-    return f'{_LOST} ({told[:80]} ...).'
-  traceback.print_exception(error)
-  return f'{type(error).__name__}: {told[:200]}'
+  return f'{_LOST} ({told[:80]} ...).'
+
+
+def lost(error: Exception) -> bool:
+  """Whether an error of the runtime says that another process is gone.
+
+  >>> lost(RuntimeError('Gloo all-reduce failed: read error'))
+  True
+  """
+  return any(word in str(error).lower() for word in _WORDS)
 
 
 def _watch() -> None:

@@ -1,5 +1,6 @@
 """What a run tells: one JSON object a round, a bar, a table."""
 
+import contextlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from fedjax_llm import trackers
+from fedjax_llm.records import check_record
 from fedjax_llm.types import Error, RoundInfo
 
 
@@ -33,6 +35,7 @@ def recorder(
   tensorboard: bool = True,
   track: Callable[[list[dict[str, Any]]], Sequence[trackers.Tracker]]
   | None = None,
+  say: Callable[[str], None] = lambda text: None,
 ) -> Recorder:
   """Opens `workdir/metrics.jsonl`, cut back to the records up to round `keep`.
 
@@ -47,10 +50,12 @@ def recorder(
     tensorboard: whether to write `workdir/tensorboard`.
     track: begins at services that get the scalars too (`trackers.tracking`);
       it is given the records that were kept.
+    say: gets a sentence if records of earlier rounds are missing.
 
   Raises:
-    Error: if the file is damaged elsewhere than in its last line, if it lacks
-      round `keep`, or if a line cannot be written.
+    Error: if the file is damaged elsewhere than in its last line, if its
+      rounds do not ascend, if it lacks round `keep`, or if a line cannot be
+      written, also because the file was removed or changed meanwhile.
 
   >>> import tempfile
   >>> with tempfile.TemporaryDirectory() as workdir:
@@ -64,6 +69,9 @@ def recorder(
     os.makedirs(workdir, exist_ok=True)
   _cut(path, keep)
   kept = read(path)
+  if missing := _missing(kept, keep):
+    say(f'{path} has no record of {missing}: reports lack it.')
+  size = [os.path.getsize(path)]
   row = trackers.sheet(os.path.join(workdir, 'metrics.csv'), kept)
   board = None
   if tensorboard:
@@ -72,11 +80,19 @@ def recorder(
 
   def write(round: int, metrics: Mapping[str, Any]) -> None:
     text = line(round, metrics)
+    there = os.path.exists(path)
+    changed = os.path.isfile(path) and os.path.getsize(path) != size[0]
+    if not there or changed:
+      raise Error(
+        f'{path} was removed or changed while this run was at work, so the run '
+        'ends: put the file back; the same command goes on from there.'
+      )
     with trackers.saving(path):
       with open(path, 'ab') as file:
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
+    size[0] += len(text.encode())
     record = json.loads(text)
     row(record)
     if board is not None:
@@ -117,14 +133,30 @@ def _lines(path: str) -> list[tuple[dict[str, Any], bytes]]:
   for number, line in enumerate(lines, 1):
     try:
       record = json.loads(line)
-      if not isinstance(record.get('round'), int):
+      if type(record.get('round')) is not int or record['round'] < 0:
         raise ValueError('no round')
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
       if number == len(lines):
         break
       raise Error(f'{path}:{number} is no record of a round.') from error
+    check_record(record, f'{path}:{number}')
+    if records and record['round'] <= records[-1][0]['round']:
+      raise Error(
+        f'{path}:{number} is of round {record["round"]}, after one of round '
+        f'{records[-1][0]["round"]}: rounds must ascend.'
+      )
     records.append((record, line + b'\n'))
   return records
+
+
+def _missing(records: Sequence[Mapping[str, Any]], last: int) -> str:
+  """The rounds up to `last` without a record, in words; '' if all have one."""
+  missing = sorted({*range(last + 1)} - {x['round'] for x in records})
+  if not missing:
+    return ''
+  some = ', '.join(map(str, missing[:5]))
+  more = f' and {len(missing) - 5} more' if len(missing) > 5 else ''
+  return f'round{"s" if len(missing) > 1 else ""} {some}{more}'
 
 
 def _cut(path: str, keep: int) -> None:
@@ -137,7 +169,9 @@ def _cut(path: str, keep: int) -> None:
     )
   text = b''.join(line for _, line in kept)
   with trackers.saving(path):
-    with open(f'{path}.new', 'wb') as file:
+    with contextlib.suppress(FileNotFoundError):
+      os.remove(f'{path}.new')
+    with open(f'{path}.new', 'xb') as file:  # not through a link
       file.write(text)
       file.flush()
       os.fsync(file.fileno())
@@ -186,10 +220,11 @@ def summarise(info: RoundInfo) -> dict[str, Any]:
 
 
 class Progress(NamedTuple):
-  """`update(round, loss, speed)` after every round;
-  `write(text)` prints a line above the bar; `close()` ends it."""
+  """`update(round, loss, speed, heldout=None)` after every round, with the
+  held-out loss where it was tested; `write(text)` prints a line above the bar;
+  `close()` ends it."""
 
-  update: Callable[[int, float, float], None]
+  update: Callable[..., None]
   write: Callable[[str], None]
   close: Callable[[], None]
 
@@ -225,14 +260,20 @@ def progress(
   marks: list[tuple[int, float]] = [(start, clock())]
   printed = [-math.inf]
 
-  def update(round: int, loss: float, speed: float) -> None:
+  tested = ['']  # the held-out loss that was told last
+
+  def update(
+    round: int, loss: float, speed: float, heldout: float | None = None
+  ) -> None:
     now = clock()
     since, began = marks[-1]
     seconds = (now - began) / max(round - since, 1)
     if len(marks) == 1:
       marks.append((round, now))
     left = _clock_time(seconds * (num_rounds - round))
-    told = f'loss {loss:.4f}, {speed:,.0f} {unit}/s, {left} left'
+    if heldout is not None:
+      tested[0] = f'held-out {heldout:.4f}, '
+    told = f'loss {loss:.4f}, {tested[0]}{speed:,.0f} {unit}/s, {left} left'
     if bar is not None:
       bar.set_postfix_str(told, refresh=False)
       bar.update(round - bar.n)

@@ -70,6 +70,24 @@ def describe(population: Population) -> str:
   return '\n'.join([*lines, report['histogram']])
 
 
+def unused_clients(conf: Mapping[str, Any]) -> str:
+  """A sentence where the clients that the texts name are not those that train.
+
+  >>> data, part = {'client_key': 'who'}, {'name': 'iid'}
+  >>> unused_clients({'data': data, 'partition': part})[:44]
+  "data.client_key='who' is not used: partition"
+  >>> unused_clients({'data': data, 'partition': {'name': 'natural'}})
+  ''
+  """
+  key, name = conf['data'].get('client_key'), conf['partition'].get('name')
+  if key is None or name not in ('iid', 'dirichlet', 'quantity', 'one_label'):
+    return ''
+  return (
+    f'data.client_key={key!r} is not used: partition.name={name} deals the '
+    'texts to clients that it makes up; natural keeps those of the texts.'
+  )
+
+
 def left_out(
   record: Mapping[str, Any],
   info: RoundInfo,
@@ -80,7 +98,8 @@ def left_out(
   """Returns a round's record with the clients left out, and a sentence.
 
   Raises:
-    Diverged: every client that reported sent values that are not finite.
+    Diverged: all clients that reported, more than one or the only one that
+      there is, sent values that are not finite.
   """
   told = dict(record)
   # Rows beyond the draw are padding.
@@ -90,7 +109,9 @@ def left_out(
   counted = np.asarray(info.reported, bool)[: len(draw.ids)]
   bad = [names[int(i)] for i in np.sort(np.asarray(draw.ids)[broken])]
   some = ', '.join(map(printable, bad[:5])) + (', ...' if len(bad) > 5 else '')
-  if bad and len(bad) == int(reported.sum()):
+  # One of a population that happens to be alone is no verdict on the others.
+  alone = len(bad) == 1 and len(names) > 1
+  if bad and len(bad) == int(reported.sum()) and not alone:
     raise Diverged(
       f'round {number}: the updates of all {len(bad)} clients that reported '
       f'are not finite ({some}): lower local.learning_rate or set '
@@ -109,7 +130,8 @@ def left_out(
     told['clients/not_finite_names'] = bad
     note = (
       f'round {number}: left out {len(bad)} of {int(reported.sum())} clients, '
-      f'whose updates are not finite: {some}'
+      f'whose updates are not finite or too large, or weights out of range: '
+      f'{some}'
     )
   if not reported.any():
     note = f'round {number}: no client reported, so nothing changed'
@@ -117,6 +139,43 @@ def left_out(
       if f'local/{field}' in told:
         told[f'local/{field}'] = float('nan')  # written as null
   return told, note
+
+
+def not_finite(number: int) -> str:
+  """A sentence about a server whose parameters are no numbers any more.
+
+  >>> not_finite(3)[:54]
+  'round 3: the parameters after the server step are not '
+  """
+  return (
+    f'round {number}: the parameters after the server step are not finite, '
+    'though the updates were: lower server.learning_rate or '
+    'local.learning_rate, in another workdir.'
+  )
+
+
+def best(
+  number: int, num_rounds: int, best: int | None, test: Any
+) -> list[str]:
+  """Says which round was best and why a run ended early, if it was asked.
+
+  >>> import types
+  >>> test = types.SimpleNamespace(patience=2, keep_best=True)
+  >>> for line in best(5, 8, 3, test):
+  ...   print(line)
+  ended after round 5 of 8: 2 tests brought nothing better than round 3
+  best: round 3, which is kept: export with --round best
+  """
+  lines = []
+  if number < num_rounds:
+    tests = f'{test.patience} test{"s" if test.patience > 1 else ""}'
+    lines.append(
+      f'ended after round {number} of {num_rounds}: {tests} brought nothing '
+      f'better than round {best}'
+    )
+  if test.keep_best and best is not None:
+    lines.append(f'best: round {best}, which is kept: export with --round best')
+  return lines
 
 
 _ROWS = {

@@ -7,33 +7,38 @@ import difflib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fedjax_llm import (
+  best,
   builders,
   checkpoint,
   clients,
   config,
   data,
   experiment,
+  metrics,
   models,
+  resume,
   tasks,
   tree,
   workdir,
 )
-from fedjax_llm.adapters import Dora, peft
-from fedjax_llm.models import LoadedModel, families, quantised, tenants
+from fedjax_llm.adapters import Dora
+from fedjax_llm.models import LoadedModel, quantised
 from fedjax_llm.sections import SPEC
 from fedjax_llm.types import (
   Adapter,
+  ClientState,
   Error,
   LowRank,
   Params,
   ServerState,
 )
+from fedjax_llm.warm import load_adapter as load_adapter
 
 
 class Made(NamedTuple):
@@ -51,30 +56,53 @@ class Made(NamedTuple):
   notes: Sequence[str] = ()  # what else is to be said of it
 
 
-def open(path: str, *, client: str | None = None) -> Made:
-  """Reads the folder of a run.
+# Lets names in a workdir's config.json lead out of the project.
+TRUST = '--trust-code'
 
-  What an interrupted round left behind is removed, as when the run goes on.
+
+def open(
+  path: str,
+  *,
+  client: str | None = None,
+  round: int | Literal['best'] | None = None,
+  trusted: bool = False,
+) -> Made:
+  """Reads the folder of a run; nothing in it is changed.
 
   Args:
     path: the workdir.
     client: whose model; None: what everybody is served.
+    round: after which round, one whose checkpoint is kept; 'best': that with
+      the best held-out loss (see `best`); None: the newest that is whole.
+    trusted: import paths in the workdir's config.json, which run code, may be
+      followed.
 
   Raises:
-    Error: no folder of a run, a run at work, one without any checkpoint; a
-      client that is not of this run, or of a method that keeps nothing of its
-      clients apart.
+    Error: no folder of a run, a run at work, one without any checkpoint or
+      without that of the round; a client that is not of this run, or of a
+      method that keeps nothing of its clients apart; a function in config.json
+      that is none of the project's.
   """
+  file = str(pathlib.Path(path) / 'config.json')
+  with builders.confined(file, TRUST, trusted):
+    return _open(path, client, round)
+
+
+def _open(
+  path: str, client: str | None, round: int | Literal['best'] | None
+) -> Made:
   folder = pathlib.Path(path)
   raw = read_config(folder)
   room = workdir.open(path, raw)
-  conf, _ = config.override(raw, [], SPEC, str(folder / 'config.json'))
+  conf, _ = config.override(
+    workdir.settings_of(raw), [], SPEC, str(folder / 'config.json')
+  )
   build = lambda section, **injected: builders.build(
     conf[section], SPEC.sections[section], **injected
   )
   if not any(x.is_dir() for x in (room.checkpoints, room.adapter)):
     raise Error(f'{path}: this run has written no checkpoint yet.')
-  room.take()  # a run at work prunes its checkpoints
+  room.hold()  # a run at work prunes its checkpoints
 
   task = build('task') if conf.get('task') else tasks.causal_lm()
   recipe = builders.resolve_builder(
@@ -94,10 +122,11 @@ def open(path: str, *, client: str | None = None) -> Made:
   adapter: Adapter = build('adapter')
   seed = conf.get('seed', 0)
   names: tuple[str, ...] = ('all',)
+  digest = None
   if counts and conf['algorithm']['name'] != 'centralised':
     if loaded.directory is not None:
       tokenizer = data.tokenizers.pretrained(str(loaded.directory))
-    names = build(
+    population = build(
       'population',
       records=records,
       tokenizer=tokenizer,
@@ -105,7 +134,8 @@ def open(path: str, *, client: str | None = None) -> Made:
       labels=labels,
       seed=seed,
       encode=task.encode,
-    ).names
+    )
+    names, digest = population.names, data.population.digest(population)
 
   algorithm = experiment.algorithm(
     conf,
@@ -140,20 +170,41 @@ def open(path: str, *, client: str | None = None) -> Made:
     raise Error(
       f'{path} has no checkpoints any more, which hold what is of {client}.'
     )
+  if not room.checkpoints.is_dir() and round is not None:
+    raise Error(f'--round {round}: {path} has no checkpoints any more.')
   if not room.checkpoints.is_dir():
     params, notes = _finished(room, loaded), []
     return Made(conf, loaded, task, params, 'the adapter of the end', notes)
-  found = checkpoint.open(room.checkpoints).restore(shapes)
+  saver = checkpoint.open(room.checkpoints, read_only=True)
+  number = _round_of(folder, conf, round, saver.rounds())
+
+  def open_store(at: int) -> clients.store.Store:
+    if client is None:
+      return clients.store.open(room.states, ClientState(), at_round=at)
+    # A client that was never seen has what the run began with.
+    newcomer = algorithm.init_client(start().params)
+    return clients.store.open(
+      room.states, newcomer, at_round=at, read_only=True
+    )
+
+  def check(restored: checkpoint.Restored) -> None:
+    if number is not None and restored.round != number:
+      raise Error('\n'.join(restored.notices))
+    # The place of a client's name says which state is its own.
+    if client is not None and restored.meta.get('data', digest) != digest:
+      raise Error(
+        f'{path} holds a run on other texts or clients than {file_of(conf)} '
+        f'has now: which model is that of {client} is not known.'
+      )
+
+  found, store = resume.newest(saver, shapes, open_store, check, up_to=number)
   if found is None:
     raise Error(f'{path}: this run has written no checkpoint yet.')
   state, notes, what = found.state, list(found.notices), None
   if client is not None:
-    # A client that was never seen has what the run began with.
-    newcomer = algorithm.init_client(start().params)
-    store = clients.store.open(room.states, newcomer, at_round=found.round)
-    number = names.index(client)
-    what = jax.tree.map(jnp.asarray, tree.take(store.gather([number]), 0))
-    if number not in store.seen():
+    place = names.index(client)
+    what = jax.tree.map(jnp.asarray, tree.take(store.gather([place]), 0))
+    if place not in store.seen():
       notes.append(f'{client}: no round has trained this client yet.')
   elif private is not None:
     notes.append(
@@ -165,6 +216,40 @@ def open(path: str, *, client: str | None = None) -> Made:
   return Made(conf, loaded, task, params, told, notes)
 
 
+def _round_of(
+  folder: pathlib.Path,
+  conf: Mapping[str, Any],
+  round: int | Literal['best'] | None,
+  kept: Sequence[int],
+) -> int | None:
+  """The number of the round that is asked for; Error if it is not kept."""
+  number = round
+  if round == 'best':
+    records = metrics.read(str(folder / 'metrics.jsonl'))
+    by = (conf.get('evals') or {}).get('best_by')
+    number = best.best(records, by)
+    if number is None:
+      raise Error(f'--round best: {folder} has no record of a test.')
+  if number is not None and number not in kept:
+    some = ', '.join(map(str, kept)) or 'no round'
+    of = f'best is round {number}, which' if round == 'best' else round
+    raise Error(
+      f'--round {of} has no checkpoint any more; those of {some} are kept '
+      '(evals.keep_best and keep_checkpoints say which are).'
+    )
+  return number  # type: ignore
+
+
+def file_of(conf: Mapping[str, Any]) -> str:
+  """Where the texts of a config are from, in words.
+
+  >>> file_of({'data': {'name': 'jsonl', 'path': 'a.jsonl'}})
+  'a.jsonl'
+  """
+  section = conf['data']
+  return str(section.get('path') or section.get('dataset') or section['name'])
+
+
 def read_config(folder: pathlib.Path) -> Any:
   """What a run wrote into its config.json; Error where there is none."""
   file = folder / 'config.json'
@@ -173,7 +258,7 @@ def read_config(folder: pathlib.Path) -> Any:
     raise Error(f'--workdir {folder} {what}: there is no config.json in it.')
   try:
     found = json.loads(file.read_text())
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise Error(f'{file} is damaged ({error}).') from error
   if not isinstance(found, Mapping):
     raise Error(f'{file} is damaged (it holds no object).')
@@ -198,21 +283,3 @@ def _finished(room: workdir.Workdir, loaded: LoadedModel) -> Params:
     return leaf._replace(residual=moved) if jnp.any(moved) else leaf
 
   return node(params, base, loaded.base)
-
-
-def load_adapter(directory: pathlib.Path, loaded: LoadedModel) -> Params:
-  """A PEFT directory as an adapter of this model."""
-  if not directory.is_dir():
-    raise Error(f'{directory}: there is no such directory.')
-  if not (directory / peft.CONFIG).is_file():
-    raise Error(
-      f'{directory} has no {peft.CONFIG}, so it is no adapter directory.'
-    )
-  params = peft.load(
-    directory,
-    path_of=lambda name: families.our_paths(name, loaded.config),
-    fused=lambda path: families.fused_rows(loaded.config, path),
-    from_tensors=lambda found: families.from_checkpoint(found, loaded.config),
-  )
-  tenants.check(loaded.base, params, str(directory))
-  return params

@@ -17,11 +17,13 @@ from fedjax_llm import (
   hosts,
   local,
   models,
+  rates,
   recipes,
   server,
   tasks,
   trackers,
   uploads,
+  warm,
 )
 from fedjax_llm.local import optimizers
 
@@ -56,6 +58,10 @@ class Evals(NamedTuple):
   buckets: tuple[int, ...] = (32, 64, 128)  # row widths, against padding
   samples: int = 2  # replies shown before and after
   sample_tokens: int = 48
+  # The checkpoint of the best round is kept beside the newest (`best`).
+  keep_best: bool = False
+  patience: int | None = None  # tests without a better one that end the run
+  best_by: str | None = None  # 'heldout/accuracy'; None: the held-out loss
   # How clients are tested beside what they are served: `evals.views`.
   personal: Mapping[str, Any] | None = None
 
@@ -89,7 +95,10 @@ SPEC = config.Spec(
     'profiles': clients.profiles,
     'cohort': clients.cohorts.cohorts,
     'model': models,
-    'adapter': adapters,
+    'adapter': {
+      name: warm.startable(builder)
+      for name, builder in builders.names(adapters).items()
+    },
     'algorithm': {
       name: config.onward(recipe, parts)
       for name, recipe in builders.names(recipes).items()
@@ -107,7 +116,13 @@ SPEC = config.Spec(
     'aggregator': without(
       aggregators, 'as_stack', 'control_variates', 'from_rule'
     ),
-    'server': server,
+    'server': {
+      name: rates.scheduled(builder)
+      for name, builder in builders.names(server).items()
+    },
+    'server.schedule': {
+      name: getattr(optax, name) for name in optimizers.schedule_names()
+    },
     'evals': Evals,
     'evals.personal': evals.views,
     'tracking': trackers.tracking,
@@ -132,6 +147,6 @@ SPEC = config.Spec(
   },
   optional=(
     *('task', 'profiles', 'upload', 'aggregator', 'server'),
-    *('local.schedule', 'evals.personal'),
+    *('local.schedule', 'server.schedule', 'evals.personal'),
   ),
 )

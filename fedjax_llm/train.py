@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import (
+  best,
   builders,
   checkpoint,
   clients,
@@ -30,6 +31,8 @@ from fedjax_llm import (
   metrics,
   models,
   narration,
+  rates,
+  resume,
   sharding,
   tree,
   workdir,
@@ -46,7 +49,7 @@ def run(argv: list[str]) -> None:
 def train(args: config.Arguments) -> None:
   conf, settings = args.config, config.settings(args.config, SPEC)
   builders.build(conf['hosts'], SPEC.sections['hosts'])  # one of several now?
-  experiment.checked(conf)
+  _, test = experiment.checked(conf)
   sharding.split_cpu(settings.cpu_devices)  # before JAX looks at it
   track = builders.build(conf['tracking'], SPEC.sections['tracking'])
   resolved = config.resolved(conf, SPEC)
@@ -55,15 +58,18 @@ def train(args: config.Arguments) -> None:
   room = workdir.open(args.workdir, resolved, mine=first)
   for note in args.notes:
     print(note)
-  if told := hosts.from_first(lambda: room.finished(settings.num_rounds)):
+  finished = lambda: room.finished(settings.num_rounds, test.patience)
+  if told := hosts.from_first(finished):
     print(f'{told}\n{args.workdir}: this run is finished.')
     return
+  if room.lost:
+    print(f'{args.workdir}: made again, as lost or changed: {room.lost[0]}')
   compilation.keep(settings.compilation_cache)
   began = time.monotonic()
 
   # ------------- task, data, model, clients, adapter: see experiment.build --
   built = experiment.build(conf)
-  test, mesh, assemble = built.test, built.mesh, built.assemble
+  mesh, assemble = built.mesh, built.assemble
   base, initial, loaded = built.base, built.initial, built.loaded
   population, tokenizer = built.population, built.tokenizer
   num_rounds = settings.num_rounds
@@ -109,30 +115,54 @@ def train(args: config.Arguments) -> None:
     mine=first,
     writers=writers,
   )
-  restored, done = saver.restore(state), 0
+  if room.lost and not saver.rounds():
+    raise Error(
+      f'{args.workdir}: {room.lost[0]} of this finished run is lost or '
+      'changed, and no checkpoint is left to make it again: take another '
+      'workdir.'
+    )
   meta = {'data': built.digest}
-  if restored is not None:
-    state, done = restored.state, restored.round
+
+  def check(restored: checkpoint.Restored) -> None:
     if {**meta, **restored.meta} != meta:
       raise Error(f'{args.workdir} holds a run on other texts or clients.')
-    if done > num_rounds:
-      raise Error(f'{args.workdir} is at round {done}, above {num_rounds=}.')
+    if restored.round > num_rounds:
+      raise Error(
+        f'{args.workdir} is at round {restored.round}, above {num_rounds=}.'
+      )
+
+  open_store = lambda number: clients.store.open(
+    room.states, newcomer, at_round=number, mine=first
+  )
+  restored, store = resume.newest(saver, state, open_store, check)
+  done = 0
+  if restored is not None:
+    state, done = restored.state, restored.round
     print('\n'.join([*restored.notices, f'resuming after round {done}']))
-  room.save_config()
-  store = clients.store.open(room.states, newcomer, at_round=done, mine=first)
+  for field, values in room.changed.items():
+    print(
+      f'{field} was {values["was"]!r}, is {values["is"]!r} after round {done}'
+    )
+  room.save_config(done)
   kept = exchange.shared(store, newcomer) if sharing > 1 else store
   record, leave = lambda number, told: None, lambda finished: None
+  judge = best.judge(by=test.best_by, patience=test.patience)
   if first:
     room.keep('clients.json', data.population.sizes(population))
     record, leave = metrics.recorder(
       args.workdir,
       keep=-1 if restored is None else done,
       track=lambda kept: track(args.workdir, resolved, kept),
+      say=print,
     )
+    told = metrics.read(str(room.path / 'metrics.jsonl'))
+    judge = best.judge(told, by=test.best_by, patience=test.patience)
 
   def save(number: int) -> None:
+    room.check()
     store.commit(number)
-    saver.save(number, state, meta)
+    kept_too = {judge.best()} - {None} if test.keep_best else ()
+    saver.save(number, state, meta, kept_too)
     store.prune(min(saver.rounds(), default=number))
 
   if hosts.from_first(lambda: restored is None):
@@ -141,6 +171,7 @@ def train(args: config.Arguments) -> None:
       told = examine(base, state.params, kept, built.round_key)
       told['time/setup'] = ready - began
       told['time/evals'] = time.monotonic() - ready
+      judge.note(0, told)
       record(0, told)
     save(0)
   # What process 0 has found or begun, all have.
@@ -155,14 +186,18 @@ def train(args: config.Arguments) -> None:
     return draw, sharding.joined(cohort, mesh)
 
   stop, number, following = workdir.stop_after_round(), done, None
+  sound = jax.jit(tree.all_finite)
+  told_rates = built.rates()
   unit = f'{built.task.metrics.unit}s'
   bar = metrics.progress(
     num_rounds, done, unit=unit, file=None if first else sys.stdout
   )
+  over = hosts.from_first(judge.over)  # nothing better for long enough
   with contextlib.ExitStack() as at_end:
-    at_end.push(lambda kind, *_: leave(kind is None and number == num_rounds))
+    ended = lambda: over or number == num_rounds
+    at_end.push(lambda kind, *_: leave(kind is None and ended()))
     at_end.callback(bar.close)
-    for number in range(done + 1, num_rounds + 1):
+    for number in range(done + 1, done + 1 if over else num_rounds + 1):
       began = time.monotonic()
       draw, cohort = following or prepared(number - 1)
       own, mine = sharding.own_rows(draw, mesh)
@@ -183,6 +218,8 @@ def train(args: config.Arguments) -> None:
       told, note = narration.left_out(told, info, draw, built.names, number)
       if note:
         bar.write(note)
+      if not sound(state.params):
+        raise narration.Diverged(narration.not_finite(number))
       states = exchange.rows_to_first(sharding.held(states), sharing)
       store.scatter(ids, info.reported, states)
       last = number == num_rounds
@@ -190,21 +227,30 @@ def train(args: config.Arguments) -> None:
         served = sharding.here(state.params, mesh)
         told |= examine(base, served, kept, built.round_key)
       speed = told['local/tokens'] / (trained - began)
+      told |= told_rates(number, rates.num_steps(cohort.batches))
       told |= {
         'time/data': assembled - began,
         'time/round': trained - assembled,
         'time/evals': time.monotonic() - trained,
+        'time/total': time.monotonic() - began,
         'time/tokens_per_second': speed,
       }
       record(number, told)
-      ending = hosts.anybody(stop())
-      if number % settings.checkpoint_every == 0 or last or ending:
+      judge.note(number, told)
+      better = False
+      if test.keep_best or test.patience is not None:
+        better, over = hosts.from_first(
+          lambda: [test.keep_best and judge.best() == number, judge.over()]  # noqa: B023
+        )
+      ending = hosts.anybody(stop()) or over
+      due = number % settings.checkpoint_every == 0 or last or better
+      if due or ending:
         save(number)
         hosts.meet()
-      bar.update(number, told['local/loss'], speed)
+      bar.update(number, told['local/loss'], speed, best.score(told))
       if ending:
         break
-  if number < num_rounds:
+  if number < num_rounds and not over:
     print(f'stopped after round {number}; the same command goes on from there')
     return
   if not tests:
@@ -261,14 +307,15 @@ def train(args: config.Arguments) -> None:
     use_rslora=conf['adapter']['name'] == 'rslora',
   )
   shown = evals.samples(asked, said, tokenizer.decode, population.names)
-  room.keep('samples.json', {'round': num_rounds, 'samples': shown})
+  room.keep('samples.json', {'round': number, 'samples': shown})
   told = '\n'.join(
     [
       narration.printable(evals.replies(asked, said, tokenizer.decode)),
       narration.summary(args.workdir, built.task.metrics.unit),
+      *narration.best(number, num_rounds, judge.best(), test),
     ]
   )
-  room.finish(num_rounds, told)
+  room.finish(number, told, test.patience if over else None)
   print(told)
 
 

@@ -204,7 +204,7 @@ class Batch(NamedTuple):
   positions: Any  # int32
   label: Any = None  # [..., B] int32, where texts are classified
   types: Any = None  # int32: which of two texts a token is of
-  bound: Bound | None = None  # static
+  bound: Any = None  # a `Bound`, static
 
   def real(self) -> Any:
     return (self.segments > 0).any((-2, -1))
@@ -356,6 +356,7 @@ class ClientState(NamedTuple):
   private: Any = None  # private leaves, None elsewhere
   local: Any = ()  # of the local update: control variates, optimizer moments
   upload: Any = ()  # of the upload: what compression left behind
+  seen: Any = ()  # what of the rule's broadcasts the client has: `num_bytes`
 
 
 class Scope(NamedTuple):
@@ -525,11 +526,15 @@ class Aggregate(NamedTuple):
   """The outcome of a rule. Not every change is a gradient.
 
   `delta` meets the server optimizer; `assign` is written as it is. Both have
-  the structure of the parameters, `None` where they say nothing.
+  the structure of the parameters, `None` where they say nothing. `trained`
+  holds booleans that broadcast to the leaves of `delta` from the right: the
+  entries that some client trained. `fed_opt` fills it in; the server optimizer
+  leaves the other entries and their moments as they are.
   """
 
   delta: Update
   assign: Any = None
+  trained: Any = None
 
 
 class Aggregator(NamedTuple):
@@ -539,21 +544,27 @@ class Aggregator(NamedTuple):
   `aggregate(uploads, state, params, key) -> (Aggregate, state)`;
   `broadcast(state) -> ` arrays that every client of the next round receives
   (`Context.news`); their bytes are counted as downloads;
-  `num_bytes(state) -> ` int32 counts of what else has to reach every client
-  beside the shared leaves, as changes of the base do.
+  `num_bytes(state, seen) -> (counts, seen)`: int32 counts of what else has to
+  reach a client at the start of the next round, beside the shared leaves (as
+  changes of the base do), and what it has seen then. `seen` is what this
+  returned when the client last took part, `()` if it never did; it is kept in
+  its `ClientState`;
+  `weights(uploads) -> [K]`: how much each client counts in this rule, for
+  metrics (`None`: `uploads.weight`).
   """
 
   init: Callable[[Params, Key], Any]
   aggregate: Callable[[Uploads, Any, Params, Key], tuple[Aggregate, Any]]
   traits: Traits = Traits()  # what it may be combined with
-  num_bytes: Callable[[Any], Any] | None = None
+  num_bytes: Callable[[Any, Any], tuple[Any, Any]] | None = None
   broadcast: Callable[[Any], Any] | None = None
+  weights: Callable[[Uploads], jax.Array] | None = None
 
 
 class StreamingAggregator(NamedTuple):
   """A rule that eats blocks of clients, so memory stays flat as K grows.
 
-  `init`, `traits`, `num_bytes` and `broadcast` as in `Aggregator`;
+  `init`, `traits`, `num_bytes`, `broadcast` and `weights` as in `Aggregator`;
   `zero(params) -> sums`; `accumulate(sums, uploads, state, params) -> sums`;
   `finalize(sums, state, params, key) -> (Aggregate, state)`. Sums are
   additive: those of two blocks may be added, also across devices.
@@ -564,8 +575,9 @@ class StreamingAggregator(NamedTuple):
   accumulate: Callable[[Any, Uploads, Any, Params], Any]
   finalize: Callable[[Any, Any, Params, Key], tuple[Aggregate, Any]]
   traits: Traits = Traits()
-  num_bytes: Callable[[Any], Any] | None = None
+  num_bytes: Callable[[Any, Any], tuple[Any, Any]] | None = None
   broadcast: Callable[[Any], Any] | None = None
+  weights: Callable[[Uploads], jax.Array] | None = None
 
 
 AnyAggregator = Aggregator | StreamingAggregator

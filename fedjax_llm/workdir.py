@@ -11,21 +11,24 @@ adapter/               the final adapter, a PEFT directory
 base/                  the frozen weights, where nobody else has them
 samples.json           replies before and after
 report.txt             what was printed at the end
+finished.json          the round of that, and SHA-256 of what the end has made
 """
 
-import contextlib
+import hashlib
 import json
 import os
 import pathlib
-import signal
-import threading
+import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from fedjax_llm import config, hosts
+from fedjax_llm import _early, config, hosts, signals
+from fedjax_llm.signals import Stopped as Stopped
+from fedjax_llm.signals import stop_after_round as stop_after_round
+from fedjax_llm.signals import stoppable as stoppable
 from fedjax_llm.types import Error
 
 # What may change between a run and its resumption, without changing a number
@@ -34,22 +37,33 @@ _FREE = (
   *('num_rounds', 'checkpoint_every', 'keep_checkpoints'),
   *('checkpoint_writers', 'compilation_cache', 'chosen', 'hosts', 'tracking'),
   *('mesh_model', 'execution', 'cpu_devices'),  # rounding, from here on
+  *('evals', 'changes'),
 )
+# Of these a change is told, and noted in the config.
+_NOTED = ('num_rounds', 'evals', 'clients.cohort_size')
+# What config.json holds beside the config.
+NOTES = ('chosen', 'changes')
 
 
-class Stopped(BaseException):
-  """SIGTERM came where nothing is worth waiting for."""
+# Folders that a run writes into; services put links into others.
+_OURS = ('checkpoints', 'states', 'adapter', 'base', 'tensorboard', 'runs')
 
 
 class Workdir(NamedTuple):
   """Where things are; and functions, before whose first nothing is written.
 
-  `take()` makes the folder and keeps other processes out of it,
-  `save_config()` writes the resolved config, `keep(name, value)` a small JSON
-  file, `finish(round, text)` the report, and `finished(round)` is the report of
-  a run that is done with that round.
+  `take()` makes the folder and keeps other processes out of it; `hold()` keeps
+  runs out while the folder is read, and writes nothing. `save_config()` writes
+  the resolved config, `keep(name, value)` a small JSON file, `finish(round,
+  text, patience=None)` the report, of a run that `patience` ended if it is
+  given. `finished(round, patience=None)` is the report of a run that is done
+  with that round, or was ended by the same patience; it is None where a file of
+  the end is lost or damaged, which `lost` then names. `check()` raises `Error`
+  if the folder was removed or replaced after `take()`.
   `chosen` is what the run chose by itself where its config says 'auto': that of
-  an earlier start, and written with the config.
+  an earlier start, and written with the config. `changed` are the fields that
+  differ from an earlier start and may, with what they were and are;
+  `save_config(done)` notes them as of the rounds after `done`.
   """
 
   path: pathlib.Path
@@ -58,11 +72,15 @@ class Workdir(NamedTuple):
   adapter: pathlib.Path
   base: pathlib.Path
   take: Callable[[], None]
-  save_config: Callable[[], None]
+  save_config: Callable[..., None]
   keep: Callable[[str, Any], None]
-  finish: Callable[[int, str], None]
-  finished: Callable[[int], str | None]
+  finish: Callable[..., None]
+  finished: Callable[..., str | None]
   chosen: dict[str, Any]
+  lost: list[str]
+  hold: Callable[[], None]
+  check: Callable[[], None]
+  changed: dict[str, Any]
 
 
 def open(
@@ -81,6 +99,8 @@ def open(
   folder = pathlib.Path(path)
   file, report = folder / 'config.json', folder / 'report.txt'
   chosen: dict[str, Any] = {}
+  changed: dict[str, Any] = {}
+  changes: list[Any] = []
   if '://' in path:
     raise Error(
       f'--workdir {path} is an address, but a run is kept in a folder: mount '
@@ -100,15 +120,32 @@ def open(
       finish=nothing,
       finished=nothing,
       chosen=chosen,
+      lost=[],
+      hold=nothing,
+      check=nothing,
+      changed={},
     )
   if folder.exists() and not folder.is_dir():
     raise Error(f'--workdir {path} is a file, not a folder.')
   if file.exists():
     try:
       before = json.loads(file.read_text())
-      differ = config.same(before, resolved, ignore=_FREE)
+      free = (*_FREE, *_sizes(resolved))
+      # A field that an older version did not know has its default.
+      differ = [
+        field
+        for field in config.same(before, resolved, ignore=NOTES)
+        if (_get(before, field), _get(resolved, field)) not in _SAME
+      ]
+      changed |= {
+        field: {'was': _get(before, field), 'is': _get(resolved, field)}
+        for field in differ
+        if _is_one(field, _NOTED) and _is_one(field, free)
+      }
+      differ = [field for field in differ if not _is_one(field, free)]
       chosen |= before.get('chosen') or {}
-    except (ValueError, AttributeError) as error:
+      changes += before.get('changes') or []
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
       raise Error(f'{file} is damaged ({error}).') from error
     if differ:
       told = '; '.join(
@@ -128,28 +165,70 @@ def open(
         f'--workdir {path} holds other things than a run, {min(others)!r} for '
         'one: take a new or an empty folder.'
       )
-  locks = []
+  locks: list[Any] = []
+  lost: list[str] = []
+  end = folder / 'finished.json'
 
   def take() -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    check_links(folder)
     locks.append(lock(folder))
 
-  def save_config() -> None:
-    told = {**resolved, 'chosen': chosen} if chosen else resolved
+  def hold() -> None:
+    locks.append(lock(folder, read_only=True))
+
+  def check() -> None:
+    for held in locks:
+      try:
+        now = os.stat(folder / '.lock')
+        same = os.path.samestat(os.fstat(held.fileno()), now)
+      except OSError:
+        same = False
+      if not same:
+        raise Error(
+          f'{folder} was removed or renamed while this run was at work: what '
+          'it writes would be lost, so the run ends.'
+        )
+
+  def save_config(done: int = 0) -> None:
+    told = {k: v for k, v in resolved.items() if k not in NOTES}
+    if chosen:
+      told['chosen'] = chosen
+    notes = list(changes)
+    if changed:
+      notes.append({'after': done, 'fields': changed})
+    if notes:
+      told['changes'] = notes
     replace(file, json.dumps(told, indent=2, sort_keys=True) + '\n')
 
   def keep(name: str, value: Any) -> None:
     replace(folder / name, json.dumps(value) + '\n')
 
-  def finish(round: int, text: str) -> None:
-    replace(report, f'{_title(round)}\n\n{text}\n')
+  def finish(round: int, text: str, patience: int | None = None) -> None:
+    content = f'{_title(round)}\n\n{text}\n'.encode()
+    made = [folder / 'samples.json', *folder.glob('adapter/*')]
+    made += folder.glob('base/*')
+    files = {
+      path.relative_to(folder).as_posix(): _sha256(path)
+      for path in sorted(made)
+      if path.is_file()
+    }
+    files[report.name] = hashlib.sha256(content).hexdigest()
+    told = {'round': round, 'patience': patience, 'files': files}
+    replace(end, json.dumps(told, indent=1) + '\n')
+    replace(report, content)  # the last: without it nothing is finished
 
-  def finished(round: int) -> str | None:
-    needed = (folder / 'adapter').is_dir() and report.is_file()
-    if not file.exists() or not needed:
+  def finished(round: int, patience: int | None = None) -> str | None:
+    del lost[:]
+    if not file.exists() or not report.is_file():
       return None
-    title, _, text = report.read_text().partition('\n\n')
-    return text.rstrip('\n') if title == _title(round) else None
+    content = report.read_bytes().decode(errors='replace')
+    title, _, text = content.partition('\n\n')
+    files, number = _ended(end, round, patience)
+    if title != _title(number):
+      return None
+    lost.extend(_lost(folder, files))
+    return None if lost else text.rstrip('\n')
 
   return Workdir(
     path=folder,
@@ -163,6 +242,10 @@ def open(
     finish=finish,
     finished=finished,
     chosen=chosen,
+    lost=lost,
+    hold=hold,
+    check=check,
+    changed=changed,
   )
 
 
@@ -170,19 +253,142 @@ def _title(round: int) -> str:
   return f'After round {round}'
 
 
+_ABSENT = 'absent'
+_SAME = [(_ABSENT, None), (_ABSENT, False), (_ABSENT, {}), (_ABSENT, [])]
+
+
 def _at(tree: Any, field: str) -> str:
+  value = _get(tree, field)
+  return value if value is _ABSENT else repr(value)
+
+
+def _get(tree: Any, field: str) -> Any:
   for name in field.split('.'):
     if not isinstance(tree, Mapping) or name not in tree:
-      return 'absent'
+      return _ABSENT
     tree = tree[name]
-  return repr(tree)
+  return tree
+
+
+def _is_one(field: str, fields: Sequence[str]) -> bool:
+  return any(field == one or field.startswith(f'{one}.') for one in fields)
+
+
+def _sizes(resolved: Mapping[str, Any]) -> tuple[str, ...]:
+  """The size of the cohort, where nothing else follows from it."""
+  free = _get(resolved, 'clients.name') in ('uniform', 'by_size')
+  # There the size says how many steps a round takes.
+  free &= _get(resolved, 'algorithm.name') != 'centralised'
+  return ('clients.cohort_size',) if free else ()
+
+
+def settings_of(
+  raw: Mapping[str, Any], number: int | None = None
+) -> dict[str, Any]:
+  """The config in a config.json, as it was in round `number`; None: now.
+
+  >>> fields = {'clients.cohort_size': {'was': 4, 'is': 8}}
+  >>> raw = {'clients': {'cohort_size': 8}}
+  >>> raw['changes'] = [{'after': 3, 'fields': fields}]
+  >>> settings_of(raw), settings_of(raw, 3)
+  ({'clients': {'cohort_size': 8}}, {'clients': {'cohort_size': 4}})
+
+  Raises:
+    Error: what it says of changes is damaged.
+  """
+  found = {k: v for k, v in raw.items() if k not in NOTES}
+  if number is None:
+    return found
+  for after, fields in reversed(changes_of(raw)):
+    if after < number:
+      continue
+    for field, values in fields.items():
+      *path, last = field.split('.')
+      inner = found
+      for part in path:
+        inner[part] = dict(inner.get(part) or {})
+        inner = inner[part]
+      if values['was'] == _ABSENT:
+        inner.pop(last, None)
+      else:
+        inner[last] = values['was']
+  return found
+
+
+def changes_of(
+  raw: Mapping[str, Any],
+) -> list[tuple[int, Mapping[str, Mapping[str, Any]]]]:
+  """After which rounds fields of a config.json were changed, and how."""
+  try:
+    return [
+      (int(one['after']), {k: {**v} for k, v in one['fields'].items()})
+      for one in raw.get('changes') or []
+      if all({'was', 'is'} <= v.keys() for v in one['fields'].values())
+    ]
+  except (TypeError, KeyError, ValueError, AttributeError) as error:
+    raise Error(
+      f"config.json is damaged: 'changes' is {raw['changes']!r:.60}."
+    ) from error
+
+
+_ADAPTER = ('adapter/adapter_config.json', 'adapter/adapter_model.safetensors')
+
+
+def _ended(
+  end: pathlib.Path, round: int, patience: int | None
+) -> tuple[dict[str, str | None], int]:
+  """What the end of a run has made, and the round that finishes it."""
+  if not end.is_file():
+    return dict.fromkeys(_ADAPTER), round  # of a run that wrote no checksums
+  try:
+    told = json.loads(end.read_text())
+    files, number = told['files'], told['round']
+    if not all(isinstance(x, str) for x in files.values()):
+      raise TypeError
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    return {end.name: ''}, round
+  early = patience is not None and told.get('patience') == patience
+  return files, number if early and number < round else round
+
+
+def _lost(folder: pathlib.Path, files: Mapping[str, str | None]) -> list[str]:
+  """The files of a finished run that are not what it wrote."""
+  return [
+    name
+    for name, sha256 in files.items()
+    if not (folder / name).is_file()
+    or (sha256 is not None and _sha256(folder / name) != sha256)
+  ]
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def check_links(folder: pathlib.Path) -> None:
+  """Raises `Error` if what a run writes in its folder leads out of it.
+
+  Only the folder itself may be a symbolic link.
+  """
+  inside = list(folder.iterdir())
+  for path in inside:
+    if path.name in _OURS and not path.is_symlink():
+      inside += path.rglob('*')
+  for path in inside:
+    if path.is_symlink():
+      raise Error(
+        f'{path} is a symbolic link, and a run writes through none: remove it, '
+        'or take another workdir.'
+      )
 
 
 def replace(file: pathlib.Path, content: str | bytes) -> None:
-  """All of it or nothing."""
+  """Writes a whole file, all of it or nothing; no symbolic link is followed."""
   fresh = file.with_name(f'{file.name}.new')
   try:
-    with fresh.open('wb') as out:
+    fresh.unlink(missing_ok=True)
+    with fresh.open('xb') as out:
       out.write(content if isinstance(content, bytes) else content.encode())
       out.flush()
       os.fsync(out.fileno())
@@ -192,13 +398,29 @@ def replace(file: pathlib.Path, content: str | bytes) -> None:
     raise Error(f'{file} cannot be written: {error.strerror}.') from error
 
 
-def lock(folder: pathlib.Path) -> Any:
-  """Held until the process ends, however it ends."""
-  held = (folder / '.lock').open('a')
+def lock(folder: pathlib.Path, *, read_only: bool = False) -> Any:
+  """Keeps other processes out of a folder until this one ends, however it ends.
+
+  With `read_only` nothing is written, and others may read as well; a folder
+  that no run has locked before needs no lock.
+
+  Raises:
+    Error: a run is at work in the folder.
+  """
+  path = folder / '.lock'
+  flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT
+  try:
+    number = os.open(path, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+  except OSError as error:
+    if read_only:
+      return None
+    raise Error(f'{path} cannot be written: {error.strerror}.') from error
+  held = os.fdopen(number, 'r' if read_only else 'r+')
   try:
     import fcntl
 
-    fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    kind = fcntl.LOCK_SH if read_only else fcntl.LOCK_EX
+    fcntl.lockf(held, kind | fcntl.LOCK_NB)
   except ImportError:
     pass  # a system without such locks
   except (BlockingIOError, PermissionError) as error:
@@ -213,56 +435,57 @@ def lock(folder: pathlib.Path) -> Any:
 
 
 def status(program: Callable[[], None]) -> int:
-  """Runs a program; its exit status. A mistake of the user is one sentence."""
-  goes_on = 'the same command goes on from the last checkpoint'
+  """Runs a program and returns its exit status.
+
+  A mistake of the user is one sentence. So is what nobody has foreseen, with
+  the path of a file that holds the traceback.
+  """
   try:
     with stoppable():
-      program()
-      hosts.leave()
-    return 0
-  except Error as error:
-    told = str(error)
-  except OSError as error:
-    told = f'{error.filename or "the system"}: {error.strerror or error}.'
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' in str(error):
-      told = 'out of memory: set block_size, or lower cohort.batch_size.'
-    elif hosts.several():
-      told = hosts.explained(error)
-    else:
-      raise
+      try:
+        program()
+        hosts.leave()
+      except Exception as error:
+        if signals.stopping():  # what it raised was taken for another error
+          raise Stopped from error
+        raise
+    return _early.over(0)
   except Stopped:
-    return hosts.end(f'stopped; {goes_on}', 0)
+    return hosts.end(f'stopped; {_early.GOES_ON}', _early.over(0))
   except KeyboardInterrupt:
-    return hosts.end(f'\nstopped; {goes_on}', 130)
+    return hosts.end(f'\nstopped; {_early.GOES_ON}', _early.over(130))
   except Exception as error:
-    if not hosts.several():
-      raise
-    traceback.print_exc()
-    told = f'{type(error).__name__}: {error}'
-  return hosts.end(f'error: {told}', 1)
+    return hosts.end(f'error: {_sentence(error)}', _early.over(1))
 
 
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-  """SIGTERM raises `Stopped` inside, until `stop_after_round` is called."""
+def _sentence(error: Exception) -> str:
+  if isinstance(error, Error):
+    return str(error)
+  if isinstance(error, OSError):
+    return f'{error.filename or "the system"}: {error.strerror or error}.'
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    if 'RESOURCE_EXHAUSTED' in str(error):
+      return 'out of memory: set block_size, or lower cohort.batch_size.'
+    if hosts.several() and hosts.lost(error):
+      return hosts.explained(error)
+  words = ' '.join(str(error).split())
+  short = words if len(words) <= 300 else f'{words[:300]} ...'
+  return (
+    f'{UNFORESEEN}, {type(error).__name__}: {short.rstrip(".")}. The traceback '
+    f'is in {_log(error)}.'
+  )
 
-  def stop(*_):
-    raise Stopped
 
-  if threading.current_thread() is not threading.main_thread():
-    yield  # signals are the main thread's
-    return
-  before = signal.signal(signal.SIGTERM, stop)
+UNFORESEEN = 'this was not foreseen'  # begins what only the last net catches
+
+
+def _log(error: Exception) -> str:
+  """Writes the traceback of an error into a new file; its path."""
+  text = ''.join(traceback.format_exception(error))
   try:
-    yield
-  finally:
-    signal.signal(signal.SIGTERM, before)
-
-
-def stop_after_round() -> Callable[[], bool]:
-  """From now on SIGTERM is only noted; says whether it came."""
-  asked = threading.Event()
-  if threading.current_thread() is threading.main_thread():
-    signal.signal(signal.SIGTERM, lambda *_: asked.set())
-  return asked.is_set
+    number, path = tempfile.mkstemp(prefix='fedjax_llm_', suffix='.log')
+    with os.fdopen(number, 'w', encoding='utf-8', errors='replace') as file:
+      file.write(text)
+  except OSError as failed:
+    return f'no file ({failed.strerror})'
+  return path

@@ -116,6 +116,33 @@ def test_rows_that_are_padding_change_nothing_even_if_they_hold_nan():
   assert not (~told.finite).any()
 
 
+@pytest.mark.parametrize('block_size', [None, 2])
+def test_a_weight_out_of_range_is_left_out_and_counted(block_size):
+  """Whether the cohort says it or the client reports it."""
+  cohort = toy.cohort(num_clients=4)
+  honest = np.array([True, False, True, True])
+  inner = local.sgd(toy.loss, toy.sgd())
+
+  def run_one(base, start, state, batches, masks, *rest):
+    out = inner.run(base, start, state, batches['rows'], masks, *rest)
+    return out._replace(metrics={**out.metrics, 'weight': batches['weight']})
+
+  telling = recipes.compose(inner._replace(run=run_one), block_size=block_size)
+  plain = recipes.fed_avg(toy.loss, toy.sgd(), block_size=block_size)
+  weights = np.array([2.0, 0.0, 0.0, 1e12], np.float32)
+  expected, _, _ = run(plain, cohort._replace(weight=weights, valid=honest))
+  for weight in (-3.0, 3e38, 1.1e12, np.inf, np.nan):
+    weights[1] = weight
+    batches = {'rows': cohort.batches, 'weight': weights}
+    for method, sent in (
+      (telling, cohort._replace(batches=batches)),
+      (plain, cohort._replace(weight=weights)),
+    ):
+      state, _, told = run(method, sent)
+      assert told['clients/non_finite'].tolist() == (~honest).tolist()
+      toy.close(state.params, expected.params)
+
+
 def test_a_client_that_is_not_finite_is_left_out_and_counted():
   cohort = toy.cohort(num_clients=4)
   algorithm = recipes.scaffold(toy.loss, toy.sgd(), num_clients=9)

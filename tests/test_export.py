@@ -17,6 +17,7 @@ from fedjax_llm import (
   checkpoint,
   clients,
   config,
+  data,
   export,
   models,
   rebuild,
@@ -97,7 +98,10 @@ def written(folder, fields, *, residual_rank=1, own=None):
   state = algorithm.init(keys[1], adapter.init(keys[0], loaded.base))
   newcomer = algorithm.init_client(state.params)
   state = state._replace(params=moved(state.params, 1, residual_rank))
-  checkpoint.open(folder / 'checkpoints').save(3, state, {'data': 'x'})
+  meta = {'data': 'x'}
+  if own is not None:
+    meta['data'] = data.population.digest(population_of(folder))
+  checkpoint.open(folder / 'checkpoints').save(3, state, meta)
   mine = None
   if own is not None:
     store = clients.store.open(folder / 'states', newcomer, at_round=0)
@@ -358,7 +362,7 @@ def test_a_client_is_exported_with_what_it_keeps(tmp_path):
   loaded, served, own = written(
     folder, {**RANDOM, 'algorithm.name': 'fed_sa'}, own=1
   )
-  names = names_of(folder)
+  names = population_of(folder).names
   outs = {}
   for client in (None, names[1], names[0]):
     outs[client] = tmp_path / f'out-{names.index(client) if client else "all"}'
@@ -383,10 +387,8 @@ def test_a_client_is_exported_with_what_it_keeps(tmp_path):
   assert 'is none of the 4 clients' in told and names[0] in told
 
 
-def names_of(folder):
+def population_of(folder):
   conf = json.loads((folder / 'config.json').read_text())
-  from fedjax_llm import data
-
   build = lambda section, **injected: builders.build(
     conf[section], SPEC.sections[section], **injected
   )
@@ -397,7 +399,7 @@ def names_of(folder):
     partition=build('partition'),
     labels=None,
     seed=conf['seed'],
-  ).names
+  )
 
 
 # ------------------------------------------------------------- every method --

@@ -21,7 +21,8 @@ from fedjax_llm import (
   uploads,
 )
 from fedjax_llm.clients import scopes
-from fedjax_llm.recipes import heterogeneous, homogeneous
+from fedjax_llm.recipes.lora.lora_a2 import selected
+from fedjax_llm.recipes.ranks.het_lora import self_pruning
 from fedjax_llm.types import (
   ClientOutput,
   Codec,
@@ -71,9 +72,10 @@ SETTINGS = {
 
 
 def build(name, **more):
-  room = heterogeneous if name in HETEROGENEOUS else homogeneous
   settings = {**SETTINGS.get(name, {}), **more}
-  return getattr(room, name)(toy.loss, toy.sgd(0.1), fold=toy.fold, **settings)
+  return getattr(recipes, name)(
+    toy.loss, toy.sgd(0.1), fold=toy.fold, **settings
+  )
 
 
 def watched(codec):
@@ -342,9 +344,7 @@ def test_het_lora_prunes_for_good_what_shrinks():
 def test_het_loras_local_steps_equal_a_python_loop():
   """Loss + penalty ||a tail|| ||b tail||, by hand, from nonzero factors."""
   rate, penalty = 0.1, 0.7
-  update = local.self_pruning(
-    toy.loss, toy.sgd(rate), penalty=penalty, gamma=0.5
-  )
+  update = self_pruning(toy.loss, toy.sgd(rate), penalty=penalty, gamma=0.5)
   params = toy.params()
   rows = tree.take(cohort().batches, 1)
   masks = tree.full_masks(params, {'q': params['q']._replace(a=0, b=0)})
@@ -389,7 +389,7 @@ def test_lora_a2_trains_the_units_of_the_largest_scores():
     moved = tree.apply_mask(slope, masks.trained)
     return ClientOutput(moved, masks, state)
 
-  update = local.selected(LocalUpdate(lambda p: (), run), budget=1)
+  update = selected(LocalUpdate(lambda p: (), run), budget=1)
   for round, factor in ((0, 'b'), (1, 'a')):
     turns: Any = scopes.alternating('/b$', '/a$')
     masks = turns.mask(start, None, Context(round=round))
@@ -402,7 +402,7 @@ def test_lora_a2_trains_the_units_of_the_largest_scores():
     np.testing.assert_array_equal(got.a, zero.a * units[:, None])
     np.testing.assert_array_equal(got.b, zero.b * units[..., None])
   with pytest.raises(Error, match='above the rank'):
-    local.selected(LocalUpdate(lambda p: (), run), budget=4).run(
+    selected(LocalUpdate(lambda p: (), run), budget=4).run(
       None, start, (), None, masks, Context()
     )
 
@@ -487,10 +487,10 @@ def test_top_k_keeps_the_largest_and_counts_what_it_serialises(per, density):
   [
     lambda: uploads.top_k(0.0),
     lambda: uploads.top_k(0.5, 'row'),
-    lambda: local.self_pruning(toy.loss, toy.sgd(), penalty=-1.0),
-    lambda: local.self_pruning(toy.loss, toy.sgd(), gamma=1.0),
-    lambda: local.self_pruning(toy.loss, toy.sgd(), min_rank=0),
-    lambda: local.selected(local.sgd(toy.loss, toy.sgd()), budget=0),
+    lambda: self_pruning(toy.loss, toy.sgd(), penalty=-1.0),
+    lambda: self_pruning(toy.loss, toy.sgd(), gamma=1.0),
+    lambda: self_pruning(toy.loss, toy.sgd(), min_rank=0),
+    lambda: selected(local.sgd(toy.loss, toy.sgd()), budget=0),
   ],
 )
 def test_settings_out_of_range_are_refused(broken):
@@ -506,7 +506,7 @@ def test_combinations_that_make_no_sense_are_refused_when_built():
     with pytest.raises(Error, match='changes the basis'):
       build(name, server=server.fed_adam())
   with pytest.raises(Error, match='needs fold'):
-    homogeneous.fedex_lora(toy.loss, toy.sgd())
+    recipes.fedex_lora(toy.loss, toy.sgd())
   with pytest.raises(Error, match='brings its own aggregator'):
     build('fedex_lora', aggregator=aggregators.mean())
   with pytest.raises(Error, match='brings its own server'):

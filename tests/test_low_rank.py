@@ -278,7 +278,7 @@ def applied(name):
     new = tree.add(params, result.delta)
     if result.assign is not None:
       new = tree.merge(result.assign, new)
-    return new, rule.num_bytes(state) if rule.num_bytes else ()
+    return new, rule.num_bytes(state, ())[0] if rule.num_bytes else ()
 
   def all_of(uploads, params, key):
     new, bytes_down = run(uploads, params, key)

@@ -233,6 +233,10 @@ def texts(lengths, length, seed=0):
   return Batch(tokens, (segments > 0) & (positions > 0), segments, positions)
 
 
+def cut(batch, at):
+  return jax.tree.map(lambda x: x[:, at], batch)
+
+
 def test_a_node_of_ones_own_works_everywhere():
   loaded = tiny()
   batch = texts([9], 12)
@@ -255,8 +259,8 @@ def test_a_node_of_ones_own_works_everywhere():
   )
   step, losses = jax.jit(algorithm.round), []
   for _ in range(3):
-    state, _, metrics = step(state, cohort, loaded.base)
-    losses.append(float(metrics['local/loss']))
+    state, _, info = step(state, cohort, loaded.base)
+    losses.append(float(info.metrics['local/loss']))
   assert losses[2] < losses[1] < losses[0]
   with pytest.raises(
     Error, match='up_proj: a Diagonal node has no form in PEFT'
@@ -401,8 +405,8 @@ def test_keys_in_front_against_a_loop(way, window, ahead):
 def test_packed_texts_share_the_rows_of_a_prompt(name):
   model, decoder, base = network(**NETWORKS[name])
   packed = texts([7, 4], 12)
-  first = Batch(*(None if x is None else x[:, :7] for x in packed))
-  second = Batch(*(None if x is None else x[:, 7:11] for x in packed))
+  first = cut(packed, slice(0, 7))
+  second = cut(packed, slice(7, 11))
   second = second._replace(segments=np.ones((1, 4), np.int32))
   both = {'inputs': prompted(base)[1], **prefixed(model, decoder, base)}
   for names in (['inputs'], ['inputs', 'layers']):
@@ -483,7 +487,7 @@ def test_a_cache_holds_the_prompt(kind):
   cache = loaded.decoder.begin(loaded.base, params, 1, 8)
   parts = []
   for at in (slice(0, 5), slice(5, 8)):
-    part = Batch(*(None if x is None else x[:, at] for x in batch))
+    part = cut(batch, at)
     out, cache = loaded.decoder.extend(
       loaded.base, params, part, cache, at.start
     )
@@ -542,8 +546,8 @@ def test_nodes_in_a_network_are_trained():
   loaded, state, cohort, step = trained()
   start, losses = state.params, []
   for _ in range(4):
-    state, _, metrics = step(state, cohort, loaded.base)
-    losses.append(float(metrics['local/loss']))
+    state, _, info = step(state, cohort, loaded.base)
+    losses.append(float(info.metrics['local/loss']))
   assert losses[-1] < losses[0]
   paths = jax.tree_util.tree_leaves_with_path(start)
   for (path, old), new in zip(paths, jax.tree.leaves(state.params)):

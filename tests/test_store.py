@@ -1,6 +1,7 @@
 """The private state of clients: what is kept, and what survives a kill."""
 
 import doctest
+import json
 import os
 import pathlib
 import shutil
@@ -259,6 +260,116 @@ def test_any_damage_of_a_journal_is_named(tmp_path):
       store.open(copy, TEMPLATE, at_round=1)
 
 
+@pytest.fixture
+def pruned(tmp_path):
+  """A folder whose base holds clients 1 and 2 and a journal client 3."""
+  folder = tmp_path / 'states'
+  opened = store.open(folder, TEMPLATE, at_round=0)
+  put(opened, c1=5.0, c2=6.0)
+  opened.commit(1)
+  put(opened, c3=7.0)
+  opened.commit(2)
+  opened.prune(1)
+  return folder
+
+
+def test_a_changed_row_is_named_when_its_client_is_read(pruned):
+  path = pruned / 'base.rows'
+  content = path.read_bytes()
+  for i in range(len(content)):
+    bad = bytearray(content)
+    bad[i] ^= 1
+    path.write_bytes(bad)
+    opened = store.open(pruned, TEMPLATE, at_round=2)
+    damaged, whole = (1, 2) if i < len(content) // 2 else (2, 1)
+    words = f'base.rows is damaged: the checksum of client {damaged} does not'
+    with pytest.raises(Error, match=words):
+      opened.gather([0, damaged])
+    opened.gather([whole, 3, 4])  # those of others are still read
+
+
+@pytest.mark.parametrize('name', ['base.json', 'base.ids'])
+def test_any_bit_of_what_describes_the_rows_is_checked(pruned, name):
+  path = pruned / name
+  content = path.read_bytes()
+  for i in range(len(content)):
+    bad = bytearray(content)
+    bad[i] ^= 1 << (i % 7)
+    path.write_bytes(bad)
+    with pytest.raises(Error, match=f'{name} is damaged'):
+      store.open(pruned, TEMPLATE, at_round=2)
+
+
+def test_a_store_without_checksums_is_read_and_gets_them(pruned):
+  path = pruned / 'base.json'
+  content = json.loads(path.read_text())
+  del content['sha256'], content['ids_sha256']
+  path.write_text(json.dumps(content))
+  (pruned / 'base.sums').unlink()
+  opened = store.open(pruned, TEMPLATE, at_round=2)
+  assert held(opened) == expected(c1=5.0, c2=6.0, c3=7.0)
+  opened.prune(2)
+  assert held(opened) == expected(c1=5.0, c2=6.0, c3=7.0)
+  assert (pruned / 'base.sums').stat().st_size == 3 * 16
+  (pruned / 'base.rows').write_bytes(bytes(3 * 12))
+  opened = store.open(pruned, TEMPLATE, at_round=2)
+  with pytest.raises(Error, match=r'base.rows is damaged'):
+    opened.gather([1])
+
+
+@pytest.mark.parametrize('gone', ['folder', 'replaced', 'base.json', 'journal'])
+def test_a_folder_that_is_removed_is_not_begun_anew(pruned, gone):
+  opened = store.open(pruned, TEMPLATE, at_round=2)
+  put(opened, c4=8.0)
+  if gone == 'base.json':
+    (pruned / 'base.json').unlink()
+    words = 'base.json was removed while this run was at work'
+  elif gone == 'journal':
+    (pruned / 'journal_00000002').unlink()
+    words = 'journal_00000002 was removed while this run was at work'
+  else:
+    # Kept, so that its inode is not given to the folder in its place.
+    pruned.rename(pruned.with_name('elsewhere'))
+    if gone == 'replaced':
+      pruned.mkdir()
+    words = 'states was removed or replaced while this run was at work'
+  before = sorted(pruned.glob('*'))
+  for action in (lambda: opened.commit(3), lambda: opened.prune(2)):
+    with pytest.raises(Error, match=words):
+      action()
+  assert sorted(pruned.glob('*')) == before
+
+
+def test_a_row_file_that_is_removed_is_not_begun_anew(pruned):
+  opened = store.open(pruned, TEMPLATE, at_round=2)
+  for name in ('base.rows', 'base.ids', 'base.sums'):
+    kept = (pruned / name).read_bytes()
+    (pruned / name).unlink()
+    with pytest.raises(Error, match=f'{name} is damaged: it has 0 bytes'):
+      opened.prune(2)
+    (pruned / name).write_bytes(kept)
+  opened.prune(2)
+  assert held(opened) == expected(c1=5.0, c2=6.0, c3=7.0)
+
+
+def test_links_are_not_followed_when_writing(pruned, tmp_path):
+  victim = tmp_path / 'victim'
+  victim.write_text('precious')
+  opened = store.open(pruned, TEMPLATE, at_round=2)
+  put(opened, c4=8.0)
+  (pruned / 'journal_00000003.part').symlink_to(victim)
+  (pruned / 'base.json.part').symlink_to(victim)
+  opened.commit(3)
+  opened.prune(2)
+  rows = (pruned / 'base.rows').read_bytes()
+  (pruned / 'base.rows').unlink()
+  (pruned / 'base.rows').symlink_to(victim)
+  victim.write_bytes(rows)
+  with pytest.raises(Error, match=r'base.rows cannot be written'):
+    opened.prune(3)
+  assert victim.read_bytes() == rows
+
+
 # ------------------------------------------------------------------- kills --
 
 
@@ -385,15 +496,19 @@ def test_sigkill_leaves_the_last_two_rounds(tmp_path):
 # --------------------------------------------------------------- full disk --
 
 
-@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no /dev/full')
-def test_a_full_disk_is_a_sentence_and_the_changes_stay(tmp_path):
+def test_a_full_disk_is_a_sentence_and_the_changes_stay(tmp_path, monkeypatch):
   opened = store.open(tmp_path, TEMPLATE, at_round=0)
   put(opened, c1=5.0)
   opened.commit(1)
   put(opened, c1=6.0)
-  (tmp_path / 'journal_00000002.part').symlink_to('/dev/full')
-  with pytest.raises(Error, match=r'journal_00000002 cannot .* disk is full'):
-    opened.commit(2)
+
+  def full(file):
+    raise OSError(28, 'No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, 'fsync', full)
+    with pytest.raises(Error, match=r'journal_00000002 cannot .* disk is full'):
+      opened.commit(2)
   assert held(opened) == expected(c1=6.0)
   assert not list(tmp_path.glob('*.part'))
   opened.commit(2)  # once there is room

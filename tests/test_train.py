@@ -188,9 +188,9 @@ def shown(texts, tmp_path_factory):
   def watched(*args, **keywords):
     saver = opened(*args, **keywords)
 
-    def save(number, state, meta):
+    def save(number, state, meta, keep):
       saved.update(jax.device_get(state.params))
-      saver.save(number, state, meta)
+      saver.save(number, state, meta, keep)
 
     return saver._replace(save=save)
 

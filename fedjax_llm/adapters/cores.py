@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedjax_llm import linalg
 from fedjax_llm.adapters import targets as targets_lib
 from fedjax_llm.adapters.changes import fold, merge
 from fedjax_llm.adapters.dense import saved_beside
+from fedjax_llm.adapters.starts import singular
 from fedjax_llm.nodes import Core as Core
 from fedjax_llm.types import Adapter, Base, Error, Key, Params
 
@@ -40,18 +42,13 @@ def lora_xs(
 
   def node(key, kernel):
     _check(rank, kernel)
-    if hasattr(kernel, 'qvalue'):
-      raise Error(
-        'lora_xs starts from the singular values of the weights, which a '
-        'quantised base does not have: leave model.quantisation out.'
-      )
-    u, s, v = jnp.linalg.svd(kernel.astype(jnp.float32), full_matrices=False)
+    u, s, v = singular('lora_xs', kernel, rank)
     lead = kernel.shape[:-2]
     core = sigma * jax.random.normal(key, (*lead, 1, rank, rank))
     return Core(
       core=core,
-      p=u[..., :rank] * s[..., None, :rank],
-      q=v[..., :rank, :],
+      p=u * s[..., None, :],
+      q=v,
       scale=jnp.full(lead, alpha / rank, jnp.float32),
     )
 
@@ -91,7 +88,7 @@ def ravan(
 
     def orthonormal(key, size):
       drawn = jax.random.normal(key, (*lead, size, heads * rank))
-      return jnp.linalg.qr(drawn)[0]
+      return linalg.qr(drawn)[0]
 
     return Core(
       core=jnp.zeros((*lead, heads, rank, rank), jnp.float32),

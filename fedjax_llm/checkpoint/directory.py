@@ -8,7 +8,7 @@ import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 from fedjax_llm.checkpoint import files
@@ -28,14 +28,17 @@ class Restored(NamedTuple):
 class Checkpointer(NamedTuple):
   """The functions of an open directory of checkpoints.
 
-  `save(round, state, meta={})` returns when the checkpoint counts. `state` is
-  any pytree of arrays, numbers, typed PRNG keys and None; `meta` is JSON.
-  Older rounds than are kept go, and so do later ones, which were undone.
-  Error on a full disk, with the checkpoints before it intact.
+  `save(round, state, meta={}, keep=())` returns when the checkpoint counts.
+  `state` is any pytree of arrays, numbers, typed PRNG keys and None; `meta` is
+  JSON. Older rounds than are kept go, except those in `keep`, and so do later
+  ones, which were undone. Error on a full disk, with the checkpoints before it
+  intact, and where the folder was removed since it was opened.
   `restore(template, newest=None) -> Restored` of the newest undamaged
   checkpoint, of those up to round `newest` if it is given, bit for bit, or None
   if there is no checkpoint; `template` is a state, or its
   `jax.ShapeDtypeStruct`s. Error if all are damaged, or are of another state.
+  `fail(round, why)` notes that the round is of no use, such as for a store of
+  client states that is damaged: `restore` passes over it.
   `rounds()` gives the rounds that are kept, ascending, without those that
   `restore` found damaged.
   """
@@ -43,6 +46,7 @@ class Checkpointer(NamedTuple):
   save: Callable[..., None]
   restore: Callable[..., Restored | None]
   rounds: Callable[[], list[int]]
+  fail: Callable[[int, str], None] = lambda round, why: None
 
 
 def open(
@@ -85,7 +89,8 @@ def open(
     raise Error(f'max_to_keep is {max_to_keep}: one checkpoint must be kept.')
   folder, group = pathlib.Path(directory).absolute(), writers or Writers()
 
-  damaged: set[int] = set()
+  damaged: dict[int, str] = {}  # round -> a sentence
+  mark: list[tuple[int, int]] = []  # of the folder: device and inode
 
   def place(round: int) -> tuple[pathlib.Path, pathlib.Path]:
     """Where the checkpoint is, and where it is written."""
@@ -107,12 +112,32 @@ def open(
     names = (re.fullmatch(r'round_(\d+)', p.name) for p in folder.glob('*'))
     return sorted(int(name[1]) for name in names if name)
 
+  def look() -> tuple[int, int] | None:
+    try:
+      stat = folder.stat()
+    except OSError:
+      return None
+    return stat.st_dev, stat.st_ino
+
+  if (now := look()) is not None:
+    mark.append(now)
+
   def rounds() -> list[int]:
     return [r for r in present() if r not in damaged]
 
-  def save(round: int, state: Any, meta: dict[str, Any] | None = None) -> None:
+  def save(
+    round: int,
+    state: Any,
+    meta: dict[str, Any] | None = None,
+    keep: Collection[int] = (),
+  ) -> None:
     if read_only:
       raise Error(f'{folder} was opened to be read only.')
+    if mark and mark[0] != look():
+      raise Error(
+        f'{folder} was removed or replaced while this run was at work: its '
+        'checkpoints are lost, so the run ends.'
+      )
     round = int(round)
     path, part = place(round)
     shutil.rmtree(part, ignore_errors=True)
@@ -125,11 +150,13 @@ def open(
           path.rename(path.with_name(f'{_PART}old_{path.name}'))
         part.rename(path)
         files.sync(folder)
+        mark[:] = [now] if (now := look()) else []
     except Exception:
       shutil.rmtree(part, ignore_errors=True)
       raise
-    damaged.discard(round)
-    kept = [r for r in rounds() if r <= round][-max_to_keep:]
+    damaged.pop(round, None)
+    kept = [r for r in rounds() if r <= round]
+    kept = {*kept[-max_to_keep:], *(r for r in kept if r in keep)}
     for r in present():
       if r not in kept:
         # Renamed first: half a checkpoint must not look like a damaged one.
@@ -144,20 +171,29 @@ def open(
       if newest is not None and round > newest:
         continue
       path, _ = place(round)
-      try:
-        manifest = files.verified(path)
-      except files.Damage as e:
-        damaged.add(round)
-        notices.append(f'the checkpoint {path} is damaged ({e}): left out.')
-        continue
-      state = files.read(path, manifest, template)
-      meta = json.loads((path / 'meta.json').read_text())
-      return Restored(round, state, meta, notices)
+      if round not in damaged:
+        try:
+          manifest = files.verified(path)
+          state = files.read(path, manifest, template)
+          meta = json.loads((path / 'meta.json').read_text())
+          return Restored(round, state, meta, notices)
+        except files.Damage as e:
+          damaged[round] = f'the checkpoint {path} is damaged ({e}): left out.'
+        except (OSError, ValueError) as e:
+          if isinstance(e, Error):
+            raise
+          words = f'meta.json: {e}'
+          damaged[round] = f'the checkpoint {path} is damaged ({words}).'
+      notices.append(damaged[round])
     if notices:
       raise Error(f'no checkpoint in {folder} is usable: {" ".join(notices)}')
     return None
 
-  return Checkpointer(save, restore, rounds)
+  def fail(round: int, why: str) -> None:
+    path, _ = place(round)
+    damaged[round] = f'the checkpoint {path} is left out: {why}'
+
+  return Checkpointer(save, restore, rounds, fail)
 
 
 @contextlib.contextmanager

@@ -65,10 +65,15 @@ def write(
       )
     files |= json.loads(told.read_text())
     told.unlink()
-  _put(
-    path / 'manifest.json', {'round': round, 'leaves': listed, 'files': files}
-  )
+  manifest = {'round': round, 'leaves': listed, 'files': files}
+  manifest['sha256'] = _content_sum(manifest)
+  _put(path / 'manifest.json', manifest)
   sync(path)
+
+
+def _content_sum(manifest: dict[str, Any]) -> str:
+  text = json.dumps(manifest, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _summed(path: pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
@@ -96,19 +101,46 @@ class Damage(Exception):
   """A checkpoint is not what was written: its text says why."""
 
 
+_LEAF = {
+  'name': str,
+  'dtype': str,
+  'shape': list,
+  'impl': str | None,
+  'file_key': str | None,
+  'file_kind': list,
+}
+
+
 def verified(path: pathlib.Path) -> dict[str, Any]:
-  """The manifest of a checkpoint that is what was written."""
+  """Reads the manifest of a checkpoint and compares every file with it.
+
+  Raises:
+    Damage: the manifest or a file is not what was written.
+  """
   try:
     manifest = json.loads((path / 'manifest.json').read_text())
+    sha256 = manifest.pop('sha256', None)
+    if sha256 is not None and sha256 != _content_sum(manifest):
+      raise Damage('manifest.json was altered')
+    if set(manifest) != {'round', 'leaves', 'files'}:
+      raise KeyError
     files = [
       (name, entry['bytes'], entry['sha256'])
       for name, entry in manifest['files'].items()
     ]
-    if not isinstance(manifest['leaves'], list):
-      raise TypeError
+    for leaf in manifest['leaves']:
+      if not all(isinstance(leaf[k], kind) for k, kind in _LEAF.items()):
+        raise TypeError
+    if path.name != f'round_{manifest["round"]:08d}':
+      raise Damage(f'it is of round {manifest["round"]}')
+    inside = [path.joinpath(name).resolve() for name, *_ in files]
+    if not all(file.is_relative_to(path.resolve()) for file in inside):
+      raise ValueError
   except FileNotFoundError:
     raise Damage('manifest.json is missing') from None
-  except (ValueError, KeyError, TypeError, AttributeError):
+  except OSError as error:
+    raise Damage(f'manifest.json: {error.strerror or error}') from None
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
     raise Damage('manifest.json is no manifest') from None
   for name, num_bytes, sha256 in files:
     file = path / name
@@ -124,7 +156,22 @@ def verified(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read(path: pathlib.Path, manifest: dict[str, Any], template: Any) -> Any:
-  """The state of a checkpoint, of the template's kinds of leaves."""
+  """Reads the state of a checkpoint, of the template's kinds of leaves.
+
+  Raises:
+    Error: it is the state of another run.
+    Damage: it cannot be read.
+  """
+  try:
+    return _read(path, manifest, template)
+  except Error:
+    raise
+  except Exception as error:  # whatever orbax and NumPy make of damaged files
+    words = ' '.join(str(error).split())[:200]
+    raise Damage(f'{type(error).__name__}: {words}') from error
+
+
+def _read(path: pathlib.Path, manifest: dict[str, Any], template: Any) -> Any:
   asked, treedef = jax.tree_util.tree_flatten_with_path(template)
   stored = manifest['leaves']
   found, wanted = (

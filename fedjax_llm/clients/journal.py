@@ -1,8 +1,10 @@
 """The files of a store: a base of rows and journals of changes to it.
 
     base.json            the round that the base is of, how many rows it has,
-                         and the leaves of a row
+                         the leaves of a row, and checksums of itself and of
+                         base.ids
     base.ids, base.rows  which clients, and their rows at that round
+    base.sums            a checksum of each of these rows and its client's id
     journal_00000012     rows that changed up to round 12 since the journal (or
                          base) before it, which it names, and a checksum
 
@@ -26,6 +28,8 @@ import numpy as np
 from fedjax_llm.types import Error
 
 _CHECKSUM = 32  # bytes of SHA-256 at the end of a journal
+_ROW_SUM = 16  # bytes of BLAKE2b of a row
+_ADVICE = 'take the folder back from a copy, or begin in another workdir'
 
 # -------------------------------------------------------------------- base --
 
@@ -34,6 +38,12 @@ class Base(NamedTuple):
   round: int  # the base is complete at this round
   folding: int  # above `round` while journals up to here are being moved in
   num_rows: int
+  ids_sha256: str | None = None  # of the rows' ids; None: of an older format
+
+  @property
+  def summed(self) -> bool:
+    """Whether every row has a checksum in base.sums."""
+    return self.ids_sha256 is not None
 
 
 def read_base(
@@ -47,21 +57,29 @@ def read_base(
         f'{folder} holds no client state of round {at_round}: the run cannot '
         'go on without it.'
       )
-    base = Base(0, 0, 0)
+    base = Base(0, 0, 0, _ids_sum(b''))
     if create:
+      with _writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
       _write_base(folder, base, leaves)
     return base
   try:
-    found = json.loads(path.read_text())
-    base = Base(found['round'], found['folding'], found['num_rows'])
-    found = found['leaves']
-  except (ValueError, KeyError, TypeError):
+    content = json.loads(path.read_text())
+    sha256 = content.pop('sha256', None)
+    if sha256 is not None and sha256 != _content_sum(content):
+      raise ValueError
+    stored = content.pop('leaves')
+    base = Base(**content)
+    numbers = (base.round, base.folding, base.num_rows)
+    if any(type(x) is not int or x < 0 for x in numbers):
+      raise ValueError
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
     raise Error(
       f'{path} is damaged: it is no description of a store.'
     ) from None
-  if found != leaves:
+  if stored != leaves:
     raise Error(
-      f'{path} is of client state {found}, but this run keeps '
+      f'{path} is of client state {stored}, but this run keeps '
       f'{leaves}: use another directory.'
     )
   if at_round < base.folding:
@@ -72,11 +90,21 @@ def read_base(
   return base
 
 
+def _content_sum(content: Mapping[str, Any]) -> str:
+  text = json.dumps(content, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _ids_sum(ids: bytes) -> str:
+  return hashlib.sha256(ids).hexdigest()
+
+
 def _write_base(folder: pathlib.Path, base: Base, leaves: list) -> None:
   path = folder / 'base.json'
-  text = json.dumps({**base._asdict(), 'leaves': leaves}, indent=1)
+  content = {**base._asdict(), 'leaves': leaves}
+  content['sha256'] = _content_sum(content)
+  text = json.dumps(content, indent=1)
   with _writing(path):
-    folder.mkdir(parents=True, exist_ok=True)
     _replace(path, lambda file: file.write(text.encode()))
 
 
@@ -85,20 +113,36 @@ def read_ids(folder: pathlib.Path, base: Base) -> dict[int, int]:
   if not base.num_rows:
     return {}
   path = folder / 'base.ids'
-  found = path.read_bytes() if path.exists() else b''
-  if len(found) < 8 * base.num_rows:
+  content = path.read_bytes() if path.exists() else b''
+  if len(content) < 8 * base.num_rows:
     raise Error(
-      f'{path} is damaged: it has {len(found)} bytes for {base.num_rows} ids.'
+      f'{path} is damaged: it has {len(content)} bytes for {base.num_rows} ids.'
     )
-  ids = np.frombuffer(found, np.int64, count=base.num_rows)
-  return {client: slot for slot, client in enumerate(ids.tolist())}
+  ids = np.frombuffer(content, np.int64, count=base.num_rows)
+  slots = {client: slot for slot, client in enumerate(ids.tolist())}
+  intact = min(slots) >= 0 and len(slots) == base.num_rows
+  if base.summed:
+    intact = base.ids_sha256 == _ids_sum(ids.tobytes())
+  if not intact:
+    raise Error(f'{path} is damaged: its checksum does not fit; {_ADVICE}.')
+  return slots
 
 
 def map_rows(folder: pathlib.Path, num_rows: int, row_bytes: int) -> np.ndarray:
   """The rows of the base, [num_rows, row_bytes], read from the disk on use."""
+  return _mapped(folder / 'base.rows', num_rows, row_bytes)
+
+
+def map_sums(folder: pathlib.Path, base: Base) -> np.ndarray | None:
+  """Their checksums, [num_rows, 16]; None in a store of an older format."""
+  if not base.summed:
+    return None
+  return _mapped(folder / 'base.sums', base.num_rows, _ROW_SUM)
+
+
+def _mapped(path: pathlib.Path, num_rows: int, row_bytes: int) -> np.ndarray:
   if not num_rows:
     return np.zeros((0, row_bytes), np.uint8)
-  path = folder / 'base.rows'
   size = path.stat().st_size if path.exists() else 0
   if size < num_rows * row_bytes:
     raise Error(
@@ -106,6 +150,25 @@ def map_rows(folder: pathlib.Path, num_rows: int, row_bytes: int) -> np.ndarray:
       f'{row_bytes} belong there.'
     )
   return np.memmap(path, np.uint8, mode='r', shape=(num_rows, row_bytes))
+
+
+def row_sum(client: int, row: np.ndarray) -> bytes:
+  """The checksum of a client's row [bytes]."""
+  checksum = hashlib.blake2b(digest_size=_ROW_SUM)
+  checksum.update(client.to_bytes(8, 'little', signed=True))
+  checksum.update(np.ascontiguousarray(row).data)
+  return checksum.digest()
+
+
+def check_row(
+  folder: pathlib.Path, client: int, row: np.ndarray, expected: np.ndarray
+) -> None:
+  """Raises `Error` unless a row of the base is what was written."""
+  if row_sum(client, row) != expected.tobytes():
+    raise Error(
+      f'{folder / "base.rows"} is damaged: the checksum of client {client} '
+      f'does not fit; {_ADVICE}.'
+    )
 
 
 def fold(
@@ -121,6 +184,8 @@ def fold(
   Until the base is complete, `folding` says so on the disk, and the journals
   hold every row that may be half-written.
   """
+  if base.num_rows and not base.summed:
+    _add_sums(folder, base, slots, row_bytes)
   rows = overlay(old)
   grown = dict(slots)
   for client in rows:
@@ -128,15 +193,44 @@ def fold(
   placed = sorted((grown[client], *where) for client, where in rows.items())
   ids = np.array(list(grown)[len(slots) :], np.int64)
   last = old[-1].round
+  for name, size in (('rows', row_bytes), ('ids', 8), ('sums', _ROW_SUM)):
+    path = folder / f'base.{name}'
+    # A file that was removed meanwhile must not begin anew with holes.
+    if base.num_rows:
+      _mapped(path, base.num_rows, size)
+  before = _ids_sum(np.array(list(slots), np.int64).tobytes())
+  base = base._replace(ids_sha256=before)
   _write_base(folder, base._replace(folding=last), leaves)
   _update(
     folder / 'base.rows',
     ((slot * row_bytes, held[i].data) for slot, held, i in placed),
   )
+  _update(
+    folder / 'base.sums',
+    (
+      (grown[client] * _ROW_SUM, row_sum(client, held[i]))
+      for client, (held, i) in rows.items()
+    ),
+  )
   _update(folder / 'base.ids', [(8 * len(slots), ids.data)])
-  base = Base(round=last, folding=last, num_rows=len(grown))
+  sha256 = _ids_sum(np.array(list(grown), np.int64).tobytes())
+  base = Base(last, last, len(grown), sha256)
   _write_base(folder, base, leaves)
   return base, grown
+
+
+def _add_sums(
+  folder: pathlib.Path, base: Base, slots: dict[int, int], row_bytes: int
+) -> None:
+  """Writes the checksums that a store of an older format lacks."""
+  held = map_rows(folder, base.num_rows, row_bytes)
+  _update(
+    folder / 'base.sums',
+    (
+      (slot * _ROW_SUM, row_sum(client, held[slot]))
+      for client, slot in slots.items()
+    ),
+  )
 
 
 def _update(path: pathlib.Path, parts: Iterable[tuple[int, Any]]) -> None:
@@ -145,8 +239,8 @@ def _update(path: pathlib.Path, parts: Iterable[tuple[int, Any]]) -> None:
   Written, not mapped: a full disk is then an error and not a bus error.
   """
   with _writing(path):
-    path.touch()
-    with path.open('r+b') as file:
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0)
+    with os.fdopen(os.open(path, flags, 0o666), 'r+b') as file:
       for offset, data in parts:
         file.seek(offset)
         file.write(data)
@@ -202,7 +296,10 @@ def read(path: pathlib.Path, row_bytes: int, check: bool = True) -> Journal:
       head = json.loads(line)
       if head['row_bytes'] != row_bytes:
         raise ValueError('its rows have another size')
-      num = head['num_rows']
+      numbers = [head[x] for x in ('num_rows', 'round', 'previous')]
+      if any(type(x) is not int or x < 0 for x in numbers):
+        raise ValueError('its first line has no such numbers')
+      num = numbers[0]
       size = len(line) + num * (8 + row_bytes) + _CHECKSUM
       if path.stat().st_size != size:
         raise ValueError(f'{path.stat().st_size} bytes instead of {size}')
@@ -212,7 +309,7 @@ def read(path: pathlib.Path, row_bytes: int, check: bool = True) -> Journal:
       ids = np.frombuffer(file.read(8 * num), np.int64)
   except FileNotFoundError:
     raise Error(f'{path} is missing.') from None
-  except (ValueError, KeyError, TypeError) as e:
+  except (ValueError, KeyError, TypeError, RecursionError) as e:
     raise Error(f'{path} is damaged: {e}.') from None
   rows = np.zeros((0, row_bytes), np.uint8)
   if num:
@@ -272,11 +369,52 @@ def discard(folder: pathlib.Path, keep: list[Journal]) -> None:
 # -------------------------------------------------------------------- disk --
 
 
+class Place(NamedTuple):
+  """Which folder a path was when it was opened."""
+
+  path: pathlib.Path
+  mark: tuple[int, int]  # device and inode
+
+
+def place(folder: pathlib.Path) -> Place:
+  """The folder as it is now."""
+  stat = folder.stat()
+  return Place(folder, (stat.st_dev, stat.st_ino))
+
+
+def check_place(opened: Place, journals: Iterable[Journal] = ()) -> None:
+  """Raises `Error` if the folder or a file that counts is gone.
+
+  What is written into a folder that took its place would be of no use.
+  """
+  folder = opened.path
+  try:
+    same = place(folder).mark == opened.mark
+    wanted = [folder / 'base.json', *(j.path for j in journals)]
+    missing = [path for path in wanted if not path.is_file()]
+  except OSError:
+    same, missing = False, []
+  if not same:
+    raise Error(
+      f'{folder} was removed or replaced while this run was at work: what the '
+      'clients keep is lost with it, so the run ends.'
+    )
+  if missing:
+    raise Error(
+      f'{missing[0]} was removed while this run was at work: what the clients '
+      'keep is lost with it, so the run ends.'
+    )
+
+
 def _replace(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
-  """A new content for a file, all of it or nothing, safe on the disk."""
+  """A new content for a file, all of it or nothing, safe on the disk.
+
+  A symbolic link of the draft's name, or of the file's, is not followed.
+  """
   part = path.with_name(path.name + '.part')
   try:
-    with part.open('wb') as file:
+    part.unlink(missing_ok=True)
+    with part.open('xb') as file:
       write(file)
       file.flush()
       os.fsync(file.fileno())

@@ -44,10 +44,7 @@ def leaf_paths(params: Params) -> list[str]:
   >>> leaf_paths({'q': LowRank(a=1, b=2, scale=3), 'bias': [4, 5]})
   ['bias/0', 'bias/1', 'q/a', 'q/b', 'q/scale']
   """
-  return [
-    jax.tree_util.keystr(path, simple=True, separator='/')
-    for path, _ in jax.tree_util.tree_leaves_with_path(params)
-  ]
+  return list(tree.named(params))
 
 
 def _everything_labels(params: Params) -> Any:
@@ -226,7 +223,7 @@ def alternating(*patterns: str) -> Scope:
       _check_match(turn, names)
 
     def leaf(path, m):
-      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      name = tree.path_name(path)
       mine = [i for i, turn in enumerate(turns) if turn.search(name)]
       if not mine:
         return m
@@ -268,7 +265,7 @@ def in_turn(pattern: str) -> Scope:
     num = 1 + max(places.values())
 
     def leaf(path, m):
-      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      name = tree.path_name(path)
       if name not in places:
         return m
       return m & (context.round % num == num - 1 - places[name])
@@ -342,7 +339,7 @@ def untrained(pattern: str) -> Scope:
     _check_match(regex, leaf_paths(masks.trained))
 
     def leaf(path, m):
-      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      name = tree.path_name(path)
       return jnp.bool_(False) if regex.search(name) else m
 
     trained = jax.tree_util.tree_map_with_path(leaf, masks.trained)
@@ -410,7 +407,7 @@ def both_trained(inner: Scope) -> Callable[[Params], Any]:
         continue
       for name, label in (('a', node.a), ('b', node.b)):
         if label is Frozen:
-          where = jax.tree_util.keystr(path, simple=True, separator='/')
+          where = tree.path_name(path)
           raise Error(
             f'{where}/{name} is frozen, so it cannot be masked: ranks that '
             'differ between clients need both factors trained.'

@@ -76,7 +76,8 @@ def open(
 
   Raises:
     Error: the store has no such round, is damaged (the file is named), is of
-      another template, or cannot be written.
+      another template, or cannot be written. From `gather`: a client's row is
+      damaged. From `commit` and `prune`: the folder was removed meanwhile.
 
   >>> import tempfile
   >>> template = ClientState(private={'head': np.zeros(2, np.float32)})
@@ -98,9 +99,13 @@ def open(
   journals = journal.read_chain(folder, base, at_round, row_bytes)
   slots = journal.read_ids(folder, base)  # id -> place in the base
   mapped = journal.map_rows(folder, len(slots), row_bytes)
+  sums = journal.map_sums(folder, base)  # of the rows in the base
+  checked: set[int] = set()  # clients whose row in the base is intact
   newer = journal.overlay(journals)  # id -> (rows, index), of the last journal
+  opened = None
   if not read_only:
     journal.discard(folder, journals)
+    opened = journal.place(folder)
   changed: dict[int, np.ndarray] = {}  # id -> row, since the last commit
   default = layout.pack_one(template)
   committed = at_round
@@ -112,7 +117,11 @@ def open(
       held, index = newer[client]
       return held[index]
     if client in slots:
-      return mapped[slots[client]]
+      kept = mapped[slots[client]]
+      if sums is not None and client not in checked:
+        journal.check_row(folder, client, kept, sums[slots[client]])
+        checked.add(client)
+      return kept
     return default
 
   def gather(ids):
@@ -135,7 +144,7 @@ def open(
   def commit(round):
     nonlocal committed, journals, newer
     round = int(round)
-    if read_only:
+    if opened is None:
       raise Error(f'{folder} was opened to be read only.')
     if round == committed and not changed:
       return
@@ -143,6 +152,7 @@ def open(
       raise Error(
         f'{folder} is at round {committed} and cannot commit round {round}.'
       )
+    journal.check_place(opened, journals)
     path = journal.write(folder, round, committed, changed, row_bytes)
     journals = [*journals, journal.read(path, row_bytes, check=False)]
     newer = journal.overlay(journals)
@@ -150,14 +160,17 @@ def open(
     committed = round
 
   def prune(oldest_kept_round):
-    nonlocal base, slots, journals, newer, mapped
+    nonlocal base, slots, journals, newer, mapped, sums
     # A fold that was interrupted has given up its rounds already.
     limit = max(int(oldest_kept_round), base.folding)
     old = [j for j in journals if j.round <= limit]
-    if not old:
+    if not old or opened is None:
       return
+    journal.check_place(opened, journals)
     base, slots = journal.fold(folder, base, slots, old, leaves, row_bytes)
     mapped = journal.map_rows(folder, len(slots), row_bytes)
+    sums = journal.map_sums(folder, base)
+    checked.clear()
     journals = journals[len(old) :]
     newer = journal.overlay(journals)
     journal.discard(folder, journals)

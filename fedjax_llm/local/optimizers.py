@@ -57,6 +57,33 @@ def schedule_names() -> tuple[str, ...]:
   )
 
 
+def build_schedule(
+  field: str, schedule: Mapping[str, Any]
+) -> Callable[[Any], Any]:
+  """A schedule of optax by its name: count -> rate.
+
+  Args:
+    field: of the config, for messages.
+    schedule: `name`, and the keywords of that schedule.
+
+  Raises:
+    Error: an unknown name or keyword, or a value that the schedule refuses.
+
+  >>> linear = dict(name='linear_schedule', init_value=1.0, end_value=0.0)
+  >>> rate = build_schedule('x', {**linear, 'transition_steps': 4})
+  >>> float(rate(3))
+  0.25
+  """
+  settings = dict(schedule)
+  name = settings.pop('name', None)
+  builder = _lookup(f'{field}.name', name, schedule_names())
+  _check(field, str(name), builder, settings)
+  try:
+    return builder(**settings)
+  except (TypeError, ValueError) as error:
+    raise Error(f'{field}: {str(error).rstrip(".")}.') from error
+
+
 def optimizer(
   name: str = 'adamw',
   learning_rate: float = 1e-3,
@@ -99,14 +126,7 @@ def optimizer(
   _check('local', name, build, keywords)
   rate = optax.constant_schedule(learning_rate)
   if schedule:
-    settings = dict(schedule)
-    schedule_name = settings.pop('name', None)
-    builder = _lookup('local.schedule.name', schedule_name, schedule_names())
-    _check('local.schedule', str(schedule_name), builder, settings)
-    try:
-      rate = builder(**settings)
-    except (TypeError, ValueError) as error:
-      raise Error(f'local.schedule: {str(error).rstrip(".")}.') from error
+    rate = build_schedule('local.schedule', schedule)
   roots = 'eps_root' in inspect.signature(build).parameters
   if differentiable and roots and not keywords.get('eps_root'):
     raise Error(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from fedjax_llm import batching, tree
 from fedjax_llm.local.gradients import backprop
+from fedjax_llm.local.one_way import one_way
 from fedjax_llm.local.optimizers import LocalOptimizer
 from fedjax_llm.types import (
   Base,
@@ -174,6 +175,12 @@ def descend(
   end, optimizer_state, totals = jax.lax.fori_loop(
     0, needed, step, (trained, optimizer_state, totals)
   )
+  if texts and not optimizer.differentiable:
+    end = one_way(
+      end,
+      'local training has no gradient in reverse: build its optimizer with '
+      'differentiable=True.',
+    )
   sums, taken, rates, norm = totals
   work = Work(tokens=sums.count, steps=taken)
   if texts:
@@ -183,7 +190,6 @@ def descend(
     'loss': sums.total / jnp.maximum(sums.count, 1.0),
     'accuracy': sums.correct / jnp.maximum(sums.count, 1.0),
     'grad_norm': norm / jnp.maximum(taken, 1),
-    'learning_rate': rates / jnp.maximum(taken, 1),
   }
   return Descent(end, optimizer_state, rates, work, metrics)
 

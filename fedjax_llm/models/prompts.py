@@ -94,12 +94,11 @@ def whole(
     return jnp.concatenate([new.astype(x.dtype), x], axis=1)
 
   at = own.prefix + jnp.arange(own.rows)
-  extended = Batch(
+  extended = batch._replace(
     tokens=put(batch.tokens, 0),
     loss_mask=put(batch.loss_mask, False, bool),
     segments=put(batch.segments, 1),
     positions=put(positions, at),
-    label=batch.label,
     types=put(batch.types, 0),
   )
   segments = put(batch.segments, 0) if config.causal else extended.segments

@@ -1,4 +1,15 @@
-"""Methods on a shared and a personal part: `fed_opt` for `Dual` parameters."""
+"""Methods on a shared and a personal part: `fed_opt` for `Dual` parameters.
+
+The server averages the shared part, every client keeps its own personal one
+(`clients/store.py`), and `FederatedAlgorithm.personal` is the view of both that
+a client is served. A client never trained on is served the shared part.
+Recipes make both parts of the adapter that they are given, so configs name
+`lora` as ever.
+
+Where a phase trains nothing of the other part, `private_steps` says how many of
+a client's S batches the private part takes, and the shared one takes the rest;
+without it both walk over all S, which doubles a round's computation.
+"""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +21,7 @@ import jax.numpy as jnp
 from fedjax_llm import aggregators, local, server, tree
 from fedjax_llm.adapters import multi
 from fedjax_llm.clients import scopes
-from fedjax_llm.recipes import averaging
+from fedjax_llm.recipes import composing
 from fedjax_llm.types import (
   Dual,
   FederatedAlgorithm,
@@ -58,7 +69,7 @@ def compose(
 
   return server.on_part(
     functools.partial(
-      averaging.compose,
+      composing.compose,
       update,
       scope=_at_home(inner),
       aggregator=aggregators.on_shared(rule),
@@ -110,3 +121,8 @@ def weighed(weight: float) -> Callable[[Dual, Any], Params]:
 
 def where(seen: Any, one: Params, other: Params) -> Params:
   return tree.map_present(lambda x, y: jnp.where(seen, x, y), one, other)
+
+
+def first_steps(steps: int | None) -> tuple[int, ...] | None:
+  """The steps of the first of two phases, as `local.phases` takes them."""
+  return None if steps is None else (steps,)

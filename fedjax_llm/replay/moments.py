@@ -17,6 +17,7 @@ from fedjax_llm import (
   experiment,
   metrics,
   rebuild,
+  resume,
   sharding,
   workdir,
 )
@@ -62,7 +63,8 @@ def before(path: str, number: int) -> Moment:
 
   Raises:
     Error: no folder of a run, one at work, on other texts, or without a record
-      of that round; no checkpoint before it is undamaged.
+      of that round; no checkpoint before it is undamaged; a function in its
+      config.json that is none of the project's, inside `builders.confined`.
   """
   folder = pathlib.Path(path)
   raw = rebuild.read_config(folder)
@@ -73,8 +75,9 @@ def before(path: str, number: int) -> Moment:
     last = max(records, default=0)
     told = f'rounds 1 to {last}' if last else 'no round'
     raise Error(f'--round {number}: {file} tells of {told}.')
-  room.take()  # a run at work prunes its checkpoints
-  conf, _ = config.override(raw, [], SPEC, str(folder / 'config.json'))
+  room.hold()  # a run at work prunes its checkpoints
+  then = workdir.settings_of(raw, number)
+  conf, _ = config.override(then, [], SPEC, str(folder / 'config.json'))
   settings, _ = experiment.checked(conf)
   compilation.keep(settings.compilation_cache)
   built = experiment.build(conf, say=lambda text: None)
@@ -85,15 +88,23 @@ def before(path: str, number: int) -> Moment:
   state = algorithm.init(built.round_key, jax.tree.map(jnp.copy, built.initial))
   newcomer = algorithm.init_client(state.params)
   saver = checkpoint.open(room.checkpoints, read_only=True)
-  found, begun = saver.restore(state, newest=number - 1), 0
-  # Before the first round no client has kept anything.
-  states = room.states / 'none'
+
+  def open_store(at: int) -> clients.store.Store:
+    # Before the first round no client has kept anything.
+    states = room.states if at else room.states / 'none'
+    return clients.store.open(states, newcomer, at_round=at, read_only=True)
+
+  def check(restored: checkpoint.Restored) -> None:
+    digest = built.digest
+    if restored.meta.get('data', digest) != digest:
+      raise Error(f'{path} holds a run on other texts or clients.')
+
+  found, store = resume.newest(
+    saver, state, open_store, check, up_to=number - 1
+  )
+  begun = 0
   if found is not None:
     state, begun = found.state, found.round
-    states = room.states if begun else states
-    digest = built.digest
-    if found.meta.get('data', digest) != digest:
-      raise Error(f'{path} holds a run on other texts or clients.')
   moment = Moment(
     built=built,
     algorithm=algorithm,
@@ -101,10 +112,17 @@ def before(path: str, number: int) -> Moment:
     begun=begun,
     kept=saver.rounds(),
     state=state,
-    store=clients.store.open(states, newcomer, at_round=begun, read_only=True),
+    store=store,
     step=sharding.compiled(algorithm.round, built.mesh),
     record=records[number],
   )
+  for after, fields in workdir.changes_of(raw):
+    if begun < after < number and 'clients.cohort_size' in fields:
+      raise Error(
+        f'--round {number} is reached from the checkpoint of round {begun}, '
+        f'and clients.cohort_size changed after round {after}: a larger '
+        'keep_checkpoints keeps a nearer one.'
+      )
   for passed in range(begun + 1, number):
     draw, cohort = moment.people(passed)
     state, states, info = play(moment, cohort)

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import pathlib
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import numpy as np
 
 from fedjax_llm import (
+  builders,
   command,
   experiment,
   metrics,
   narration,
+  rates,
+  rebuild,
   replay,
   values,
   workdir,
@@ -31,6 +35,12 @@ from fedjax_llm.types import Cohort, Draw, Error
 
 def run(argv: list[str]) -> None:
   args = command.parse(_parser(), argv)
+  file = str(pathlib.Path(args.workdir) / 'config.json')
+  with builders.confined(file, rebuild.TRUST, args.trust_code):
+    _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
   for option in ('permutations', 'seed'):
     if getattr(args, option) is not None and args.values != 'shapley':
       raise Error(f'--{option} belongs to --values shapley.')
@@ -39,7 +49,7 @@ def run(argv: list[str]) -> None:
   client: str | None = args.without
   row = None if client is None else _row(built, draw, client)
   print(_whence(moment))
-  examine = built.examiner(moment.algorithm)
+  examine, rates_of = built.examiner(moment.algorithm), built.rates()
   tested = any(x.startswith('evals/') for x in moment.record)
 
   def replayed(cohort: Cohort, test: bool) -> dict[str, Any]:
@@ -48,6 +58,7 @@ def run(argv: list[str]) -> None:
       metrics.summarise(info), info, draw, built.names, moment.round
     )
     moment.store.scatter(draw.ids, info.reported, states)
+    told |= rates_of(moment.round, rates.num_steps(cohort.batches))
     if test:
       served = state.params
       told |= examine(built.base, served, moment.store, built.round_key)
@@ -96,6 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     help='random orders, for shapley; 200 if left out',
   )
   parser.add_argument('--seed', type=int, help='of these orders; 0')
+  parser.add_argument(
+    rebuild.TRUST,
+    action='store_true',
+    help="follow import paths in the workdir's config.json, which run code",
+  )
   return parser
 
 

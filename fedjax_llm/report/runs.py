@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fedjax_llm import metrics
+from fedjax_llm.records import check_samples, check_sizes
 from fedjax_llm.types import Error
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
@@ -116,14 +117,18 @@ def said(text: str, members: Sequence[Run], of: Sequence[Run]) -> str:
 
 def _read(folder: pathlib.Path, label: str) -> Run:
   config = _json(folder / 'config.json')
+  sizes = _json(folder / 'clients.json')
+  samples = _json(folder / 'samples.json')
+  check_sizes(sizes or {}, str(folder / 'clients.json'))
+  check_samples(samples or {}, str(folder / 'samples.json'))
   records = metrics.read(str(folder / 'metrics.jsonl'))
   return Run(
     label=label,
     path=folder,
     config=config or {},
     records=records,
-    sizes=_json(folder / 'clients.json'),
-    samples=_json(folder / 'samples.json'),
+    sizes=sizes,
+    samples=samples,
     finished=_finished(folder, config or {}, records),
   )
 
@@ -133,7 +138,7 @@ def _json(file: pathlib.Path) -> Any:
     return None
   try:
     found = json.loads(file.read_text(encoding='utf-8'))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise Error(f'{file} is damaged ({error}).') from error
   if not isinstance(found, dict):
     raise Error(f'{file} is damaged (it holds no object).')
@@ -146,6 +151,14 @@ def _finished(
   if (folder / 'outcome.json').is_file():  # one of a sweep, written last
     return True
   last, report = config.get('num_rounds'), folder / 'report.txt'
-  if not records or records[-1]['round'] != last or not report.is_file():
+  if not records or not report.is_file():
     return False
-  return report.read_text().startswith(f'After round {last}\n')
+  number = records[-1]['round']
+  title = report.read_bytes()[:80].decode(errors='replace')
+  over = number == last or _ended_early(folder)
+  return over and title.startswith(f'After round {number}\n')
+
+
+def _ended_early(folder: pathlib.Path) -> bool:
+  file = folder / 'finished.json'
+  return bool((_json(file) or {}).get('patience'))

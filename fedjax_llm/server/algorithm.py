@@ -15,13 +15,12 @@ import jax.numpy as jnp
 
 from fedjax_llm import tree
 from fedjax_llm.clients import scopes
-from fedjax_llm.server import checks, metrics
+from fedjax_llm.server import combinations, metrics, step
 from fedjax_llm.server.client import Broadcast, initial, one_round
 from fedjax_llm.server.round import Layout, Sums, Trained, train
 from fedjax_llm.types import (
   Adversary,
   After,
-  Aggregate,
   Aggregator,
   AnyAggregator,
   Base,
@@ -74,8 +73,12 @@ def fed_opt(
   server optimizer.
 
   A client is left out, and its state unchanged, if it is padding, dropped out,
-  or sent a value that is not finite. A round that nobody reports to changes
-  nothing but its number, unless the rule acts `always`.
+  sent a value that is not finite, an update beyond `step.LARGEST_NORM` or a
+  weight outside of [0, `step.LARGEST_WEIGHT`]. If an aggregate is not finite
+  all the same, the whole cohort is left out. A round that nobody reports to, or
+  only clients of weight zero, changes nothing but its number, unless the rule
+  acts `always`. Entries that nobody trained keep their value and their moments,
+  whatever the optimizer.
 
   `round` equals `aggregate` of what `train` returns, but a streaming rule adds
   up blocks and never holds the stack.
@@ -131,11 +134,12 @@ def fed_opt(
   2.0
   """
   scope = scope or scopes.everything()
-  checks.combination(
+  aggregator = step.watched(aggregator)
+  combinations.check(
     upload, aggregator, server, fold, adversary, history, block_size, widths
   )
   layout = Layout(block_size, widths, mesh, execution)
-  client = one_round(local, scope, upload, download)
+  client = one_round(local, scope, upload, download, aggregator)
   sums = _sums(aggregator, upload)
 
   def init(key: Key, params: Params) -> ServerState:
@@ -164,7 +168,6 @@ def fed_opt(
       base, params = fold(base, params)
     labels = scope.labels(params)
     rule = state.aggregator
-    news = aggregator.broadcast and aggregator.broadcast(rule)
     started = cohort.started
     if started is not None and history == 1:
       raise Error(
@@ -180,8 +183,7 @@ def fed_opt(
       rule=rule,
       round=state.round,
       key=keys(state)[0],
-      news=news,
-      extra=(aggregator.num_bytes and aggregator.num_bytes(rule), _sizes(news)),
+      news=aggregator.broadcast and aggregator.broadcast(rule),
       peers=jnp.asarray(cohort.ids) if upload.additive else None,
       round_key=keys(state)[4],
     )
@@ -199,9 +201,12 @@ def fed_opt(
       uploads = adversary(uploads, keys(state)[2])
     return out, uploads
 
-  def served(state, total, uploads, base, data, ids, reported):
-    """The rule, the server's step, and the phase after."""
-    received, anybody = uploads, jnp.any(reported)
+  def served(state, total, uploads, base, data, ids, reported, weight):
+    """The rule, the server's step, and the phase after.
+
+    The last value returned is whether the rule's outcome is finite.
+    """
+    received, anybody = uploads, jnp.any(reported & (weight > 0))
     labels = scope.labels(state.params)
     _, key, _, _, round_key = keys(state)
     if upload.additive:
@@ -227,17 +232,20 @@ def fed_opt(
       result, rule = aggregator.aggregate(
         uploads, state.aggregator, state.params, key
       )
-    new = _server_step(state, result, rule, server, labels)
-    if not aggregator.traits.always:
-      keep = lambda n, o: jnp.where(anybody, n, o)
-      new = jax.tree.map(
-        keep,
-        new._replace(key=None, round=None, history=None),
-        state._replace(key=None, round=None, history=None),
-      )
+    new = step.stepped(state, result, rule, server, labels)
+    sound = tree.all_finite((result.delta, result.assign))
+    acts = sound if aggregator.traits.always else sound & anybody
+    keep = lambda n, o: jnp.where(acts, n, o)
+    new = jax.tree.map(
+      keep,
+      new._replace(key=None, round=None, history=None),
+      state._replace(key=None, round=None, history=None),
+    )
     new = new._replace(key=state.key, round=state.round + 1)
     more = metrics.of_server(result, state.params, new.params)
     if measure is not None and received is not None and not upload.additive:
+      if aggregator.weights is not None:
+        received = received._replace(weight=aggregator.weights(received))
       more |= measure(received, state.params, new.params)
     if after is not None:
       new = after(new._replace(history=()), base, data, keys(state)[3])
@@ -245,7 +253,7 @@ def fed_opt(
     if history > 1:
       push = lambda new, old: jnp.concatenate([new[None], old[:-1]])
       past = jax.tree.map(push, new.params, past)
-    return new._replace(history=past), more
+    return new._replace(history=past), more, sound
 
   def halves_train(state: ServerState, cohort: Cohort, base: Base = None):
     out, uploads = trained(state, cohort, base, stream=False)
@@ -257,7 +265,11 @@ def fed_opt(
     total = None
     if upload.additive and sums is not None:
       total = sums.add(sums.zero(None), uploads, None)
-    return served(state, total, uploads, base, data, uploads.ids, uploads.valid)
+    ids, valid, weight = uploads.ids, uploads.valid, uploads.weight
+    state, more, _ = served(
+      state, total, uploads, base, data, ids, valid, weight
+    )
+    return state, more
 
   def round_fn(
     state: ServerState, cohort: Cohort, base: Base = None, data: Any = None
@@ -265,17 +277,29 @@ def fed_opt(
     stream = sums is not None and adversary is None
     out, uploads = trained(state, cohort, base, stream=stream)
     info = metrics.of_clients(out.rows, cohort)
-    new, more = served(
-      state, out.sums, uploads, base, data, cohort.ids, info.reported
+    reported = info.reported
+    new, more, sound = served(
+      state, out.sums, uploads, base, data, cohort.ids, reported,
+      out.rows.weight,
+    )  # fmt: skip
+    # Nobody counts where the rule made no finite outcome of them.
+    info = info._replace(
+      reported=reported & sound,
+      finite=info.finite & (sound | ~reported),
+      metrics={**info.metrics, **more},
     )
-    return new, out.states, info._replace(metrics={**info.metrics, **more})
+    keep = lambda new, old: jnp.where(sound, new, old)
+    states = tree.map_present(keep, out.states, cohort.states)
+    return new, states, info
 
   def personal(params: Params, state: ClientState | None) -> Params:
     return params if state is None else tree.merge(state.private, params)
 
   return FederatedAlgorithm(
     init=init,
-    init_client=lambda params: initial(params, local, scope, upload),
+    init_client=lambda params: initial(
+      params, local, scope, upload, aggregator
+    ),
     round=round_fn,
     personal=personal,
     train=halves_train,
@@ -293,7 +317,12 @@ def _sums(aggregator: AnyAggregator, upload: Upload) -> Sums | None:
       sums = tree.weighted_sum(uploads.update, ones), jnp.sum(uploads.weight)
       return sums if total is None else tree.add(total, sums)
 
-    return Sums(lambda common: None, add)
+    def begun(total, uploads, common):
+      del total
+      shapes = jax.eval_shape(lambda x: add(None, x, common), uploads)
+      return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    return Sums(lambda common: None, begun, add)
   if isinstance(aggregator, Aggregator):
     return None
   rule: StreamingAggregator = aggregator
@@ -304,7 +333,11 @@ def _sums(aggregator: AnyAggregator, upload: Upload) -> Sums | None:
   def accumulate(total, uploads, common):
     return rule.accumulate(total, uploads, common.rule, common.params)
 
-  return Sums(zero, accumulate)
+  def begun(total, uploads, common):
+    del common
+    return step.begun(total, uploads)
+
+  return Sums(zero, begun, accumulate)
 
 
 def _decoded(upload, total, state, anybody, context: Context) -> Uploads:
@@ -321,34 +354,6 @@ def _decoded(upload, total, state, anybody, context: Context) -> Uploads:
     weight=weight[None],
     valid=jnp.atleast_1d(anybody),
     ids=jnp.full(1, -1, jnp.int32),
-  )
-
-
-def _sizes(news: Any) -> Any:
-  """Returns the bytes of every array, int32."""
-  return jax.tree.map(lambda x: jnp.int32(x.size * x.dtype.itemsize), news)
-
-
-def _server_step(
-  state: ServerState,
-  aggregate: Aggregate,
-  aggregator_state: Any,
-  server: ServerOptimizer,
-  labels: Any,
-) -> ServerState:
-  """The only place where an update changes its sign."""
-  shared = tree.select(state.params, labels, Shared)
-  # A shared leaf that the rule assigns has no gradient; others have no update.
-  delta = tree.merge(
-    tree.like(aggregate.delta, shared), tree.zeros_like(shared)
-  )
-  pseudo_gradient = tree.scale(delta, -1.0)
-  step, optimizer = server.update(pseudo_gradient, state.optimizer, shared)
-  params = tree.add(state.params, step)
-  if aggregate.assign is not None:
-    params = tree.merge(aggregate.assign, params)
-  return state._replace(
-    params=params, optimizer=optimizer, aggregator=aggregator_state
   )
 
 

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import tree
+from fedjax_llm.server import step
 from fedjax_llm.types import (
+  AnyAggregator,
   ClientState,
   Cohort,
   Context,
@@ -50,13 +52,16 @@ class Broadcast(NamedTuple):
   round: Any
   key: Any
   news: Any
-  extra: Any  # byte counts of the rule's own download, and of the news
   peers: Any  # [K] int32
   round_key: Any
 
 
 def initial(
-  params: Params, local: LocalUpdate, scope: Scope, upload: Upload
+  params: Params,
+  local: LocalUpdate,
+  scope: Scope,
+  upload: Upload,
+  aggregator: AnyAggregator,
 ) -> ClientState:
   """Returns the state of a client that was never seen before."""
   labels = scope.labels(params)
@@ -65,6 +70,7 @@ def initial(
     private=present(tree.select(params, labels, Private)),
     local=local.init(tree.select(params, labels, Shared, Private)),
     upload=upload.init(shared),
+    seen=step.unseen(aggregator, params),
   )
 
 
@@ -73,6 +79,7 @@ def one_round(
   scope: Scope,
   upload: Upload,
   download: Download | None,
+  aggregator: AnyAggregator,
 ) -> Callable[[Broadcast, Any, Cohort], Returned]:
   """Returns the function of one client's round, without a client axis.
 
@@ -124,11 +131,13 @@ def one_round(
       sent = upload.decode(sent, start, at(3))
     private = tree.select(tree.add(start, update), labels, Private)
     private = tree.like(tree.merge(out.private, private), private)
-    states = ClientState(present(private), out.state, upload_state)
+    owed, seen = step.owed(aggregator, common.rule, state.seen)
+    states = ClientState(present(private), out.state, upload_state, seen)
     metrics = dict(out.metrics)
     finite = tree.all_finite(
       (update, sent, metrics, out.work, out.report, weight, states)
     )
+    finite &= step.usable(own, weight)
     return Returned(
       sent=sent,
       start=start,
@@ -140,7 +149,7 @@ def one_round(
       work=jax.tree.map(jnp.asarray, out.work),
       metrics={**metrics, 'update_norm': tree.norm(update)},
       bytes_up=_flat(bytes_up),
-      bytes_down=_flat((bytes_down, common.extra)),
+      bytes_down=_flat((bytes_down, owed, _bytes_of(common.news))),
     )
 
   return run
@@ -164,6 +173,10 @@ def _dense_bytes(params: Params, mask: Any) -> Any:
     return jnp.sum(entries, dtype=jnp.int32) * p.dtype.itemsize
 
   return tree.map_present(leaf, params, mask)
+
+
+def _bytes_of(news: Any) -> Any:
+  return jax.tree.map(lambda x: jnp.int32(x.size * x.dtype.itemsize), news)
 
 
 def _flat(counts: Any) -> jax.Array:

@@ -16,6 +16,7 @@ class Rows(NamedTuple):
 
   reported: Any  # bool
   finite: Any  # bool
+  weight: Any  # float32, 0 for those that do not count
   work: Work
   metrics: Any  # name -> [K]
   bytes_up: Any  # [K, leaves]

@@ -25,11 +25,13 @@ class Layout(NamedTuple):
 class Sums(NamedTuple):
   """A sum over clients that is carried from block to block.
 
-  `zero(common) -> sums`; `add(sums, uploads, common) -> sums`. Where zero gives
-  None, the first sums have the shapes of what `add` makes of None.
+  `zero(common) -> sums`; `add(sums, uploads, common) -> sums`. Some shapes are
+  known only with the uploads: `begun(zero, uploads or their shapes, common)`
+  has the structure of what `add` returns.
   """
 
   zero: Callable[[Broadcast | None], Any]
+  begun: Callable[[Any, Any, Broadcast | None], Any]
   add: Callable[[Any, Uploads, Broadcast | None], Any]
 
 
@@ -86,11 +88,9 @@ def train(
     blocks = jax.tree.map(
       lambda x: x.reshape(-1, size, *x.shape[1:]), _pad(cohort, size)
     )
-    if sums is not None and total is None:
-      add = sums.add
-      one = lambda block: add(None, run(block)[0], common)
-      shape = jax.eval_shape(one, tree.take(blocks, 0))
-      total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
+    if sums is not None:
+      like, *_ = jax.eval_shape(run, tree.take(blocks, 0))
+      total = sums.begun(total, like, common)
     total, outs = jax.lax.scan(body, total, blocks)
     flat = lambda x: x.reshape(-1, *x.shape[2:])[:num]
     return total, jax.tree.map(flat, outs)
@@ -142,6 +142,7 @@ def _block(client, labels, common: Broadcast, widths, block: Cohort):
   rows = Rows(
     reported=valid,
     finite=outs.finite | ~block.valid,
+    weight=uploads.weight,
     work=outs.work,
     metrics=outs.metrics,
     bytes_up=outs.bytes_up,

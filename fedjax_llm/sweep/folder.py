@@ -6,18 +6,17 @@ runs/NAME/outcome.json  written last: how the run ended
 table.json, table.csv, figure.png
 """
 
-import inspect
 import json
 import os
 import pathlib
 import re
 import shutil
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fedjax_llm import builders, config, metrics, workdir
 from fedjax_llm.sections import SPEC
+from fedjax_llm.sweep import digest
 from fedjax_llm.sweep.grid import Run, named, word
 from fedjax_llm.types import Error
 
@@ -55,6 +54,7 @@ def open(path: str | os.PathLike, whose: Mapping[str, Any]) -> Folder:
         'for one: take a new or an empty folder.'
       )
   folder.mkdir(parents=True, exist_ok=True)
+  workdir.check_links(folder)
   held = workdir.lock(folder)
   if file.exists():
     try:
@@ -62,6 +62,13 @@ def open(path: str | os.PathLike, whose: Mapping[str, Any]) -> Folder:
       differ = config.same(before, whose)
     except (ValueError, AttributeError) as error:
       raise Error(f'{file} is damaged ({error}).') from error
+    for name, word_of in (whose.get('sources') or {}).items():
+      if word_of.startswith(digest.UNKNOWN):
+        why = word_of.removeprefix(digest.UNKNOWN)
+        raise Error(
+          f'--workdir {path}: whether {name} computes what it did in the runs '
+          f'that are done there cannot be known ({why}): take another workdir.'
+        )
     if differ:
       raise Error(
         f'--workdir {path} holds a sweep of another command: '
@@ -84,8 +91,11 @@ def outcome(folder: Folder, run: Run) -> Outcome | None:
   if not file.exists():
     return None
   try:
-    return Outcome(**json.loads(file.read_text()))
-  except (ValueError, TypeError) as error:
+    found = Outcome(**json.loads(file.read_text()))
+    if type(found.round) is not int or not isinstance(found.error, str | None):
+      raise ValueError('fields of other kinds')
+    return found
+  except (ValueError, TypeError, RecursionError) as error:
     raise Error(f'{file} is damaged ({error}).') from error
 
 
@@ -143,8 +153,8 @@ def identity(
 ) -> dict[str, Any]:
   """What two commands share that may share a folder, as JSON.
 
-  Of one's own functions it holds a sum of their source: a rule that was changed
-  is another rule.
+  Of one's own functions it holds a digest of their code and of all that they
+  call (`digest.of`): a rule that was changed is another rule.
   """
   resolved = config.resolved(conf, SPEC)
   resolved.pop('seed', None)
@@ -161,8 +171,14 @@ def identity(
         note(inner, key)
     elif field.endswith('name') and _is_path(value):
       note(builders.resolve_builder('', value, {}))
+    elif isinstance(value, list | tuple):
+      for inner in value:
+        note(inner, field)
     elif callable(value):
-      sources[word(value)] = _sum(value)
+      name, number = word(value), 1
+      while sources.get(key := f'{name}_{number}' if number > 1 else name):
+        number += 1
+      sources[key] = digest.of(value)
 
   note(conf)
   for field, values in grid.items():
@@ -176,11 +192,3 @@ def identity(
 
 def _is_path(name: Any) -> bool:
   return isinstance(name, str) and bool(re.fullmatch(r'[\w.]+:\w+', name))
-
-
-def _sum(function: Callable[..., Any]) -> str:
-  try:
-    source = inspect.getsource(function)
-  except (OSError, TypeError):  # typed at a prompt, or not Python
-    return 'unknown'
-  return f'{zlib.crc32(source.encode()):08x}'

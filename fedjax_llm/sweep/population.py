@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedjax_llm import batching, data, metrics, narration, tree
+from fedjax_llm import batching, data, metrics, narration, rates, tree
 from fedjax_llm.experiment import Experiment
 from fedjax_llm.plan import blocks, costs
 from fedjax_llm.sweep import folder as folders
@@ -24,6 +24,7 @@ from fedjax_llm.types import Draw
 Step = Callable[..., tuple[Any, Mapping[str, jax.Array]]]
 
 _pick = jax.jit(tree.take)
+_sound = jax.jit(jax.vmap(tree.all_finite))
 
 
 class Population(NamedTuple):
@@ -161,6 +162,7 @@ def train(
   values, states, builds, kind = _begin(population, part)
   told: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in part]
   ended: dict[int, folders.Outcome] = {}
+  rates_of = [member.built.rates(member.run.conf) for member in part]
 
   def examined(i: int) -> dict[str, Any]:
     built = part[i].built
@@ -197,6 +199,7 @@ def train(
       following = assembled(number)
     prepared = time.monotonic()
     on_host = jax.device_get(on_device)
+    sound = jax.device_get(_sound(states.params))
     each = (time.monotonic() - start) / share
     tested = number % test.every == 0 or number == settings.num_rounds
     losses, tokens = [], 0.0
@@ -208,12 +211,15 @@ def train(
       draw, names = draws[kind[i]], member.built.names
       try:
         one, note = narration.left_out(one, info, draw, names, number)
+        if not sound[i]:
+          raise narration.Diverged(narration.not_finite(number))
       except narration.Diverged as diverged:
         ended[i] = folders.Outcome(number - 1, str(diverged))
         bar.write(f'{member.run.name} ended: {diverged}')
         continue
       if note:
         bar.write(f'{member.run.name}: {note}')
+      one |= rates_of[i](number, rates.num_steps(cohorts.batches, 2))
       losses.append(one['local/loss'])
       tokens += one['local/tokens']
       start_of = time.monotonic()

@@ -96,7 +96,9 @@ def sheet(
   def whole() -> None:
     fresh = f'{path}.new'
     with saving(path):
-      with open(fresh, 'w', encoding='utf-8', newline='') as file:
+      with contextlib.suppress(FileNotFoundError):
+        os.remove(fresh)
+      with open(fresh, 'x', encoding='utf-8', newline='') as file:
         file.write(text([columns, *map(line, rows)]))
       os.replace(fresh, path)
 

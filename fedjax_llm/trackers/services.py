@@ -157,7 +157,9 @@ def _known(file: pathlib.Path) -> dict[str, Any]:
 def _note(file: pathlib.Path, service: str, mark: Mapping[str, Any]) -> None:
   fresh = file.with_name(f'{file.name}.new')
   try:
-    fresh.write_text(json.dumps({**_known(file), service: mark}) + '\n')
+    fresh.unlink(missing_ok=True)
+    with fresh.open('x') as out:  # not through a link
+      out.write(json.dumps({**_known(file), service: mark}) + '\n')
     os.replace(fresh, file)
   except OSError as error:
     raise Error(f'{file} cannot be written: {error.strerror}.') from error

@@ -1,0 +1,124 @@
+"""The best round of a run by what was tested, and when to stop for want of one.
+
+    best(records)      the round with the lowest held-out loss
+    judge(...)         the same while a run goes on, with patience
+
+A method whose clients keep models of their own is judged by the mean of these
+on the clients' own texts ('evals/personal/own/client_mean'), every other one by
+'evals/heldout/loss'. A number with 'accuracy' in its name is best where it is
+highest.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fedjax_llm.types import Error
+
+OWN, HELDOUT = 'evals/personal/own/client_mean', 'evals/heldout/loss'
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def score(record: Mapping[str, Any], by: str | None = None) -> float | None:
+  """The number of a record that is to be low; None: nothing was tested.
+
+  >>> score({'evals/heldout/loss': 2.5}), score({'local/loss': 2.5})
+  (2.5, None)
+  >>> score({'evals/heldout/accuracy': 0.75}, 'heldout/accuracy')
+  -0.75
+  """
+  name = f'evals/{by.removeprefix("evals/")}' if by else None
+  if name is None:
+    name = OWN if OWN in record else HELDOUT
+  value = record.get(name)
+  if not isinstance(value, int | float):
+    return None
+  return -value if 'accuracy' in name else value
+
+
+def best(
+  records: Records,
+  by: str | None = None,
+  rounds: Iterable[int] | None = None,
+) -> int | None:
+  """The first round with the best number; None where nothing was tested.
+
+  Args:
+    records: of the rounds, ascending.
+    by: the number; None: see above.
+    rounds: those that count; None: all.
+
+  >>> loss = 'evals/heldout/loss'
+  >>> best([{'round': 0, loss: 3.0}, {'round': 1, loss: 2.5}, {'round': 2}])
+  1
+  """
+  among = None if rounds is None else set(rounds)
+  scores = [
+    (value, record['round'])
+    for record in records
+    if among is None or record['round'] in among
+    if (value := score(record, by)) is not None
+  ]
+  return min(scores)[1] if scores else None
+
+
+class Judge(NamedTuple):
+  """Knows the best round so far.
+
+  `note(round, metrics)` adds a round; `best()` is the best one, or None;
+  `over()` says whether patience is at its end.
+  """
+
+  note: Callable[[int, Mapping[str, Any]], None]
+  best: Callable[[], int | None]
+  over: Callable[[], bool]
+
+
+def judge(
+  records: Records = (), *, by: str | None = None, patience: int | None = None
+) -> Judge:
+  """Judges rounds as they come, after those of an earlier start.
+
+  Args:
+    records: of the rounds that are done.
+    by: the number, see `best`.
+    patience: tests in a row that may bring nothing better; None: any number.
+
+  Raises:
+    Error: `patience` is below 1; from `note`: no test has told that number.
+
+  >>> watch = judge(patience=1)
+  >>> for number, loss in enumerate([3.0, 2.0, 2.0]):
+  ...   watch.note(number, {'evals/heldout/loss': loss})
+  >>> watch.best(), watch.over()
+  (1, True)
+  """
+  if patience is not None and patience < 1:
+    raise Error(f'evals.patience is {patience}; it must be at least 1.')
+  scores: list[tuple[float, int]] = []
+
+  def note(round: int, metrics: Mapping[str, Any]) -> None:
+    value = score(metrics, by)
+    names = [
+      x.removeprefix('evals/') for x in metrics if x.startswith('evals/')
+    ]
+    tested = [x for x in names if isinstance(metrics[f'evals/{x}'], float)]
+    if value is None and names and round == 0 and (by or not tested):
+      field = f'evals.best_by={by}' if by else 'evals.patience and keep_best'
+      known = ', '.join(sorted(tested)) or 'nothing'
+      raise Error(f'{field}: the tests of this run tell {known}.')
+    if value is not None and value == value:
+      scores.append((value, round))
+
+  def best_so_far() -> int | None:
+    return min(scores)[1] if scores else None
+
+  def over() -> bool:
+    if patience is None or not scores:
+      return False
+    since = [number for _, number in scores].index(best_so_far() or 0)
+    return len(scores) - 1 - since >= patience
+
+  for record in records:
+    note(record['round'], record)
+  return Judge(note, best_so_far, over)

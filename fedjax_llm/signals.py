@@ -1,0 +1,162 @@
+"""SIGTERM and Ctrl-C: how a program ends when it is asked to.
+
+The first of either ends the program in order: at once where nothing is worth
+waiting for (`Stopped` is raised), or after the round that is being computed
+(`stop_after_round`). A second one ends it at once, whatever it does.
+
+What a signal handler raises can be lost: Python ignores exceptions inside
+callbacks of the garbage collector and destructors, and JAX has such a callback.
+So a signal is remembered, and raised again until the program has left
+`stoppable`.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_AGAIN = 2.0  # seconds until `Stopped` is raised once more
+_SOON = 0.01  # the same after it was ignored
+
+
+class Stopped(KeyboardInterrupt):
+  """A signal came where nothing is worth waiting for."""
+
+
+class _Watch:
+  """What is known of signals inside one `stoppable`."""
+
+  def __init__(self) -> None:
+    self.asked = False
+    self.waits = False  # a round is finished first
+
+
+_watches: list[_Watch] = []  # the innermost is last
+
+
+def _watch() -> _Watch | None:
+  return _watches[-1] if _watches else None
+
+
+def _heed(number: int, frame: Any) -> None:
+  watch = _watch()
+  if watch is None:
+    return
+  watch.asked = True
+  for other in _SIGNALS:  # the second one ends the process
+    signal.signal(other, signal.SIG_DFL)
+  if not watch.waits:
+    _raise_again(_AGAIN)
+    raise Stopped
+
+
+def _raise_again(seconds: float) -> None:
+  if hasattr(signal, 'setitimer'):
+    signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN)
+
+
+def _insist(number: int, frame: Any) -> None:
+  watch = _watch()
+  if watch is not None and watch.asked and not watch.waits:
+    raise Stopped
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+  """SIGTERM and Ctrl-C raise `Stopped` inside, until `stop_after_round`.
+
+  In another thread than the main one, which gets the signals, nothing changes.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+  watch = _Watch()
+  handlers: dict[Any, Any] = dict.fromkeys(_SIGNALS, _heed)
+  if hasattr(signal, 'SIGALRM'):
+    handlers[signal.SIGALRM] = _insist
+  hook = sys.unraisablehook
+
+  def ignored(unraisable: Any) -> None:
+    if isinstance(unraisable.exc_value, Stopped):
+      _raise_again(_SOON)
+    else:
+      hook(unraisable)
+
+  _watches.append(watch)
+  sys.unraisablehook = ignored
+  before = {one: signal.signal(one, new) for one, new in handlers.items()}
+  try:
+    with _second_ends(watch):
+      yield
+  finally:
+    _raise_again(0.0)  # never
+    for one, old in before.items():
+      signal.signal(one, signal.SIG_DFL if old is None else old)
+    sys.unraisablehook = hook
+    _watches.pop()
+
+
+@contextlib.contextmanager
+def _second_ends(watch: _Watch) -> Iterator[None]:
+  """Counts signals while the main thread cannot, such as during a compilation.
+
+  Python runs a handler only between two of its own instructions; a thread
+  that reads what the signals write into a socket is not bound to that.
+  """
+  reader, writer = socket.socketpair()
+  writer.setblocking(False)
+
+  def count() -> None:
+    came = 0
+    while True:
+      try:
+        numbers = reader.recv(64)
+      except OSError:
+        return
+      if not numbers or 0 in numbers:
+        return
+      for number in filter(_SIGNALS.__contains__, numbers):
+        came += 1
+        if came > 1:
+          os._exit(128 + number)
+        if watch.waits:
+          print(
+            'stopping after this round; a second signal stops at once',
+            file=sys.stderr,
+            flush=True,
+          )
+
+  before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+  thread = threading.Thread(target=count, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    signal.set_wakeup_fd(before)
+    with contextlib.suppress(OSError):
+      writer.send(b'\0')
+    thread.join(1)
+    reader.close()
+    writer.close()
+
+
+def stop_after_round() -> Callable[[], bool]:
+  """From now on a signal is only noted; returns whether one came."""
+  watch = _watch()
+  if watch is None:
+    return lambda: False
+  if watch.asked:  # and what it raised was lost
+    raise Stopped
+  watch.waits = True
+  return lambda: watch.asked
+
+
+def stopping() -> bool:
+  """Whether a signal has come that does not wait for a round."""
+  watch = _watch()
+  return watch is not None and watch.asked and not watch.waits
