@@ -94,9 +94,7 @@ def _encode(text: str, tokenizer: Tokenizer, template: str | None) -> list[int]:
   if template is not None:
     record = Record(messages=({'role': 'user', 'content': text},))
     return data.text.prompt(record, tokenizer, template)
-  ids = tokenizer.encode(text)
-  bos = tokenizer.bos_id
-  return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+  return data.text.with_start(tokenizer.encode(text), tokenizer)
 
 
 def _ends(loaded: LoadedModel, tokenizer: Tokenizer) -> Sequence[int]:

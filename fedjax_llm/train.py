@@ -229,6 +229,7 @@ def train(args: config.Arguments) -> None:
     # A classifier writes nothing, nor a network that has no cache.
     0 if built.labels or loaded.decoder is None else test.samples,
     max_prompt=loaded.config.max_positions - test.sample_tokens,
+    begin=data.tokenizers.start(tokenizer),
   )
   served = algorithm.personal(state.params, None)
   said = {'before': say(before, asked)}

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedjax_llm.data import tokenizers
 from fedjax_llm.data.sources import Message, Record
 from fedjax_llm.data.tokenizers import Tokenizer
 from fedjax_llm.types import Error, Example
@@ -220,8 +221,8 @@ def encode(
   with as much as fits of what came before. A reply that does not fit (with one
   token before it) is left out with `long_replies='drop'`; with 'cut' it loses
   its end, and its prompt is cut to half of `max_length`. A long text is split
-  into consecutive chunks that overlap by one token, so that each token is
-  learned once.
+  into consecutive rows, each with bos, that overlap by one token, so that each
+  token is learned once.
 
   Raises `Error` for an unknown template or option.
 
@@ -265,7 +266,7 @@ def encode_counted(
   parts = []
   for dialogue in _dialogues(record, _messages(record), tokenizer, template):
     ids, spans = _lay(dialogue, tokenizer)
-    keep = ids[:1] if ids[:1] == [tokenizer.bos_id] else []
+    keep = _start(ids, tokenizer)
     parts.append(_windows(ids, spans, keep, max_length, long_replies == 'cut'))
   return Encoded(
     [example for part in parts for example in part.examples],
@@ -350,7 +351,7 @@ def prompt(
   """
   if record.text is not None:
     ids = tokenizer.encode(record.text)
-    ids = _with_bos(ids[: min(32, max(1, len(ids) // 2))], tokenizer)
+    ids = with_start(ids[: min(32, max(1, len(ids) // 2))], tokenizer)
   else:
     messages = list(_messages(record))
     if messages[-1]['role'] != 'assistant':
@@ -358,7 +359,7 @@ def prompt(
     dialogue = _dialogues(record, messages, tokenizer, template)[-1]
     ids, _ = _lay(dialogue[:-1], tokenizer)
   if max_length is not None and len(ids) > max_length:
-    keep = ids[:1] if ids[:1] == [tokenizer.bos_id] else []
+    keep = _start(ids, tokenizer)[: max_length - 1]
     ids = keep + ids[len(ids) - max_length + len(keep) :]
   return ids
 
@@ -397,9 +398,21 @@ def _template(template: str | Template) -> Template:
   return TEMPLATES[template]()
 
 
-def _with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-  bos = tokenizer.bos_id
-  return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+def with_start(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+  """The ids, behind what the tokenizer puts in front of a text by itself.
+
+  >>> from fedjax_llm.data import tokenizers
+  >>> with_start([104, 105], tokenizers.bytes())
+  [257, 104, 105]
+  """
+  start = tokenizers.start(tokenizer)
+  return ids if ids[: len(start)] == start else start + ids
+
+
+def _start(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+  """What stays in front of these ids where they are cut on the left."""
+  start = tokenizers.start(tokenizer)
+  return start if ids[: len(start)] == start else []
 
 
 def _lay(
@@ -426,7 +439,7 @@ def _lay(
       new = [*new, tokenizer.eos_id]
       text, done = '', []
     before = len(ids)
-    ids = ids + new if ids else _with_bos(new, tokenizer)
+    ids = ids + new if ids else with_start(new, tokenizer)
     if piece.learned:
       # A bos that was put in front of a first reply belongs to no one.
       spans.append((before or len(ids) - len(new), len(ids)))
@@ -444,13 +457,20 @@ def _example(
 
 
 def _chunks(text: str, tokenizer: Tokenizer, max_length: int) -> list[Example]:
+  """Rows of a plain text; each begins as the tokenizer begins a text."""
   if not text.strip():
     return []
-  ids = [*_with_bos(tokenizer.encode(text), tokenizer), tokenizer.eos_id]
-  return [
-    _example(ids[start : start + max_length], [(0, max_length)])
-    for start in range(0, len(ids) - 1, max_length - 1)
-  ]
+  start = tokenizers.start(tokenizer)
+  ids = [*with_start(tokenizer.encode(text), tokenizer), tokenizer.eos_id]
+  rows = [_example(ids[:max_length], [(0, max_length)])]
+  lead = start[: max_length - 1]
+  # A later row repeats the last token of the row before it, where both fit.
+  repeats = 1 if len(lead) + 2 <= max_length else 0
+  room = max_length - len(lead) - repeats
+  for first in range(max_length, len(ids), room):
+    row = [*lead, *ids[first - repeats : first + room]]
+    rows.append(_example(row, [(len(lead) + repeats, len(row))]))
+  return rows
 
 
 def _windows(
@@ -462,7 +482,7 @@ def _windows(
 ) -> Encoded:
   """Examples in which each reply is learned once, from the last to the first.
 
-  `keep` is the bos that stays in front of a prompt that is truncated.
+  `keep` (the bos) stays in front of a prompt that is truncated.
   """
   examples = []
   truncated = left_out = num_cut = 0
