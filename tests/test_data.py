@@ -170,10 +170,10 @@ def test_jsonl_reads_each_form_plain_or_gz_one_file_or_many(tmp_path):
   assert data.jsonl(listed, 'u', 'q', 'a') == both[::-1]
   (note,) = data.jsonl(pairs, None, text_key='q')
   assert note.text == 'why' and note.client is None
-  turns = [user('hi'), assistant('yo') | {'extra': 1}]
+  turns = [user('hi'), assistant('yo') | {'extra': 1, 'none': None}]
   chats = write(tmp_path / 'c.jsonl', {'messages': turns})
   (chat,) = data.jsonl(chats, None)  # `messages` is the default form
-  assert chat.messages == (user('hi'), assistant('yo'))
+  assert chat.messages == (user('hi'), assistant('yo') | {'extra': 1})
 
 
 def test_a_context_is_part_of_the_prompt_where_there_is_one(tmp_path):
@@ -286,7 +286,7 @@ def test_hf_reads_files_and_directories(tmp_path, monkeypatch):
   for name in ('x.parquet', 'x.csv'):
     records = data.hf(str(tmp_path / name), client_key='who', text_key='q')
     assert [(r.client, r.text) for r in records] == [('1', 'a'), ('2', 'b')]
-  with pytest.raises(Error, match=r"row 0: there is no 'z'; there is 'who'"):
+  with pytest.raises(Error, match=r"csv:2: there is no 'z'; there is 'who'"):
     data.hf(str(tmp_path / 'x.csv'), client_key='z', text_key='q')
   with pytest.raises(Error, match='there is no such file'):
     data.hf(str(tmp_path / 'y.csv'), text_key='q')

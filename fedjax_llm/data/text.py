@@ -10,24 +10,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedjax_llm.data import chat as chat_lib
+from fedjax_llm.data import messages as messages_lib
 from fedjax_llm.data import tokenizers
-from fedjax_llm.data.sources import Message, Record
+from fedjax_llm.data.chat import Piece as Piece
+from fedjax_llm.data.chat import Template as Template
+from fedjax_llm.data.chat import chat as chat
+from fedjax_llm.data.messages import Message
+from fedjax_llm.data.sources import Record
 from fedjax_llm.data.tokenizers import Tokenizer
 from fedjax_llm.types import Error, Example
-
-
-class Piece(NamedTuple):
-  """A stretch of text that is learned as a whole or not at all.
-
-  With `end` the end token follows, as an id: the text does not contain it.
-
-  >>> Piece('Hello.', learned=True).end
-  False
-  """
-
-  text: str
-  learned: bool = False
-  end: bool = False
 
 
 class Encoded(NamedTuple):
@@ -42,74 +34,11 @@ class Encoded(NamedTuple):
   replies_left_out: int = 0
   replies_cut: int = 0
   texts_cut: int = 0
-
-
-# (messages, tokenizer) -> dialogues, each a list of pieces that ends in a reply
-Template = Callable[[Sequence[Message], Tokenizer], list[list[Piece]]]
-
-
-def chat() -> Template:
-  """The tokenizer's own chat template.
-
-  The learned part of a turn is what the template writes after its generation
-  prompt, up to and with the marker that ends the turn; where it writes no
-  marker, the end token. If the template rewrites earlier turns (some leave old
-  reasoning out), each reply becomes a dialogue of its own.
-
-  >>> from fedjax_llm.data import tokenizers
-  >>> def render(messages, add_generation_prompt):
-  ...   said = ''.join(f'<{m["role"]}>{m["content"]}' for m in messages)
-  ...   return said + '<assistant>' * add_generation_prompt
-  >>> spell = tokenizers.bytes()._replace(chat=render)
-  >>> asked = {'role': 'user', 'content': 'Hi'}
-  >>> ((prompt, reply),) = chat()(
-  ...   [asked, {'role': 'assistant', 'content': 'Ho'}], spell)
-  >>> prompt.text, reply.text
-  ('<user>Hi<assistant>', 'Ho')
-  """
-
-  def render(tokenizer, messages, add_generation_prompt):
-    try:
-      text = tokenizer.chat(messages, add_generation_prompt)
-    except Exception as error:  # templates raise whatever they like
-      raise Error(
-        f'the chat template of {tokenizer.name} refuses the messages: {error}'
-      ) from error
-    if text is None:
-      raise Error(
-        f'the tokenizer {tokenizer.name} has no chat template; choose the '
-        'template alpaca, vicuna or plain.'
-      )
-    return text
-
-  def pieces(messages, tokenizer):
-    whole, one_by_one, so_far = [], [], ''
-    nested = True
-    for i, message in enumerate(messages):
-      if message['role'] != 'assistant':
-        continue
-      before = render(tokenizer, messages[:i], True)
-      after = render(tokenizer, messages[: i + 1], False)
-      if not after.startswith(before):
-        raise Error(
-          f'the chat template of {tokenizer.name} does not begin a reply with '
-          'its own generation prompt; choose alpaca, vicuna or plain.'
-        )
-      content = message['content'].strip()
-      said = after[len(before) :].rstrip()
-      # Nothing is written after the reply: the end token has to be added.
-      end = bool(content) and said.endswith(content)
-      reply = Piece(said, learned=bool(content), end=end)
-      one_by_one.append([Piece(before), reply])
-      nested = nested and before.startswith(so_far)
-      whole += [Piece(before[len(so_far) :]), reply]
-      so_far = before + said
-    return [whole] if nested and whole else one_by_one
-
-  return pieces
+  replies_rewritten: int = 0
 
 
 def _fixed(
+  name: str,
   user: Callable[[str], str],
   *,
   preamble: str = '',
@@ -124,13 +53,14 @@ def _fixed(
 
   def pieces(messages, tokenizer):
     del tokenizer  # the end token is an id, the rest is plain text
+    messages_lib.check_plain(messages, name)
     start = reply.rstrip(' ')
     context, dialogue = preamble, []
     for i, message in enumerate(messages):
       role, content = message['role'], message['content']
       if role == 'assistant':
         said = reply[len(start) :] + content
-        learned = bool(content.strip())
+        learned = bool(content.strip()) and messages_lib.weight(message)
         dialogue += [Piece(context + start), Piece(said, learned, end=True)]
         context = gap
       elif role == 'system' and i == 0:
@@ -153,6 +83,7 @@ def alpaca() -> Template:
   (['### Instruction:', 'Hi', '', '### Response:'], 'Ho')
   """
   return _fixed(
+    'alpaca',
     lambda content: f'### Instruction:\n{content}\n\n',
     preamble='Below is an instruction that describes a task. '
     'Write a response that appropriately completes the request.\n\n',
@@ -172,6 +103,7 @@ def vicuna() -> Template:
   ('USER: Hi ASSISTANT:', ' Ho')
   """
   return _fixed(
+    'vicuna',
     lambda content: f'USER: {content} ',
     preamble='A chat between a curious user and an artificial intelligence '
     'assistant. The assistant gives helpful, detailed, and polite answers to '
@@ -189,7 +121,9 @@ def plain() -> Template:
   >>> prompt.text.splitlines(), reply.text
   (['Hi'], 'Ho')
   """
-  return _fixed(lambda content: f'{content}\n' if content else '', gap='\n')
+  return _fixed(
+    'plain', lambda content: f'{content}\n' if content else '', gap='\n'
+  )
 
 
 TEMPLATES: dict[str, Callable[[], Template]] = {
@@ -260,17 +194,19 @@ def encode_counted(
     raise Error(
       f"long_replies is {long_replies!r}, but must be 'drop' or 'cut'."
     )
-  template = _template(template)  # a misspelt one, though texts need none
+  _template(template)  # refuses a misspelt one, though texts need none
   if record.text is not None:
     return Encoded(_chunks(record.text, tokenizer, max_length))
-  parts = []
+  parts, rewritten = [], 0
   for dialogue in _dialogues(record, _messages(record), tokenizer, template):
+    rewritten += sum(piece.rewritten for piece in dialogue)
     ids, spans = _lay(dialogue, tokenizer)
     keep = _start(ids, tokenizer)
     parts.append(_windows(ids, spans, keep, max_length, long_replies == 'cut'))
   return Encoded(
     [example for part in parts for example in part.examples],
-    *(sum(counts) for counts in zip(*(part[1:] for part in parts))),
+    *(sum(counts) for counts in zip(*(part[1:5] for part in parts))),
+    replies_rewritten=rewritten,
   )
 
 
@@ -383,6 +319,9 @@ def _messages(record: Record) -> Sequence[Message]:
 
 def _dialogues(record, messages, tokenizer, template) -> list[list[Piece]]:
   try:
+    if record.tools and template in TEMPLATES and template != 'chat':
+      raise Error(f"the template {template} does not write the record's tools.")
+    tokenizer = chat_lib.with_tools(tokenizer, record.tools, messages)
     return _template(template)(messages, tokenizer)
   except Error as error:
     raise Error(f'{record.where}: {error}' if record.where else error) from None
