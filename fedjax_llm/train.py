@@ -35,6 +35,7 @@ from fedjax_llm import (
   workdir,
 )
 from fedjax_llm.adapters import complete
+from fedjax_llm.ends import ends
 from fedjax_llm.sections import SPEC
 from fedjax_llm.types import Cohort, Draw, Error, FederatedAlgorithm
 
@@ -221,7 +222,9 @@ def train(args: config.Arguments) -> None:
       params,
       [question.prompt for question in questions],
       max_new_tokens=test.sample_tokens,
-      eos_id=tokenizer.eos_id,
+      eos_id=ends(
+        loaded, tokenizer, conf['population'].get('template', 'chat')
+      ),
     )
 
   asked = evals.questions(

@@ -50,7 +50,7 @@ TABLE = {
 PROGRAMS = (
   *('__init__', 'sections', 'tasks', 'train', 'plan'),
   *('experiment', 'viewing', 'rebuild', 'export', 'generate'),
-  *('replay', 'sweep'),
+  *('replay', 'sweep', 'ends'),
 )
 # What the language of the house itself may need.
 OUTSIDE = {
