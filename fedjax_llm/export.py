@@ -1,4 +1,4 @@
-"""What a run made, for other tools.
+"""Writes the result of a run as a PEFT adapter or as a whole model.
 
     python -m fedjax_llm.export --workdir DIR --to peft|merged --out DIR
         [--client NAME] [--rank R] [--round N|best] [--trust-code]

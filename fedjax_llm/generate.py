@@ -1,4 +1,4 @@
-"""Text from a model and any number of adapters, side by side.
+"""Generates replies of a model with any number of adapters, side by side.
 
     python -m fedjax_llm.generate --model DIR [--adapter DIR ...]
         --prompt "..." [--prompt "..." ...] [--chat]

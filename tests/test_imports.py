@@ -60,7 +60,7 @@ TABLE = {
 }
 # Programs, and the front door, know the whole house.
 PROGRAMS = (
-  *('__init__', 'sections', 'tasks', 'train', 'plan'),
+  *('__init__', '__main__', 'sections', 'tasks', 'train', 'plan'),
   *('experiment', 'viewing', 'rebuild', 'export', 'generate'),
   *('replay', 'sweep', 'ends'),
 )

@@ -54,6 +54,20 @@ _PREFIX = 'base_model.model.'
 # -------------------------------------------------------------------- save --
 
 
+def refusal(params: Params) -> str | None:
+  """Returns the reason why PEFT has no form for a node of an adapter, or None.
+
+  >>> from fedjax_llm.nodes import Scaled
+  >>> print(refusal({'q': Scaled(np.ones(2))}))
+  q: a scaled feature, (IA)3, is not written as PEFT files yet.
+  """
+  try:
+    peft_dora.split(peft_whole.split(params)[0])
+  except Error as error:
+    return str(error)
+  return None
+
+
 def save(
   directory: str | os.PathLike,
   params: Params,
