@@ -63,7 +63,8 @@ def texts(*shape, seed=0, tokens: Any = (1, 20), length=T):
   ends = rng.integers(3, length + 1, (*shape, 1))
   ends[..., 0, :] = length
   here = np.arange(length) < ends
-  draw = rng.integers(*tokens, (*shape, length)).astype(np.int32)
+  low, high = tokens
+  draw = rng.integers(low, high, (*shape, length)).astype(np.int32)
   return Batch(
     tokens=np.where(here, draw, 0),
     loss_mask=here & (np.arange(length) > 0),
