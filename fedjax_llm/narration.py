@@ -63,6 +63,11 @@ def describe(population: Population) -> str:
     lines.append(f'cut at the end: {report["texts_cut"]} texts')
   if report.get('replies_cut'):
     lines.append(f'cut: {report["replies_cut"]} replies, as asked')
+  if report.get('replies_rewritten'):
+    lines.append(
+      f'changed: {report["replies_rewritten"]} replies, of which the chat '
+      'template leaves something out; that part is not learned'
+    )
   if report.get('prompts_truncated'):
     lines.append(
       f'cut on the left: {report["prompts_truncated"]} prompts that did not fit'
@@ -106,6 +111,7 @@ def left_out(
   broken = ~np.asarray(info.finite, bool)[: len(draw.ids)]
   chosen = np.asarray(draw.ids) >= 0
   reported = np.asarray(draw.reports, bool) & chosen
+  counted = np.asarray(info.reported, bool)[: len(draw.ids)]
   bad = [names[int(i)] for i in np.sort(np.asarray(draw.ids)[broken])]
   some = ', '.join(map(printable, bad[:5])) + (', ...' if len(bad) > 5 else '')
   # One of a population that happens to be alone is no verdict on the others.
@@ -117,11 +123,13 @@ def left_out(
       'local.clip_norm, in another workdir.'
     )
   told |= {
-    'clients/reporting': int(reported.sum()) - len(bad),
+    'clients/reporting': int(counted.sum()),
     'clients/unavailable': int((~chosen).sum()),
     'clients/dropped_out': int((chosen & ~reported).sum()),
     'clients/not_finite': len(bad),
   }
+  if draw.started is not None:  # of a version that the server has no more
+    told['clients/too_late'] = int((reported & ~broken & ~counted).sum())
   note = ''
   if bad:
     told['clients/not_finite_names'] = bad

@@ -316,7 +316,8 @@ class Context(NamedTuple):
   """The client, the round and the server's news, as each station sees them.
 
   Scopes, local updates and codecs get one for a single client; `key` is of the
-  station alone. Keys follow from (seed, round, client), never from a position.
+  station alone, `round_key` is the same for all clients and for the server.
+  Keys follow from (seed, round, client), never from a position.
   """
 
   client: Any = 0  # [] int32, the id in the population
@@ -326,6 +327,7 @@ class Context(NamedTuple):
   news: Any = None  # `Aggregator.broadcast` of the round before
   peers: Any = None  # [K] int32, all who agreed; of additive codecs
   reported: Any = None  # [K] bool, of `peers`; for `decode` of a sum
+  round_key: Any = None  # a PRNG key of (seed, round): common randomness
 
 
 class Reports(NamedTuple):
@@ -555,8 +557,8 @@ class Aggregator(NamedTuple):
   aggregate: Callable[[Uploads, Any, Params, Key], tuple[Aggregate, Any]]
   traits: Traits = Traits()  # what it may be combined with
   num_bytes: Callable[[Any, Any], tuple[Any, Any]] | None = None
-  broadcast: Callable[[Any], Any] | None = None
   weights: Callable[[Uploads], jax.Array] | None = None
+  broadcast: Callable[[Any], Any] | None = None
 
 
 class StreamingAggregator(NamedTuple):
@@ -574,8 +576,8 @@ class StreamingAggregator(NamedTuple):
   finalize: Callable[[Any, Any, Params, Key], tuple[Aggregate, Any]]
   traits: Traits = Traits()
   num_bytes: Callable[[Any, Any], tuple[Any, Any]] | None = None
-  broadcast: Callable[[Any], Any] | None = None
   weights: Callable[[Uploads], jax.Array] | None = None
+  broadcast: Callable[[Any], Any] | None = None
 
 
 AnyAggregator = Aggregator | StreamingAggregator

@@ -11,7 +11,7 @@ import pytest
 
 # Programs and references that tests use or run; with --doctest-modules every
 # file would be imported.
-collect_ignore = ['golden', 'multihost.py', 'sharded.py', 'toy.py']
+collect_ignore = ['golden', 'multihost.py', 'sharded.py', 'tiny.py', 'toy.py']
 collect_ignore_glob = ['references*.py']
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')

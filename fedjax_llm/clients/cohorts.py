@@ -148,6 +148,7 @@ def cohorts(
       weight=weight,
       valid=valid,
       profiles=jax.tree.map(lambda x: np.asarray(x)[np.maximum(ids, 0)], held),
+      started=None if draw.started is None else np.asarray(draw.started),
     )
 
   return build

@@ -28,6 +28,7 @@ from fedjax_llm.types import (
   Cohort,
   Context,
   Download,
+  Error,
   FederatedAlgorithm,
   Key,
   LocalUpdate,
@@ -115,7 +116,8 @@ def fed_opt(
       over a rule that changes the basis of the factors (moments of the old
       basis would be applied to the new one); a rule that writes residuals
       without `fold`, or with a history; an additive upload under a rule that
-      is not linear; an adversary with blocks.
+      is not linear; an adversary with blocks. From `round` and `train`: a
+      cohort with `started` where history is 1.
 
   >>> from fedjax_llm import aggregators, local, uploads
   >>> from fedjax_llm.server.optimizers import sgd
@@ -154,11 +156,11 @@ def fed_opt(
     )
 
   def keys(state: ServerState) -> jax.Array:
-    """Keys of the clients, the rule, the adversary and the phase after."""
+    """Keys of clients, rule, adversary, the phase after, and of everybody."""
     key = jax.random.fold_in(state.key, state.round)
     clients, rule = jax.random.split(key)
     more = lambda name: jax.random.fold_in(key, name)
-    return jnp.stack([clients, rule, more(2), more(3)])
+    return jnp.stack([clients, rule, more(2), more(3), more(4)])
 
   def trained(state, cohort, base, *, stream: bool) -> tuple[Trained, Uploads]:
     params = state.params
@@ -167,6 +169,11 @@ def fed_opt(
     labels = scope.labels(params)
     rule = state.aggregator
     started = cohort.started
+    if started is not None and history == 1:
+      raise Error(
+        'this cohort has clients that started in earlier rounds '
+        '(Draw.started), and the server keeps no versions: set history.'
+      )
     if started is None and history > 1:
       started = jnp.broadcast_to(state.round, cohort.ids.shape)
     common = Broadcast(
@@ -178,6 +185,7 @@ def fed_opt(
       key=keys(state)[0],
       news=aggregator.broadcast and aggregator.broadcast(rule),
       peers=jnp.asarray(cohort.ids) if upload.additive else None,
+      round_key=keys(state)[4],
     )
     out = train(
       client,
@@ -200,9 +208,16 @@ def fed_opt(
     """
     received, anybody = uploads, jnp.any(reported & (weight > 0))
     labels = scope.labels(state.params)
-    key = keys(state)[1]
+    _, key, _, _, round_key = keys(state)
     if upload.additive:
-      uploads = _decoded(upload, total, state, anybody, ids, reported, key)
+      context = Context(
+        round=state.round,
+        key=key,
+        peers=ids,
+        reported=reported,
+        round_key=round_key,
+      )
+      uploads = _decoded(upload, total, state, anybody, context)
       total = None
     if isinstance(aggregator, StreamingAggregator):
       if total is None:
@@ -325,10 +340,9 @@ def _sums(aggregator: AnyAggregator, upload: Upload) -> Sums | None:
   return Sums(zero, begun, accumulate)
 
 
-def _decoded(upload, total, state, anybody, ids, reported, key) -> Uploads:
+def _decoded(upload, total, state, anybody, context: Context) -> Uploads:
   """Returns the decoded sum of messages as the upload of a single client."""
   message, weight = total
-  context = Context(round=state.round, key=key, peers=ids, reported=reported)
   update = upload.decode(message, state.params, context)
   each = tree.scale(update, 1 / jnp.where(weight > 0, weight, 1.0))
   row = lambda x: jax.tree.map(lambda leaf: leaf[None], x)

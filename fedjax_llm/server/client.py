@@ -53,6 +53,7 @@ class Broadcast(NamedTuple):
   key: Any
   news: Any
   peers: Any  # [K] int32
+  round_key: Any
 
 
 def initial(
@@ -93,7 +94,12 @@ def one_round(
       params = tree.take(common.history, age)
     keys = jax.random.split(jax.random.fold_in(common.key, row.ids), 4)
     context = Context(
-      row.ids, common.round, None, row.profiles, common.news, common.peers
+      client=row.ids,
+      round=common.round,
+      profile=row.profiles,
+      news=common.news,
+      peers=common.peers,
+      round_key=common.round_key,
     )
     at = lambda i: context._replace(key=keys[i])
     state = row.states
