@@ -25,6 +25,7 @@ from fedjax_llm.run import (
   metrics,
   resume,
   tasks,
+  versions,
   workdir,
 )
 from fedjax_llm.run.sections import SPEC
@@ -253,7 +254,7 @@ def read_config(folder: pathlib.Path) -> Any:
     raise Error(f'{file} is damaged ({error}).') from error
   if not isinstance(found, Mapping):
     raise Error(f'{file} is damaged (it holds no object).')
-  return found
+  return versions.translated(found)
 
 
 def _finished(room: workdir.Workdir, loaded: LoadedModel) -> Params:

@@ -27,7 +27,7 @@ import jax
 
 from fedjax_llm import _early
 from fedjax_llm.devices import hosts
-from fedjax_llm.run import config, signals
+from fedjax_llm.run import config, signals, versions
 from fedjax_llm.run.signals import Stopped as Stopped
 from fedjax_llm.run.signals import stop_after_round as stop_after_round
 from fedjax_llm.run.signals import stoppable as stoppable
@@ -131,7 +131,7 @@ def open(
     raise Error(f'--workdir {path} is a file, not a folder.')
   if file.exists():
     try:
-      before = json.loads(file.read_text())
+      before = versions.translated(json.loads(file.read_text()))
       free = (*_FREE, *_sizes(resolved))
       # A field that an older version did not know has its default.
       differ = [
