@@ -38,6 +38,7 @@ from fedjax_llm import (
   workdir,
 )
 from fedjax_llm.adapters import complete
+from fedjax_llm.ends import ends
 from fedjax_llm.sections import SPEC
 from fedjax_llm.types import Cohort, Draw, Error, FederatedAlgorithm
 
@@ -269,7 +270,9 @@ def train(args: config.Arguments) -> None:
       params,
       [question.prompt for question in questions],
       max_new_tokens=test.sample_tokens,
-      eos_id=tokenizer.eos_id,
+      eos_id=ends(
+        loaded, tokenizer, conf['population'].get('template', 'chat')
+      ),
     )
 
   asked = evals.questions(
@@ -277,6 +280,7 @@ def train(args: config.Arguments) -> None:
     # A classifier writes nothing, nor a network that has no cache.
     test.samples if built.task.writes and loaded.decoder is not None else 0,
     max_prompt=loaded.config.max_positions - test.sample_tokens,
+    begin=data.tokenizers.start(tokenizer),
   )
   served = algorithm.personal(state.params, None)
   said = {'before': say(before, asked)}

@@ -557,8 +557,8 @@ class Aggregator(NamedTuple):
   aggregate: Callable[[Uploads, Any, Params, Key], tuple[Aggregate, Any]]
   traits: Traits = Traits()  # what it may be combined with
   num_bytes: Callable[[Any, Any], tuple[Any, Any]] | None = None
-  broadcast: Callable[[Any], Any] | None = None
   weights: Callable[[Uploads], jax.Array] | None = None
+  broadcast: Callable[[Any], Any] | None = None
 
 
 class StreamingAggregator(NamedTuple):
@@ -576,8 +576,8 @@ class StreamingAggregator(NamedTuple):
   finalize: Callable[[Any, Any, Params, Key], tuple[Aggregate, Any]]
   traits: Traits = Traits()
   num_bytes: Callable[[Any, Any], tuple[Any, Any]] | None = None
-  broadcast: Callable[[Any], Any] | None = None
   weights: Callable[[Uploads], jax.Array] | None = None
+  broadcast: Callable[[Any], Any] | None = None
 
 
 AnyAggregator = Aggregator | StreamingAggregator

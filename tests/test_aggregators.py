@@ -520,7 +520,7 @@ def test_a_lifted_rule_sees_weights_that_sum_to_one():
 def test_a_lifted_rule_that_forgets_to_reduce_is_refused():
   uploads, params = make(16)
   rule = aggregators.from_rule(lambda update, weight: update)
-  with pytest.raises(Error, match=r'from_rule: <lambda> returned.*\(7, 5\)'):
+  with pytest.raises(Error, match=r'from_rule: <lambda> must return.*\(7, 5\)'):
     rule.aggregate(uploads, (), params, KEY)
   rule = aggregators.from_rule(lambda update, weight: {'bias': weight[0]})
   with pytest.raises(Error, match='from_rule'):

@@ -125,13 +125,13 @@ def test_a_weight_out_of_range_is_left_out_and_counted(block_size):
 
   def run_one(base, start, state, batches, masks, *rest):
     out = inner.run(base, start, state, batches['rows'], masks, *rest)
-    return out._replace(metrics={**out.metrics, 'weight': batches['weight']})
+    return out._replace(weight=batches['weight'])
 
   telling = recipes.compose(inner._replace(run=run_one), block_size=block_size)
   plain = recipes.fed_avg(toy.loss, toy.sgd(), block_size=block_size)
-  weights = np.array([2.0, 0.0, 0.0, 1e12], np.float32)
+  weights = np.array([2.0, 0.0, 0.0, 2e9], np.float32)
   expected, _, _ = run(plain, cohort._replace(weight=weights, valid=honest))
-  for weight in (-3.0, 3e38, 1.1e12, np.inf, np.nan):
+  for weight in (-3.0, 3e38, 2.2e9, np.inf, np.nan):
     weights[1] = weight
     batches = {'rows': cohort.batches, 'weight': weights}
     for method, sent in (
@@ -139,7 +139,7 @@ def test_a_weight_out_of_range_is_left_out_and_counted(block_size):
       (plain, cohort._replace(weight=weights)),
     ):
       state, _, told = run(method, sent)
-      assert told['clients/non_finite'].tolist() == (~honest).tolist()
+      assert told.finite.tolist() == honest.tolist()
       toy.close(state.params, expected.params)
 
 

@@ -53,6 +53,7 @@ ELSEWHERE = {
   'fed_amole',  # test_experts
   'fed_pipe',  # test_planned
   'lp_fl',  # test_labelling
+  *('fed_tt', 'federa'),  # fed_avg, on another adapter
 }
 
 

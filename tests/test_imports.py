@@ -19,10 +19,12 @@ TABLE = {
   'linalg': (),
   'checks': ('types', 'tree'),
   'batching': ('types',),
-  'data': ('types', 'batching'),
+  'reading': ('types',),
+  'patterns': ('types',),
+  'data': ('types', 'batching', 'reading'),
   'clients': ('types', 'tree', 'batching', 'data'),
-  'adapters': ('types', 'tree', 'nodes', 'linalg'),
-  'models': ('types', 'nodes', 'adapters'),
+  'adapters': ('types', 'tree', 'nodes', 'linalg', 'reading', 'patterns'),
+  'models': ('types', 'nodes', 'adapters', 'reading'),
   'local': ('types', 'tree', 'batching', 'nodes'),
   'uploads': ('types', 'tree'),
   'aggregators': ('types', 'tree', 'linalg', 'checks'),
@@ -60,7 +62,7 @@ TABLE = {
 PROGRAMS = (
   *('__init__', 'sections', 'tasks', 'train', 'plan'),
   *('experiment', 'viewing', 'rebuild', 'export', 'generate'),
-  *('replay', 'sweep'),
+  *('replay', 'sweep', 'ends'),
 )
 # What the language of the house itself may need.
 OUTSIDE = {

@@ -301,6 +301,6 @@ def as_stack(aggregator: AnyAggregator) -> Aggregator:
     aggregate,
     rule.traits,
     rule.num_bytes,
-    rule.broadcast,
     rule.weights,
+    rule.broadcast,
   )

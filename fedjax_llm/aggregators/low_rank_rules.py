@@ -51,7 +51,8 @@ def fedex(
   >>> node = lambda a, b: LowRank(*jnp.float32([[[a]], [[b]]]), jnp.float32(1))
   >>> server, rule = node(1, 0), fedex()
   >>> sent = received(server, [node(1, 2), node(3, 4)])
-  >>> new, _ = rule.aggregate(sent, (), server, jax.random.key(0))
+  >>> key = jax.random.key(0)
+  >>> new, _ = rule.aggregate(sent, rule.init(server, key), server, key)
   >>> tree.add(server, new.delta).a.item(), tree.add(server, new.delta).b.item()
   (2.0, 3.0)
   >>> new.assign.residual.item()  # (1 * 2 + 3 * 4) / 2 - 2 * 3
@@ -141,7 +142,8 @@ def lora_fair(*, penalty: float = 0.01) -> Aggregator:
   >>> node = lambda a, b: LowRank(*jnp.float32([[[a]], [[b]]]), jnp.float32(1))
   >>> server, sent = node(1, 0), received(node(1, 0), [node(1, 2), node(3, 4)])
   >>> rule = lora_fair(penalty=1e-6)
-  >>> new, _ = rule.aggregate(sent, (), server, jax.random.key(0))
+  >>> key = jax.random.key(0)
+  >>> new, _ = rule.aggregate(sent, rule.init(server, key), server, key)
   >>> round(new.delta.b.item(), 3)  # a is 2 and the mean product 7
   3.5
   """
@@ -221,7 +223,8 @@ def norm_weighted(
   >>> node = lambda a, b: LowRank(*jnp.float32([[[a]], [[b]]]), jnp.float32(1))
   >>> server, sent = node(1, 0), received(node(1, 0), [node(1, 1), node(1, 3)])
   >>> rule = norm_weighted()
-  >>> new, _ = rule.aggregate(sent, (), server, jax.random.key(0))
+  >>> key = jax.random.key(0)
+  >>> new, _ = rule.aggregate(sent, rule.init(server, key), server, key)
   >>> new.delta.b.item()  # 1 / 4 * 1 + 3 / 4 * 3
   2.5
   """

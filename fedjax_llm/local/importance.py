@@ -71,7 +71,7 @@ def reported(inner: LocalUpdate, measure: Callable[..., Any]) -> LocalUpdate:
   client ends with, and of those the ones that it holds; its result becomes
   `ClientOutput.report`, for `server.planned`.
 
-  >>> from fedjax_llm.types import Context
+  >>> from fedjax_llm.types import Context, Masks
   >>> def run(base, start, state, batches, masks, context):
   ...   return ClientOutput({'w': jnp.float32(1)}, masks)
   >>> update = reported(

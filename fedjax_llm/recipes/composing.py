@@ -30,6 +30,7 @@ def compose(update: LocalUpdate, **parts: Any) -> FederatedAlgorithm:
   adds it. Every round tells what it did to low-rank factors
   (`aggregators.measure`).
 
+  >>> from jax import numpy as jnp
   >>> method = compose(local.sgd(None, local.optimizer('sgd')))
   >>> method.init_client({'w': jnp.ones(2)})  # clients keep nothing
   ClientState(private=None, local=(), upload=(), seen=())

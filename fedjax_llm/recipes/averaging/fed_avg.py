@@ -29,6 +29,7 @@ def fed_avg(
   FedIT (Zhang et al. 2023, arXiv 2305.05644), whose mean of factors is not the
   mean of their products.
 
+  >>> from jax import numpy as jnp
   >>> import jax
   >>> from fedjax_llm.types import Cohort, LossSum
   >>> slope = lambda base, p, x, key: LossSum(p['w'] * x, *jnp.float32([1, 0]))

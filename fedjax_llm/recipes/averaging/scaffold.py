@@ -49,6 +49,7 @@ def scaffold(
   optimizer: plain SGD. The server's c moves by the sum of the changes of c_k
   over all N = `num_clients` clients; it doubles what travels both ways.
 
+  >>> from fedjax_llm import local
   >>> method = scaffold(None, local.optimizer('sgd'), num_clients=10)
   >>> method.init(None, {'w': jnp.float32(5)}).params.control  # c
   {'w': Array(0., dtype=float32)}

@@ -32,6 +32,8 @@ def fed_avgm(
 
   Defaults of the server's settings are those of `server.fed_avgm`.
 
+  >>> from jax import numpy as jnp
+  >>> from fedjax_llm import local
   >>> method = fed_avgm(None, local.optimizer('sgd'), momentum=0.5)
   >>> method.init(None, {'w': jnp.ones(2)}).optimizer[0].m
   {'w': Array([0., 0.], dtype=float32)}
@@ -55,6 +57,8 @@ def fed_adagrad(
 
   Defaults of the server's settings are those of `server.fed_adagrad`.
 
+  >>> from jax import numpy as jnp
+  >>> from fedjax_llm import local
   >>> method = fed_adagrad(None, local.optimizer('sgd'), tau=0.5)
   >>> method.init(None, {'w': jnp.ones(2)}).optimizer[0].v  # tau^2
   {'w': Array([0.25, 0.25], dtype=float32)}
@@ -79,6 +83,8 @@ def fed_adam(
 
   Defaults of the server's settings are those of `server.fed_adam`.
 
+  >>> from jax import numpy as jnp
+  >>> from fedjax_llm import local
   >>> method = fed_adam(None, local.optimizer('sgd'), tau=0.5)
   >>> method.init(None, {'w': jnp.ones(2)}).optimizer[0].m
   {'w': Array([0., 0.], dtype=float32)}
@@ -103,6 +109,8 @@ def fed_yogi(
 
   Defaults of the server's settings are those of `server.fed_yogi`.
 
+  >>> from jax import numpy as jnp
+  >>> from fedjax_llm import local
   >>> method = fed_yogi(None, local.optimizer('sgd'), tau=0.5)
   >>> method.init(None, {'w': jnp.ones(2)}).optimizer[0].v  # tau^2
   {'w': Array([0.25, 0.25], dtype=float32)}

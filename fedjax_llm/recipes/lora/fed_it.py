@@ -28,6 +28,7 @@ def fed_it(
   compare with. The mean of the factors is not the mean of the products:
   'aggregators/error' tells how far apart they are.
 
+  >>> from fedjax_llm import local
   >>> import jax
   >>> from jax import numpy as jnp
   >>> from fedjax_llm.types import Cohort, LossSum, LowRank

@@ -31,6 +31,10 @@ def fed_sb(
   vectors of a first gradient of full fine-tuning, which needs clients' data
   before the first round, and that start is left out.
 
+  >>> import jax
+  >>> from jax import numpy as jnp
+  >>> from fedjax_llm.clients import scopes
+  >>> from fedjax_llm import adapters, local
   >>> method = fed_sb(None, local.optimizer('adamw'))
   >>> base, key = {'q': {'kernel': jnp.ones((4, 3))}}, jax.random.key(0)
   >>> params = adapters.lora_xs(rank=2, targets=['q']).init(key, base)

@@ -34,6 +34,7 @@ def fed_svd(
   what was learned. Both factors go down, b comes up. `every` as in
   `aggregators.fedsvd`.
 
+  >>> from fedjax_llm import local, server
   >>> fed_svd(  # doctest: +ELLIPSIS
   ...   None, local.optimizer('adamw'), server=server.fed_adam())
   Traceback (most recent call last):

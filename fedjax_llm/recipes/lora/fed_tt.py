@@ -29,6 +29,8 @@ def fed_tt(
   round is `fed_avg`. The mean of cores is not the mean of their products;
   `fed_tt_plus` trains one core a round, whose mean is exact.
 
+  >>> from jax import numpy as jnp
+  >>> from fedjax_llm import local
   >>> method = fed_tt(None, local.optimizer('adamw'))
   >>> method.init_client({'w': jnp.ones(2)})  # clients keep nothing
   ClientState(private=None, local=(), upload=(), seen=())
@@ -51,6 +53,8 @@ def fed_tt_plus(
   every round: it is `fed_avg` on that adapter. The paper leaves open here how
   many cores take part in a round, and in which order.
 
+  >>> from jax import numpy as jnp
+  >>> from fedjax_llm import local
   >>> from fedjax_llm.types import Context
   >>> turns = scopes.in_turn('/cores/([0-9]+)$')
   >>> train = {'q': {'cores': [jnp.ones(1)] * 3}}

@@ -33,6 +33,7 @@ def fedex_lora(
   Singhal et al. 2025, arXiv 2410.09432. The settings are those of
   `aggregators.fedex`; clients count the same unless `weighted`.
 
+  >>> from fedjax_llm import local
   >>> from jax import numpy as jnp
   >>> from fedjax_llm import adapters
   >>> from fedjax_llm.types import LowRank

@@ -33,6 +33,7 @@ def fedrot_lora(
   Zhang et al. 2026, arXiv 2602.23638; settings as in `aggregators.fedrot`. A
   client can turn its factors itself, so the bytes are those of FedIT.
 
+  >>> from fedjax_llm import local
   >>> fedrot_lora(None, local.optimizer('adamw'), strength=2.0)
   Traceback (most recent call last):
     ...

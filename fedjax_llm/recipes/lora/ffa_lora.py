@@ -27,6 +27,7 @@ def ffa_lora(
 
   Sun et al. 2024, arXiv 2403.12313, section 4. It halves what travels.
 
+  >>> from fedjax_llm import local, server
   >>> from jax import numpy as jnp
   >>> from fedjax_llm.types import LowRank
   >>> method = ffa_lora(

@@ -56,6 +56,7 @@ def flasc(
     Error: a density out of range, another variant; another server or upload is
       given as well.
 
+  >>> from fedjax_llm import local
   >>> from jax import numpy as jnp
   >>> method = flasc(None, local.optimizer('adamw'), upload_density=1 / 16)
   >>> method.init(None, {'w': jnp.ones(2)}).optimizer[0].m  # FedAdam's

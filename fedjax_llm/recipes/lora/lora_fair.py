@@ -33,6 +33,7 @@ def lora_fair(
   Bian et al. 2025, arXiv 2411.14961; in the closed form of
   `aggregators.lora_fair`. Clients start from the averaged factors.
 
+  >>> from fedjax_llm import local
   >>> lora_fair(None, local.optimizer('adamw'), penalty=0.0)
   Traceback (most recent call last):
     ...

@@ -30,6 +30,7 @@ def rolora(
   since a client may not have been there in the round before. Moments of the
   local optimizer start afresh in every round.
 
+  >>> from fedjax_llm import local
   >>> from fedjax_llm.types import Context
   >>> from jax import numpy as jnp
   >>> turns, params = scopes.alternating('b$', 'a$'), {'a': 1.0, 'b': 2.0}

@@ -45,6 +45,8 @@ def ditto(
     strength: lambda, which the paper tunes.
     private_steps: see `recipes.dual`.
 
+  >>> import jax
+  >>> from jax import numpy as jnp
   >>> method = ditto(None, local.optimizer('adamw'), strength=0.1)
   >>> start = method.init(jax.random.key(0), {'w': jnp.ones(2)}).params
   >>> method.init_client(start).private
@@ -79,6 +81,7 @@ def tethered(
   Raises:
     Error: a negative strength.
 
+  >>> from jax import numpy as jnp
   >>> import jax
   >>> from fedjax_llm.local import optimizer
   >>> from fedjax_llm.types import Context, LossSum, Masks

@@ -112,7 +112,7 @@ def synced(inner: LocalUpdate, *, every: int) -> LocalUpdate:
   Raises:
     Error: `every` below one.
 
-  >>> from fedjax_llm.types import Context
+  >>> from fedjax_llm.types import ClientOutput, Context
   >>> still = LocalUpdate(lambda p: (), lambda base, start, *rest: ClientOutput(
   ...   Dual(jnp.float32(2), jnp.float32(0)), None))
   >>> start = Dual(shared=jnp.float32(5), personal=jnp.float32(1))

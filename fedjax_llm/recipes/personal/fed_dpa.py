@@ -46,6 +46,7 @@ def fed_dpa_t(
   Raises:
     Error: a weight that is not between 0 and 1.
 
+  >>> import jax
   >>> from fedjax_llm.types import LowRank
   >>> method = fed_dpa_t(None, local.optimizer('adamw'), local_weight=0.5)
   >>> params = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
@@ -94,6 +95,7 @@ def fed_dpa_f(
   Raises:
     Error: a weight that is not between 0 and 1, federated_rounds below one.
 
+  >>> import jax
   >>> method = fed_dpa_f(None, local.optimizer('adamw'), federated_rounds=5)
   >>> start = method.init(jax.random.key(0), {'w': jnp.ones(2)}).params
   >>> method.init_client(start).private.personal['w'].shape  # from round 5 on
@@ -128,7 +130,7 @@ def forked(inner: LocalUpdate) -> LocalUpdate:
 
   Later it goes on from its own. The state counts the client's rounds.
 
-  >>> from fedjax_llm.types import Context
+  >>> from fedjax_llm.types import ClientOutput, Context
   >>> still = LocalUpdate(lambda p: (), lambda base, start, *rest: ClientOutput(
   ...   Dual(jnp.float32(0), jnp.float32(0)), None))
   >>> start = Dual(shared=jnp.float32(5), personal=jnp.float32(1))

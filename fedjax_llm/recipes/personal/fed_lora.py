@@ -34,6 +34,8 @@ def fed_lora(
   Args:
     private_steps: see `recipes.dual`; R_l of the paper, in steps.
 
+  >>> import jax
+  >>> from jax import numpy as jnp
   >>> from fedjax_llm.types import LowRank
   >>> method = fed_lora(None, local.optimizer('adamw'))
   >>> params = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))

@@ -40,6 +40,7 @@ def fed_rep(
       nothing, which is FedAvg.
     private_steps: see `recipes.dual`; the paper gives the body one epoch.
 
+  >>> from jax import numpy as jnp
   >>> from fedjax_llm.types import LowRank
   >>> method = fed_rep(None, local.optimizer('adamw'))
   >>> node = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))

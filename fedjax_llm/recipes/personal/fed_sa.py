@@ -35,6 +35,7 @@ def fed_sa(
     private: what clients keep, as a pattern on the names of leaves; a head
       that the paper keeps too is added with '/b$|head'.
 
+  >>> from fedjax_llm import local
   >>> from jax import numpy as jnp
   >>> from fedjax_llm.types import LowRank
   >>> method = fed_sa(None, local.optimizer('adamw'))

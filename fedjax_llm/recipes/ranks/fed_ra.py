@@ -46,6 +46,9 @@ def fed_ra(
   layers for everybody it is FedIT, of clients that count the same unless
   `weighted`.
 
+  >>> from jax import numpy as jnp
+  >>> from fedjax_llm import local
+  >>> from fedjax_llm.types import LowRank
   >>> method = fed_ra(None, local.optimizer('adamw'))
   >>> params = {'layers': {'q': LowRank(
   ...   jnp.ones((6, 4, 2)), jnp.zeros((6, 2, 3)), jnp.ones(6))}}

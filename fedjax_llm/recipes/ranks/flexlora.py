@@ -31,6 +31,7 @@ def flexlora(
   Bai et al. 2024, arXiv 2402.11505. The settings are those of
   `aggregators.flexlora`.
 
+  >>> from fedjax_llm import local
   >>> from fedjax_llm import server
   >>> flexlora(  # doctest: +ELLIPSIS
   ...   None, local.optimizer('adamw'), server=server.fed_adam())
@@ -55,6 +56,7 @@ def hlora(
   and every client truncates it to its rank. The rule of FlexLoRA, where they
   are on b; b is the factor beside the output, whose rows are orthonormal here.
 
+  >>> from fedjax_llm import local
   >>> from fedjax_llm import server
   >>> hlora(  # doctest: +ELLIPSIS
   ...   None, local.optimizer('adamw'), server=server.fed_adam())

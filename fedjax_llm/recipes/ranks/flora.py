@@ -30,6 +30,8 @@ def flora(
   factors are drawn from a common seed, so what goes down is the stack of the
   round before; clients of the same rank get the same columns.
 
+  >>> from jax import numpy as jnp
+  >>> from fedjax_llm import local
   >>> from fedjax_llm import adapters
   >>> from fedjax_llm.types import LowRank
   >>> method = flora(None, local.optimizer('adamw'), fold=adapters.fold)

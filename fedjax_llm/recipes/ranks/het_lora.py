@@ -56,6 +56,7 @@ def het_lora(
   `aggregators.norm_weighted`; r_k starts as the client's profile. What the
   paper leaves open: whether the norm runs over a client or a target (`per`).
 
+  >>> from fedjax_llm import local
   >>> from fedjax_llm.types import LowRank
   >>> method = het_lora(None, local.optimizer('adamw'))
   >>> params = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))

@@ -56,6 +56,7 @@ def rbla(
   and the rows of b likewise (Tavallaie et al. 2024, arXiv 2408.08699). A rank
   that no client of the round holds keeps its value.
 
+  >>> from jax import numpy as jnp
   >>> from fedjax_llm.types import LowRank
   >>> node = lambda x: LowRank(jnp.full((1, 2), x), jnp.zeros((2, 1)), None)
   >>> sent = aggregators.received(
