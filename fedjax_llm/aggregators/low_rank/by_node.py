@@ -158,7 +158,7 @@ def by_node(
     return result, more
 
   num_bytes = None if rank_down is None else _missed
-  return Aggregator(init, aggregate, traits, num_bytes, weights)
+  return Aggregator(init, aggregate, traits, num_bytes, weights=weights)
 
 
 def _or_nothing(
