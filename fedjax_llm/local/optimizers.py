@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjax_llm.local import ranges
 from fedjax_llm.types import Error, LowRank, known
 
 
@@ -99,8 +100,10 @@ def optimizer(
     _check('local.schedule', str(schedule_name), builder, settings)
     try:
       rate = builder(**settings)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
       raise Error(f'local.schedule: {str(error).rstrip(".")}.') from error
+  ranges.check_rate(rate, 'local.schedule' if schedule else 'local')
+  ranges.check(keywords, 'local')
   roots = 'eps_root' in inspect.signature(build).parameters
   if differentiable and roots and not keywords.get('eps_root'):
     raise Error(
@@ -126,6 +129,7 @@ def optimizer(
     )
     return inner.update(grads, state, params)
 
+  ranges.check_runs(inner, name)
   found = LocalOptimizer(
     inner.init, update, rate, name, keywords, differentiable
   )

@@ -55,6 +55,8 @@ def assemble(
   if compute_dtype == 'auto':
     compute_dtype = 'float32' if _on_cpu() else 'bfloat16'
   dtype = _dtype(compute_dtype, 'compute_dtype', 'auto')
+  if unroll < 1:
+    raise Error(f'model.unroll is {unroll}, but must be at least 1.')
   model = transformer.build(
     config,
     remat=remat,
