@@ -11,6 +11,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import math
 import numbers
 import types as python_types
 import typing
@@ -125,6 +126,10 @@ def check(
   for field, given in section.items():
     check_field(field, builder, injected, label, field)
     parameter = known.get(field)
+    if parameter is not None and given is parameter.default:
+      continue
+    if field != 'seed':  # which may have 64 bits
+      check_numbers(given, label(field))
     if parameter is None or _fits(given, parameter):
       continue
     allowed = _spell(parameter.annotation)
@@ -136,6 +141,32 @@ def check(
       what = _spell(parameter.annotation)
       of = f', {what}' if what else ''
       raise Error(f'{label(field)} is missing: {_title(builder)} needs it{of}.')
+
+
+_LARGEST = 2**31 - 1  # of a whole number on devices
+
+
+def check_numbers(value: Any, name: str) -> None:
+  """Raises an `Error` for a number that no setting has: one that is not
+  finite, or a whole one that 32 bits cannot hold.
+
+  >>> check_numbers({'b1': float('nan')}, 'local')
+  Traceback (most recent call last):
+  fedjax_llm.types.Error: local.b1 is nan, but must be a finite number.
+  """
+  if isinstance(value, Mapping):
+    for key, inner in value.items():
+      check_numbers(inner, f'{name}.{key}')
+  elif isinstance(value, list | tuple):
+    for inner in value:
+      check_numbers(inner, name)
+  elif isinstance(value, float) and not math.isfinite(value):
+    raise Error(f'{name} is {value}, but must be a finite number.')
+  elif isinstance(value, int) and abs(value) > _LARGEST:
+    raise Error(
+      f'{name} is {value:,}, but must be a whole number from -{_LARGEST:,} to '
+      f'{_LARGEST:,}.'
+    )
 
 
 def build(

@@ -61,6 +61,12 @@ def convert(
   """
   if dtype not in _DTYPES:
     raise Error(f'dtype must be one of {", ".join(_DTYPES)}, got {dtype!r}.')
+  part = re.search(r'-(\d{5})-of-(\d{5})\.gguf$', os.fspath(gguf_path))
+  if part is not None and int(part[2]) > 1:
+    raise Error(
+      f'{gguf_path} is part {int(part[1])} of {int(part[2])} of a model: join '
+      'the parts first (llama-gguf-split --merge).'
+    )
   reader = _open(gguf_path)
   out_dir = pathlib.Path(out_dir)
   fields = _Fields(reader, str(gguf_path))

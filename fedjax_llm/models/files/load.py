@@ -1,7 +1,6 @@
 """Models to use: those of Hugging Face directories, and random ones."""
 
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_llm import reading
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.models import families, quantised
 from fedjax_llm.models.config import Config
@@ -56,6 +56,8 @@ def assemble(
   if compute_dtype == 'auto':
     compute_dtype = 'float32' if _on_cpu() else 'bfloat16'
   dtype = _dtype(compute_dtype, 'compute_dtype', 'auto')
+  if unroll < 1:
+    raise Error(f'model.unroll is {unroll}, but must be at least 1.')
   model = transformer.build(
     config,
     remat=remat,
@@ -227,11 +229,9 @@ def _check_tokenizer(directory: pathlib.Path, config: Config) -> None:
   if not file.is_file():
     return
   try:
-    content, roles = json.loads(file.read_text(encoding='utf-8')), {}
+    content, roles = reading.read(file), {}
     if (directory / settings).is_file():
-      file = directory / settings
-      roles = json.loads(file.read_text(encoding='utf-8'))
-      file = directory / 'tokenizer.json'
+      roles = reading.read(directory / settings)
     used = [roles.get(f'{role}_token') for role in _ROLES]
     used = [x['content'] if isinstance(x, dict) else x for x in used]
     vocab = content['model']['vocab']  # a dict, or a list in order of the ids
@@ -240,6 +240,8 @@ def _check_tokenizer(directory: pathlib.Path, config: Config) -> None:
       if token['content'] in used or not token.get('special'):
         ids.append(token['id'])
     largest = max(ids, default=-1)
+  except Error:
+    raise
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise Error(f'{file} cannot be read: {error!r}.') from error
   if largest >= config.vocab_size:
@@ -270,6 +272,7 @@ def _find(path: str | os.PathLike) -> pathlib.Path:
   if directory.exists() or not is_hub_name or name.endswith('/'):
     raise Error(
       f'{name} is neither a directory nor a name such as owner/model.'
+      f'{reading.fetched_by(name)}'
     )
   try:
     from huggingface_hub import snapshot_download

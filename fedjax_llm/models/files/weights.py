@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_llm import reading
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.models import families, quantised
 from fedjax_llm.models.config import Config
@@ -19,6 +20,7 @@ from fedjax_llm.types import Base, Error
 _READABLE = {'F32', 'BF16', 'F16'}
 _INDEX = 'model.safetensors.index.json'
 _SINGLE = 'model.safetensors'
+_LFS = b'version https://git-lfs.github.com'  # how such a file begins
 
 # (path, shape) of a leaf of the base -> how it lies on the devices.
 Place = Callable[[families.Path, tuple[int, ...]], jax.sharding.Sharding]
@@ -32,6 +34,12 @@ def _open(file: pathlib.Path) -> Iterator[Any]:
   import safetensors
 
   try:
+    with open(file, 'rb') as start:
+      if start.read(len(_LFS)) == _LFS:
+        raise Error(
+          f'{file} is a Git LFS pointer, not the weights: fetch them with '
+          '`git lfs pull`.'
+        )
     with safetensors.safe_open(str(file), 'numpy') as handle:
       yield handle
   except (safetensors.SafetensorError, OSError) as error:
@@ -53,8 +61,13 @@ def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
       f'{directory} has no weights: neither {_SINGLE} nor {_INDEX}{hint}.'
     )
   try:
-    weight_map = json.loads(index.read_text())['weight_map']
+    weight_map = reading.read(index)['weight_map']
+    outside = [f for f in weight_map.values() if pathlib.Path(f).name != f]
+    if outside:
+      raise Error(f'{index} names {outside[0]!r}, which is no file beside it.')
     where = {name: directory / file for name, file in weight_map.items()}
+  except Error:
+    raise
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise Error(f'{index} has no readable weight_map: {error}.') from error
   held = {}
