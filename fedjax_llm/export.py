@@ -27,18 +27,11 @@ from typing import Any
 
 import numpy as np
 
-from fedjax_llm import (
-  adapters,
-  command,
-  data,
-  ends,
-  experiment,
-  models,
-  rebuild,
-  workdir,
-)
-from fedjax_llm.adapters import peft_dora
-from fedjax_llm.types import Error, LowRank, Params
+from fedjax_llm import adapters, data, models
+from fedjax_llm.adapters.peft import dora as peft_dora
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.run import command, ends, experiment, rebuild, workdir
+from fedjax_llm.types import Error, Params
 
 # What a change may lose of its size and still count as told exactly.
 _TOLERANCE = 1e-5

@@ -97,6 +97,25 @@ def short(value: Any, limit: int = 60) -> str:
   return text if len(text) <= limit else f'{text[: limit - 3]}...'
 
 
+# What scripts of the project fetch, by the name of the folder or of the file.
+_FETCHED = {
+  'SmolLM2-135M-Instruct': 'fetch_smollm2',
+  'all-MiniLM-L6-v2': 'fetch_minilm',
+  'chitchat.jsonl.gz': 'fetch_chitchat',
+  'bbcnews.jsonl.gz': 'fetch_bbcnews',
+}
+
+
+def fetched_by(path: str | os.PathLike) -> str:
+  """A sentence naming the script that fetches a missing path, or ''.
+
+  >>> fetched_by('~/.cache/fedjax_llm/SmolLM2-135M-Instruct')
+  ' scripts/fetch_smollm2 fetches it.'
+  """
+  script = _FETCHED.get(pathlib.Path(path).name)
+  return f' scripts/{script} fetches it.' if script else ''
+
+
 # ------------------------------------------------------------------- rules --
 
 

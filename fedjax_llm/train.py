@@ -16,30 +16,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import (
+from fedjax_llm import clients, data, evals, models, tree
+from fedjax_llm.adapters import complete, peft
+from fedjax_llm.devices import compilation, exchange, hosts, sharding
+from fedjax_llm.run import (
   best,
   builders,
   checkpoint,
-  clients,
-  compilation,
   config,
-  data,
-  evals,
-  exchange,
   experiment,
-  hosts,
   metrics,
-  models,
   narration,
   rates,
   resume,
-  sharding,
-  tree,
   workdir,
 )
-from fedjax_llm.adapters import complete, peft
-from fedjax_llm.ends import ends
-from fedjax_llm.sections import SPEC
+from fedjax_llm.run.ends import ends
+from fedjax_llm.run.sections import SPEC
 from fedjax_llm.types import Cohort, Draw, Error, FederatedAlgorithm
 
 

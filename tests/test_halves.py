@@ -43,7 +43,7 @@ def test_the_halves_take_turns_with_a_phase_after_and_an_adversary():
     return uploads._replace(update=tree.add(uploads.update, noise))
 
   algorithm = recipes.fed_avg(
-    cheap, tiny.sgd(), after=after, adversary=adversary, history=3
+    cheap, tiny.sgd(), after=after, adversary=adversary, history=3, measure=None
   )
   params, cohort = tiny.lora(), tiny.cohort()
   state, received, _ = tiny.received(algorithm, params, cohort)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import tiny
 
-from fedjax_llm import builders, config, experiment, local, models, sections
+from fedjax_llm import local, models
+from fedjax_llm.run import builders, config, experiment, sections
 from fedjax_llm.types import Error, LossSum
 
 PATH = pathlib.Path(__file__).parents[1] / 'configs' / 'methods.py'

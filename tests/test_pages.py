@@ -14,8 +14,9 @@ import pytest
 
 import fedjax_llm
 from fedjax_llm import __main__ as programs
-from fedjax_llm import builders, config, export, recipes, train
-from fedjax_llm.sections import SPEC
+from fedjax_llm import export, recipes, train
+from fedjax_llm.run import builders, config
+from fedjax_llm.run.sections import SPEC
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / 'fedjax_llm'

@@ -22,6 +22,7 @@ from fedjax_llm.types import (
 
 
 def built(rule=None, **parts):
+  parts.setdefault('measure', None)
   return recipes.fed_avg(tiny.loss, tiny.sgd(), aggregator=rule, **parts)
 
 

@@ -62,7 +62,7 @@ def test_a_gradient_along_one_direction(name):
   params, cohort = tiny.lora(), tiny.cohort(steps=1)
   gradient = {'forward': forward, 'two_point': two_point()}[name]
   update = local.sgd(tiny.loss, tiny.sgd(RATE), gradient=gradient)
-  state, _, _ = tiny.run(recipes.compose(update), params, cohort)
+  state, _, _ = tiny.run(recipes.compose(update, measure=None), params, cohort)
   trained = tiny.floats(params)
   keys = jax.vmap(jax.random.fold_in, (0, None))(tiny.client_key(tiny.IDS), 0)
   z = jax.vmap(lambda key: draw(key, trained))(keys)
@@ -118,7 +118,9 @@ def test_gradients_of_single_texts_are_clipped():
   """Contract: a `Gradient` sees the batch, and gives its own sums."""
   params, cohort, clip = tiny.lora(), tiny.cohort(steps=1), 0.3
   update = local.sgd(tiny.loss, tiny.sgd(RATE), gradient=per_example(clip))
-  state, _, info = tiny.run(recipes.compose(update), params, cohort)
+  state, _, info = tiny.run(
+    recipes.compose(update, measure=None), params, cohort
+  )
   rows = jax.tree.map(lambda x: x.reshape(-1, 1, x.shape[-1]), cohort.batches)
   g = tiny.gradients(params, tiny.floats(params), rows)  # [K B] texts alone
   norms = np.array(jax.vmap(tree.norm)(g))
@@ -186,7 +188,7 @@ def test_an_evolution_strategy_on_a_prompt_needs_no_derivative():
   """Contract: any `LocalUpdate`; `ClientOutput.metrics`, `Context.key`."""
   rows = tiny.base()['embed_tokens']['embedding'][20:23]
   params, cohort = {'inputs': nodes.Prompt(rows)}, tiny.cohort(steps=1)
-  algorithm = recipes.compose(evolved(values_only, rate=0.2))
+  algorithm = recipes.compose(evolved(values_only, rate=0.2), measure=None)
   state, _, info = tiny.run(algorithm, params, cohort)
   with pytest.raises(AssertionError, match='was differentiated'):
     tiny.run(recipes.fed_avg(values_only, tiny.sgd()), params, cohort)

@@ -25,7 +25,7 @@ FRONT = np.array([20, 21, 22], np.int32)  # tokens that no text holds
 
 def trained(params, cohort, loss=tiny.loss):
   """One step of SGD: what it added in the mean, and the round's metrics."""
-  algorithm = recipes.fed_avg(loss, tiny.sgd(RATE))
+  algorithm = recipes.fed_avg(loss, tiny.sgd(RATE), measure=None)
   state, _, info = tiny.run(algorithm, params, cohort)
   return tiny.moved(state.params, params), info
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from fedjax_llm import local, models, tree
 from fedjax_llm.local.gradients import mean_loss
-from fedjax_llm.types import Batch, ClientState, Cohort, LowRank
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Batch, ClientState, Cohort
 
 K, S, B, T, V, D, R = 3, 2, 2, 6, 29, 16, 2
 KEY = jax.random.key(5)

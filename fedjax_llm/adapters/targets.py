@@ -39,7 +39,8 @@ def find(base: Base, targets: str | Sequence[str]) -> list[Path]:
 
   A target is 'all-linear' (every linear map of the layers, so not the output
   head, as in PEFT) or a regular expression that matches the end of a path,
-  from one name on: 'q_proj', 'mlp/.*', '(q|v)_proj'.
+  from one name on: 'q_proj', 'mlp/.*', '(q|v)_proj'. What a target that begins
+  with '!' matches is left out: ('all-linear', '!o_proj').
 
   Raises:
     Error: a target matches nothing; the message lists what there is.
@@ -52,13 +53,14 @@ def find(base: Base, targets: str | Sequence[str]) -> list[Path]:
   """
   paths = linear_paths(base)
   chosen: set[Path] = set()
+  left_out: set[Path] = set()
   for target in (targets,) if isinstance(targets, str) else tuple(targets):
-    if target == ALL_LINEAR:
+    without = isinstance(target, str) and target.startswith('!')
+    name = target[1:] if without else target
+    if name == ALL_LINEAR:
       hits = {p for p in paths if p[0] == 'layers'}
     else:
-      matches = patterns.matcher(
-        target, 'adapter.targets', within=r'(.*/)?({})'
-      )
+      matches = patterns.matcher(name, 'adapter.targets', within='(.*/)?({})')
       hits = {p for p in paths if matches('/'.join(p))}
     if not hits:
       names = ', '.join('/'.join(p) for p in paths) or 'none'
@@ -66,10 +68,14 @@ def find(base: Base, targets: str | Sequence[str]) -> list[Path]:
         f'adapter.targets: {target!r} matches no weight of the model; there '
         f"are: {names} (or 'all-linear')."
       )
-    chosen |= hits
+    (left_out if without else chosen).update(hits)
+  if left_out and not chosen - left_out:
+    raise Error(
+      f'adapter.targets: what is left out leaves nothing of {targets!r}.'
+    )
   if not chosen:
     raise Error('adapter.targets is empty: name at least one weight.')
-  return sorted(chosen)
+  return sorted(chosen - left_out)
 
 
 def grow(

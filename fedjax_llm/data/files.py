@@ -62,7 +62,9 @@ def matching(path: str | Sequence[str]) -> list[str]:
       )
     hits = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
     if not hits:
-      raise Error(f'{pattern}: there is no such file.')
+      raise Error(
+        f'{pattern}: there is no such file.{reading.fetched_by(pattern)}'
+      )
     files += hits
   return files
 

@@ -291,7 +291,9 @@ def _check(
       f'heldout_fraction is {heldout_fraction}, but must be at least 0 and '
       'below 1.'
     )
-  if new_clients < 0 or (new_clients > 1 and new_clients != int(new_clients)):
+  if not 0 <= new_clients < 2**31 or (
+    new_clients > 1 and new_clients != int(new_clients)
+  ):
     raise Error(
       f'new_clients is {new_clients}, but must be a number of clients, or a '
       'fraction below 1.'

@@ -328,9 +328,9 @@ def _dialogues(record, messages, tokenizer, template) -> list[list[Piece]]:
 
 
 def _template(template: str | Template) -> Template:
-  if not isinstance(template, str):
+  if callable(template):
     return template
-  if template not in TEMPLATES:
+  if not isinstance(template, str) or template not in TEMPLATES:
     raise Error(
       f'template: there is no {template!r}; choose from {", ".join(TEMPLATES)}.'
     )

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_llm.types import Error, LowRank, known
+from fedjax_llm.local import ranges
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Error, known
 
 
 class LocalOptimizer(NamedTuple):
@@ -80,7 +82,7 @@ def build_schedule(
   _check(field, str(name), builder, settings)
   try:
     return builder(**settings)
-  except (TypeError, ValueError) as error:
+  except (TypeError, ValueError, ArithmeticError) as error:
     raise Error(f'{field}: {str(error).rstrip(".")}.') from error
 
 
@@ -127,6 +129,8 @@ def optimizer(
   rate = optax.constant_schedule(learning_rate)
   if schedule:
     rate = build_schedule('local.schedule', schedule)
+  ranges.check_rate(rate, 'local.schedule' if schedule else 'local')
+  ranges.check(keywords, 'local')
   roots = 'eps_root' in inspect.signature(build).parameters
   if differentiable and roots and not keywords.get('eps_root'):
     raise Error(
@@ -152,6 +156,7 @@ def optimizer(
     )
     return inner.update(grads, state, params)
 
+  ranges.check_runs(inner, name)
   found = LocalOptimizer(
     inner.init, update, rate, name, keywords, differentiable, clip_norm
   )

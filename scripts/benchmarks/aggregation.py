@@ -20,7 +20,8 @@ import tables
 
 from fedjax_llm import aggregators
 from fedjax_llm.aggregators import low_rank
-from fedjax_llm.types import LowRank, Masks, Uploads
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Masks, Uploads
 
 LAYERS, WIDTH, RANK = 6, 512, 8
 TRIMMED = 0.1

@@ -26,7 +26,7 @@ import records
 import regimes
 import tables
 
-from fedjax_llm import sharding
+from fedjax_llm.devices import sharding
 
 SHARES = ('many', 'middle', 'long')
 

@@ -18,7 +18,7 @@ import tables
 
 from fedjax_llm import tree
 from fedjax_llm.aggregators import low_rank
-from fedjax_llm.types import LowRank
+from fedjax_llm.nodes import LowRank
 
 
 class Case(NamedTuple):

@@ -4,17 +4,17 @@ A value that the network does not implement is refused by name. What training
 alone uses (dropout, initial ranges) is not read: dropout is never applied.
 """
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedjax_llm.models import layers
+from fedjax_llm import reading
 from fedjax_llm.models.config import Config
-from fedjax_llm.models.families import ropes
+from fedjax_llm.models.families import ropes, schema
 from fedjax_llm.models.families.names import FAMILIES, family
 from fedjax_llm.models.families.tables import Family
+from fedjax_llm.models.network import layers
 from fedjax_llm.types import Error
 
 # Switches that other networks have: here they have one value or none, unless
@@ -67,14 +67,13 @@ def read_config(
   """
   file = pathlib.Path(directory) / 'config.json'
   if not file.is_file():
-    raise Error(f'{directory} has no config.json, so it is no model directory.')
-  try:
-    raw = json.loads(file.read_text())
-    if not isinstance(raw, dict):
-      raise ValueError('it is no JSON object')
-  except ValueError as error:
-    raise Error(f'{file} cannot be read: {error}.') from error
-
+    raise Error(
+      f'{directory} has no config.json, so it is no model directory.'
+      f'{_what_it_is(file.parent)}'
+    )
+  raw = reading.read(file, schema.CONFIG)
+  for field in ('rope_parameters', 'rope_scaling'):
+    ropes.check(raw.get(field) or {}, f'{file}: {field}')
   kind = raw.get('model_type')
   named = raw.get('architectures') or []
   supported = {name: k for k, f in FAMILIES.items() for name in f.heads}
@@ -86,7 +85,9 @@ def read_config(
       f'{", ".join(supported)}.'
     )
   try:
-    hf = _auto_config().from_pretrained(str(file.parent))
+    hf = _auto_config().from_pretrained(
+      str(file.parent), trust_remote_code=False
+    )
   except Exception as error:  # of many kinds, by the version of transformers
     text = ' '.join(str(error).split()).rstrip('.')
     raise Error(f'{file} is not a valid {kind} config: {text}.') from error
@@ -94,6 +95,26 @@ def read_config(
     return from_hf(hf, raw, labels=labels)
   except Error as error:
     raise Error(f'{file}: {error}') from error
+  except Exception as error:  # of values that the schema lets pass
+    raise Error(
+      f'{file} does not fit together: {type(error).__name__}: {error}'
+    ) from error
+
+
+def _what_it_is(directory: pathlib.Path) -> str:
+  """A hint at what a directory is that is no model, or ''."""
+  if (directory / 'adapter_config.json').is_file():
+    return (
+      ' It is an adapter of PEFT: name the model that it was trained on, and '
+      'this directory as the adapter.'
+    )
+  files = sorted(p.name for p in directory.glob('*.gguf'))
+  if files:
+    return (
+      f' It holds {files[0]}: fedjax_llm.models.gguf.convert makes a model '
+      'directory of a GGUF file.'
+    )
+  return ''
 
 
 def from_hf(

@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fedjax_llm.models.rope import Rope
+from fedjax_llm import reading
+from fedjax_llm.models.families import schema
+from fedjax_llm.models.network.rope import Rope
 from fedjax_llm.types import Error
 
 _ORIGINAL = 'original_max_position_embeddings'
@@ -26,6 +28,21 @@ _MAY_HAVE = {
 }
 
 
+def check(values: Mapping[str, Any], where: str) -> None:
+  """Checks the numbers of a rotation, or of one for each kind of layer.
+
+  Raises:
+    Error: naming the field that has a value outside its range.
+  """
+  if any(isinstance(value, Mapping) for value in values.values()):
+    for kind, inner in values.items():
+      if not isinstance(inner, Mapping):
+        raise Error(f'{where}.{kind} is {inner!r}, but must be an object.')
+      reading.check(inner, schema.ROPE, f'{where}.{kind}')
+    return
+  reading.check(values, schema.ROPE, where)
+
+
 def read(
   values: Mapping[str, Any], max_positions: int, *, partial: bool = False
 ) -> Rope:
@@ -34,6 +51,9 @@ def read(
   Raises `Error` for a type or a field that is not implemented; `partial` says
   that the family reads partial_rotary_factor.
   """
+  if not isinstance(values, Mapping):
+    raise Error(f'rope_parameters is {values!r}, but must be an object.')
+  reading.check(values, schema.ROPE, 'rope_parameters')
   kind = values.get('rope_type', 'default')
   if kind not in _NEEDS:
     raise Error(

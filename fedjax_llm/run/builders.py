@@ -1,0 +1,360 @@
+"""Builders by name, checked against their own signatures.
+
+A section of a config is `dict(name=..., **keywords)`: the name is looked up in
+a namespace (a room's `__all__`, or a mapping), and the keywords are those of
+the builder found there.
+"""
+
+import contextlib
+import contextvars
+import difflib
+import functools
+import importlib
+import inspect
+import math
+import numbers
+import types as python_types
+import typing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from fedjax_llm.types import Error, known
+
+Builder = Callable[..., Any]
+Label = Callable[[str], str]  # a dotted field -> how a message names it
+
+# Where names come from that may lead into the project alone, and the flag that
+# lifts this.
+_confined: contextvars.ContextVar[tuple[str, str] | None] = (
+  contextvars.ContextVar('confined', default=None)
+)
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+@contextlib.contextmanager
+def confined(source: str, flag: str, trusted: bool = False) -> Iterator[None]:
+  """Inside, only builders that the project's own sections list are resolved.
+
+  For names that a file of somebody else may hold: an import path runs code.
+
+  Args:
+    source: the file, for messages.
+    flag: what the user passes to allow import paths, for messages.
+    trusted: the user has passed it: nothing is confined.
+
+  >>> with confined('config.json', '--trust'):
+  ...   resolve_builder('norm', 'os:system', {})
+  Traceback (most recent call last):
+  fedjax_llm.types.Error: norm.name: config.json names the function os:system, \
+which is none of the project's; if you know and trust it, pass --trust.
+  """
+  token = _confined.set(None if trusted else (source, flag))
+  try:
+    yield
+  finally:
+    _confined.reset(token)
+
+
+def _refuse_foreign(label: str, name: str) -> None:
+  if (where := _confined.get()) is not None:
+    source, flag = where
+    raise Error(
+      f'{label}: {source} names the function {name}, which is none of the '
+      f"project's; if you know and trust it, pass {flag}."
+    )
+
+
+def resolve_builder(
+  section: str, name: Any, namespace: Any, label: str = ''
+) -> Builder:
+  """The builder called `name` in a module, a mapping, or at an import path.
+
+  A name that is itself a function, as a notebook may give it, is the builder.
+
+  >>> resolve_builder('norm', 'largest', {'largest': max})(3, 4)
+  4
+  >>> resolve_builder('norm', 'math:hypot', {})(3, 4)
+  5.0
+
+  Raises:
+    Error: listing the names there are, the nearest first.
+  """
+  if callable(name):
+    return name
+  label = label or f'{section}.name'
+  known = names(namespace)
+  if isinstance(name, str) and name in known:
+    return known[name]
+  if isinstance(name, str) and ':' in name:
+    _refuse_foreign(label, name)
+    module_name, _, attribute = name.partition(':')
+    try:
+      module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+      raise Error(f'{label}: cannot import {module_name}: {error}.') from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+      near = nearest(attribute, names(module))
+      raise Error(f'{label}: {module_name} has no {attribute!r} {near}.')
+    return found
+  if name is None:
+    what = f'{label} is missing'
+  else:
+    what = f'{label}: there is no {name!r}'
+  near = nearest(name, known)
+  raise Error(f"{what} {near}; one's own is named 'package.module:function'.")
+
+
+def check(
+  section: Mapping[str, Any],
+  builder: Builder,
+  injected: Collection[str] = (),
+  label: Label = str,
+) -> None:
+  """Checks the keywords of a section (without `name`) against a signature.
+
+  Keywords in `injected` come from the program and may not be set; `label`
+  spells a field in messages. Types are checked where the annotation is plain:
+  numbers, strings, booleans, Literal, and unions and sequences of these.
+
+  Raises:
+    Error: for a keyword that the builder does not take (naming the nearest),
+      a required one that is missing, or a value of another type.
+  """
+  known = parameters(builder)
+  for field, given in section.items():
+    check_field(field, builder, injected, label, field)
+    parameter = known.get(field)
+    if parameter is not None and given is parameter.default:
+      continue
+    if field != 'seed':  # which may have 64 bits
+      check_numbers(given, label(field))
+    if parameter is None or _fits(given, parameter):
+      continue
+    allowed = _spell(parameter.annotation)
+    raise Error(f'{label(field)} must be {allowed}, not {given!r}.')
+  for field, parameter in known.items():
+    if parameter.default is parameter.empty and (
+      field not in section and field not in injected
+    ):
+      what = _spell(parameter.annotation)
+      of = f', {what}' if what else ''
+      raise Error(f'{label(field)} is missing: {_title(builder)} needs it{of}.')
+
+
+_LARGEST = 2**31 - 1  # of a whole number on devices
+
+
+def check_numbers(value: Any, name: str) -> None:
+  """Raises an `Error` for a number that no setting has: one that is not
+  finite, or a whole one that 32 bits cannot hold.
+
+  >>> check_numbers({'b1': float('nan')}, 'local')
+  Traceback (most recent call last):
+  fedjax_llm.types.Error: local.b1 is nan, but must be a finite number.
+  """
+  if isinstance(value, Mapping):
+    for key, inner in value.items():
+      check_numbers(inner, f'{name}.{key}')
+  elif isinstance(value, list | tuple):
+    for inner in value:
+      check_numbers(inner, name)
+  elif isinstance(value, float) and not math.isfinite(value):
+    raise Error(f'{name} is {value}, but must be a finite number.')
+  elif isinstance(value, int) and abs(value) > _LARGEST:
+    raise Error(
+      f'{name} is {value:,}, but must be a whole number from -{_LARGEST:,} to '
+      f'{_LARGEST:,}.'
+    )
+
+
+def build(
+  section: Mapping[str, Any], namespace: Any, /, **injected: Any
+) -> Any:
+  """Calls a section's builder; of `injected` it gets what its signature names.
+
+  >>> scale = lambda x, *, factor=2: x * factor
+  >>> build({'name': 'scale', 'factor': 3}, {'scale': scale}, x=5, y=6)
+  15
+  """
+  section = plain_dicts(section)
+  builder = namespace
+  if not callable(namespace):
+    builder = resolve_builder('', section.get('name'), namespace, 'name')
+  keywords = keywords_of(section, namespace)
+  check(keywords, builder, injected)
+  taken = parameters(builder)
+  return builder(
+    **keywords, **{k: v for k, v in injected.items() if k in taken}
+  )
+
+
+def onward(builder: Builder, *receivers: Builder) -> Builder:
+  """The builder, where its **keywords are told to be those of `receivers`.
+
+  What a builder hands on is then checked, and its defaults recorded, as if the
+  builder named it itself.
+
+  >>> def inner(*, size=1): return size
+  >>> def outer(*, factor=2, **keywords): return factor * inner(**keywords)
+  >>> fields(onward(outer, inner))
+  ['factor', 'size']
+  """
+  found = parameters(builder)
+  for receiver in receivers:
+    found = parameters(receiver) | found
+  order = [*parameters(builder), *found]
+  keyword = inspect.Parameter.KEYWORD_ONLY
+  merged = [found[k].replace(kind=keyword) for k in dict.fromkeys(order)]
+
+  @functools.wraps(builder)
+  def built(**keywords):
+    return builder(**keywords)
+
+  if not hasattr(builder, '__name__'):  # a functools.partial
+    built.__name__ = _title(receivers[0])
+  built.__signature__ = inspect.Signature(merged)  # type: ignore
+  return built
+
+
+def check_field(
+  field: str,
+  builder: Builder,
+  injected: Collection[str],
+  label: Label,
+  path: str,
+) -> None:
+  """Raises an `Error` unless a config may set this keyword of the builder."""
+  if field in injected:
+    raise Error(f'{label(path)} is filled in by the program; leave it out.')
+  kinds = [p.kind for p in _signature(builder).parameters.values()]
+  open_ended = inspect.Parameter.VAR_KEYWORD in kinds
+  if field not in parameters(builder) and not open_ended:
+    near = nearest(field, fields(builder, injected))
+    raise Error(f'{label(path)}: {_title(builder)} takes no {field!r} {near}.')
+
+
+def keywords_of(section: Mapping[str, Any], namespace: Any) -> dict[str, Any]:
+  """A section without its name, if it has to have one."""
+  if callable(namespace):
+    return dict(section)
+  return {k: v for k, v in section.items() if k != 'name'}
+
+
+def plain_dicts(x: Any) -> Any:
+  """ConfigDicts and mappings to plain dicts, at every depth; a copy."""
+  if hasattr(x, 'to_dict'):
+    x = x.to_dict()
+  if isinstance(x, Mapping):
+    return {k: plain_dicts(v) for k, v in x.items()}
+  return [plain_dicts(v) for v in x] if type(x) is list else x
+
+
+def names(namespace: Any) -> dict[str, Builder]:
+  """The builders there are: of a mapping, or public functions of a module."""
+  if isinstance(namespace, Mapping):
+    return dict(namespace)
+  public = getattr(namespace, '__all__', None) or [
+    name for name in dir(namespace) if not name.startswith('_')
+  ]
+  found = {name: getattr(namespace, name) for name in public}
+  return {
+    k: v for k, v in found.items() if callable(v) and not isinstance(v, type)
+  }
+
+
+def _signature(builder: Builder) -> inspect.Signature:
+  try:
+    return inspect.signature(builder, eval_str=True)
+  except Exception:  # an annotation that only a type checker can see
+    return inspect.signature(builder)
+
+
+def parameters(builder: Builder) -> dict[str, inspect.Parameter]:
+  """What the signature names, **keywords aside."""
+  found = _signature(builder).parameters
+  return {k: p for k, p in found.items() if p.kind not in _VARIADIC}
+
+
+def fields(builder: Builder, injected: Collection[str] = ()) -> list[str]:
+  """The keywords that a config may set."""
+  return [k for k in parameters(builder) if k not in injected]
+
+
+def _title(builder: Builder) -> str:
+  return getattr(builder, '__name__', type(builder).__name__)
+
+
+def nearest(name: Any, names: Iterable[str]) -> str:
+  """'(the nearest is ...; there are ...)', for the end of a message."""
+  known = list(names)
+  if not known:
+    return '(there are none)'
+  near = difflib.get_close_matches(str(name), known, 1, 0.4)
+  start = f'the nearest is {near[0]!r}; ' if near else ''
+  return f'({start}there are {", ".join(known)})'
+
+
+def _fits(given: Any, parameter: inspect.Parameter) -> bool:
+  if given is parameter.default:
+    return True
+  return _accepts(parameter.annotation, given)
+
+
+def _accepts(annotation: Any, given: Any) -> bool:
+  """False only where a value clearly is not what the annotation says."""
+  if annotation is None or annotation is type(None):
+    return given is None
+  origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+  if origin in (typing.Union, python_types.UnionType):
+    return any(_accepts(a, given) for a in args)
+  if origin is typing.Literal:
+    return any(type(a) is type(given) and a == given for a in args)
+  if origin is typing.Annotated:
+    return _accepts(args[0], given)
+  of = origin or annotation
+  if not isinstance(of, type) or of in (object, inspect.Parameter.empty):
+    return True
+  if of is bool:
+    return isinstance(given, bool)
+  if of is int:
+    return isinstance(given, numbers.Integral) and not isinstance(given, bool)
+  if of is float:
+    # A number that is being traced is one of a population's (`sweep`).
+    real = isinstance(given, numbers.Real) or not known(given)
+    return real and not isinstance(given, bool)
+  if of is str:
+    return isinstance(given, str)
+  if issubclass(of, Mapping):
+    return isinstance(given, Mapping)
+  if issubclass(of, Collection):
+    if isinstance(given, str | bytes) or not isinstance(given, Collection):
+      return False
+    inner = [a for a in args if a is not ...]
+    return len(inner) != 1 or all(_accepts(inner[0], v) for v in given)
+  # Other objects are built from a section of their own, so a dict may stand
+  # there; a bare number or word may not.
+  if isinstance(given, Mapping) or callable(given):
+    return True
+  try:
+    return isinstance(given, of)
+  except TypeError:
+    return True
+
+
+def _spell(annotation: Any) -> str:
+  if annotation is inspect.Parameter.empty:
+    return ''
+  if isinstance(annotation, str):
+    return annotation
+  origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+  if origin is typing.Literal:
+    return ' or '.join(map(repr, args))
+  if origin in (typing.Union, python_types.UnionType):
+    return ' or '.join(dict.fromkeys(map(_spell, args)))
+  if annotation is None or annotation is type(None):
+    return 'none'
+  if isinstance(annotation, type) and not origin:
+    return annotation.__name__
+  return inspect.formatannotation(annotation).removeprefix('collections.abc.')
