@@ -45,8 +45,9 @@ _NOTED = ('num_rounds', 'evals', 'clients.cohort_size')
 NOTES = ('chosen', 'changes')
 
 
-# Folders that a run writes into; services put links into others.
+# Folders that a run writes into, and those in which services put links.
 _OURS = ('checkpoints', 'states', 'adapter', 'base', 'tensorboard', 'runs')
+_THEIRS = ('wandb', 'mlruns')
 
 
 class Workdir(NamedTuple):
@@ -371,16 +372,21 @@ def check_links(folder: pathlib.Path) -> None:
 
   Only the folder itself may be a symbolic link.
   """
-  inside = list(folder.iterdir())
-  for path in inside:
-    if path.name in _OURS and not path.is_symlink():
-      inside += path.rglob('*')
-  for path in inside:
-    if path.is_symlink():
-      raise Error(
-        f'{path} is a symbolic link, and a run writes through none: remove it, '
-        'or take another workdir.'
-      )
+  for path in folder.iterdir():
+    _refuse_link(path)
+    if path.name in _OURS:
+      for top, folders, files in os.walk(path):
+        folders[:] = [x for x in folders if x not in _THEIRS]
+        for name in (*folders, *files):
+          _refuse_link(pathlib.Path(top, name))
+
+
+def _refuse_link(path: pathlib.Path) -> None:
+  if path.is_symlink():
+    raise Error(
+      f'{path} is a symbolic link, and a run writes through none: remove it, '
+      'or take another workdir.'
+    )
 
 
 def replace(file: pathlib.Path, content: str | bytes) -> None:
