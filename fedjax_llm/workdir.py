@@ -145,6 +145,8 @@ def open(
       }
       differ = [field for field in differ if not _is_one(field, free)]
       chosen |= before.get('chosen') or {}
+      if any(type(x) is not int or x < 1 for x in chosen.values() if x):
+        raise ValueError(f"'chosen' is {chosen!r:.60}")
       changes += before.get('changes') or []
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
       raise Error(f'{file} is damaged ({error}).') from error
@@ -307,6 +309,8 @@ def settings_of(
       *path, last = field.split('.')
       inner = found
       for part in path:
+        if not isinstance(inner.get(part), Mapping | None):
+          raise Error(f"config.json is damaged: 'changes' names {field!r:.60}.")
         inner[part] = dict(inner.get(part) or {})
         inner = inner[part]
       if values['was'] == _ABSENT:
@@ -322,9 +326,11 @@ def changes_of(
   """After which rounds fields of a config.json were changed, and how."""
   try:
     return [
-      (int(one['after']), {k: {**v} for k, v in one['fields'].items()})
+      (
+        int(one['after']),
+        {k: {'was': v['was'], 'is': v['is']} for k, v in one['fields'].items()},
+      )
       for one in raw.get('changes') or []
-      if all({'was', 'is'} <= v.keys() for v in one['fields'].values())
     ]
   except (TypeError, KeyError, ValueError, AttributeError) as error:
     raise Error(
