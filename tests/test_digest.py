@@ -119,7 +119,7 @@ def test_what_a_closure_holds_counts():
 
 
 def test_what_packages_bring_has_one():
-  def rule(x):
+  def rule(x, weight=None):
     parts = jax.vmap(lambda y: jax.nn.relu(jnp.linalg.svd(y)[1]))(x)
     return optax.tree.norm(parts) + aggregators.mean().traits.linear
 
@@ -129,7 +129,7 @@ def test_what_packages_bring_has_one():
     assert not digest.of(value).startswith(digest.UNKNOWN), digest.of(value)
   assert digest.of(optax.adam(1e-3)) != digest.of(optax.adam(1e-2))
   assert digest.of(aggregators.from_rule(rule)) != digest.of(
-    aggregators.from_rule(lambda x: x)
+    aggregators.from_rule(lambda x, weight: x)
   )
 
 

@@ -49,7 +49,7 @@ TABLE = {
   'trackers': ('types',),
   'report': (
     *('types', 'config', 'metrics', 'narration', 'command', 'workdir'),
-    'records',
+    *('records', 'signals'),
   ),
   'workdir': ('types', 'config', 'metrics', 'hosts', 'signals', '_early'),
 }

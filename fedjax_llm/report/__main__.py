@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from fedjax_llm import command, report, workdir
+from fedjax_llm import command, report, signals, workdir
 from fedjax_llm.report.runs import FILES, Run, find
 from fedjax_llm.types import Error
 
@@ -27,6 +27,7 @@ def run(
     try:
       _watch(args.workdir, write, args.every, wait)
     except KeyboardInterrupt:
+      signals.heeded()
       write()  # a page that no longer loads itself again
   else:
     _say(write())
