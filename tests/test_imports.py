@@ -56,7 +56,7 @@ TABLE = {
 # Programs, and the front door, know the whole house.
 PROGRAMS = (
   *('__init__', 'sections', 'tasks', 'train', 'plan'),
-  *('experiment', 'viewing', 'rebuild', 'export', 'generate'),
+  *('experiment', 'viewing', 'rebuild', 'export', 'generate', 'warm', 'rates'),
   *('replay', 'sweep'),
 )
 # What the language of the house itself may need.
