@@ -163,7 +163,7 @@ def _adapter(
     loaded,
     made.task,
     base_model=base_model,
-    use_rslora=plain_scale and made.config['adapter']['name'] == 'rslora',
+    peft_fields=made.adapter.peft if plain_scale else {},
   )
   _hand_on_ends(folder, made)
   ranks = sorted({node.a.shape[-1] for _, node in low_rank(params)})
