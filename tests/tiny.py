@@ -59,10 +59,11 @@ def lora(*targets, seed=1):
 def texts(*shape, seed=0, tokens=(1, 20), length=T):
   """Texts of random tokens: the first row whole, the others of any length."""
   rng = np.random.default_rng(seed)
-  ends = rng.integers(3, length + 1, (*shape, 1))
+  ends = np.asarray(rng.integers(3, length + 1, size=(*shape, 1)))
   ends[..., 0, :] = length
   here = np.arange(length) < ends
-  draw = rng.integers(*tokens, (*shape, length)).astype(np.int32)
+  low, high = tokens
+  draw = rng.integers(low, high, size=(*shape, length)).astype(np.int32)
   return Batch(
     tokens=np.where(here, draw, 0),
     loss_mask=here & (np.arange(length) > 0),
