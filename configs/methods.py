@@ -14,7 +14,8 @@ from typing import Any
 
 import ml_collections
 
-from fedjax_llm import builders, recipes
+from fedjax_llm import recipes
+from fedjax_llm.run import builders
 from fedjax_llm.types import Error
 
 NAMES = recipes.__all__

@@ -17,7 +17,9 @@ from fedjax_llm import evals as evals
 from fedjax_llm import linalg as linalg
 from fedjax_llm import local as local
 from fedjax_llm import models as models
+from fedjax_llm import nodes as nodes
 from fedjax_llm import recipes as recipes
+from fedjax_llm import scopes as scopes
 from fedjax_llm import server as server
 from fedjax_llm import tree as tree
 from fedjax_llm import types as types

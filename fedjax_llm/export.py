@@ -1,4 +1,4 @@
-"""What a run made, for other tools.
+"""Writes the result of a run as a PEFT adapter or as a whole model.
 
     python -m fedjax_llm.export --workdir DIR --to peft|merged --out DIR
         [--client NAME] [--rank R] [--round N|best] [--trust-code]
@@ -27,18 +27,11 @@ from typing import Any
 
 import numpy as np
 
-from fedjax_llm import (
-  adapters,
-  command,
-  data,
-  ends,
-  experiment,
-  models,
-  rebuild,
-  workdir,
-)
-from fedjax_llm.adapters import peft_dora
-from fedjax_llm.types import Error, LowRank, Params
+from fedjax_llm import adapters, data, models
+from fedjax_llm.adapters.peft import dora as peft_dora
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.run import command, ends, experiment, rebuild, workdir
+from fedjax_llm.types import Error, Params
 
 # What a change may lose of its size and still count as told exactly.
 _TOLERANCE = 1e-5

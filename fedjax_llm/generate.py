@@ -1,4 +1,4 @@
-"""Text from a model and any number of adapters, side by side.
+"""Generates replies of a model with any number of adapters, side by side.
 
     python -m fedjax_llm.generate --model DIR [--adapter DIR ...]
         --prompt "..." [--prompt "..." ...] [--chat]
@@ -12,11 +12,12 @@ import argparse
 import pathlib
 import sys
 
-from fedjax_llm import command, data, models, rebuild, workdir
+from fedjax_llm import data, models
 from fedjax_llm.data.sources import Record
 from fedjax_llm.data.tokenizers import Tokenizer
-from fedjax_llm.ends import ends
-from fedjax_llm.models.load import DTYPES
+from fedjax_llm.models.files.load import DTYPES
+from fedjax_llm.run import command, rebuild, workdir
+from fedjax_llm.run.ends import ends
 
 _NONE = 'none'
 

@@ -1,4 +1,4 @@
-"""Federated fine-tuning, from a config to an adapter.
+"""Trains one federated run: from a config to a workdir with an adapter.
 
     python -m fedjax_llm.train --config configs/NAME.py --workdir DIR
         [--config.section.field=value ...]
@@ -16,30 +16,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import (
+from fedjax_llm import clients, data, evals, models, tree
+from fedjax_llm.adapters import complete, peft
+from fedjax_llm.devices import compilation, exchange, hosts, sharding
+from fedjax_llm.run import (
   best,
   builders,
   checkpoint,
-  clients,
-  compilation,
   config,
-  data,
-  evals,
-  exchange,
   experiment,
-  hosts,
   metrics,
-  models,
   narration,
   rates,
   resume,
-  sharding,
-  tree,
   workdir,
 )
-from fedjax_llm.adapters import complete
-from fedjax_llm.ends import ends
-from fedjax_llm.sections import SPEC
+from fedjax_llm.run.ends import ends
+from fedjax_llm.run.sections import SPEC
 from fedjax_llm.types import Cohort, Draw, Error, FederatedAlgorithm
 
 
@@ -302,14 +295,23 @@ def train(args: config.Arguments) -> None:
     return
   if keep_base:
     models.save(room.base, loaded.config, base)
-  experiment.save_adapter(
-    room.adapter,
-    final,
-    loaded._replace(base=base),
-    built.task,
-    base_model=str(room.base) if keep_base else loaded.name,
-    use_rslora=conf['adapter']['name'] == 'rslora',
-  )
+  if reason := peft.refusal(final):
+    note = (
+      f'{room.adapter} holds no PEFT adapter: {reason} '
+      'python -m fedjax_llm.export --to merged writes the whole model.'
+    )
+    room.adapter.mkdir(exist_ok=True)
+    workdir.replace(room.adapter / 'no_adapter.txt', f'{note}\n')
+    print(note)
+  else:
+    experiment.save_adapter(
+      room.adapter,
+      final,
+      loaded._replace(base=base),
+      built.task,
+      base_model=str(room.base) if keep_base else loaded.name,
+      use_rslora=conf['adapter']['name'] == 'rslora',
+    )
   shown = evals.samples(asked, said, tokenizer.decode, population.names)
   room.keep('samples.json', {'round': number, 'samples': shown})
   told = '\n'.join(

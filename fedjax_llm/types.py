@@ -21,17 +21,12 @@ together again).
 
 import enum
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 from jax.core import Tracer
-
-if TYPE_CHECKING:
-  from fedjax_llm.nodes import Experts as Experts
-  from fedjax_llm.nodes import LowRank as LowRank
-  from fedjax_llm.nodes import Routing as Routing
 
 Base = Any  # frozen weights of the model: a pytree, never batched over clients
 Params = Any  # what the server owns and broadcasts; never the base
@@ -69,26 +64,6 @@ def known(number: Any) -> bool:
 
 
 # ---------------------------------------------------------------- adapters --
-
-
-class Controlled(NamedTuple):
-  """Parameters with the server's control variate c (SCAFFOLD).
-
-  In an update: the client's update, and the change of its own c_k.
-  """
-
-  params: Any  # those of the adapter
-  control: Any  # c, None where nothing is trained
-
-
-class Dual(NamedTuple):
-  """Two sets of parameters at one base: everybody's, and a client's own.
-
-  A scope keeps `personal` with the client. What is served is a view of both.
-  """
-
-  shared: Any  # everybody's: sent and averaged
-  personal: Any  # a client's own: it stays there
 
 
 class Adapter(NamedTuple):
@@ -645,11 +620,3 @@ class FederatedAlgorithm(NamedTuple):
 
 # (base, params, personal, data, key) -> {'evals/name': number}
 Evaluator = Callable[..., Mapping[str, float]]
-
-
-def __getattr__(name: str) -> Any:  # Until imports are moved.
-  if name not in ('Experts', 'LowRank', 'Routing'):
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  from fedjax_llm import nodes
-
-  return getattr(nodes, name)

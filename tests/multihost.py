@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm import exchange, hosts, train
-from fedjax_llm.models import config, load
+from fedjax_llm import train
+from fedjax_llm.devices import exchange, hosts
+from fedjax_llm.models import config
+from fedjax_llm.models.files import load
 from fedjax_llm.types import Model
 
 

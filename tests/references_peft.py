@@ -14,10 +14,12 @@ import numpy as np
 
 from fedjax_llm import local, models, recipes
 from fedjax_llm.adapters import peft
+from fedjax_llm.adapters.peft import directory
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.models import families
 from fedjax_llm.models.config import Config
-from fedjax_llm.types import Batch, Cohort, LowRank
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Batch, Cohort
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 NAMES = sorted(p.name for p in (GOLDEN / 'models').iterdir())
@@ -133,7 +135,7 @@ def as_peft(gradient: Any, config: Config) -> dict[str, np.ndarray]:
   say about it adds up; each has its own features of B.
   """
   out: dict[str, np.ndarray] = {}
-  for path, node in peft._nodes(gradient):
+  for path, node in directory._nodes(gradient):
     rows, total = families.fused_rows(config, path) or (..., node.b.shape[-1])
     for layer in range(node.a.shape[0]):
       module = families.hf_module_name(path, layer, config, part=True)

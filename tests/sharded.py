@@ -13,7 +13,9 @@ import numpy as np
 from jax.core import Tracer
 
 import fedjax_llm as fl
-from fedjax_llm import metrics, sharding, train
+from fedjax_llm import train
+from fedjax_llm.devices import sharding
+from fedjax_llm.run import metrics
 from fedjax_llm.types import Batch, Cohort
 
 S, B, T, V = 2, 1, 12, 96

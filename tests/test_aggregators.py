@@ -9,11 +9,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedjax_llm import aggregators, tree
+from fedjax_llm.nodes import Controlled, LowRank
 from fedjax_llm.types import (
   Aggregator,
-  Controlled,
   Error,
-  LowRank,
   Masks,
   StreamingAggregator,
   Uploads,

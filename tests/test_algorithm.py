@@ -10,8 +10,9 @@ import pytest
 import toy
 
 from fedjax_llm import aggregators, local, recipes, server, tree
+from fedjax_llm.nodes import Controlled
 from fedjax_llm.server.algorithm import fed_opt
-from fedjax_llm.types import ClientState, Controlled, Error
+from fedjax_llm.types import ClientState, Error
 
 KEY = jax.random.key(0)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fedjax_llm import models
-from fedjax_llm.models import attention as attention_lib
-from fedjax_llm.models import transformer
-from fedjax_llm.models.attention import Places, attention, choose
+from fedjax_llm.models.network import attention as attention_lib
+from fedjax_llm.models.network import transformer
+from fedjax_llm.models.network.attention import Places, attention, choose
 from fedjax_llm.types import Error
 
 K, B, T, H, KV, D = 2, 2, 40, 4, 2, 8  # clients, rows, tokens, heads, width

@@ -14,11 +14,12 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_llm import checkpoint
-from fedjax_llm.checkpoint import directory
-from fedjax_llm.checkpoint import files as parts
 from fedjax_llm.clients import store
-from fedjax_llm.types import ClientState, Error, LowRank, ServerState
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.run import checkpoint
+from fedjax_llm.run.checkpoint import directory
+from fedjax_llm.run.checkpoint import files as parts
+from fedjax_llm.types import ClientState, Error, ServerState
 
 
 def server(seed=0) -> ServerState:

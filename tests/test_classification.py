@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm import adapters, data, evals, local, models, tasks, train, tree
+from fedjax_llm import adapters, data, evals, local, models, scopes, train, tree
 from fedjax_llm.adapters import Dense, peft
-from fedjax_llm.clients import cohorts, scopes
+from fedjax_llm.clients import cohorts
 from fedjax_llm.data import population, sources, text, tokenizers
 from fedjax_llm.data.sources import Record
 from fedjax_llm.models import families
+from fedjax_llm.run import tasks
 from fedjax_llm.types import (
   Batch,
   Context,

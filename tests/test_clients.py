@@ -10,17 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedjax_llm import clients, tree
-from fedjax_llm.clients import cohorts, sampling, scopes
-from fedjax_llm.types import (
-  ClientState,
-  Context,
-  Draw,
-  Error,
-  Example,
-  Label,
-  LowRank,
-)
+from fedjax_llm import clients, scopes, tree
+from fedjax_llm.clients import cohorts, sampling
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import ClientState, Context, Draw, Error, Example, Label
 
 SAMPLERS = {
   name: getattr(sampling, name) for name in ('uniform', 'by_size', 'cyclic')
@@ -480,7 +473,7 @@ def test_leaves_are_named_by_keys_and_fields():
 
 def test_everything_shares_all_floats_but_scales_and_residuals():
   params = parameters(residual=jnp.zeros((2, 4, 5)))
-  labels = labels_by_name(clients.everything(), params)
+  labels = labels_by_name(scopes.everything(), params)
   frozen = {name for name, label in labels.items() if label is Label.FROZEN}
   assert frozen == {'step'} | {
     f'layers/self_attn/{target}/{field}'
@@ -491,7 +484,7 @@ def test_everything_shares_all_floats_but_scales_and_residuals():
 
 
 def test_everything_is_held_and_trained_where_it_is_not_frozen():
-  params, scope = parameters(), clients.everything()
+  params, scope = parameters(), scopes.everything()
   masks = scope.mask(params, ClientState(), Context())
   expected = tree.full_masks(params, scope.labels(params))
   assert jax.tree.structure(masks) == jax.tree.structure(expected)
@@ -503,13 +496,13 @@ def test_everything_is_held_and_trained_where_it_is_not_frozen():
 def test_labels_also_work_on_shapes_alone():
   params = parameters()
   shapes = jax.eval_shape(lambda: params)
-  assert labels_by_name(clients.everything(), shapes) == labels_by_name(
-    clients.everything(), params
+  assert labels_by_name(scopes.everything(), shapes) == labels_by_name(
+    scopes.everything(), params
   )
 
 
 def test_patterns_choose_leaves_and_the_first_that_matches_decides():
-  scope = clients.labelled({'q_proj/b$': 'private', 'proj/': Label.FROZEN})
+  scope = scopes.labelled({'q_proj/b$': 'private', 'proj/': Label.FROZEN})
   labels = labels_by_name(scope, parameters())
   assert labels['layers/self_attn/q_proj/b'] is Label.PRIVATE
   assert labels['layers/self_attn/q_proj/a'] is Label.FROZEN
@@ -520,8 +513,8 @@ def test_patterns_choose_leaves_and_the_first_that_matches_decides():
 def test_private_and_frozen_leave_the_rest_shared():
   params = parameters()
   for scope, wanted in (
-    (clients.private('/b$'), Label.PRIVATE),
-    (clients.frozen('/b$'), Label.FROZEN),
+    (scopes.private('/b$'), Label.PRIVATE),
+    (scopes.frozen('/b$'), Label.FROZEN),
   ):
     labels = labels_by_name(scope, params)
     assert labels['layers/self_attn/v_proj/b'] is wanted
@@ -530,8 +523,8 @@ def test_private_and_frozen_leave_the_rest_shared():
 
 def test_all_private_shares_nothing_and_trains_what_everything_trains():
   params = parameters()
-  shared = labels_by_name(clients.everything(), params)
-  kept = labels_by_name(clients.all_private(), params)
+  shared = labels_by_name(scopes.everything(), params)
+  kept = labels_by_name(scopes.all_private(), params)
   assert Label.SHARED not in kept.values()
   assert {n for n in kept if kept[n] is Label.PRIVATE} == {
     n for n in shared if shared[n] is Label.SHARED
@@ -541,17 +534,17 @@ def test_all_private_shares_nothing_and_trains_what_everything_trains():
 @pytest.mark.parametrize('pattern', ['k_proj', '/scale$', '^step$'])
 def test_a_pattern_that_matches_nothing_trainable_lists_the_leaves(pattern):
   with pytest.raises(Error, match=r'matches no leaf.*head.*q_proj/a.*v_proj/b'):
-    clients.private(pattern).labels(parameters())
+    scopes.private(pattern).labels(parameters())
 
 
 def test_wrong_patterns_and_labels_are_refused():
   with pytest.raises(Error, match=r"'\(' is no regular expression"):
-    clients.private('(')
+    scopes.private('(')
   with pytest.raises(Error, match="'mine' is no label; there are shared"):
-    clients.labelled({'a': 'mine'})
+    scopes.labelled({'a': 'mine'})
   with pytest.raises(Error, match='at least one pattern'):
-    clients.labelled({})
+    scopes.labelled({})
   with pytest.raises(Error, match="'q_proj/b' is decided by the patterns"):
-    clients.labelled({'/b$': 'private', 'q_proj/b': 'frozen'}).labels(
+    scopes.labelled({'/b$': 'private', 'q_proj/b': 'frozen'}).labels(
       parameters()
     )

@@ -20,8 +20,15 @@ import toy
 from test_contracts import carry
 from test_lora_recipes import watched
 
-from fedjax_llm import aggregators, clients, local, recipes, server, uploads
-from fedjax_llm.clients import cohorts, sampling, scopes
+from fedjax_llm import (
+  aggregators,
+  local,
+  recipes,
+  scopes,
+  server,
+  uploads,
+)
+from fedjax_llm.clients import cohorts, sampling
 from fedjax_llm.recipes.lora.lora_a2 import selected
 from fedjax_llm.recipes.ranks.hafl import important
 from fedjax_llm.recipes.ranks.het_lora import self_pruning
@@ -200,7 +207,7 @@ def test_every_sampler_draws_what_every_method_takes():
 
 def test_a_mask_of_ranks_on_a_frozen_factor_is_refused():
   for factor in 'ab':
-    scope = clients.ranks(clients.frozen(f'/{factor}$'))
+    scope = scopes.ranks(scopes.frozen(f'/{factor}$'))
     algorithm = recipes.fed_avg(toy.loss, toy.sgd(), scope=scope)
     with pytest.raises(Error, match=f'q/{factor} is frozen'):
       algorithm.init(KEY, toy.params())

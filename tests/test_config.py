@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 
-from fedjax_llm import config
+from fedjax_llm.run import config
 from fedjax_llm.types import Error
 
 # --------------------------------------------------- a house of paper rooms --

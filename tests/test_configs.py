@@ -8,7 +8,8 @@ import pathlib
 
 import pytest
 
-from fedjax_llm import config, sections, train
+from fedjax_llm import train
+from fedjax_llm.run import config, sections
 
 ROOT = pathlib.Path(__file__).parents[1]
 PATHS = sorted((ROOT / 'configs').glob('*.py'))

@@ -11,8 +11,10 @@ import pytest
 import runs
 import safetensors.numpy
 
-from fedjax_llm import best, evals, export, rebuild, replay, report, train, warm
-from fedjax_llm.types import Error, LowRank
+from fedjax_llm import evals, export, replay, report, train
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.run import best, rebuild, warm
+from fedjax_llm.types import Error
 
 LOSS = 'evals/heldout/loss'
 EVERY = {'evals__every': 1}

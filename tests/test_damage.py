@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import runs
 
-from fedjax_llm import checkpoint, narration, rebuild, replay, train, workdir
+from fedjax_llm import replay, train
 from fedjax_llm.report import __main__ as report
+from fedjax_llm.run import checkpoint, narration, rebuild, workdir
 
 FIELDS = {'algorithm__name': 'local_only', 'keep_checkpoints': 3}
 

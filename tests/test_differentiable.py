@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import toy
 
-from fedjax_llm import aggregators, differentiable, local, recipes, server, tree
-from fedjax_llm.types import Batch, Cohort, Error, LowRank, Model
+from fedjax_llm import aggregators, local, recipes, server, tree
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.server import differentiable
+from fedjax_llm.types import Batch, Cohort, Error, Model
 
 K, S, B, T, V, D, R = 4, 3, 2, 6, 11, 8, 2
 ROUNDS = 3

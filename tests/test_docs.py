@@ -29,6 +29,7 @@ ROOMS = {
   name: room
   for name in NAMES
   if name and inspect.ismodule(room := getattr(fedjax_llm, name))
+  if not name.startswith('_')
 }
 
 
@@ -37,7 +38,8 @@ def offered(room: python_types.ModuleType, name: str) -> dict[str, object]:
   listed = getattr(room, '__all__', ())
   is_package = hasattr(room, '__path__')
   found = {}
-  for key, value in vars(room).items():
+  for key in dict.fromkeys((*vars(room), *listed)):
+    value = getattr(room, key)
     if inspect.ismodule(value):
       if key in listed and value.__name__.startswith(f'{room.__name__}.'):
         found |= offered(value, f'{name}.{key}')

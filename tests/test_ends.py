@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from fedjax_llm import data, ends, models
+from fedjax_llm import data, models
+from fedjax_llm.run import ends
 from fedjax_llm.types import Error
 from tests import tiny_tokenizers
 

@@ -19,19 +19,11 @@ import references_experts as ref
 import toy
 from test_variants import watched, wire
 
-from fedjax_llm import (
-  adapters,
-  checkpoint,
-  local,
-  models,
-  recipes,
-  train,
-  tree,
-  uploads,
-)
-from fedjax_llm.clients import policies
-from fedjax_llm.models import layers
+from fedjax_llm import adapters, local, models, recipes, train, tree, uploads
+from fedjax_llm.models.network import layers
 from fedjax_llm.nodes import Experts, LowRank, Routing, protocol
+from fedjax_llm.run import checkpoint
+from fedjax_llm.scopes import policies
 from fedjax_llm.types import Batch, Cohort, Error, LossSum, Reports
 
 KEY = jax.random.key(0)

@@ -11,20 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm import (
-  adapters,
-  builders,
-  checkpoint,
-  clients,
-  config,
-  data,
-  export,
-  models,
-  rebuild,
-)
+from fedjax_llm import adapters, clients, data, export, models
 from fedjax_llm.adapters import peft
-from fedjax_llm.sections import SPEC
-from fedjax_llm.types import Batch, LowRank
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.run import builders, checkpoint, config, rebuild
+from fedjax_llm.run.sections import SPEC
+from fedjax_llm.types import Batch
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = pathlib.Path(__file__).parent / 'golden'

@@ -16,10 +16,13 @@ import pytest
 import safetensors.numpy
 
 from fedjax_llm import local
-from fedjax_llm.models import families, load, rope
+from fedjax_llm.models import families
 from fedjax_llm.models import generate as generate_text
-from fedjax_llm.models.rope import Rope
-from fedjax_llm.types import Batch, Error, LowRank, Model
+from fedjax_llm.models.files import load
+from fedjax_llm.models.network import rope
+from fedjax_llm.models.network.rope import Rope
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Batch, Error, Model
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'models'
 NAMES = sorted(p.name for p in GOLDEN.iterdir())

@@ -16,8 +16,9 @@ import pytest
 import toy
 
 import fedjax_llm as fl
-from fedjax_llm import clients, compilation, recipes, tree
-from fedjax_llm.plan import costs
+from fedjax_llm import clients, recipes, tree
+from fedjax_llm.devices import compilation
+from fedjax_llm.run import costs
 from fedjax_llm.server.widths import narrowed
 from fedjax_llm.types import Batch, Bound, Cohort, Draw, Error
 

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm import data, generate, models, rebuild
+from fedjax_llm import data, generate, models
 from fedjax_llm.adapters import Dense, peft
 from fedjax_llm.models import generate as say
 from fedjax_llm.models import tenants
-from fedjax_llm.types import Error, LowRank
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.run import rebuild
+from fedjax_llm.types import Error
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 PROMPTS = [[5, 17, 3], [9], list(range(20, 32)), [7, 8]]

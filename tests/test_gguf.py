@@ -15,7 +15,7 @@ import safetensors.numpy
 import tokenizers
 
 from fedjax_llm import models
-from fedjax_llm.models import gguf
+from fedjax_llm.models.files import gguf
 from fedjax_llm.types import Batch, Error
 
 HERE = pathlib.Path(__file__).parent

@@ -17,7 +17,7 @@ import runpy
 import optax
 import pytest
 
-from fedjax_llm import builders, config, sections
+from fedjax_llm.run import builders, config, sections
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / 'tests' / 'golden' / 'configs'

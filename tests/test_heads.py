@@ -13,17 +13,11 @@ import numpy as np
 import pytest
 import toy
 
-from fedjax_llm import adapters, aggregators, models, recipes, tree
+from fedjax_llm import adapters, aggregators, models, recipes, scopes, tree
 from fedjax_llm.adapters import Dense, peft
-from fedjax_llm.clients import scopes
 from fedjax_llm.models import families
-from fedjax_llm.types import (
-  Batch,
-  Error,
-  LowRank,
-  StreamingAggregator,
-  Uploads,
-)
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Batch, Error, StreamingAggregator, Uploads
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 CLASSIFIERS = ('bert_classifier', 'roberta_classifier', 'distilbert_classifier')

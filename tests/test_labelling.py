@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import references_labels as ref
 
-from fedjax_llm import local, narration, recipes
+from fedjax_llm import local, recipes
 from fedjax_llm.data import population, sources, tokenizers
+from fedjax_llm.run import narration
 from fedjax_llm.types import Batch, ClientState, Cohort, Error, Model
 
 KEY = jax.random.key(0)

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 from fedjax_llm import models
-from fedjax_llm.models import load
+from fedjax_llm.models.files import load
 from fedjax_llm.types import Error
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -7,8 +7,7 @@ import optax
 import pytest
 import toy
 
-from fedjax_llm import local, tree
-from fedjax_llm.clients import scopes
+from fedjax_llm import local, scopes, tree
 from fedjax_llm.types import Context, Error, Masks
 
 

@@ -16,11 +16,12 @@ from fedjax_llm import (
   clients,
   local,
   recipes,
+  scopes,
   server,
   tree,
   uploads,
 )
-from fedjax_llm.clients import scopes
+from fedjax_llm.nodes import LowRank
 from fedjax_llm.recipes.lora.lora_a2 import selected
 from fedjax_llm.recipes.ranks.het_lora import self_pruning
 from fedjax_llm.types import (
@@ -30,7 +31,6 @@ from fedjax_llm.types import (
   Error,
   Frozen,
   LocalUpdate,
-  LowRank,
   Shared,
 )
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import references_lora as ref
 
-from fedjax_llm import adapters, aggregators, models, tree
-from fedjax_llm.aggregators import low_rank, low_rank_metrics
-from fedjax_llm.clients import scopes
-from fedjax_llm.types import Batch, Context, Error, LowRank, Shared, Uploads
+from fedjax_llm import adapters, aggregators, models, scopes, tree
+from fedjax_llm.aggregators import low_rank
+from fedjax_llm.aggregators.low_rank import metrics as low_rank_metrics
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Batch, Context, Error, Shared, Uploads
 
 # Clients, layers, D, F, R: the stack is below both sides, between, above both.
 SHAPES = {

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import tiny
 
-from fedjax_llm import builders, config, experiment, local, models, sections
+from fedjax_llm import local, models
+from fedjax_llm.run import builders, config, experiment, sections
 from fedjax_llm.types import Error, LossSum
 
 PATH = pathlib.Path(__file__).parents[1] / 'configs' / 'methods.py'
@@ -90,7 +91,9 @@ N = 10  # clients
 @functools.cache
 def network(labels):
   """The smallest models of the configs: of two layers, as `fed_ra` wants."""
-  sizes: Any = dict(hidden_size=64, intermediate_size=16, vocab_size=29)
+  sizes: dict[str, Any] = dict(
+    hidden_size=64, intermediate_size=16, vocab_size=29
+  )
   if labels:
     return models.random_encoder(labels=('a', 'b'), **sizes)
   return models.random(**sizes)

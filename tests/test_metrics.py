@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm import metrics
+from fedjax_llm.run import metrics
 from fedjax_llm.types import Error, RoundInfo
 
 

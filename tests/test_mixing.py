@@ -8,8 +8,9 @@ import references_personalised as ref
 import toy
 
 from fedjax_llm import adapters, evals, local, models, tree
-from fedjax_llm.adapters import multi
-from fedjax_llm.types import Batch, Dual, Error, Model
+from fedjax_llm.adapters.low_rank import multi
+from fedjax_llm.nodes import Dual
+from fedjax_llm.types import Batch, Error, Model
 
 KEY = jax.random.key(0)
 V, B, T = 48, 3, 10

@@ -16,11 +16,14 @@ import safetensors.numpy
 
 from fedjax_llm import models
 from fedjax_llm.models import config as config_lib
-from fedjax_llm.models import families, layers, load, transformer
+from fedjax_llm.models import families
+from fedjax_llm.models.files import load
 from fedjax_llm.models.generate import generate
-from fedjax_llm.models.layers import Places
-from fedjax_llm.models.rope import Rope, rope_frequencies
-from fedjax_llm.types import Batch, Error, LowRank
+from fedjax_llm.models.network import layers, transformer
+from fedjax_llm.models.network.layers import Places
+from fedjax_llm.models.network.rope import Rope, rope_frequencies
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Batch, Error
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'models'
 

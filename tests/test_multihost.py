@@ -20,7 +20,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedjax_llm import hosts, sharding, train, workdir
+from fedjax_llm import train
+from fedjax_llm.devices import hosts, sharding
+from fedjax_llm.run import workdir
 from fedjax_llm.types import Draw, Error
 
 ROOT = pathlib.Path(__file__).parents[1]

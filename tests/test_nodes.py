@@ -13,8 +13,9 @@ import fedjax_llm as fl
 from fedjax_llm import adapters, models, nodes, recipes
 from fedjax_llm.adapters import peft
 from fedjax_llm.models import config as config_lib
-from fedjax_llm.models import layers, tenants, transformer
-from fedjax_llm.models.attention import Places, attention
+from fedjax_llm.models import tenants
+from fedjax_llm.models.network import layers, transformer
+from fedjax_llm.models.network.attention import Places, attention
 from fedjax_llm.nodes import protocol
 from fedjax_llm.types import Batch, Cohort, Error, Model
 

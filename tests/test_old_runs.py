@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fedjax_llm import config, export, rebuild, report, train
+from fedjax_llm import export, report, train
 from fedjax_llm.report import __main__ as report_program
-from fedjax_llm.sections import SPEC
+from fedjax_llm.run import config, rebuild
+from fedjax_llm.run.sections import SPEC
 
 WORKDIRS = pathlib.Path(__file__).parent / 'golden' / 'workdirs'
 RUNS = sorted(path.parent for path in WORKDIRS.glob('*/*/config.json'))

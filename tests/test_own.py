@@ -16,7 +16,8 @@ from flax import linen, nnx
 import fedjax_llm as fl
 from fedjax_llm import train, tree
 from fedjax_llm.adapters import peft
-from fedjax_llm.types import Cohort, Error, LossSum, LowRank
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Cohort, Error, LossSum
 
 K, B, D, H, C = 4, 8, 5, 16, 3
 NAMES = ('inner', 'out')

@@ -15,7 +15,8 @@ import safetensors.numpy
 from fedjax_llm import adapters, models
 from fedjax_llm.adapters import peft
 from fedjax_llm.models import families
-from fedjax_llm.types import Batch, Error, LowRank
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Batch, Error
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 NAMES = ('lora', 'rslora', 'patterns', 'dora')

@@ -10,10 +10,12 @@ import pytest
 import safetensors.numpy
 
 from fedjax_llm import adapters, models
-from fedjax_llm.adapters import fused, peft
+from fedjax_llm.adapters import peft
+from fedjax_llm.adapters.peft import fused
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.models import families
-from fedjax_llm.types import Batch, Error, LowRank
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Batch, Error
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 FUSED = ('gpt2', 'phi3', 'gpt_neox')

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fedjax_llm import models, rebuild
+from fedjax_llm import models
 from fedjax_llm.adapters import peft
+from fedjax_llm.run import rebuild
 from fedjax_llm.types import Error
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'

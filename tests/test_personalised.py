@@ -15,14 +15,15 @@ from fedjax_llm import (
   aggregators,
   local,
   recipes,
+  scopes,
   server,
-  sharding,
   tree,
   uploads,
 )
-from fedjax_llm.adapters import multi
-from fedjax_llm.clients import scopes
-from fedjax_llm.types import Codec, Error, LossSum, LowRank
+from fedjax_llm.adapters.low_rank import multi
+from fedjax_llm.devices import sharding
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Codec, Error, LossSum
 
 KEY = jax.random.key(0)
 K, S, ROUNDS, RATE = 4, 3, 10, 0.1

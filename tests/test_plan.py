@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm import config, plan
+from fedjax_llm import plan
 from fedjax_llm.models import config as config_lib
-from fedjax_llm.plan import blocks, costs, probe, published, work
-from fedjax_llm.sections import SPEC
+from fedjax_llm.plan import probe, published, work
+from fedjax_llm.run import blocks, config, costs
+from fedjax_llm.run.sections import SPEC
 from fedjax_llm.types import Error
 
 ROOT = pathlib.Path(__file__).parents[1]

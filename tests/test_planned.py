@@ -23,16 +23,10 @@ from test_variants import (
   wire,
 )
 
-from fedjax_llm import (
-  adapters,
-  checkpoint,
-  local,
-  recipes,
-  train,
-  tree,
-  uploads,
-)
-from fedjax_llm.clients import policies, profiles
+from fedjax_llm import adapters, local, recipes, train, tree, uploads
+from fedjax_llm.clients import profiles
+from fedjax_llm.run import checkpoint
+from fedjax_llm.scopes import policies
 from fedjax_llm.types import Error, Reports
 
 KEY = jax.random.key(0)

@@ -7,7 +7,7 @@ import pytest
 
 import fedjax_llm as fl
 from fedjax_llm import models
-from fedjax_llm.models import load
+from fedjax_llm.models.files import load
 from fedjax_llm.types import Batch, Error
 
 # What must not be rounded: powers, roots, angles, and sums of them.

@@ -13,7 +13,8 @@ from fedjax_llm import models
 from fedjax_llm.adapters.changes import Amended
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.models import quantised
-from fedjax_llm.types import Batch, Cohort, Error, LowRank
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Batch, Cohort, Error
 
 pytest.importorskip('qwix')
 

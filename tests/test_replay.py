@@ -11,15 +11,8 @@ import numpy as np
 import pytest
 import toy
 
-from fedjax_llm import (
-  aggregators,
-  recipes,
-  replay,
-  server,
-  train,
-  tree,
-  values,
-)
+from fedjax_llm import aggregators, recipes, replay, server, train, tree
+from fedjax_llm.replay import values
 from fedjax_llm.types import Error
 
 ROOT = pathlib.Path(__file__).parents[1]

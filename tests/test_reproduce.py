@@ -138,7 +138,7 @@ def test_noise_is_on_what_travels_after_clipping():
 
 def test_the_error_of_the_product_is_linear_where_a_is_frozen():
   ffa = room('ffa')
-  ones = fl.types.LowRank(jnp.ones((1, 6, 2)), jnp.ones((1, 2, 5)), jnp.ones(1))
+  ones = fl.nodes.LowRank(jnp.ones((1, 6, 2)), jnp.ones((1, 2, 5)), jnp.ones(1))
   params = {'q': ones}
   assert abs(ffa.exponent(params, 3.0, 0, 'ffa') - 1) < 1e-5
   assert 1.3 < ffa.exponent(params, 3.0, 0, 'lora') < 2

@@ -11,16 +11,10 @@ import pytest
 import references_lora as ref
 import toy
 
-from fedjax_llm import (
-  aggregators,
-  linalg,
-  narration,
-  recipes,
-  server,
-  tree,
-  types,
-)
-from fedjax_llm.types import Controlled, LowRank, Masks
+from fedjax_llm import aggregators, linalg, recipes, server, tree, types
+from fedjax_llm.nodes import Controlled, LowRank
+from fedjax_llm.run import narration
+from fedjax_llm.types import Masks
 
 KEY = jax.random.key(0)
 SETTINGS: dict[str, Any] = {'krum': dict(num_byzantine=0)}

@@ -9,8 +9,9 @@ import references
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedjax_llm.nodes import LowRank
 from fedjax_llm.server import optimizers
-from fedjax_llm.types import Error, LowRank
+from fedjax_llm.types import Error
 
 few = settings(max_examples=15, deadline=None, derandomize=True)
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from fedjax_llm import sharding
+from fedjax_llm.devices import sharding
 from fedjax_llm.types import Error
 
 # rule : rows of the mesh ('clients') : columns ('model') : block : cohort

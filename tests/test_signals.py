@@ -13,7 +13,8 @@ import time
 import pytest
 import runs
 
-from fedjax_llm import _early, checkpoint, data, narration, signals, train
+from fedjax_llm import _early, data, train
+from fedjax_llm.run import checkpoint, narration, signals
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FIELDS = {'algorithm__name': 'fed_avg', 'num_rounds': 4}

@@ -13,8 +13,7 @@ import pytest
 import tiny
 from tiny import close
 
-from fedjax_llm import aggregators, local, recipes, tree
-from fedjax_llm.clients import scopes
+from fedjax_llm import aggregators, local, recipes, scopes, tree
 from fedjax_llm.local.gradients import backprop
 from fedjax_llm.types import (
   ClientState,

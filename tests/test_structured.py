@@ -33,12 +33,12 @@ from fedjax_llm import (
   local,
   models,
   recipes,
+  scopes,
   tree,
   uploads,
 )
 from fedjax_llm import clients as rooms
 from fedjax_llm.adapters import gates
-from fedjax_llm.clients import scopes
 from fedjax_llm.recipes.lora import slora
 from fedjax_llm.recipes.ranks.fed_hm import frobenius_decay
 from fedjax_llm.recipes.ranks.hafl import important

@@ -11,16 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from fedjax_llm import (
-  aggregators,
-  config,
-  metrics,
-  narration,
-  sweep,
-  workdir,
-)
+from fedjax_llm import aggregators, sweep
 from fedjax_llm.aggregators import from_rule
-from fedjax_llm.sections import SPEC
+from fedjax_llm.run import config, metrics, narration, workdir
+from fedjax_llm.run.sections import SPEC
 from fedjax_llm.sweep import grid as grids
 from fedjax_llm.sweep import groups, population, singly, table
 from fedjax_llm.train import train

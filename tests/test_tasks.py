@@ -8,23 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm import (
-  batching,
-  config,
-  data,
-  experiment,
-  local,
-  models,
-  tasks,
-  train,
-)
+from fedjax_llm import batching, data, local, models, train
 from fedjax_llm.adapters import peft
 from fedjax_llm.clients import cohorts
 from fedjax_llm.data import collate, encoding
 from fedjax_llm.data.sources import Record
 from fedjax_llm.models import families
 from fedjax_llm.plan import work
-from fedjax_llm.sections import SPEC
+from fedjax_llm.run import config, experiment, tasks
+from fedjax_llm.run.sections import SPEC
 from fedjax_llm.server.widths import narrowed
 from fedjax_llm.types import (
   Batch,

@@ -7,8 +7,8 @@ import types
 
 import pytest
 
-from fedjax_llm import builders, metrics, trackers
-from fedjax_llm.sections import SPEC
+from fedjax_llm.run import builders, metrics, trackers
+from fedjax_llm.run.sections import SPEC
 from fedjax_llm.types import Error
 
 CONFIG = {'seed': 3, 'local': {'name': 'adamw', 'learning_rate': 0.1}}

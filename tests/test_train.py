@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm import checkpoint, data, models, report, tasks, train
+from fedjax_llm import data, models, report, train
 from fedjax_llm.adapters import peft
+from fedjax_llm.run import checkpoint, tasks
 from fedjax_llm.types import Batch, Model
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -6,14 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedjax_llm import tree
-from fedjax_llm.types import (
-  Frozen,
-  LowRank,
-  Masks,
-  Private,
-  Shared,
-  Uploads,
-)
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Frozen, Masks, Private, Shared, Uploads
 
 few = settings(max_examples=15, deadline=None, derandomize=True)
 

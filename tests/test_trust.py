@@ -9,8 +9,9 @@ import sys
 import pytest
 import runs
 
-from fedjax_llm import export, rebuild, replay, train
+from fedjax_llm import export, replay, train
 from fedjax_llm.report import __main__ as report
+from fedjax_llm.run import rebuild
 from fedjax_llm.types import Error
 
 CALLED = []

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedjax_llm import tree, uploads
-from fedjax_llm.types import Context, Error, LowRank, Masks
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Context, Error, Masks
 
 KEY = jax.random.key(0)  # these codecs draw nothing
 HERE = Context(key=KEY)

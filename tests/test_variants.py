@@ -14,11 +14,12 @@ import pytest
 import references_variants as ref
 import toy
 
-from fedjax_llm import adapters, local, recipes, tree, uploads
-from fedjax_llm.adapters import changes, cores, peft
-from fedjax_llm.adapters.tensor_train import TensorTrain, split
-from fedjax_llm.clients import scopes
-from fedjax_llm.models import layers, tenants
+from fedjax_llm import adapters, local, recipes, scopes, tree, uploads
+from fedjax_llm.adapters import changes, peft
+from fedjax_llm.adapters.low_rank import cores
+from fedjax_llm.adapters.low_rank.tensor_train import TensorTrain, split
+from fedjax_llm.models import tenants
+from fedjax_llm.models.network import layers
 from fedjax_llm.types import ClientState, Codec, Cohort, Error, LossSum
 
 KEY = jax.random.key(0)

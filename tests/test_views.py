@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from test_mixing import KEY, world
 
-from fedjax_llm import evals, local, recipes, tasks, train, tree, viewing
-from fedjax_llm.adapters import multi
+from fedjax_llm import evals, local, recipes, train, tree
+from fedjax_llm.adapters.low_rank import multi
 from fedjax_llm.evals import views
-from fedjax_llm.types import Dual, Error, Example, LowRank
+from fedjax_llm.nodes import Dual, LowRank
+from fedjax_llm.run import tasks, viewing
+from fedjax_llm.types import Error, Example
 
 __all__ = ['world']  # the fixture
 IDS = np.array([5, 9], np.int32)

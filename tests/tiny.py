@@ -2,6 +2,7 @@
 
 import functools
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import numpy as np
 
 from fedjax_llm import local, models, tree
 from fedjax_llm.local.gradients import mean_loss
-from fedjax_llm.types import Batch, ClientState, Cohort, LowRank
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Batch, ClientState, Cohort
 
 K, S, B, T, V, D, R = 3, 2, 2, 6, 29, 16, 2
 KEY = jax.random.key(5)
@@ -56,14 +58,14 @@ def lora(*targets, seed=1):
   return params
 
 
-def texts(*shape, seed=0, tokens=(1, 20), length=T):
+def texts(*shape, seed=0, tokens: Any = (1, 20), length=T):
   """Texts of random tokens: the first row whole, the others of any length."""
   rng = np.random.default_rng(seed)
-  ends = np.asarray(rng.integers(3, length + 1, size=(*shape, 1)))
+  ends = rng.integers(3, length + 1, (*shape, 1))
   ends[..., 0, :] = length
   here = np.arange(length) < ends
   low, high = tokens
-  draw = rng.integers(low, high, size=(*shape, length)).astype(np.int32)
+  draw = rng.integers(low, high, (*shape, length)).astype(np.int32)
   return Batch(
     tokens=np.where(here, draw, 0),
     loss_mask=here & (np.arange(length) > 0),
@@ -72,7 +74,7 @@ def texts(*shape, seed=0, tokens=(1, 20), length=T):
   )
 
 
-def cohort(steps=S, batches=None, ids=IDS, weight=(3.0, 1.0, 2.0)):
+def cohort(steps=S, batches=None, ids: Any = IDS, weight=(3.0, 1.0, 2.0)):
   return Cohort(
     ids=np.asarray(ids),
     batches=texts(len(ids), steps, B) if batches is None else batches,

@@ -11,14 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm import aggregators, local, tree
-from fedjax_llm.types import (
-  ClientState,
-  Cohort,
-  LossSum,
-  LowRank,
-  Masks,
-  Uploads,
-)
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import ClientState, Cohort, LossSum, Masks, Uploads
 
 D, F, R = 4, 3, 2
 

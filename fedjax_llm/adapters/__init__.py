@@ -3,8 +3,6 @@
 The names in `__all__` are those that a config may use.
 """
 
-from fedjax_llm.adapters import cores as cores
-from fedjax_llm.adapters import experts as experts
 from fedjax_llm.adapters import gates as gates
 from fedjax_llm.adapters import targets as targets
 from fedjax_llm.adapters.changes import Dense as Dense
@@ -15,18 +13,22 @@ from fedjax_llm.adapters.changes import fold as fold
 from fedjax_llm.adapters.changes import merge as merge
 from fedjax_llm.adapters.changes import overlay as overlay
 from fedjax_llm.adapters.changes import product as product
-from fedjax_llm.adapters.cores import lora_xs as lora_xs
-from fedjax_llm.adapters.cores import ravan as ravan
 from fedjax_llm.adapters.dense import beside as beside
 from fedjax_llm.adapters.dense import complete as complete
 from fedjax_llm.adapters.dense import dense as dense
-from fedjax_llm.adapters.dora import dora as dora
+from fedjax_llm.adapters.low_rank import cores as cores
+from fedjax_llm.adapters.low_rank import experts as experts
 from fedjax_llm.adapters.low_rank import factorised as factorised
 from fedjax_llm.adapters.low_rank import federa as federa
 from fedjax_llm.adapters.low_rank import lora as lora
 from fedjax_llm.adapters.low_rank import rslora as rslora
-from fedjax_llm.adapters.tensor_train import tensor_train as tensor_train
-from fedjax_llm.adapters.vera import vera as vera
+from fedjax_llm.adapters.low_rank.cores import lora_xs as lora_xs
+from fedjax_llm.adapters.low_rank.cores import ravan as ravan
+from fedjax_llm.adapters.low_rank.dora import dora as dora
+from fedjax_llm.adapters.low_rank.tensor_train import (
+  tensor_train as tensor_train,
+)
+from fedjax_llm.adapters.low_rank.vera import vera as vera
 
 __all__ = [
   'dora',

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from fedjax_llm import tree
 from fedjax_llm.aggregators.weights import by_weight, equal
 from fedjax_llm.checks import as_rule
+from fedjax_llm.nodes import Controlled
 from fedjax_llm.types import (
   Aggregate,
   Aggregator,
   AnyAggregator,
-  Controlled,
   Error,
   Masks,
   Params,

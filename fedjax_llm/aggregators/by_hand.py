@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import tree
-from fedjax_llm.types import LowRank, Masks, Params, Uploads
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Masks, Params, Uploads
 
 
 def received(

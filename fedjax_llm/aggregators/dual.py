@@ -5,11 +5,11 @@ from typing import Any
 import jax
 
 from fedjax_llm.checks import as_rule
+from fedjax_llm.nodes import Dual
 from fedjax_llm.types import (
   Aggregate,
   Aggregator,
   AnyAggregator,
-  Dual,
   Masks,
   Params,
   Uploads,

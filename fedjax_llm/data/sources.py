@@ -304,7 +304,7 @@ def _record(row: Any, keys: _Keys, where: str) -> Record:
     messages = messages_lib.read(_value(row, key, where), key, where)
     tools = messages_lib.tools(row.get('tools'), where)
   return Record(
-    client, prompt, response, text, messages, label, where, pair, tools
+    client, prompt, response, text, messages, label, where, pair, tools=tools
   )
 
 

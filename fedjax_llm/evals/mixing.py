@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm.adapters import multi
+from fedjax_llm.adapters.low_rank import multi
+from fedjax_llm.nodes import Dual
 from fedjax_llm.types import (
   Base,
   Batch,
-  Dual,
   Error,
   Key,
   Loss,
@@ -130,7 +130,7 @@ def instance_mixed(
   Returns:
     A `Loss` on `Instances`, for `evals.personal`.
 
-  >>> from fedjax_llm.types import LowRank
+  >>> from fedjax_llm.nodes import LowRank
   >>> hidden = lambda base, params, batch: jnp.ones((*batch.tokens.shape, 2))
   >>> def loss(base, params, batch, key):
   ...   return LossSum((params.a @ params.b)[:, 0], jnp.ones(1), jnp.ones(1))

@@ -12,19 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm.adapters import multi
+from fedjax_llm.adapters.low_rank import multi
 from fedjax_llm.evals import memory, mixing
 from fedjax_llm.evals.likelihood import Group, Report, personal
-from fedjax_llm.types import (
-  Base,
-  Batch,
-  Dual,
-  Error,
-  Key,
-  Loss,
-  Model,
-  Params,
-)
+from fedjax_llm.nodes import Dual
+from fedjax_llm.types import Base, Batch, Error, Key, Loss, Model, Params
 
 __all__ = ['fused', 'instance_mixed', 'recalled']
 

@@ -7,15 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import tree
-from fedjax_llm.types import (
-  Base,
-  ClientOutput,
-  Key,
-  LocalUpdate,
-  Loss,
-  LowRank,
-  Params,
-)
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Base, ClientOutput, Key, LocalUpdate, Loss, Params
 
 
 def saliency(

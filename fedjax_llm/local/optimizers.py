@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_llm.types import Error, LowRank, known
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Error, known
 
 
 class LocalOptimizer(NamedTuple):

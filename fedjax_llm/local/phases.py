@@ -27,7 +27,7 @@ class Phase(NamedTuple):
   `when(round)` holds (None: in all). Other rounds leave its leaves and its
   state as they are, cost nothing and send nothing of them.
 
-  >>> from fedjax_llm.clients import scopes
+  >>> from fedjax_llm import scopes
   >>> late = Phase(None, scopes.frozen('^shared/'), lambda round: round >= 5)
   >>> late.when(4), late.when(5)
   (False, True)

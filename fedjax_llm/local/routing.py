@@ -104,7 +104,8 @@ def routed(inner: LocalUpdate) -> LocalUpdate:
   does not train it; the client keeps it (`ClientOutput.private`) where the
   scope makes it private (`clients.assignment.assigned`).
 
-  >>> from fedjax_llm.types import Context, LowRank
+  >>> from fedjax_llm.types import Context
+  >>> from fedjax_llm.nodes import LowRank
   >>> seen = []
   >>> def run(base, start, state, batches, masks, context):
   ...   seen.append(start['q'].held.tolist())

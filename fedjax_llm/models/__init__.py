@@ -4,13 +4,13 @@ The names in `__all__` are those that a config may use.
 """
 
 from fedjax_llm.models import families as families
-from fedjax_llm.models import layers as layers
-from fedjax_llm.models import transformer as transformer
+from fedjax_llm.models.files.load import LoadedModel as LoadedModel
+from fedjax_llm.models.files.load import pretrained as pretrained
+from fedjax_llm.models.files.load import random as random
+from fedjax_llm.models.files.load import save as save
 from fedjax_llm.models.generate import generate as generate
-from fedjax_llm.models.load import LoadedModel as LoadedModel
-from fedjax_llm.models.load import pretrained as pretrained
-from fedjax_llm.models.load import random as random
-from fedjax_llm.models.load import save as save
+from fedjax_llm.models.network import layers as layers
+from fedjax_llm.models.network import transformer as transformer
 from fedjax_llm.models.own import Own as Own
 from fedjax_llm.models.own import own as own
 from fedjax_llm.models.quantised import num_bytes as num_bytes

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm.models import rope as rope_lib
-from fedjax_llm.models.rope import Rope
+from fedjax_llm.models.network import rope as rope_lib
+from fedjax_llm.models.network.rope import Rope
 from fedjax_llm.types import Base, Key
 
 

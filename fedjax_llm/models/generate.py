@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm.models import requests, tenants
-from fedjax_llm.models.load import LoadedModel
-from fedjax_llm.models.prompts import front
-from fedjax_llm.models.transformer import Decoder
+from fedjax_llm.models import tenants
+from fedjax_llm.models.files import requests
+from fedjax_llm.models.files.load import LoadedModel
+from fedjax_llm.models.network.prompts import front
+from fedjax_llm.models.network.transformer import Decoder
 from fedjax_llm.types import Base, Batch, Error, Key, Model, Params
 
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from fedjax_llm.adapters import changes
 from fedjax_llm.models import families
 from fedjax_llm.models.config import Config
-from fedjax_llm.models.load import LoadedModel
+from fedjax_llm.models.files.load import LoadedModel
 from fedjax_llm.nodes import LowRank, protocol
 from fedjax_llm.types import (
   Base,

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm.models import config as config_lib
-from fedjax_llm.models import load
 from fedjax_llm.models.config import Config
 from fedjax_llm.models.families import encoders
+from fedjax_llm.models.files import load
 from fedjax_llm.types import Error
 
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from fedjax_llm import adapters as adapters_lib
 from fedjax_llm.adapters import as_low_rank
-from fedjax_llm.models.layers import Places
-from fedjax_llm.models.transformer import Cache, Decoder
+from fedjax_llm.models.network.layers import Places
+from fedjax_llm.models.network.transformer import Cache, Decoder
 from fedjax_llm.nodes import Dense, LowRank, protocol
 from fedjax_llm.types import Base, Error, Model, Params
 

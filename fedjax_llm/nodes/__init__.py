@@ -15,6 +15,8 @@ from fedjax_llm.nodes.dora import Dora as Dora
 from fedjax_llm.nodes.experts import Experts as Experts
 from fedjax_llm.nodes.experts import Routing as Routing
 from fedjax_llm.nodes.low_rank import LowRank as LowRank
+from fedjax_llm.nodes.parts import Controlled as Controlled
+from fedjax_llm.nodes.parts import Dual as Dual
 from fedjax_llm.nodes.prompt import Prefix as Prefix
 from fedjax_llm.nodes.prompt import Prompt as Prompt
 from fedjax_llm.nodes.protocol import is_node as is_node

@@ -1,4 +1,4 @@
-"""What a run will cost, before it runs: nothing is loaded or downloaded.
+"""Estimates memory, bytes and time of a run, without weights or a download.
 
     python -m fedjax_llm.plan --config C [--config.section.field=value ...]
         [--devices N] [--memory 16GB] [--model DIRECTORY-OR-NAME] [--clients N]
@@ -18,9 +18,9 @@ from collections.abc import Sequence
 
 import jax
 
-from fedjax_llm import command, config, metrics, workdir
-from fedjax_llm.plan import blocks, costs, probe, work
-from fedjax_llm.sections import SPEC
+from fedjax_llm.plan import probe, work
+from fedjax_llm.run import blocks, command, config, costs, metrics, workdir
+from fedjax_llm.run.sections import SPEC
 from fedjax_llm.types import Error
 
 _UNITS = {'': 1, 'K': 10**3, 'M': 10**6, 'G': 10**9, 'T': 10**12}

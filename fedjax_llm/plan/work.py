@@ -11,20 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm import (
-  adapters,
-  batching,
-  builders,
-  config,
-  local,
-  models,
-  tasks,
-  tree,
-)
+from fedjax_llm import adapters, batching, local, models, tree
 from fedjax_llm.models import config as config_lib
-from fedjax_llm.models import families, load, quantised
-from fedjax_llm.plan import costs, published
-from fedjax_llm.sections import SPEC
+from fedjax_llm.models import families, quantised
+from fedjax_llm.models.files import load
+from fedjax_llm.plan import published
+from fedjax_llm.run import builders, config, costs, tasks
+from fedjax_llm.run.sections import SPEC
 from fedjax_llm.types import Cohort, Error, FederatedAlgorithm, LossSum
 
 
@@ -200,7 +193,7 @@ def read(
   K = -(-K // rows)
   block = block_size or settings.block_size
   if block == 'auto':
-    from fedjax_llm.plan import blocks
+    from fedjax_llm.run import blocks
 
     block = blocks.rule(B * T, K)
   m = min(int(block or K), K)

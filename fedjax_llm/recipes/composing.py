@@ -6,8 +6,7 @@ Every recipe takes a loss and a local optimizer, and hands further keywords
 
 from typing import Any
 
-from fedjax_llm import aggregators, local, server, uploads
-from fedjax_llm.clients import scopes
+from fedjax_llm import aggregators, local, scopes, server, uploads
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.types import (
   Error,

@@ -18,12 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import aggregators, local, server, tree
-from fedjax_llm.adapters import multi
-from fedjax_llm.clients import scopes
+from fedjax_llm import aggregators, local, scopes, server, tree
+from fedjax_llm.adapters.low_rank import multi
+from fedjax_llm.nodes import Dual
 from fedjax_llm.recipes import composing
 from fedjax_llm.types import (
-  Dual,
   FederatedAlgorithm,
   Key,
   LocalUpdate,

@@ -9,19 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm import (
+from fedjax_llm import clients
+from fedjax_llm.devices import compilation, sharding
+from fedjax_llm.run import (
   checkpoint,
-  clients,
-  compilation,
   config,
   experiment,
   metrics,
   rebuild,
   resume,
-  sharding,
   workdir,
 )
-from fedjax_llm.sections import SPEC
+from fedjax_llm.run.sections import SPEC
 from fedjax_llm.types import (
   Base,
   Cohort,

@@ -10,18 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fedjax_llm import (
-  builders,
-  command,
-  experiment,
-  metrics,
-  narration,
-  rates,
-  rebuild,
-  replay,
-  values,
-  workdir,
-)
+from fedjax_llm import replay
+from fedjax_llm.replay import values
 from fedjax_llm.replay.moments import (
   Moment,
   before,
@@ -29,6 +19,16 @@ from fedjax_llm.replay.moments import (
   heldout_score,
   play,
   without,
+)
+from fedjax_llm.run import (
+  builders,
+  command,
+  experiment,
+  metrics,
+  narration,
+  rates,
+  rebuild,
+  workdir,
 )
 from fedjax_llm.types import Cohort, Draw, Error
 

@@ -1,4 +1,4 @@
-"""A report of runs: one HTML page, and figures.
+"""Writes one HTML page, and its figures, about one run or several.
 
     python -m fedjax_llm.report WORKDIR [WORKDIR ...] --out report.html
 
@@ -10,9 +10,9 @@ In a notebook, where a figure shows itself:
 import pathlib
 from typing import Any
 
-from fedjax_llm import workdir
 from fedjax_llm.report import contents, drawing, markup
 from fedjax_llm.report.runs import Paths, Run, read
+from fedjax_llm.run import workdir
 from fedjax_llm.types import Error
 
 __all__ = ['Run', 'figures', 'page', 'read', 'write']

@@ -6,8 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from fedjax_llm import command, report, workdir
+from fedjax_llm import report
 from fedjax_llm.report.runs import FILES, Run, find
+from fedjax_llm.run import command, workdir
 from fedjax_llm.types import Error
 
 _TABLE = 'table.json'  # what a sweep writes at its end

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fedjax_llm import metrics
 from fedjax_llm.report import numbers
 from fedjax_llm.report.drawing import COLOURS, Key, Picture, run_key
 from fedjax_llm.report.numbers import Curve
 from fedjax_llm.report.runs import Run, said
+from fedjax_llm.run import metrics
 
 Line = tuple[Key, Curve]
 _NAMED = 6  # lines that the words of a figure go into

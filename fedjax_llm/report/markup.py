@@ -5,13 +5,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from fedjax_llm import narration
 from fedjax_llm.report import contents, drawing
 from fedjax_llm.report.contents import Section
 from fedjax_llm.report.drawing import Key, Picture, run_key
 from fedjax_llm.report.runs import Run
 from fedjax_llm.report.style import CSS
 from fedjax_llm.report.tables import Samples, Table
+from fedjax_llm.run import narration
 
 _OPEN = 8  # keys that are shown unasked
 

@@ -5,8 +5,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fedjax_llm import config
 from fedjax_llm.report.runs import Run
+from fedjax_llm.run import config
 
 # Says nothing about what a run computes.
 _SILENT = ('compilation_cache', 'hosts', 'tracking')

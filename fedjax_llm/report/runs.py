@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fedjax_llm import metrics
-from fedjax_llm.records import check_samples, check_sizes
+from fedjax_llm.run import metrics
+from fedjax_llm.run.records import check_samples, check_sizes
 from fedjax_llm.types import Error
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]

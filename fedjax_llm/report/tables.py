@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from fedjax_llm import metrics
 from fedjax_llm.report import numbers
 from fedjax_llm.report.runs import Run, said
+from fedjax_llm.run import metrics
 
 _WORST = 8  # clients of a run that are named
 _DROPPED = 'clients/dropped_out'

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import tree
-from fedjax_llm.clients import scopes
+from fedjax_llm import scopes, tree
+from fedjax_llm.nodes import LowRank
 from fedjax_llm.server import combinations, metrics, step
 from fedjax_llm.server.client import Broadcast, initial, one_round
 from fedjax_llm.server.round import Layout, Sums, Trained, train
@@ -32,7 +32,6 @@ from fedjax_llm.types import (
   FederatedAlgorithm,
   Key,
   LocalUpdate,
-  LowRank,
   Masks,
   Metrics,
   Params,

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import sharding, tree
+from fedjax_llm import tree
+from fedjax_llm.devices import sharding
 from fedjax_llm.server.client import Broadcast, Returned
 from fedjax_llm.server.metrics import Rows
 from fedjax_llm.server.widths import narrowed

@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 
-from fedjax_llm import compilation, config, metrics
-from fedjax_llm.sections import SPEC
+from fedjax_llm.devices import compilation
+from fedjax_llm.run import config, metrics
+from fedjax_llm.run.sections import SPEC
 from fedjax_llm.sweep import folder as folders
 from fedjax_llm.sweep import groups, population, singly
 from fedjax_llm.sweep.grid import Run, short

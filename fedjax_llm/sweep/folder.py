@@ -14,8 +14,8 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fedjax_llm import builders, config, metrics, workdir
-from fedjax_llm.sections import SPEC
+from fedjax_llm.run import builders, config, metrics, workdir
+from fedjax_llm.run.sections import SPEC
 from fedjax_llm.sweep import digest
 from fedjax_llm.sweep.grid import Run, named, word
 from fedjax_llm.types import Error

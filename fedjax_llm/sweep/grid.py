@@ -6,8 +6,8 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fedjax_llm import builders, config
-from fedjax_llm.sections import SPEC
+from fedjax_llm.run import builders, config
+from fedjax_llm.run.sections import SPEC
 from fedjax_llm.types import Error
 
 _LONGEST = 120  # characters of a folder's name

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedjax_llm import batching, builders, experiment
-from fedjax_llm.experiment import Experiment
-from fedjax_llm.sections import SPEC
+from fedjax_llm import batching
+from fedjax_llm.run import builders, experiment
+from fedjax_llm.run.experiment import Experiment
+from fedjax_llm.run.sections import SPEC
 from fedjax_llm.sweep.grid import Run
 from fedjax_llm.types import Cohort, Error
 

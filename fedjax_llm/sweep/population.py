@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedjax_llm import batching, data, metrics, narration, rates, tree
-from fedjax_llm.experiment import Experiment
-from fedjax_llm.plan import blocks, costs
+from fedjax_llm import batching, data, tree
+from fedjax_llm.run import blocks, costs, metrics, narration, rates
+from fedjax_llm.run.experiment import Experiment
 from fedjax_llm.sweep import folder as folders
 from fedjax_llm.sweep import groups, texts
 from fedjax_llm.types import Draw

@@ -9,9 +9,9 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fedjax_llm import builders, command, experiment, workdir
-from fedjax_llm import config as configs
-from fedjax_llm.sections import SPEC
+from fedjax_llm.run import builders, command, experiment, workdir
+from fedjax_llm.run import config as configs
+from fedjax_llm.run.sections import SPEC
 from fedjax_llm.sweep import execute, table
 from fedjax_llm.sweep import figure as figures
 from fedjax_llm.sweep import folder as folders

@@ -4,8 +4,9 @@ import contextlib
 import io
 from collections.abc import Callable, Sequence
 
-from fedjax_llm import config, train, workdir
-from fedjax_llm.narration import Diverged
+from fedjax_llm import train
+from fedjax_llm.run import config, workdir
+from fedjax_llm.run.narration import Diverged
 from fedjax_llm.sweep import folder as folders
 from fedjax_llm.sweep.grid import Run
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedjax_llm import builders, metrics
+from fedjax_llm.run import builders, metrics
 from fedjax_llm.types import Error
 
 LEVEL = 0.95

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from fedjax_llm import batching
-from fedjax_llm.experiment import Tests
+from fedjax_llm.run.experiment import Tests
 from fedjax_llm.types import Cohort
 
 

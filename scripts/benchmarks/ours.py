@@ -13,10 +13,11 @@ import numpy as np
 import peer
 
 import fedjax_llm as fl
-from fedjax_llm import batching, models, recipes, sharding
+from fedjax_llm import batching, models, recipes
 from fedjax_llm.adapters import peft
+from fedjax_llm.devices import sharding
 from fedjax_llm.models import families
-from fedjax_llm.plan import blocks
+from fedjax_llm.run import blocks
 from fedjax_llm.types import Batch, Cohort
 
 

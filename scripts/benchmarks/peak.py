@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import regimes
 
-from fedjax_llm.plan import costs
+from fedjax_llm.run import costs
 
 # (m, k) x (k, n): square ones, and a block's rows into an MLP as regimes have.
 PRODUCTS = ((1024, 1024, 1024), (2048, 2048, 2048), (1024, 256, 688))

@@ -27,7 +27,7 @@ STEPS, RANKS = (1, 2, 4, 8, 16), (2, 4, 8, 16)
 def run(bench: lab.Bench, seeds) -> Outcome:
   all_steps, ranks = ((1, 4), (2, 4)) if bench.smoke else (STEPS, RANKS)
   middle = 2 if bench.smoke else MIDDLE
-  scope = fl.clients.scopes.ranks()
+  scope = fl.scopes.ranks()
 
   def make(numbers):
     return fl.recipes.fed_it(

@@ -44,7 +44,7 @@ def run(bench: lab.Bench, seeds) -> Outcome:
       bench.loss(),
       lab.adamw(RATE),
       server_learning_rate=numbers['rate'],
-      scope=fl.clients.scopes.ranks(),
+      scope=fl.scopes.ranks(),
       **common,
     )
 

@@ -29,7 +29,7 @@ def run(bench: lab.Bench, seeds) -> Outcome:
 
   def maker(name):
     recipe = getattr(fl.recipes, name)
-    more = {'scope': fl.clients.scopes.everything()} if name == 'flora' else {}
+    more = {'scope': fl.scopes.everything()} if name == 'flora' else {}
     return lambda numbers: recipe(
       bench.loss(),
       lab.adamw(numbers['rate']),

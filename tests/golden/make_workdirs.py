@@ -14,8 +14,9 @@ import shutil
 import sys
 import tempfile
 
-from fedjax_llm import config, train
-from fedjax_llm.sections import SPEC
+from fedjax_llm import train
+from fedjax_llm.run import config
+from fedjax_llm.run.sections import SPEC
 from fedjax_llm.types import Error
 
 HERE = pathlib.Path(__file__).parent

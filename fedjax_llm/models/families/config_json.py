@@ -10,11 +10,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedjax_llm.models import layers
 from fedjax_llm.models.config import Config
 from fedjax_llm.models.families import ropes
 from fedjax_llm.models.families.names import FAMILIES, family
 from fedjax_llm.models.families.tables import Family
+from fedjax_llm.models.network import layers
 from fedjax_llm.types import Error
 
 # Switches that other networks have: here they have one value or none, unless

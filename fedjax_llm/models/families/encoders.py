@@ -10,7 +10,7 @@ from fedjax_llm.models.families.tables import (
   Module,
   layer_modules,
 )
-from fedjax_llm.models.rope import Rope
+from fedjax_llm.models.network.rope import Rope
 
 SHAPE = {
   'norm': 'layer',

@@ -6,7 +6,7 @@ from fedjax_llm.models.families.tables import (
   Module,
   layer_modules,
 )
-from fedjax_llm.models.rope import Rope
+from fedjax_llm.models.network.rope import Rope
 from fedjax_llm.types import Error
 
 _ALL_BIASES = {'qkv_bias': True, 'output_bias': True, 'mlp_bias': True}

@@ -10,7 +10,7 @@ from fedjax_llm.models.families.tables import (
   read_windows,
   write_windows,
 )
-from fedjax_llm.models.rope import Rope
+from fedjax_llm.models.network.rope import Rope
 from fedjax_llm.types import Error
 
 _ATTENTION = {

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fedjax_llm.models.rope import Rope
+from fedjax_llm.models.network.rope import Rope
 from fedjax_llm.types import Error
 
 _ORIGINAL = 'original_max_position_embeddings'

@@ -8,17 +8,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fedjax_llm import aggregators, server, tree
-from fedjax_llm.clients import scopes
+from fedjax_llm import aggregators, scopes, server, tree
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.local.sgd import descend
+from fedjax_llm.nodes import Controlled
 from fedjax_llm.recipes.composing import (
   compose,
 )
 from fedjax_llm.types import (
   AnyAggregator,
   ClientOutput,
-  Controlled,
   Error,
   FederatedAlgorithm,
   Key,

@@ -31,7 +31,8 @@ def fed_it(
   >>> from fedjax_llm import local
   >>> import jax
   >>> from jax import numpy as jnp
-  >>> from fedjax_llm.types import Cohort, LossSum, LowRank
+  >>> from fedjax_llm.types import Cohort, LossSum
+  >>> from fedjax_llm.nodes import LowRank
   >>> loss = lambda base, p, x, key: LossSum(
   ...   jnp.sum((p.a @ p.b - x) ** 2), *jnp.float32([1, 0]))
   >>> method = fed_it(loss, local.optimizer('sgd', 0.1))

@@ -33,7 +33,7 @@ def fed_sb(
 
   >>> import jax
   >>> from jax import numpy as jnp
-  >>> from fedjax_llm.clients import scopes
+  >>> from fedjax_llm import scopes
   >>> from fedjax_llm import adapters, local
   >>> method = fed_sb(None, local.optimizer('adamw'))
   >>> base, key = {'q': {'kernel': jnp.ones((4, 3))}}, jax.random.key(0)

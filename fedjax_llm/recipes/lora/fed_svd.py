@@ -5,8 +5,7 @@ Lee et al. 2025, arXiv 2505.12805.
 
 from typing import Any
 
-from fedjax_llm import aggregators
-from fedjax_llm.clients import scopes
+from fedjax_llm import aggregators, scopes
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.recipes.composing import (
   with_rule,

@@ -5,7 +5,7 @@ Ghiasvand et al. 2025, arXiv 2410.13097.
 
 from typing import Any
 
-from fedjax_llm.clients import scopes
+from fedjax_llm import scopes
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.recipes.averaging.fed_avg import fed_avg
 from fedjax_llm.recipes.composing import refuse

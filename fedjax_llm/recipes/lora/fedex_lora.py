@@ -36,7 +36,7 @@ def fedex_lora(
   >>> from fedjax_llm import local
   >>> from jax import numpy as jnp
   >>> from fedjax_llm import adapters
-  >>> from fedjax_llm.types import LowRank
+  >>> from fedjax_llm.nodes import LowRank
   >>> method = fedex_lora(None, local.optimizer('adamw'), fold=adapters.fold)
   >>> params = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
   >>> method.init(None, params).params.residual.shape  # for what factors miss

@@ -5,7 +5,7 @@ Sun et al. 2024, arXiv 2403.12313.
 
 from typing import Any
 
-from fedjax_llm.clients import scopes
+from fedjax_llm import scopes
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.recipes.averaging.fed_avg import fed_avg
 from fedjax_llm.types import FederatedAlgorithm, Loss
@@ -29,7 +29,7 @@ def ffa_lora(
 
   >>> from fedjax_llm import local, server
   >>> from jax import numpy as jnp
-  >>> from fedjax_llm.types import LowRank
+  >>> from fedjax_llm.nodes import LowRank
   >>> method = ffa_lora(
   ...   None, local.optimizer('adamw'), server=server.fed_avgm())
   >>> node = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))

@@ -5,8 +5,7 @@ Kuo et al. 2024, arXiv 2406.05233.
 
 from typing import Any
 
-from fedjax_llm import aggregators, server, tree, uploads
-from fedjax_llm.clients import scopes
+from fedjax_llm import aggregators, scopes, server, tree, uploads
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.recipes.averaging.fed_avg import fed_avg
 from fedjax_llm.recipes.composing import SLOWLY, refuse

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import local, tree, uploads
-from fedjax_llm.clients import scopes
+from fedjax_llm import local, scopes, tree, uploads
 from fedjax_llm.local import LocalOptimizer
+from fedjax_llm.nodes import LowRank
 from fedjax_llm.recipes.composing import compose
 from fedjax_llm.types import (
   ClientOutput,
@@ -18,7 +18,6 @@ from fedjax_llm.types import (
   FederatedAlgorithm,
   LocalUpdate,
   Loss,
-  LowRank,
   Masks,
   Params,
 )

@@ -5,7 +5,7 @@ Chen et al. 2024, arXiv 2409.02346.
 
 from typing import Any
 
-from fedjax_llm.clients import scopes
+from fedjax_llm import scopes
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.recipes.averaging.fed_avg import fed_avg
 from fedjax_llm.types import FederatedAlgorithm, Loss

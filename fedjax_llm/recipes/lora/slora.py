@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import linalg, local, server
-from fedjax_llm.clients import scopes
+from fedjax_llm import linalg, local, scopes, server
 from fedjax_llm.local import LocalOptimizer
+from fedjax_llm.nodes import LowRank
 from fedjax_llm.recipes.averaging.fed_avg import fed_avg
 from fedjax_llm.recipes.composing import (
   refuse,
@@ -21,7 +21,6 @@ from fedjax_llm.types import (
   FederatedAlgorithm,
   Key,
   Loss,
-  LowRank,
   Masks,
   Params,
   Scope,

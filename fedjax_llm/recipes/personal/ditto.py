@@ -8,10 +8,10 @@ from typing import Any
 from fedjax_llm import local, tree
 from fedjax_llm.local import LocalOptimizer, Phase
 from fedjax_llm.local.sgd import descend
+from fedjax_llm.nodes import Dual
 from fedjax_llm.recipes import dual
 from fedjax_llm.types import (
   ClientOutput,
-  Dual,
   Error,
   FederatedAlgorithm,
   LocalUpdate,

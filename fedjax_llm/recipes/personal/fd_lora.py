@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_llm import aggregators, local, tree
-from fedjax_llm.adapters import multi
+from fedjax_llm.adapters.low_rank import multi
 from fedjax_llm.local import LocalOptimizer, Phase
 from fedjax_llm.local.phases import Counted
+from fedjax_llm.nodes import Dual
 from fedjax_llm.recipes import dual
 from fedjax_llm.recipes.composing import (
   refuse,
 )
 from fedjax_llm.types import (
-  Dual,
   Error,
   FederatedAlgorithm,
   LocalUpdate,

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm import adapters, aggregators, local, server
-from fedjax_llm.clients import assignment, policies
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.recipes.composing import (
   compose,
   refuse,
 )
+from fedjax_llm.scopes import assignment, policies
 from fedjax_llm.types import FederatedAlgorithm, Loss, Metrics, Params, Uploads
 
 # What the config of each method changes.
@@ -78,7 +78,7 @@ def fed_amole(
   Raises:
     Error: bounds that no assignment satisfies; another scope or aggregator.
 
-  >>> from fedjax_llm.types import LowRank
+  >>> from fedjax_llm.nodes import LowRank
   >>> node = LowRank(jnp.ones((2, 5, 4)), jnp.ones((2, 4, 3)), jnp.ones(2))
   >>> method = fed_amole(
   ...   None, local.optimizer('sgd'), num_clients=3, num_experts=5)

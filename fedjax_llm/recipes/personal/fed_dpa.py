@@ -8,11 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from fedjax_llm import local, tree
-from fedjax_llm.adapters import multi
+from fedjax_llm.adapters.low_rank import multi
 from fedjax_llm.local import LocalOptimizer, Phase
 from fedjax_llm.local.phases import Counted
+from fedjax_llm.nodes import Dual
 from fedjax_llm.recipes import dual
-from fedjax_llm.types import Dual, Error, FederatedAlgorithm, LocalUpdate, Loss
+from fedjax_llm.types import Error, FederatedAlgorithm, LocalUpdate, Loss
 
 # What the config of each method changes.
 NEEDS = {
@@ -47,7 +48,7 @@ def fed_dpa_t(
     Error: a weight that is not between 0 and 1.
 
   >>> import jax
-  >>> from fedjax_llm.types import LowRank
+  >>> from fedjax_llm.nodes import LowRank
   >>> method = fed_dpa_t(None, local.optimizer('adamw'), local_weight=0.5)
   >>> params = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
   >>> start = method.init(jax.random.key(0), params).params

@@ -3,10 +3,11 @@
 from typing import Any
 
 from fedjax_llm import local
-from fedjax_llm.adapters import multi
+from fedjax_llm.adapters.low_rank import multi
 from fedjax_llm.local import LocalOptimizer, Phase
+from fedjax_llm.nodes import Dual
 from fedjax_llm.recipes import dual
-from fedjax_llm.types import Dual, FederatedAlgorithm, Loss
+from fedjax_llm.types import FederatedAlgorithm, Loss
 
 # What the config of each method changes.
 NEEDS = {
@@ -36,7 +37,7 @@ def fed_lora(
 
   >>> import jax
   >>> from jax import numpy as jnp
-  >>> from fedjax_llm.types import LowRank
+  >>> from fedjax_llm.nodes import LowRank
   >>> method = fed_lora(None, local.optimizer('adamw'))
   >>> params = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
   >>> method.init(jax.random.key(0), params).params.shared.shape  # theta

@@ -5,8 +5,7 @@ Collins et al. 2021, arXiv 2102.07089.
 
 from typing import Any
 
-from fedjax_llm import local
-from fedjax_llm.clients import scopes
+from fedjax_llm import local, scopes
 from fedjax_llm.local import LocalOptimizer, Phase
 from fedjax_llm.recipes import dual
 from fedjax_llm.recipes.composing import compose, refuse
@@ -41,7 +40,7 @@ def fed_rep(
     private_steps: see `recipes.dual`; the paper gives the body one epoch.
 
   >>> from jax import numpy as jnp
-  >>> from fedjax_llm.types import LowRank
+  >>> from fedjax_llm.nodes import LowRank
   >>> method = fed_rep(None, local.optimizer('adamw'))
   >>> node = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
   >>> kept = method.init_client({'q': node}).private['q']

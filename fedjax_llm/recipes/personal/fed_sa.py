@@ -5,7 +5,7 @@ Guo et al. 2025, arXiv 2410.01463.
 
 from typing import Any
 
-from fedjax_llm.clients import scopes
+from fedjax_llm import scopes
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.recipes.averaging.fed_avg import fed_avg
 from fedjax_llm.types import FederatedAlgorithm, Loss
@@ -37,7 +37,7 @@ def fed_sa(
 
   >>> from fedjax_llm import local
   >>> from jax import numpy as jnp
-  >>> from fedjax_llm.types import LowRank
+  >>> from fedjax_llm.nodes import LowRank
   >>> method = fed_sa(None, local.optimizer('adamw'))
   >>> node = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
   >>> kept = method.init_client({'q': node}).private['q']

@@ -8,18 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import aggregators, local, tree, uploads
-from fedjax_llm.clients import scopes
+from fedjax_llm import aggregators, local, scopes, tree, uploads
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.local.importance import saliency
 from fedjax_llm.local.phases import Counted
+from fedjax_llm.nodes import Dual
 from fedjax_llm.recipes import dual
 from fedjax_llm.recipes.composing import (
   refuse,
 )
 from fedjax_llm.types import (
   ClientOutput,
-  Dual,
   Error,
   FederatedAlgorithm,
   LocalUpdate,

@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import aggregators, local
-from fedjax_llm.clients import scopes
+from fedjax_llm import aggregators, local, scopes
 from fedjax_llm.local import LocalOptimizer
+from fedjax_llm.nodes import LowRank
 from fedjax_llm.recipes.composing import (
   compose,
   refuse,
 )
-from fedjax_llm.types import Error, FederatedAlgorithm, Loss, LowRank
+from fedjax_llm.types import Error, FederatedAlgorithm, Loss
 
 # What the config of each method changes.
 NEEDS = {

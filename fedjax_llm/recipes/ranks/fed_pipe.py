@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from fedjax_llm import aggregators, local, server
-from fedjax_llm.clients import allotment, policies
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.recipes.composing import (
   compose,
   refuse,
 )
+from fedjax_llm.scopes import allotment, policies
 from fedjax_llm.types import Error, FederatedAlgorithm, Loss
 
 # What the config of each method changes.
@@ -58,7 +58,7 @@ def fed_pipe(
     Error: no budgets; another scope.
 
   >>> import jax
-  >>> from fedjax_llm.types import LowRank
+  >>> from fedjax_llm.nodes import LowRank
   >>> ones = jax.numpy.ones
   >>> node = LowRank(ones((2, 3, 4)), ones((2, 4, 5)), ones(2))
   >>> method = fed_pipe(

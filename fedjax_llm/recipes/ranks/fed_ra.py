@@ -6,8 +6,7 @@ Su et al. 2024, arXiv 2311.11227.
 import functools
 from typing import Any
 
-from fedjax_llm import adapters, aggregators, server
-from fedjax_llm.clients import scopes
+from fedjax_llm import adapters, aggregators, scopes, server
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.recipes.averaging.fed_avg import fed_avg
 from fedjax_llm.recipes.composing import (
@@ -48,7 +47,7 @@ def fed_ra(
 
   >>> from jax import numpy as jnp
   >>> from fedjax_llm import local
-  >>> from fedjax_llm.types import LowRank
+  >>> from fedjax_llm.nodes import LowRank
   >>> method = fed_ra(None, local.optimizer('adamw'))
   >>> params = {'layers': {'q': LowRank(
   ...   jnp.ones((6, 4, 2)), jnp.zeros((6, 2, 3)), jnp.ones(6))}}

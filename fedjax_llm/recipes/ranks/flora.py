@@ -5,8 +5,7 @@ Wang et al. 2024, arXiv 2409.05976.
 
 from typing import Any
 
-from fedjax_llm import aggregators, uploads
-from fedjax_llm.clients import scopes
+from fedjax_llm import aggregators, scopes, uploads
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.recipes.composing import RANKS, with_rule
 from fedjax_llm.types import FederatedAlgorithm, Loss
@@ -33,7 +32,7 @@ def flora(
   >>> from jax import numpy as jnp
   >>> from fedjax_llm import local
   >>> from fedjax_llm import adapters
-  >>> from fedjax_llm.types import LowRank
+  >>> from fedjax_llm.nodes import LowRank
   >>> method = flora(None, local.optimizer('adamw'), fold=adapters.fold)
   >>> params = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
   >>> method.init(None, params).params.residual.shape  # on its way to the base

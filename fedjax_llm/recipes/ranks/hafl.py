@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import aggregators, local, tree, uploads
-from fedjax_llm.clients import scopes
+from fedjax_llm import aggregators, local, scopes, tree, uploads
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.local.importance import saliency
+from fedjax_llm.nodes import LowRank
 from fedjax_llm.recipes.composing import (
   RANKS,
   compose,
@@ -23,7 +23,6 @@ from fedjax_llm.types import (
   FederatedAlgorithm,
   LocalUpdate,
   Loss,
-  LowRank,
   Masks,
   Params,
   Scope,
@@ -53,7 +52,7 @@ def hafl(
   client's profile. Which units it trained travels as well, a bit a unit. The
   variant that truncates instead, and the quantisation of HAFLQ, are left out.
 
-  >>> from fedjax_llm.types import LowRank
+  >>> from fedjax_llm.nodes import LowRank
   >>> method = hafl(None, local.optimizer('adamw'))
   >>> params = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
   >>> method.init_client(params).local.sensitivity.a.shape  # of every entry

@@ -8,22 +8,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import aggregators, tree
-from fedjax_llm.clients import scopes
+from fedjax_llm import aggregators, scopes, tree
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.local.sgd import descend
+from fedjax_llm.nodes import LowRank
 from fedjax_llm.recipes.composing import (
   RANKS,
   compose,
   refuse,
 )
+from fedjax_llm.scopes.labels import rank_of
 from fedjax_llm.types import (
   ClientOutput,
   Error,
   FederatedAlgorithm,
   LocalUpdate,
   Loss,
-  LowRank,
   Masks,
   Params,
   Scope,
@@ -57,7 +57,7 @@ def het_lora(
   paper leaves open: whether the norm runs over a client or a target (`per`).
 
   >>> from fedjax_llm import local
-  >>> from fedjax_llm.types import LowRank
+  >>> from fedjax_llm.nodes import LowRank
   >>> method = het_lora(None, local.optimizer('adamw'))
   >>> params = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
   >>> int(method.init_client(params).local.rank)  # before it prunes itself
@@ -83,7 +83,7 @@ def _pruned_ranks() -> Scope:
   inner = scopes.ranks()
 
   def mask(start, state, context):
-    rank = jnp.minimum(scopes.rank_of(context.profile), state.local.rank)
+    rank = jnp.minimum(rank_of(context.profile), state.local.rank)
     return inner.mask(start, state, context._replace(profile=rank))
 
   return inner._replace(mask=mask)

@@ -57,7 +57,7 @@ def rbla(
   that no client of the round holds keeps its value.
 
   >>> from jax import numpy as jnp
-  >>> from fedjax_llm.types import LowRank
+  >>> from fedjax_llm.nodes import LowRank
   >>> node = lambda x: LowRank(jnp.full((1, 2), x), jnp.zeros((2, 1)), None)
   >>> sent = aggregators.received(
   ...   node(1.0), [node(4.0), node(8.0)], ranks=[1, 2])

@@ -1,0 +1,7 @@
+"""PEFT directories, written and read."""
+
+from fedjax_llm.adapters.peft.directory import CONFIG as CONFIG
+from fedjax_llm.adapters.peft.directory import WEIGHTS as WEIGHTS
+from fedjax_llm.adapters.peft.directory import load as load
+from fedjax_llm.adapters.peft.directory import refusal as refusal
+from fedjax_llm.adapters.peft.directory import save as save

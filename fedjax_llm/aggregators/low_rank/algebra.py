@@ -1,0 +1,253 @@
+"""The low-rank algebra: stacks of products s_k a_k b_k without their matrices.
+
+A stack of `LowRank` nodes has a of [K, ..., D, R], b of [K, ..., R, F] and
+scale of [K, ...]; the dots are the layers, and everything is batched over them.
+A weight [K] sums to one (`tree.normalise`). Only `dense` makes a matrix of
+[D, F]. All in float32 with full-precision products: accelerators would round
+the factors to TF32 or bfloat16.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm import linalg, tree
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Error
+
+
+def is_node(x: object) -> bool:
+  """True for the nodes on which this algebra works."""
+  return isinstance(x, LowRank)
+
+
+def dot(x: jax.Array, y: jax.Array) -> jax.Array:
+  """x @ y in float32, batched, nothing rounded on the way."""
+  wide = lambda z: z.astype(jnp.float32)
+  return jnp.matmul(wide(x), wide(y), precision=jax.lax.Precision.HIGHEST)
+
+
+def _transpose(x: jax.Array) -> jax.Array:
+  return jnp.swapaxes(x, -1, -2)
+
+
+def _of(weight: jax.Array, stacked: jax.Array) -> jax.Array:
+  """[K] against [K, ...]."""
+  return weight.reshape((-1,) + (1,) * (stacked.ndim - 1))
+
+
+def _side_by_side(a: jax.Array) -> jax.Array:
+  """[K, ..., D, R] to [..., D, K R]."""
+  a = jnp.moveaxis(a, 0, -2)
+  return a.reshape(*a.shape[:-2], -1)
+
+
+def _one_over_other(b: jax.Array) -> jax.Array:
+  """[K, ..., R, F] to [..., K R, F]."""
+  b = jnp.moveaxis(b, 0, -3)
+  return b.reshape(*b.shape[:-3], -1, b.shape[-1])
+
+
+# ------------------------------------------------------------------- stacks --
+
+
+def stack(nodes: LowRank, weight: jax.Array) -> LowRank:
+  """One node whose product is exactly sum_k w_k s_k a_k b_k.
+
+      a = [a_1 ... a_K]    [..., D, K R]
+      b = [w_1 s_1 b_1; ...; w_K s_K b_K]    [..., K R, F],    scale = 1
+
+  The aggregation of FLoRA (Wang et al. 2024, arXiv 2409.05976, section 3.2),
+  with scales that may differ between clients.
+
+  >>> nodes = LowRank(jnp.array([[[1.0]], [[2.0]]]),  # [K, D, R]
+  ...                 jnp.array([[[3.0]], [[5.0]]]), jnp.array([1.0, 0.5]))
+  >>> dense(stack(nodes, jnp.array([0.5, 0.5])))  # (3 + 5) / 2
+  Array([[4.]], dtype=float32)
+  """
+  factor = _of(weight, nodes.scale) * nodes.scale
+  b = nodes.b.astype(jnp.float32) * factor[..., None, None]
+  return LowRank(
+    a=_side_by_side(nodes.a.astype(jnp.float32)),
+    b=_one_over_other(b),
+    scale=jnp.ones_like(nodes.scale[0]),
+  )
+
+
+def mean(nodes: LowRank, weight: jax.Array) -> LowRank:
+  """The means of the factors, sum_k w_k a_k and sum_k w_k b_k (FedIT).
+
+  Its product is not the mean of the products: see `residual`. The scale is
+  that of the first client: scales are never averaged.
+  """
+  a, b = tree.weighted_sum((nodes.a, nodes.b), weight)
+  return LowRank(a, b, nodes.scale[0])
+
+
+def residual(
+  nodes: LowRank, weight: jax.Array, served: LowRank | None = None
+) -> LowRank:
+  """What the served factors miss: sum_k w_k s_k a_k b_k - s a b, in factors.
+
+  With s b'_k = s_k b_k it is
+
+      sum_k w_k (a_k - a)(b'_k - b) + a (sum_k w_k b'_k - b)
+        + (sum_k w_k a_k - a) b
+
+  times s. Where a and b are the means the last two terms vanish and the first
+  is the weighted covariance of the factors between clients, of rank at most
+  (K - 1) R; nothing large is subtracted from anything large. `served=None`
+  takes the means and keeps K R columns, otherwise there are (K + 2) R.
+  """
+  exact = served is None
+  served = mean(nodes, weight) if exact else served
+  a_k, b_k = nodes.a.astype(jnp.float32), nodes.b.astype(jnp.float32)
+  if not exact:
+    b_k = b_k * (nodes.scale / served.scale)[..., None, None]
+  da, db = a_k - served.a, b_k - served.b
+  a = _side_by_side(da)
+  b = _one_over_other(db * _of(weight, db))
+  if not exact:
+    mean_a, mean_b = tree.weighted_sum((da, db), weight)
+    a = jnp.concatenate([a, served.a, mean_a], -1)
+    b = jnp.concatenate([b, mean_b, served.b], -2)
+  return LowRank(a, b, served.scale)
+
+
+# -------------------------------------------------------------------- nodes --
+
+
+def dense(node: LowRank) -> jax.Array:
+  """scale a b, [..., D, F]; a residual of the node is left aside."""
+  return dot(node.a, node.b) * node.scale[..., None, None]
+
+
+def svd_round(
+  node: LowRank,
+  rank: int,
+  *,
+  scale: jax.Array | None = None,
+  split: str = 'b',
+) -> LowRank:
+  """The nearest product of that rank in the Frobenius norm (Eckart, Young).
+
+  By QR of either factor and an SVD of the small matrix between; a side that is
+  no longer than the rank of the node stays as it is, so nothing is ever larger
+  than the smaller of both. Its first r columns are the best product of rank r
+  for every r <= `rank`, so truncating it serves clients of any rank.
+
+  Args:
+    node: usually a `stack`, rank Q = K R.
+    rank: columns of the result; zeros fill those beyond the sides.
+    scale: of the result, [...]; that of the node if None.
+    split: where the singular values go: 'b' (a has orthonormal columns, as in
+      FlexLoRA, arXiv 2402.11505), 'a', or 'both' (a root to each).
+
+  Raises:
+    Error: `split` is another word; a rank below one.
+
+  >>> node = LowRank(jnp.eye(2), jnp.diag(jnp.array([3.0, 1.0])), jnp.ones(()))
+  >>> dense(svd_round(node, 1)).round(4).tolist()
+  [[3.0, 0.0], [0.0, 0.0]]
+  """
+  check_split('svd_round', split)
+  if rank < 1:
+    raise Error(f'svd_round: rank={rank} must be at least 1.')
+  scale = node.scale if scale is None else scale
+  q_a, r_a = _qr(node.a.astype(jnp.float32))
+  q_b, r_b = _qr(_transpose(node.b).astype(jnp.float32))
+  small = dot(r_a, _transpose(r_b)) * (node.scale / scale)[..., None, None]
+  u, s, v = linalg.svd(small)
+  u, s, v = u[..., :rank], s[..., :rank], _transpose(v)[..., :rank]
+  if split == 'both':
+    root = jnp.sqrt(s)
+    a, b = u * root[..., None, :], v * root[..., None, :]
+  elif split == 'a':
+    a, b = u * s[..., None, :], v
+  else:
+    a, b = u, v * s[..., None, :]
+  a = a if q_a is None else dot(q_a, a)
+  b = b if q_b is None else dot(q_b, b)
+  missing = [(0, 0)] * (a.ndim - 1) + [(0, rank - a.shape[-1])]
+  return LowRank(
+    jnp.pad(a, missing), _transpose(jnp.pad(b, missing)), jnp.asarray(scale)
+  )
+
+
+def check_split(name: str, split: str) -> None:
+  if split not in ('a', 'b', 'both'):
+    raise Error(f"{name}: split={split!r} is none of 'a', 'b', 'both'.")
+
+
+def _qr(x: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+  """x = q r; q is None, the identity, where it would not make x smaller."""
+  if x.shape[-1] >= x.shape[-2]:
+    return None, x
+  return linalg.qr(x)
+
+
+def _grams(node: LowRank) -> tuple[jax.Array, jax.Array]:
+  return dot(_transpose(node.a), node.a), dot(node.b, _transpose(node.b))
+
+
+def fro_norm(node: LowRank) -> jax.Array:
+  """||scale a b||_F = |scale| sqrt(tr((a'a)(b b'))), [...].
+
+  >>> node = LowRank(jnp.ones((4, 1)), jnp.ones((1, 9)), jnp.float32(-2.0))
+  >>> float(fro_norm(node))
+  12.0
+  """
+  aa, bb = _grams(node)
+  square = jnp.sum(aa * bb, axis=(-1, -2))
+  return jnp.abs(node.scale) * tree.root(jnp.maximum(square, 0.0))
+
+
+def effective_rank(node: LowRank) -> jax.Array:
+  """(sum_i s_i^2)^2 / sum_i s_i^4 of the singular values of a b, [...].
+
+  The participation ratio: r for r equal singular values, 1 if one dominates,
+  0 for a product that is zero. From Gram matrices alone.
+
+  >>> node = LowRank(jnp.eye(5), 3 * jnp.eye(5), jnp.ones(()))
+  >>> round(float(effective_rank(node)), 4)
+  5.0
+  """
+  aa, bb = _grams(node)
+  # Norms first: the fourth powers would leave float32's range.
+  aa, bb = (
+    g / jnp.maximum(_trace(g), 1e-30)[..., None, None] for g in (aa, bb)
+  )
+  both = dot(aa, bb)
+  second = jnp.sum(both * _transpose(both), axis=(-1, -2))
+  some = second > 0
+  return jnp.where(
+    some, jnp.square(_trace(both)) / jnp.where(some, second, 1.0), 0.0
+  )
+
+
+def _trace(x: jax.Array) -> jax.Array:
+  return jnp.trace(x, axis1=-2, axis2=-1)
+
+
+def ridge(
+  nodes: LowRank, weight: jax.Array, served: LowRank, penalty: float
+) -> jax.Array:
+  """The correction c of b that brings a (b + c) nearest the mean product.
+
+      min_c || sum_k w_k a_k b_k - a (b + c) ||^2 + penalty ||c||^2
+      c = (a'a + penalty I)^-1 a' (sum_k w_k a_k b_k - a b)    [..., R, F]
+
+  The closed form of LoRA-FAIR's server problem (Bian et al. 2025, arXiv
+  2411.14961, section 4.2) in squared Frobenius norms. Scales that differ
+  between clients are taken relative to the served one. Through matrices of
+  [R, K R] and [R, R].
+
+  Raises:
+    Error: a penalty that is not positive: a'a may be singular.
+  """
+  if not penalty > 0:
+    raise Error(f'ridge: penalty={penalty} must be positive.')
+  missed = residual(nodes, weight, served)
+  a_t = _transpose(served.a)
+  right = dot(dot(a_t, missed.a), missed.b)
+  gram = dot(a_t, served.a) + penalty * jnp.eye(a_t.shape[-2])
+  return linalg.solve(gram, right)

@@ -1,0 +1,1 @@
+"""Weights in files: safetensors, GGUF, loading into shards."""

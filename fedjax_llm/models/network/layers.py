@@ -1,0 +1,131 @@
+"""The arithmetic of a transformer block: plain functions on arrays.
+
+Weights are the base's own dicts ({'kernel': [D, F], 'bias': [F]}); a leaf of
+the adapter rides beside each. Norms, rotations and softmax run in float32
+whatever the compute dtype is.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm.models.network.attention import Places as Places
+from fedjax_llm.models.network.attention import attention as attention
+from fedjax_llm.models.network.attention import softcapped as softcapped
+from fedjax_llm.nodes import protocol
+from fedjax_llm.nodes.dense import times
+from fedjax_llm.nodes.protocol import Record
+
+# ---------------------------------------------------------------- weights --
+
+
+def linear(
+  x,
+  w: Mapping[str, Any],
+  leaf: Any = None,
+  out_dtype: Any = None,
+  record: Record | None = None,
+) -> jax.Array:
+  """Returns x @ W (+ bias) as the adapter changes it, [..., D] -> [..., F].
+
+  The one place where an adapter acts. `leaf` is a node on W, or a dict of what
+  stands at 'kernel', 'bias', 'input' and 'output'; a node says itself what it
+  does there (`nodes.protocol`), and `record` gathers the statistics of those
+  that have any.
+
+  The change stays a product of its own, so that under `vmap` over adapters
+  the base product is one unbatched matmul with the rows of all clients. A
+  quantised kernel is written out for that product alone; what was folded into
+  it is a product of its own (`nodes.Amended`).
+
+  >>> from fedjax_llm.nodes import LowRank
+  >>> x = jnp.ones([1, 2])
+  >>> w = {'kernel': jnp.eye(2)}
+  >>> leaf = LowRank(jnp.ones([2, 1]), jnp.ones([1, 2]), scale=0.5)
+  >>> linear(x, w, leaf).tolist()
+  [[2.0, 2.0]]
+  """
+  on = lambda name: protocol.at(leaf, name)
+  kernel = w['kernel']
+  x = protocol.act(on('input'), x, x, None, record)
+  y = times(x, kernel, x.dtype if out_dtype is None else out_dtype)
+  y = protocol.act(on('kernel'), x, y, kernel, record)
+  if 'bias' in w:
+    y = y + changed(w, leaf, 'bias').astype(y.dtype)
+  return protocol.act(on('output'), x, y, None, record)
+
+
+def changed(w: Mapping[str, Any], leaf: Any, name: str, main: str = 'kernel'):
+  """Returns the vector `name` of a module as the adapter changes it."""
+  change = protocol.at(leaf, name, main)
+  if change is None:
+    return w[name]
+  if protocol.is_node(change):
+    return protocol.write(change, w[name])
+  return w[name] + change  # not rounded to the weight's dtype
+
+
+def embed(tokens, w: Mapping[str, Any], leaf, dtype) -> jax.Array:
+  """Rows of the embedding (+ those of a dense change), [...] -> [..., D]."""
+  rows = jnp.take(w['embedding'], tokens, axis=0).astype(dtype)
+  leaf = protocol.at(leaf, 'embedding', 'embedding')
+  if leaf is None:
+    return rows
+  return rows + jnp.take(leaf, tokens, axis=0).astype(dtype)
+
+
+def norm(x, w: Mapping[str, Any], leaf, kind: str, eps: float) -> jax.Array:
+  """Normalises the last axis, in float32.
+
+  rms             x / sqrt(mean(x^2) + eps) * scale  (arXiv:1910.07467)
+  rms_plus_one    the same times (1 + scale)
+  layer           (x - mean) / sqrt(var + eps) * scale + bias
+                  (arXiv:1607.06450)
+  """
+  scale = changed(w, leaf, 'scale', 'scale').astype(jnp.float32)
+  wide = x.astype(jnp.float32)
+  if kind == 'layer':
+    wide = wide - jnp.mean(wide, -1, keepdims=True)
+  elif kind == 'rms_plus_one':
+    scale = 1 + scale
+  wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + eps)
+  wide = wide * scale
+  if kind == 'layer':
+    wide = wide + changed(w, leaf, 'bias', 'scale').astype(jnp.float32)
+  return wide.astype(x.dtype)
+
+
+# --------------------------------------------------------------------- mlp --
+
+_gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+
+ACTIVATIONS = {
+  'silu': jax.nn.silu,
+  'relu': jax.nn.relu,
+  'tanh': jnp.tanh,
+  'gelu': functools.partial(jax.nn.gelu, approximate=False),
+  'gelu_new': _gelu_tanh,
+  'gelu_pytorch_tanh': _gelu_tanh,
+}
+
+
+def mlp(
+  x,
+  w,
+  p: Mapping[str, Any],
+  activation: str,
+  record: Record | None = None,
+) -> jax.Array:
+  """down(act(up x)), or down(act(gate x) * up x) where there is a gate
+  (arXiv:2002.05202)."""
+  act = ACTIVATIONS[activation]
+  project = lambda x, name: linear(x, w[name], p.get(name), record=record)
+  inner = project(x, 'up_proj')
+  if 'gate_proj' in w:
+    inner = act(project(x, 'gate_proj')) * inner
+  else:
+    inner = act(inner)
+  return project(inner, 'down_proj')

@@ -1,0 +1,322 @@
+"""One config-driven network: stacked layers under one `lax.scan`.
+
+    hidden = norm(scan(block)(embed(tokens)));  logits = head(hidden)
+
+The base is a tree of nested dicts whose layers are stacked, [L, ...]; the
+adapter mirrors it down to the weights that it changes, and is absent elsewhere.
+What differs from layer to layer (windows, rotations) travels through the scan
+as arrays.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_llm import adapters
+from fedjax_llm.models.config import Config, longest_text
+from fedjax_llm.models.network import blocks, layers, prompts, rope
+from fedjax_llm.models.network.attention import Places, choose
+from fedjax_llm.nodes import protocol
+from fedjax_llm.types import Base, Batch, Error, Model, Params
+
+# ------------------------------------------------------------------- cache --
+
+
+class Cache(NamedTuple):
+  """Keys and values of the texts so far; slots of segment 0 are empty."""
+
+  keys: Any  # [L, B, S, KV, head_dim]
+  values: Any  # [L, B, S, KV, head_dim]
+  places: Places  # [B, S]
+
+
+class Decoder(NamedTuple):
+  """A network that goes on where it stopped.
+
+  `empty(batch_size, slots) -> Cache` for tokens without a prompt in front;
+  `extend(base, params, batch, cache, slot) -> (hidden [B, T, D], Cache)` reads
+  the batch's T tokens into the slots from `slot` on;
+  `begin(base, params, batch_size, slots) -> Cache` for as many tokens behind
+  the adapter's prompt, which it holds in front of the slots.
+  """
+
+  empty: Callable[[int, int], Cache]
+  extend: Callable[..., tuple[jax.Array, Cache]]
+  begin: Callable[..., Cache]
+
+
+# ----------------------------------------------------------------- network --
+
+
+def _rematerialised(block: Callable, remat: str, unroll: int) -> Callable:
+  # Inside a rolled loop nothing can be merged with the forward pass anyway.
+  prevent_cse = unroll > 1
+  if remat == 'none':
+    return block
+  if remat == 'full':
+    return jax.checkpoint(block, prevent_cse=prevent_cse)
+  if remat == 'dots':
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(block, prevent_cse=prevent_cse, policy=policy)
+  raise Error(f'remat={remat!r} is not one of none, full, dots.')
+
+
+def _embed(config: Config, base, params, batch: Batch, dtype, num_rows=0):
+  """Tokens, places and types as vectors, [B, T, D].
+
+  The first `num_rows` tokens are those of the adapter's prompt.
+  """
+
+  def rows(index, name):
+    return layers.embed(index, base[name], blocks.child(params, name), dtype)
+
+  tokens = batch.tokens[:, num_rows:] if num_rows else batch.tokens
+  x = rows(tokens, 'embed_tokens')
+  if num_rows:
+    x = jnp.concatenate([params['inputs'].before(x), x], axis=1)
+  if config.embedding_scale != 1:
+    x = x * jnp.asarray(config.embedding_scale, dtype)
+  if config.num_learned_positions:
+    # A place beyond the table gives NaN; padding may stand anywhere.
+    place = jnp.where(batch.segments > 0, batch.positions, 0)
+    x = x + rows(place + config.first_position, 'embed_positions')
+  if config.num_token_types:
+    types = jnp.zeros_like(batch.tokens) if batch.types is None else batch.types
+    x = x + rows(types, 'embed_types')
+  if config.embedding_norm:
+    x = _norm(config, base, params, x, 'embed_norm')
+  return x
+
+
+def _norm(config: Config, base, params, x, name):
+  leaf = blocks.child(params, name)
+  return layers.norm(x, base[name], leaf, config.norm, config.norm_eps)
+
+
+def _per_layer(config: Config):
+  """Windows and (frequencies, factors): arrays [L, ...] where layers differ."""
+  for name in ('windows', 'layer_ropes'):
+    if len(getattr(config, name)) not in (0, config.num_layers):
+      raise Error(
+        f'{len(getattr(config, name))} {name} for {config.num_layers} layers.'
+      )
+  windows = config.windows or (0,)
+  if len(set(windows)) > 1:
+    windows = np.asarray(windows, np.int32)
+  else:  # one static number
+    windows = windows[0] or None
+  ropes = config.layer_ropes or (config.rope,)
+  tables = [rope.rope_frequencies(r, config.rotary_dim) for r in ropes]
+  if len(set(ropes)) > 1:
+    factors = np.asarray([r.attention_factor for r in ropes], np.float32)
+    return windows, (np.stack(tables), factors)
+  if ropes[0].kind == 'none':
+    return windows, None
+  return windows, (tables[0], ropes[0].attention_factor)
+
+
+def _walk(config, implementation, dtype, remat, unroll):
+  """The scan over layers that `build` and `decoder` share."""
+  windows, ropes = _per_layer(config)
+  mixed_windows = isinstance(windows, np.ndarray)
+  mixed_ropes = ropes is not None and ropes[0].ndim > 1
+  stretched = config.rope.kind in ('dynamic', 'longrope')
+
+  def walk(
+    base, params, batch, cache=None, slot=0, with_rows=True, record=False
+  ):
+    """Hidden states [B, T, D], keys and values, and statistics of nodes."""
+    base, params = adapters.overlay(base, params)
+    adapters.check(base, adapters.gates.without(params), places=protocol.BESIDE)
+    front = prompts.front(params)
+    length = jnp.shape(batch.tokens)[-1]
+    prompts.check(config, front, length)
+    if stretched and cache is None and length > longest_text(config):
+      raise Error(
+        f'Rows of {length} tokens are longer than the {longest_text(config)} '
+        f'up to which the rope type {config.rope.kind!r} is supported.'
+      )
+    mixed = prompts.refuse_packing(config, batch) if front.length else None
+    num_rows = front.rows if with_rows else 0
+    queries = Places(batch.positions, batch.segments)
+    if front.length:
+      batch, queries = prompts.whole(config, front, batch, with_rows)
+    keys = prompts.before(front, queries) if cache is None else cache.places
+    x = _embed(config, base, params, batch, dtype, num_rows)
+
+    def angles(table):
+      return rope.rope_angles(batch.positions, *table)
+
+    common = None if mixed_ropes or ropes is None else angles(ropes)
+    context = blocks.Context(queries, keys, slot, front.length)
+    real = batch.segments > 0
+    if num_rows:
+      real &= np.arange(real.shape[-1]) >= num_rows
+
+    def body(x, layer):
+      layer = layer._replace(
+        window=layer.window if mixed_windows else windows,
+        angles=angles(layer.angles) if mixed_ropes else common,
+      )
+      seen = protocol.Record(real, {}) if record else None
+      y, kv = blocks.block(config, implementation, x, layer, context, seen)
+      gate = blocks.child(layer.params, adapters.gates.NAME)
+      x = y if gate is None else jnp.where(gate > 0, y, x)
+      statistics = protocol.statistics_of(layer.params, seen)
+      return x, (None if cache is None else kv, statistics)
+
+    xs = blocks.Layer(
+      base['layers'],
+      blocks.child(params, 'layers'),
+      windows if mixed_windows else None,
+      ropes if mixed_ropes else None,
+      None if cache is None else cache.keys,
+      None if cache is None else cache.values,
+    )
+    x, (kv, statistics) = jax.lax.scan(
+      _rematerialised(body, remat, unroll), x, xs, unroll=unroll
+    )
+    if config.final_norm:
+      x = _norm(config, base, params, x, 'norm')
+    if mixed is not None:
+      x = jnp.where(mixed[:, None, None], jnp.nan, x)
+    return x[:, num_rows:] if num_rows else x, kv, {'layers': statistics}
+
+  return walk
+
+
+def _head(config: Config, base, params, x, dtype):
+  """[..., D] -> logits [..., V] of `dtype` (of a classifier: [..., labels])."""
+
+  def linear(x, name, **settings):
+    return layers.linear(x, base[name], blocks.child(params, name), **settings)
+
+  if config.head == 'none':
+    raise Error(
+      f'This {config.family} model has no head; pretrained(..., labels=[...]) '
+      'gives it a new classifier.'
+    )
+  act = layers.ACTIVATIONS.get(config.head_activation)
+  if config.head == 'classifier':
+    x = linear(x, 'pooler')
+    return linear(act(x) if act else x, 'classifier', out_dtype=dtype)
+  if config.head == 'masked_lm':
+    x = linear(x, 'head_dense')
+    x = _norm(config, base, params, act(x) if act else x, 'head_norm')
+  w, leaf = base.get('lm_head', {}), blocks.child(params, 'lm_head')
+  if config.tied:
+    rows = blocks.child(params, 'embed_tokens')
+    rows = protocol.at(rows, 'embedding', 'embedding')
+    w = {**w, 'kernel': base['embed_tokens']['embedding'].T}
+    bias = protocol.at(leaf, 'bias', 'bias')
+    leaf = {'kernel': None if rows is None else rows.T, 'bias': bias}
+  logits = layers.linear(x, w, leaf, out_dtype=dtype)
+  return layers.softcapped(logits, config.logit_cap)
+
+
+def build(
+  config: Config,
+  *,
+  remat: str = 'none',
+  unroll: int = 1,
+  compute_dtype: Any = jnp.float32,
+  logits_dtype: Any = jnp.float32,
+  attention: str = 'auto',
+) -> Model:
+  """The network as two pure functions.
+
+  `remat`: what the backward pass computes again ('none', 'full': everything,
+  'dots': all but the products with the base). `unroll`: layers a loop turn.
+  `attention`: 'auto', 'blocked', 'xla', 'cudnn' or 'splash' (`attention.py`).
+  Norms, rotations and softmax are in float32 whatever the dtypes are.
+
+  >>> from fedjax_llm import models
+  >>> loaded = models.random(vocab_size=32)
+  >>> one = jnp.ones([1, 4], jnp.int32)
+  >>> batch = Batch(one, one > 0, one, jnp.arange(4)[None])
+  >>> hidden = loaded.model.hidden(loaded.base, {}, batch)
+  >>> loaded.model.logits(loaded.base, {}, hidden).shape
+  (1, 4, 32)
+  """
+  way = choose(
+    attention,
+    softcap=config.score_cap,
+    mixed_windows=len(set(config.windows)) > 1,
+    compute_dtype=compute_dtype,
+  )
+  walk = _walk(config, way, compute_dtype, remat, unroll)
+  _rematerialised(blocks.block, remat, unroll)  # a wrong name is told here
+
+  def hidden(base: Base, params: Params, batch: Batch) -> jax.Array:
+    return walk(base, params, batch)[0]
+
+  def logits(base: Base, params: Params, hidden: jax.Array) -> jax.Array:
+    base, params = adapters.overlay(base, params)
+    hidden = hidden.astype(compute_dtype)
+    return _head(config, base, params, hidden, logits_dtype)
+
+  def hidden_with_statistics(base: Base, params: Params, batch: Batch):
+    hidden, _, statistics = walk(base, params, batch, record=True)
+    return hidden, {**dict.fromkeys(params or {}), **statistics}
+
+  return Model(hidden, logits, hidden_with_statistics)
+
+
+def decoder(
+  config: Config, *, unroll: int = 1, compute_dtype: Any = jnp.float32
+) -> Decoder:
+  """The network with a cache of keys and values, for generation.
+
+  An encoder has none: reading with it raises `Error`.
+  """
+  walk = _walk(config, 'blocked', compute_dtype, 'none', unroll)
+
+  def empty(batch_size: int, slots: int) -> Cache:
+    shape = (config.num_layers, batch_size, slots)
+    heads = jnp.zeros(
+      (*shape, config.num_kv_heads, config.head_dim), compute_dtype
+    )
+    nothing = jnp.zeros((batch_size, slots), jnp.int32)
+    return Cache(heads, heads, Places(nothing, nothing))
+
+  def extend(base, params, batch: Batch, cache: Cache, slot):
+    if not config.causal:
+      raise Error(f'A {config.family} model is an encoder: it writes no text.')
+    put = jax.lax.dynamic_update_slice_in_dim
+    length = prompts.front(params).length
+    slot = slot + length
+    places = Places(
+      put(cache.places.positions, batch.positions + length, slot, axis=1),
+      put(cache.places.segments, batch.segments, slot, axis=1),
+    )
+    cache = cache._replace(places=places)
+    hidden, (keys, values), _ = walk(
+      base, params, batch, cache, slot, with_rows=False
+    )
+    return hidden, Cache(keys, values, places)
+
+  def begin(base, params, batch_size: int, slots: int) -> Cache:
+    front = prompts.front(params)
+    cache = empty(batch_size, front.length + slots)
+    if not front.length:
+      return cache
+    prompts.check(config, front, slots)
+    keys, values, places = cache
+    at = places.positions.at[:, : front.length].set(np.arange(front.length))
+    places = places._replace(positions=at)
+    if front.prefix:
+      node = params['layers']['self_attn']['prefix']
+      ends = jax.vmap(lambda one, like: one.before(like))(node, keys)
+      keys = keys.at[:, :, : front.prefix].set(ends[0])
+      values = values.at[:, :, : front.prefix].set(ends[1])
+    if front.rows:  # they see no text, so they are computed once and kept
+      none = jnp.zeros((batch_size, 0), jnp.int32)
+      batch = Batch(none, none > 0, none, none)
+      cache = Cache(keys, values, places)
+      _, (keys, values), _ = walk(base, params, batch, cache, front.prefix)
+    return Cache(keys, values, places)
+
+  return Decoder(empty, extend, begin)

@@ -1,0 +1,1 @@
+"""A run: its config, what it consists of, its folder and its record."""

@@ -1,0 +1,504 @@
+"""Configurations: Python files, checked against the signatures of builders.
+
+A config file has `get_config(arg='')` that returns an `ml_collections`
+`ConfigDict` (or a plain dict): settings of the run, and sections in flow order,
+each `dict(name=..., **keywords of that builder)`. Defaults live in the
+builders' signatures and nowhere else, so a command line may name a keyword
+that the file leaves alone, and every name is checked against the signature:
+
+    --config FILE.py[:arg] --workdir DIR --config.section.field=value
+
+An override of a section's `name` starts the section anew: of the file's fields
+only those that the new builder also names are kept (`Arguments.notes` tells
+which are not), then the other overrides apply, wherever they stand. `none`
+takes an optional section away.
+"""
+
+import ast
+import copy
+import enum
+import importlib.util
+import inspect
+import os
+import traceback
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fedjax_llm.run.builders import (
+  Label,
+  check_field,
+  fields,
+  keywords_of,
+  names,
+  nearest,
+  parameters,
+  plain_dicts,
+)
+from fedjax_llm.run.builders import build as build
+from fedjax_llm.run.builders import check as check
+from fedjax_llm.run.builders import onward as onward
+from fedjax_llm.run.builders import resolve_builder as resolve_builder
+from fedjax_llm.types import Error
+
+_WORDS = {'true': True, 'false': False, 'none': None}
+_USAGE = (
+  'usage: --config FILE.py[:arg] --workdir DIR [--config.section.field=value]'
+)
+
+
+class Spec(NamedTuple):
+  """What a program's configs may say.
+
+  `settings` is a NamedTuple class: its fields are the scalars of the top
+  level. `sections` maps a dotted path ('aggregator', 'local.optimizer') to
+  where its builder is found: a module (the names in its `__all__`), a mapping
+  from names to builders, or one builder, whose section then has no `name`.
+  `injected` names, a section, the keywords that the program fills in itself.
+  Sections in `optional` may be absent or None.
+  """
+
+  settings: Callable[..., Any]
+  sections: Mapping[str, Any]
+  injected: Mapping[str, Collection[str]] = {}
+  optional: Collection[str] = ()
+
+
+class Arguments(NamedTuple):
+  config: dict[str, Any]  # overrides applied, checked; plain dicts throughout
+  workdir: str
+  config_path: str  # as it was given, ':arg' included
+  notes: tuple[str, ...] = ()  # fields of the file that a new name set aside
+
+
+# ------------------------------------------------------------ command line --
+
+
+def parse(argv: Sequence[str], spec: Spec) -> Arguments:
+  """Reads a command line (without the program's name) and checks all of it.
+
+  Values are Python literals, true/false/none, or else strings. `--help` prints
+  the usage, with the fields of the config if one is given, and exits with 0.
+
+  Raises:
+    Error: naming the flag or the file's field, its value and what is allowed.
+  """
+  flags: dict[str, str] = {}
+  overrides: list[tuple[str, Any]] = []
+  words = list(argv)
+  if any(word in ('--help', '-h') for word in words):
+    flags['help'] = ''
+  while words:
+    word = words.pop(0)
+    flag, equals, text = word.partition('=')
+    if word in ('--help', '-h'):
+      continue
+    if flag in ('--config', '--workdir') or flag.startswith('--config.'):
+      if not equals:
+        if not words or words[0].startswith('--'):
+          raise Error(f'{flag} needs a value: {flag}=VALUE.')
+        text = words.pop(0)
+      if flag.startswith('--config.'):
+        overrides.append((flag.removeprefix('--config.'), value(text)))
+      else:
+        flags[flag.removeprefix('--')] = text
+    else:
+      known = ['--config', '--workdir', '--help']
+      raise Error(f'{word!r} is no argument {nearest(flag, known)}.')
+  if 'help' in flags and 'config' not in flags:
+    print(usage(spec))
+    raise SystemExit(0)
+  for name in ('config', 'workdir'):
+    if not flags.get(name) and 'help' not in flags:
+      raise Error(f'--{name} is missing ({_USAGE}).')
+  config, notes = override(
+    load(flags['config']), overrides, spec, flags['config']
+  )
+  if 'help' in flags:
+    print(usage(spec, config))
+    raise SystemExit(0)
+  return Arguments(config, flags['workdir'], flags['config'], notes)
+
+
+def value(text: str) -> Any:
+  """The value of an override.
+
+  >>> value('1e-3'), value('(1, 2)'), value('True'), value('none'), value('a b')
+  (0.001, (1, 2), True, None, 'a b')
+  """
+  if text.lower() in _WORDS:
+    return _WORDS[text.lower()]
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+    return text
+
+
+def usage(spec: Spec, config: Mapping[str, Any] | None = None) -> str:
+  """The help text: names to choose from, or every field of a config."""
+  lines = [_USAGE, '']
+  if config is not None:
+    filled = _flatten(resolved(config, spec))
+    return '\n'.join(lines + [f'  --config.{k}={v!r}' for k, v in filled])
+  for name, parameter in parameters(spec.settings).items():
+    lines.append(f'  --config.{parameter.replace(name=name)}')
+  for path, namespace in spec.sections.items():
+    if callable(namespace):
+      known = ', '.join(fields(namespace, spec.injected.get(path, ())))
+      lines.append(f'  --config.{path}.FIELD: {known}')
+    else:
+      known = ', '.join(names(namespace))
+      lines.append(f'  --config.{path}.name: {known}')
+  return '\n'.join(lines)
+
+
+def load(config_path: str) -> dict[str, Any]:
+  """Runs `get_config` of FILE.py[:arg] and returns plain nested dicts.
+
+  Raises:
+    Error: if there is no such file, or it raises, or returns something else.
+  """
+  path, colon, arg = config_path.partition('.py:')
+  path = path + '.py' if colon else path
+  if not os.path.isfile(path):
+    raise Error(f'--config {path}: there is no such file.')
+  spec = importlib.util.spec_from_file_location('_fedjax_llm_config', path)
+  if spec is None or spec.loader is None:
+    raise Error(f'--config {path}: a config is a Python file, NAME.py.')
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, 'get_config', None)):
+      raise Error(f'{path} defines no get_config().')
+    if arg and not inspect.signature(module.get_config).parameters:
+      raise Error(f'{path}: get_config() takes no argument, {arg!r} was given.')
+    config = module.get_config(arg) if arg else module.get_config()
+  except Error:
+    raise
+  except Exception as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    line = [f.lineno for f in frames if f.filename == spec.origin]
+    at = f'{path}:{line[-1]}' if line else path
+    raise Error(f'{at}: {type(error).__name__}: {error}') from error
+  config = plain_dicts(config)
+  if not isinstance(config, dict):
+    raise Error(f'{path}: get_config() must return a ConfigDict or a dict.')
+  return config
+
+
+# ---------------------------------------------------------------- overrides --
+
+
+def override(
+  config: Mapping[str, Any],
+  overrides: Iterable[tuple[str, Any]],
+  spec: Spec,
+  source: str = 'config',
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+  """The config with `(dotted field, value)` pairs applied, checked; and notes.
+
+  `source` is the file's name in messages. See the top of this file for what a
+  new `name` does.
+  """
+  overrides = list(overrides)
+  given = {path for path, _ in overrides}
+  result: dict[str, Any] = plain_dicts(config)
+  notes: list[str] = []
+
+  def label(path: str) -> str:
+    if any(g == path or g.startswith(f'{path}.') for g in given):
+      return f'--config.{path}'
+    return f'{source}: {path}'
+
+  # Whole sections before their names, names before fields, outer before inner.
+  def order(pair):
+    return pair[0].count('.'), not pair[0].endswith('.name')
+
+  for path, new in sorted(overrides, key=order):
+    section, field = _owner(path, spec)
+    if path in spec.sections:
+      parent, _, last = path.rpartition('.')
+      _section(result, parent, spec, label)[last] = plain_dicts(new)
+    elif section is None:
+      if path not in parameters(spec.settings):
+        raise _unknown_path(result, path, spec, label)
+      result[path] = new
+    elif field == 'name' and not callable(spec.sections[section]):
+      notes += _rename(result, section, new, spec, label)
+    else:
+      values = _section(result, section, spec, label)
+      builder = _builder(values, section, spec, label)
+      top, *inner = field.split('.')
+      check_field(top, builder, spec.injected.get(section, ()), label, path)
+      for part in inner:
+        values[top] = copy.copy(values.get(top) or {})
+        if not isinstance(values[top], dict):
+          raise Error(f'{label(path)}: {top} is {values[top]!r}, not a dict.')
+        values, top = values[top], part
+      values[top] = new
+  _validate(result, spec, label)
+  return result, tuple(notes)
+
+
+def _owner(path: str, spec: Spec) -> tuple[str | None, str]:
+  """The innermost section around a dotted field, and the rest of the path."""
+  parts = path.split('.')
+  for i in range(len(parts) - 1, 0, -1):
+    if '.'.join(parts[:i]) in spec.sections:
+      return '.'.join(parts[:i]), '.'.join(parts[i:])
+  return None, path
+
+
+def _rename(config, section, name, spec, label) -> list[str]:
+  builder = resolve_builder(
+    section, name, spec.sections[section], label(f'{section}.name')
+  )
+  parent, _, last = section.rpartition('.')
+  outer = _section(config, parent, spec, label)
+  old = outer.get(last)
+  if not isinstance(old, dict):
+    outer[last] = {'name': name}
+    return []
+  if old.get('name') == name:
+    return []
+  known = fields(builder, spec.injected.get(section, ()))
+  outer[last] = {'name': name} | {k: v for k, v in old.items() if k in known}
+  lost = [k for k in old if k != 'name' and k not in known]
+  note = f'{section}.name={name}: set aside {", ".join(lost)} of the file'
+  return [note] if lost else []
+
+
+def _section(config, path, spec, label) -> dict[str, Any]:
+  """The dict at `path`, made if it may be: what an override writes into."""
+  if not path:
+    return config
+  parent, _, last = path.rpartition('.')
+  outer = _section(config, parent, spec, label)
+  inner = outer.get(last)
+  if inner is None and parent in spec.sections:
+    # An inner section that the file leaves at the outer builder's default.
+    builder = _builder(outer, parent, spec, label)
+    check_field(last, builder, spec.injected.get(parent, ()), label, path)
+    parameter = parameters(builder).get(last)
+    default = None if parameter is None else parameter.default
+    inner = plain_dicts(default) if isinstance(default, Mapping) else None
+  if inner is None:
+    namespace = spec.sections.get(path)
+    if namespace is not None and not callable(namespace):
+      raise Error(
+        f'{label(path)} has no name yet: give --config.{path}.name, one of'
+        f' {", ".join(names(namespace))}.'
+      )
+    inner = {}
+  if not isinstance(inner, dict):
+    raise Error(f'{label(path)} must be a section, a dict, not {inner!r}.')
+  outer[last] = inner
+  return inner
+
+
+# ------------------------------------------------------------------- checks --
+
+
+def settings(config: Mapping[str, Any], spec: Spec) -> Any:
+  """The run's settings, an instance of `spec.settings`."""
+  known = parameters(spec.settings)
+  return spec.settings(**{k: v for k, v in config.items() if k in known})
+
+
+def at_least(values: Any, prefix: str = '', /, **least: int) -> None:
+  """Refuses numbers of a NamedTuple below their bound; None is no number.
+
+  >>> import collections
+  >>> at_least(collections.namedtuple('Run', 'num_rounds')(0), num_rounds=1)
+  Traceback (most recent call last):
+  fedjax_llm.types.Error: num_rounds is 0; it must be at least 1.
+  """
+  for field, bound in least.items():
+    value = getattr(values, field)
+    if isinstance(value, str):  # a word that stands for a number
+      continue
+    if value is not None and value < bound:
+      raise Error(f'{prefix}{field} is {value}; it must be at least {bound}.')
+
+
+def _validate(config: dict[str, Any], spec: Spec, label: Label) -> None:
+  scalars = {k: v for k, v in config.items() if not _is_part(k, spec)}
+  for key in scalars:
+    if key not in parameters(spec.settings):
+      raise _unknown_path(config, key, spec, label)
+  check(scalars, spec.settings, label=label)
+  for path, namespace in spec.sections.items():
+    parent = path.rpartition('.')[0]
+    found = _get(config, path)
+    outer = _get(config, parent) if parent else config
+    if parent and parent not in spec.sections and outer is not None:
+      if not isinstance(outer, dict):
+        raise Error(f'{label(parent)} must be a dict, not {outer!r}.')
+      for key in outer:
+        if not _is_part(f'{parent}.{key}', spec):
+          raise _unknown_path(config, f'{parent}.{key}', spec, label)
+    if parent in spec.sections and not isinstance(found, dict):
+      continue  # absent or a plain value: the outer builder's own matter
+    if found is None and path in spec.optional:
+      continue
+    if found is None and callable(namespace):
+      found = _section(config, path, spec, label)  # everything at its default
+    if found is None:
+      known = ', '.join(names(namespace))
+      raise Error(
+        f'{label(path)} is missing: a section dict(name=...), one of {known}.'
+      )
+    if not isinstance(found, dict):
+      raise Error(
+        f'{label(path)} must be a section, dict(name=...), not {found!r}.'
+      )
+    check(
+      keywords_of(found, namespace),
+      _builder(found, path, spec, label),
+      spec.injected.get(path, ()),
+      lambda field, path=path: label(f'{path}.{field}'),
+    )
+
+
+def _unknown_path(config, path: str, spec: Spec, label: Label) -> Error:
+  parts = path.split('.')
+  depth = 0
+  while _is_part('.'.join(parts[: depth + 1]), spec):
+    depth += 1
+  prefix = ''.join(f'{part}.' for part in parts[:depth])
+  known = [*parameters(spec.settings), *spec.sections]
+  inside = [k.removeprefix(prefix) for k in known if k.startswith(prefix)]
+  near = nearest(parts[depth], dict.fromkeys(k.split('.')[0] for k in inside))
+  # A field named without its section: say where it is.
+  for section in spec.sections:
+    if parts[-1] in _present_fields(config, section, spec):
+      near = f"(there is '{section}.{parts[-1]}'; {near[1:]}"
+      break
+  name = '.'.join(parts[depth:])
+  return Error(f'{label(path)}: there is no {name!r} {near}.')
+
+
+def _present_fields(config, section: str, spec: Spec) -> list[str]:
+  try:
+    builder = _builder(_get(config, section) or {}, section, spec, str)
+  except Error:
+    return []
+  return fields(builder, spec.injected.get(section, ()))
+
+
+def _builder(section, path: str, spec: Spec, label: Label):
+  namespace = spec.sections[path]
+  if callable(namespace):
+    return namespace
+  return resolve_builder(
+    path, section.get('name'), namespace, label(f'{path}.name')
+  )
+
+
+# ------------------------------------------------------------------ records --
+
+
+def resolved(config: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+  """The config with every default of every builder filled in, as JSON."""
+  config = plain_dicts(config)
+  result = _filled(
+    {k: v for k, v in config.items() if not _is_part(k, spec)}, spec.settings
+  )
+  for path in sorted(spec.sections, key=lambda p: p.count('.')):
+    namespace = spec.sections[path]
+    parent, _, last = path.rpartition('.')
+    inside = _get(result, parent) if parent else result
+    if parent in spec.sections:
+      if not isinstance(inside, dict) or last not in inside:
+        continue  # the outer section is absent, or takes no such field
+      found = inside[last]
+    else:
+      inside = result
+      for part in filter(None, parent.split('.')):
+        inside = inside.setdefault(part, {})
+      found = _get(config, path)
+      if found is None and callable(namespace) and path not in spec.optional:
+        found = {}
+    if isinstance(found, dict):
+      builder = _builder(found, path, spec, str)
+      name = {} if callable(namespace) else {'name': found['name']}
+      injected = spec.injected.get(path, ())
+      found = name | _filled(keywords_of(found, namespace), builder, injected)
+    inside[last] = found
+  return {k: _plain(v) for k, v in result.items()}
+
+
+def _filled(section, builder, injected: Collection[str] = ()) -> dict[str, Any]:
+  defaults = {
+    k: plain_dicts(p.default)
+    for k, p in parameters(builder).items()
+    if p.default is not p.empty and k not in injected
+  }
+  return defaults | section
+
+
+def same(
+  a: Mapping[str, Any], b: Mapping[str, Any], ignore: Collection[str] = ()
+) -> list[str]:
+  """The dotted fields in which two resolved configs differ.
+
+  `ignore` lists fields, or sections, that may differ.
+
+  >>> same({'a': {'b': 1, 'c': [2]}}, {'a': {'b': 1.5, 'c': (2,)}, 'd': 0})
+  ['a.b', 'd']
+  >>> same({'a': {'b': 1}}, {'a': {'b': 2}}, ignore=('a',))
+  []
+  """
+  left, right = (dict(_flatten(_plain(plain_dicts(x)))) for x in (a, b))
+  absent = object()
+  return [
+    path
+    for path in sorted(left.keys() | right.keys())
+    if not any(path == i or path.startswith(f'{i}.') for i in ignore)
+    # repr, so that NaN equals NaN and 1 is not True.
+    and repr(left.get(path, absent)) != repr(right.get(path, absent))
+  ]
+
+
+# ------------------------------------------------------------------ helpers --
+
+
+def _plain(x: Any) -> Any:
+  """What JSON can hold; functions by their import path."""
+  if isinstance(x, Mapping):
+    return {str(k): _plain(v) for k, v in x.items()}
+  if isinstance(x, enum.Enum):
+    return _plain(x.value)
+  if x is None or isinstance(x, bool | int | float | str):
+    return x
+  if isinstance(x, list | tuple):
+    return [_plain(v) for v in x]
+  if isinstance(x, set | frozenset):
+    return sorted(map(_plain, x), key=repr)
+  if isinstance(x, os.PathLike):
+    return os.fspath(x)
+  if hasattr(x, 'tolist'):  # NumPy and JAX arrays and scalars
+    return x.tolist()
+  of = x if hasattr(x, '__qualname__') else type(x)
+  return f'{of.__module__}:{of.__qualname__}'
+
+
+def _flatten(x: Mapping[str, Any], prefix: str = '') -> list[tuple[str, Any]]:
+  found = []
+  for key, item in x.items():
+    if isinstance(item, Mapping) and item:
+      found += _flatten(item, f'{prefix}{key}.')
+    else:
+      found.append((f'{prefix}{key}', item))
+  return found
+
+
+def _get(config: Mapping[str, Any], path: str) -> Any:
+  found: Any = config
+  for part in path.split('.'):
+    found = found.get(part) if isinstance(found, Mapping) else None
+  return found
+
+
+def _is_part(path: str, spec: Spec) -> bool:
+  """True for a section and for what only holds sections."""
+  return any(p == path or p.startswith(f'{path}.') for p in spec.sections)

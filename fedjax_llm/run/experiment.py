@@ -1,0 +1,428 @@
+"""A run before its first round: all that a config says, built.
+
+In the order in which data flow; nothing is trained and nothing written here.
+`train` runs what is built, `sweep` runs many of it at once, `replay` runs some
+of its rounds again.
+"""
+
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from fedjax_llm import clients, data, evals, models
+from fedjax_llm.adapters import complete, peft
+from fedjax_llm.devices import hosts, sharding
+from fedjax_llm.run import (
+  blocks,
+  builders,
+  config,
+  narration,
+  rates,
+  tasks,
+  viewing,
+  warm,
+)
+from fedjax_llm.run.sections import SPEC, Evals, Settings
+from fedjax_llm.types import (
+  Adapter,
+  Cohort,
+  Draw,
+  FederatedAlgorithm,
+  Model,
+  Params,
+  Population,
+  Sampler,
+)
+
+
+class Tests(NamedTuple):
+  """The examples a run is tested on: groups of one width, with owners."""
+
+  heldout: Sequence[Any]
+  new: Sequence[Any]
+  common: Sequence[Any]
+
+
+class Experiment(NamedTuple):
+  """What a run consists of."""
+
+  conf: Mapping[str, Any]
+  settings: Settings
+  test: Evals
+  task: tasks.Task
+  labels: Sequence[str] | None  # None: no text is classified
+  tokenizer: data.tokenizers.Tokenizer
+  loaded: models.LoadedModel
+  population: Population
+  digest: str  # of the population, before the task prepared it
+  owned: Sequence[Sequence[Any]]  # examples of each client that trains
+  names: Sequence[str]  # of these clients
+  sampler: Sampler
+  profiles: Mapping[str, Any] | None  # what clients can carry, [N] each
+  assemble: Callable[[int], tuple[Draw, Cohort]]  # of a round, from 0
+  adapter: Adapter
+  initial: Params
+  round_key: jax.Array
+  mesh: Any  # all devices; None: there is one
+  near: Any  # the devices of this process
+  width: int  # columns of the longest example
+
+  @property
+  def base(self) -> Any:
+    return self.loaded.base
+
+  def method(
+    self,
+    block_size: int | None = None,
+    *,
+    mesh: Any = None,
+    conf: Mapping[str, Any] | None = None,
+  ) -> FederatedAlgorithm:
+    """The algorithm; `conf` is of a run that differs in its numbers only."""
+    conf = self.conf if conf is None else conf
+    return algorithm(
+      conf,
+      loss=self.task.loss(self.loaded),
+      model=self.loaded.model,
+      adapter=self.adapter,
+      num_clients=len(self.owned),
+      profiles=self.profiles,
+      block_size=block_size,
+      widths=tuple(self.settings.widths),
+      mesh=mesh,
+      execution=self.settings.execution,
+    )
+
+  def rates(
+    self, conf: Mapping[str, Any] | None = None
+  ) -> Callable[[int, int], dict[str, float]]:
+    """What the record of a round says of learning rates: `rates.of`."""
+    conf = self.conf if conf is None else conf
+    return rates.of(
+      _make(conf, 'local'), config.resolved(conf, SPEC).get('server')
+    )
+
+  def block_size(self) -> int | None:
+    """Clients at once, chosen where the config says 'auto'."""
+    if self.settings.block_size != 'auto':
+      return self.settings.block_size
+    return blocks.auto(
+      lambda size: self.method(size, mesh=self.near),
+      self.initial,
+      self.assemble(0)[1],
+      self.base,
+      num_rows=1 if self.near is None else self.near.shape[sharding.CLIENTS],
+      num_model=self.settings.mesh_model,
+    )
+
+  def tests(self) -> Tests:
+    """What of the held-out texts `evals` asks for."""
+    test, people = self.test, self.population
+    heldout = [own[: test.per_client] for own in people.heldout]
+    fresh = [own[: test.per_client] for own in people.new]
+    limits = clients.cohorts.bounds(
+      [[example for own in (*heldout, *fresh) for example in own]],
+      batch_size=test.batch_size,
+      max_length=self.width,
+      epochs=1,
+    )
+    return Tests(
+      heldout=self.rows(heldout, limits),
+      new=self.rows(fresh, limits),
+      common=self.rows(evals.in_turn(heldout, test.common), limits),
+    )
+
+  def likelihood(self) -> Callable[..., Any]:
+    """The program that tests one model: `evals.likelihood`."""
+    return evals.likelihood(self.task.loss(self.loaded, per_row=True))
+
+  def examiner(
+    self,
+    algorithm: FederatedAlgorithm,
+    *,
+    tests: Tests | None = None,
+    together: Callable[..., Any] | None = None,
+  ) -> Callable[..., Any]:
+    """The tests of a run: `evals.loop` over its held-out texts.
+
+    Runs that share a `likelihood` as `together`, and `tests` of the same
+    shapes, are tested by one compiled program.
+    """
+    tests, people = tests or self.tests(), self.population
+    plain = evals.loop(
+      self.task.loss(self.loaded, per_row=True),
+      algorithm,
+      heldout=tests.heldout,
+      new=tests.new,
+      common=tests.common,
+      together=together,
+      names=people.names,
+      new_names=people.new_names,
+      has_private=keeps_private(algorithm, self.initial),
+      labelled=self.task.metrics.accuracies,
+    )
+    if self.test.personal is None:
+      return plain
+    look = viewing.viewer(
+      self, algorithm, tests, private=keeps_private(algorithm, self.initial)
+    )
+    return lambda *given: {**plain(*given), **look(*given)}
+
+  def rows(
+    self,
+    examples: Sequence[Sequence[Any]],
+    limits: Sequence[int | None] | None = None,
+  ) -> list[Any]:
+    """Examples to test, in batches of a few widths, with their owners."""
+    found = clients.cohorts.rows(
+      examples,
+      batch_size=self.test.batch_size,
+      max_length=self.width,
+      buckets=self.test.buckets,
+      pad_id=self.tokenizer.pad_id,
+      collate=self.task.collate,
+      length=self.task.length,
+      limits=limits,
+    )
+    return [(group.batches, group.owners) for group in found]
+
+
+def checked(conf: Mapping[str, Any]) -> tuple[Settings, Evals]:
+  """The numbers of a config that no builder sees.
+
+  Raises:
+    Error: one is out of range.
+  """
+  settings, test = config.settings(conf, SPEC), _make(conf, 'evals')
+  config.at_least(settings, num_rounds=1, seed=0, block_size=1, mesh_model=1)
+  config.at_least(
+    settings, cpu_devices=1, checkpoint_every=1, keep_checkpoints=1
+  )
+  config.at_least(test, 'evals.', every=1, batch_size=1, per_client=0)
+  config.at_least(test, 'evals.', patience=1)
+  config.at_least(test, 'evals.', common=0, samples=0, sample_tokens=1)
+  return settings, test
+
+
+def _make(conf: Mapping[str, Any], section: str, **injected: Any) -> Any:
+  return builders.build(conf[section], SPEC.sections[section], **injected)
+
+
+def build(
+  conf: Mapping[str, Any],
+  say: Callable[[str], None] = print,
+  *,
+  model: models.LoadedModel | None = None,
+) -> Experiment:
+  """Builds what a config says, as `config.parse` gives it.
+
+  Args:
+    conf: a checked config.
+    say: what to do with the sentences about the clients and their texts.
+    model: the one that is named, where another run on the same data has it.
+
+  Raises:
+    Error: what a builder finds wrong.
+  """
+  settings, test = checked(conf)
+  sharding.split_cpu(settings.cpu_devices)
+  make = functools.partial(_make, conf)
+  seed = settings.seed
+
+  # ------------------------------------------------------------- data, model --
+  task = make('task') if conf.get('task') else tasks.causal_lm()
+  records = make('data')
+  labels = task.labels(records)
+  tokenizer = data.tokenizers.bytes()  # of models that come without their own
+  mesh = near = None
+  if max(jax.device_count(), settings.mesh_model) > 1:
+    mesh = sharding.mesh(settings.mesh_model)
+    near = sharding.nearby(mesh)
+  loaded = model or make(
+    'model',
+    vocab_size=tokenizer.vocab_size,
+    eos_ids=(tokenizer.eos_id,),
+    labels=labels,
+    place=None if near is None else sharding.placement(near),
+  )
+  task.check(loaded)
+  if loaded.directory is not None:
+    tokenizer = data.tokenizers.pretrained(str(loaded.directory))
+  population = make(
+    'population',
+    records=records,
+    tokenizer=tokenizer,
+    partition=make('partition'),
+    labels=labels,
+    seed=seed,
+    encode=task.encode,
+  )
+  del records
+  digest = data.population.digest(population)
+  hosts.agree('the texts', digest)
+  say(narration.describe(population))
+  if note := narration.unused_clients(conf):
+    say(note)
+  longest = data.population.longest(
+    population,
+    vocab_size=loaded.config.vocab_size,
+    max_positions=loaded.config.max_positions,
+    length=task.length,
+  )
+  if task.prepare is not None:
+    population = task.prepare(loaded, population)
+  width = -(-longest // 8) * 8  # nothing is computed on columns nobody uses
+
+  # ---------------------------------------------------------------- clients --
+  owned, names = population.train, population.names
+  cohort_conf = dict(conf['cohort'])
+  sizes = [len(own) for own in owned]
+  sampler = make('clients', num_clients=len(owned), sizes=sizes, seed=seed)
+  if conf['algorithm']['name'] == 'centralised':
+    # One client holds everybody's texts and takes the steps of a cohort.
+    cohort_conf['num_steps'] *= len(sampler(0).ids)
+    owned, names = (tuple(x for own in owned for x in own),), ('all',)
+    sampler = clients.sampling.full(1)
+    sizes = [sum(sizes)]
+  carry = None
+  if conf.get('profiles'):
+    carry = make('profiles', num_clients=len(owned), seed=seed)
+  packing = cohort_conf.get('packing', False)
+  row = width
+  if packing:
+    row = config.resolved(conf, SPEC)['population']['max_length']
+  make_cohort = builders.build(
+    cohort_conf,
+    clients.cohorts.cohorts,
+    examples=owned,
+    max_length=row,
+    pad_id=tokenizer.pad_id,
+    seed=seed,
+    profiles=carry,
+    collate=task.collate,
+    length=task.length,
+  )
+  device_rows = 1 if near is None else near.shape[sharding.CLIENTS]
+
+  def assemble(round: int) -> tuple[Draw, Cohort]:
+    draw = sampler(round)
+    if mesh is not None and hosts.several():  # only the rows of this process
+      draw = sharding.dealt(draw, sizes, mesh)
+      padded, mine = sharding.own_rows(draw, mesh)
+      return draw, make_cohort(jax.tree.map(lambda x: x[mine], padded), round)
+    cohort = make_cohort(draw, round)
+    return clients.cohorts.by_size(draw, cohort, num_rows=device_rows)
+
+  # ---------------------------------------------------------------- adapter --
+  adapter_key, round_key = jax.random.split(jax.random.key(seed))
+  if near is not None:  # whatever does not lie there yet
+    loaded = loaded._replace(base=sharding.place(loaded.base, near))
+  adapter = make('adapter')
+  initial = sharding.fetched(adapter.init(adapter_key, loaded.base))
+  initial = warm.start(initial, conf['adapter'].get('path'), loaded)
+  complete(initial, loaded.base, task.head)  # or it could not be written
+  return Experiment(
+    conf=conf,
+    settings=settings,
+    test=test,
+    task=task,
+    labels=labels,
+    tokenizer=tokenizer,
+    loaded=loaded,
+    population=population,
+    digest=digest,
+    owned=owned,
+    names=names,
+    sampler=sampler,
+    profiles=carry,
+    assemble=assemble,
+    adapter=adapter,
+    initial=initial,
+    round_key=round_key,
+    mesh=mesh,
+    near=near,
+    width=width,
+  )
+
+
+def algorithm(
+  conf: Mapping[str, Any],
+  *,
+  loss: Any,
+  model: Model | None,
+  adapter: Adapter,
+  num_clients: int,
+  profiles: Mapping[str, Any] | None = None,
+  **given: Any,
+) -> FederatedAlgorithm:
+  """The recipe that a config names, with the parts that it names.
+
+  `loss` and `model` are None where nothing is trained, but what was is read.
+  """
+  make = functools.partial(_make, conf)
+  parts = ('upload', 'aggregator', 'server')
+  return make(
+    'algorithm',
+    loss=loss,
+    model=model,
+    optimizer=make('local'),
+    num_clients=num_clients,
+    profiles=profiles,
+    fold=adapter.fold,
+    **given,
+    **{part: make(part) for part in parts if conf.get(part)},
+  )
+
+
+def keeps_private(algorithm: FederatedAlgorithm, params: Params) -> bool:
+  """Whether clients keep something of the model to themselves.
+
+  >>> from fedjax_llm import local, recipes
+  >>> start, sgd = {'w': jax.numpy.ones(2)}, local.optimizer('sgd')
+  >>> methods = recipes.fed_avg(None, sgd), recipes.ditto(None, sgd)
+  >>> [keeps_private(method, start) for method in methods]
+  [False, True]
+  """
+
+  def seen_by_nobody(start):  # of what the method makes of an adapter
+    return algorithm.init_client(
+      algorithm.init(jax.random.key(0), start).params
+    )
+
+  newcomer = jax.eval_shape(seen_by_nobody, params)
+  return newcomer.private is not None
+
+
+def save_adapter(
+  folder: pathlib.Path,
+  params: Params,
+  loaded: models.LoadedModel,
+  task: tasks.Task,
+  *,
+  base_model: str,
+  use_rslora: bool,
+) -> None:
+  """Writes a PEFT directory, with the names of the classes where there are any.
+
+  A head that was drawn is in no checkpoint: the adapter holds it whole.
+  """
+  families = models.families
+  peft.save(
+    folder,
+    complete(params, loaded.base, task.head),
+    module_name=lambda path, layer: families.hf_module_name(
+      path, layer, loaded.config, part=True
+    ),
+    fused=lambda path: families.fused_rows(loaded.config, path),
+    to_tensors=lambda leaves: families.to_checkpoint(leaves, loaded.config),
+    base_model=base_model,
+    task_type=task.peft_type,
+    use_rslora=use_rslora,
+  )
+  if loaded.config.labels:
+    labels = json.dumps(loaded.config.labels)
+    (folder / 'labels.json').write_text(f'{labels}\n')

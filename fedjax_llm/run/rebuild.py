@@ -1,0 +1,277 @@
+"""What a run made, from its folder: the structure by its config, the values
+from its newest checkpoint. Nothing is trained, and texts are only read where
+names of clients or of classes are needed.
+"""
+
+import difflib
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm import clients, data, models, tree
+from fedjax_llm.adapters import Dora
+from fedjax_llm.models import LoadedModel, quantised
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.run import (
+  best,
+  builders,
+  checkpoint,
+  config,
+  experiment,
+  metrics,
+  resume,
+  tasks,
+  versions,
+  workdir,
+)
+from fedjax_llm.run.sections import SPEC
+from fedjax_llm.run.warm import load_adapter as load_adapter
+from fedjax_llm.types import Adapter, ClientState, Error, Params, ServerState
+
+
+class Made(NamedTuple):
+  """What is served after a run, or so far.
+
+  `params` change `loaded.base`, as it was before the run: what went into the
+  base in the meantime is in their residuals.
+  """
+
+  config: dict[str, Any]
+  loaded: LoadedModel
+  task: tasks.Task
+  params: Params
+  what: str  # whose, and when
+  notes: Sequence[str] = ()  # what else is to be said of it
+
+
+# Lets names in a workdir's config.json lead out of the project.
+TRUST = '--trust-code'
+
+
+def open(
+  path: str,
+  *,
+  client: str | None = None,
+  round: int | Literal['best'] | None = None,
+  trusted: bool = False,
+) -> Made:
+  """Reads the folder of a run; nothing in it is changed.
+
+  Args:
+    path: the workdir.
+    client: whose model; None: what everybody is served.
+    round: after which round, one whose checkpoint is kept; 'best': that with
+      the best held-out loss (see `best`); None: the newest that is whole.
+    trusted: import paths in the workdir's config.json, which run code, may be
+      followed.
+
+  Raises:
+    Error: no folder of a run, a run at work, one without any checkpoint or
+      without that of the round; a client that is not of this run, or of a
+      method that keeps nothing of its clients apart; a function in config.json
+      that is none of the project's.
+  """
+  file = str(pathlib.Path(path) / 'config.json')
+  with builders.confined(file, TRUST, trusted):
+    return _open(path, client, round)
+
+
+def _open(
+  path: str, client: str | None, round: int | Literal['best'] | None
+) -> Made:
+  folder = pathlib.Path(path)
+  raw = read_config(folder)
+  room = workdir.open(path, raw)
+  conf, _ = config.override(
+    workdir.settings_of(raw), [], SPEC, str(folder / 'config.json')
+  )
+  build = lambda section, **injected: builders.build(
+    conf[section], SPEC.sections[section], **injected
+  )
+  if not any(x.is_dir() for x in (room.checkpoints, room.adapter)):
+    raise Error(f'{path}: this run has written no checkpoint yet.')
+  room.hold()  # a run at work prunes its checkpoints
+
+  task = build('task') if conf.get('task') else tasks.causal_lm()
+  recipe = builders.resolve_builder(
+    'algorithm', conf['algorithm']['name'], SPEC.sections['algorithm']
+  )
+  # The names of clients, their number, and those of classes are in the texts.
+  counts = client is not None or 'num_clients' in builders.parameters(recipe)
+  records = build('data') if counts or conf.get('task') else []
+  labels = task.labels(records)
+  tokenizer = data.tokenizers.bytes()
+  loaded: LoadedModel = build(
+    'model',
+    vocab_size=tokenizer.vocab_size,
+    eos_ids=(tokenizer.eos_id,),
+    labels=labels,
+  )
+  adapter: Adapter = build('adapter')
+  seed = conf.get('seed', 0)
+  names: tuple[str, ...] = ('all',)
+  digest = None
+  if counts and conf['algorithm']['name'] != 'centralised':
+    if loaded.directory is not None:
+      tokenizer = data.tokenizers.pretrained(str(loaded.directory))
+    population = build(
+      'population',
+      records=records,
+      tokenizer=tokenizer,
+      partition=build('partition'),
+      labels=labels,
+      seed=seed,
+      encode=task.encode,
+    )
+    names, digest = population.names, data.population.digest(population)
+
+  algorithm = experiment.algorithm(
+    conf,
+    loss=None,  # nothing is trained
+    model=None,
+    adapter=adapter,
+    num_clients=len(names),
+    profiles=build('profiles', num_clients=len(names), seed=seed)
+    if counts and conf.get('profiles')
+    else None,
+  )
+  adapter_key, round_key = jax.random.split(jax.random.key(seed))
+
+  def start() -> ServerState:
+    return algorithm.init(round_key, adapter.init(adapter_key, loaded.base))
+
+  shapes = jax.eval_shape(start)
+  private = jax.eval_shape(algorithm.init_client, shapes.params).private
+  if client is not None and private is None:
+    raise Error(
+      f'--client {client}: {conf["algorithm"]["name"]} keeps nothing of its '
+      'clients apart, everybody is served the same.'
+    )
+  if client is not None and client not in names:
+    near = difflib.get_close_matches(client, names, 3, 0.3) or names[:3]
+    raise Error(
+      f'--client {client} is none of the {len(names)} clients that train, '
+      f'such as {", ".join(near)}.'
+    )
+
+  if not room.checkpoints.is_dir() and client is not None:
+    raise Error(
+      f'{path} has no checkpoints any more, which hold what is of {client}.'
+    )
+  if not room.checkpoints.is_dir() and round is not None:
+    raise Error(f'--round {round}: {path} has no checkpoints any more.')
+  if not room.checkpoints.is_dir():
+    params, notes = _finished(room, loaded), []
+    return Made(conf, loaded, task, params, 'the adapter of the end', notes)
+  saver = checkpoint.open(room.checkpoints, read_only=True)
+  number = _round_of(folder, conf, round, saver.rounds())
+
+  def open_store(at: int) -> clients.store.Store:
+    if client is None:
+      return clients.store.open(room.states, ClientState(), at_round=at)
+    # A client that was never seen has what the run began with.
+    newcomer = algorithm.init_client(start().params)
+    return clients.store.open(
+      room.states, newcomer, at_round=at, read_only=True
+    )
+
+  def check(restored: checkpoint.Restored) -> None:
+    if number is not None and restored.round != number:
+      raise Error('\n'.join(restored.notices))
+    # The place of a client's name says which state is its own.
+    if client is not None and restored.meta.get('data', digest) != digest:
+      raise Error(
+        f'{path} holds a run on other texts or clients than {file_of(conf)} '
+        f'has now: which model is that of {client} is not known.'
+      )
+
+  found, store = resume.newest(saver, shapes, open_store, check, up_to=number)
+  if found is None:
+    raise Error(f'{path}: this run has written no checkpoint yet.')
+  state, notes, what = found.state, list(found.notices), None
+  if client is not None:
+    place = names.index(client)
+    what = jax.tree.map(jnp.asarray, tree.take(store.gather([place]), 0))
+    if place not in store.seen():
+      notes.append(f'{client}: no round has trained this client yet.')
+  elif private is not None:
+    notes.append(
+      'Only what clients share is here: --client NAME adds what one keeps.'
+    )
+  params = algorithm.personal(state.params, what)
+  of = f'client {client}' if client is not None else 'what everybody is served'
+  told = f'{of} after round {found.round}'
+  return Made(conf, loaded, task, params, told, notes)
+
+
+def _round_of(
+  folder: pathlib.Path,
+  conf: Mapping[str, Any],
+  round: int | Literal['best'] | None,
+  kept: Sequence[int],
+) -> int | None:
+  """The number of the round that is asked for; Error if it is not kept."""
+  number = round
+  if round == 'best':
+    records = metrics.read(str(folder / 'metrics.jsonl'))
+    by = (conf.get('evals') or {}).get('best_by')
+    number = best.best(records, by)
+    if number is None:
+      raise Error(f'--round best: {folder} has no record of a test.')
+  if number is not None and number not in kept:
+    some = ', '.join(map(str, kept)) or 'no round'
+    of = f'best is round {number}, which' if round == 'best' else round
+    raise Error(
+      f'--round {of} has no checkpoint any more; those of {some} are kept '
+      '(evals.keep_best and keep_checkpoints say which are).'
+    )
+  return number  # type: ignore
+
+
+def file_of(conf: Mapping[str, Any]) -> str:
+  """Where the texts of a config are from, in words.
+
+  >>> file_of({'data': {'name': 'jsonl', 'path': 'a.jsonl'}})
+  'a.jsonl'
+  """
+  section = conf['data']
+  return str(section.get('path') or section.get('dataset') or section['name'])
+
+
+def read_config(folder: pathlib.Path) -> Any:
+  """What a run wrote into its config.json; Error where there is none."""
+  file = folder / 'config.json'
+  if not file.is_file():
+    what = 'holds no run' if folder.is_dir() else 'is no folder'
+    raise Error(f'--workdir {folder} {what}: there is no config.json in it.')
+  try:
+    found = json.loads(file.read_text())
+  except (ValueError, RecursionError) as error:
+    raise Error(f'{file} is damaged ({error}).') from error
+  if not isinstance(found, Mapping):
+    raise Error(f'{file} is damaged (it holds no object).')
+  return versions.translated(found)
+
+
+def _finished(room: workdir.Workdir, loaded: LoadedModel) -> Params:
+  """The adapter that a finished run wrote, at the base as it was before."""
+  params = load_adapter(room.adapter, loaded)
+  if not room.base.is_dir():
+    return params
+  base = models.pretrained(room.base).base
+
+  def node(leaf: Any, new: Any, old: Any) -> Any:
+    if isinstance(leaf, Mapping):
+      return {name: node(leaf[name], new[name], old[name]) for name in leaf}
+    if isinstance(leaf, Dora):
+      return leaf._replace(direction=node(leaf.direction, new, old))
+    if not isinstance(leaf, LowRank):
+      return leaf
+    moved = new['kernel'] - quantised.dense(old['kernel'], jnp.float32)
+    return leaf._replace(residual=moved) if jnp.any(moved) else leaf
+
+  return node(params, base, loaded.base)

@@ -1,0 +1,6 @@
+"""Where a run's numbers go beside `metrics.jsonl`: files and services."""
+
+from fedjax_llm.run.trackers.files import board, saving, sheet
+from fedjax_llm.run.trackers.services import Tracker, tracking
+
+__all__ = ['Tracker', 'board', 'saving', 'sheet', 'tracking']

@@ -1,0 +1,31 @@
+"""Scopes: what a client trains, shares and keeps.
+
+Builders return a `Scope`: a label a leaf, and masks inside the round.
+`policies` are decisions of the host between rounds, `allotment` and
+`assignment` bring them to the clients.
+"""
+
+from fedjax_llm.scopes.labels import all_private as all_private
+from fedjax_llm.scopes.labels import alternating as alternating
+from fedjax_llm.scopes.labels import everything as everything
+from fedjax_llm.scopes.labels import frozen as frozen
+from fedjax_llm.scopes.labels import in_turn as in_turn
+from fedjax_llm.scopes.labels import labelled as labelled
+from fedjax_llm.scopes.labels import layers as layers
+from fedjax_llm.scopes.labels import leaf_paths as leaf_paths
+from fedjax_llm.scopes.labels import private as private
+from fedjax_llm.scopes.labels import ranks as ranks
+from fedjax_llm.scopes.labels import untrained as untrained
+
+__all__ = [
+  'all_private',
+  'alternating',
+  'everything',
+  'frozen',
+  'in_turn',
+  'labelled',
+  'layers',
+  'private',
+  'ranks',
+  'untrained',
+]

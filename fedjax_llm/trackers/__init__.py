@@ -1,6 +1,0 @@
-"""Where a run's numbers go beside `metrics.jsonl`: files and services."""
-
-from fedjax_llm.trackers.files import board, saving, sheet
-from fedjax_llm.trackers.services import Tracker, tracking
-
-__all__ = ['Tracker', 'board', 'saving', 'sheet', 'tracking']
