@@ -280,6 +280,37 @@ def test_side_files_of_a_report_are_named(folder, name, content, words):
   assert f'{path} is damaged' in told and words in told
 
 
+@pytest.mark.parametrize(
+  'notes',
+  [
+    {'chosen': {'block_size': 'x'}},
+    {'chosen': {'block_size': -1}},
+    {'chosen': [1]},
+    {'changes': 5},
+    {'changes': [5]},
+    {'changes': [{'after': 9, 'fields': {'seed.x': {'was': 1, 'is': 2}}}]},
+    {'changes': [{'after': 9, 'fields': {'seed': {'was': 1}}}]},
+    {'changes': [{'after': 'x', 'fields': {}}]},
+  ],
+)
+def test_notes_of_a_config_are_checked(folder, notes):
+  file = folder / 'config.json'
+  edited(file, lambda x: x.update(notes))
+  words = ['--workdir', folder, '--round', 4, rebuild.TRUST]
+  told = runs.refused(replay, words)
+  assert 'config.json' in told and 'damaged' in told
+
+
+def test_a_folder_of_another_name_is_no_checkpoint(tmp_path):
+  state = {'q': np.ones(3, np.float32)}
+  saver = checkpoint.open(tmp_path, max_to_keep=1)
+  saver.save(1, state)
+  (tmp_path / 'round_7').mkdir()
+  assert checkpoint.open(tmp_path).rounds() == [1]
+  saver.save(2, state)
+  assert saver.rounds() == [2] and (tmp_path / 'round_7').is_dir()
+
+
 # ------------------------------------------------------------ while it works --
 
 

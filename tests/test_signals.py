@@ -13,8 +13,9 @@ import time
 import pytest
 import runs
 
-from fedjax_llm import _early, data, train
-from fedjax_llm.run import checkpoint, narration, signals
+from fedjax_llm import _early, data, report, train
+from fedjax_llm.report import __main__ as watch
+from fedjax_llm.run import checkpoint, narration, signals, workdir
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FIELDS = {'algorithm__name': 'fed_avg', 'num_rounds': 4}
@@ -153,6 +154,30 @@ def test_an_error_in_a_last_round_is_an_error(texts, tmp_path, monkeypatch):
   monkeypatch.setattr(narration, 'left_out', at)
   words = runs.arguments(texts, tmp_path / 'run', **FIELDS)
   assert runs.refused(train, words) == 'error: nothing is left.'
+
+
+def test_a_report_that_watches_ends_with_a_last_page(tmp_path, monkeypatch):
+  """However long that page takes."""
+  monkeypatch.setattr(signals, '_AGAIN', 0.01)
+  folder, out, written = tmp_path / 'run', tmp_path / 'out.html', []
+  folder.mkdir()
+  (folder / 'config.json').write_text('{"num_rounds": 3}')
+  (folder / 'metrics.jsonl').write_text('{"round": 0}\n')
+  write = report.write
+
+  def slow(*args, refresh, **keywords):
+    if refresh is None:
+      time.sleep(0.1)
+    found = write(*args, refresh=refresh, **keywords)
+    written.append(refresh)
+    return found
+
+  monkeypatch.setattr(report, 'write', slow)
+  words = [str(folder), '--out', str(out), '--watch', '--every', '1']
+  status = workdir.status(
+    lambda: watch.run(words, wait=lambda seconds: send(signal.SIGINT))
+  )
+  assert status == 0 and written == [1, None]
 
 
 TWICE = """

@@ -10,8 +10,9 @@ import pytest
 import runs
 
 from fedjax_llm import export, replay, train
+from fedjax_llm.devices import hosts
 from fedjax_llm.report import __main__ as report
-from fedjax_llm.run import rebuild
+from fedjax_llm.run import rebuild, workdir
 from fedjax_llm.types import Error
 
 CALLED = []
@@ -132,6 +133,16 @@ def test_no_link_in_a_workdir_is_followed_when_writing(
   assert after == before
 
 
+def test_links_of_services_are_left_alone(tmp_path):
+  for place in ('wandb', 'runs/a/wandb'):
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place / 'latest-run').symlink_to(tmp_path)
+  workdir.check_links(tmp_path)
+  (tmp_path / 'runs/b').symlink_to(tmp_path)
+  with pytest.raises(Error, match=r'runs/b is a symbolic link'):
+    workdir.check_links(tmp_path)
+
+
 def test_the_workdir_itself_may_be_a_link(data, folder, tmp_path):
   link = tmp_path / 'link'
   link.symlink_to(folder)
@@ -208,3 +219,29 @@ def test_the_model_of_a_client_is_not_given_away_as_that_of_another(
   told = runs.refused(export, words('after'))
   assert 'holds a run on other texts or clients' in told and 'cyd' in told
   assert not (tmp_path / 'after').exists()
+
+
+# -------------------------------------------------------------- coordinator --
+
+
+def test_the_coordinator_listens_on_the_address_that_was_named(monkeypatch):
+  """JAX by itself would listen on every address of the machine."""
+  begun = []
+
+  def initialize(**keywords):
+    begun.append(keywords)
+    raise RuntimeError('enough')
+
+  monkeypatch.setattr(hosts.jax.distributed, 'initialize', initialize)
+  at = {'coordinator': '10.0.0.7:1234', 'num_processes': 2, 'process_id': 0}
+  for bind, address in ((None, '10.0.0.7:1234'), ('10.1.1.1:9', '10.1.1.1:9')):
+    with pytest.raises(Error, match='enough'):
+      hosts.join(**at, bind=bind)
+    assert begun.pop()['coordinator_bind_address'] == address
+  for bind in ('10.1.1.1', ':80', '10.1.1.1:x', '10.1.1.1:0', 'a:70000'):
+    with pytest.raises(Error, match=r'hosts.bind is .*: it is address:port'):
+      hosts.join(**at, bind=bind)
+  with pytest.raises(Error, match=r'hosts.bind is 1:2, but hosts.coordinator'):
+    hosts.join(bind='1:2')
+  with pytest.raises(Error, match=r'finds .* hosts.bind by itself'):
+    hosts.join(coordinator='auto', bind='1:2')

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from fedjax_llm import report
 from fedjax_llm.report.runs import FILES, Run, find
-from fedjax_llm.run import command, workdir
+from fedjax_llm.run import command, signals, workdir
 from fedjax_llm.types import Error
 
 _TABLE = 'table.json'  # what a sweep writes at its end
@@ -28,6 +28,7 @@ def run(
     try:
       _watch(args.workdir, write, args.every, wait)
     except KeyboardInterrupt:
+      signals.heeded()
       write()  # a page that no longer loads itself again
   else:
     _say(write())

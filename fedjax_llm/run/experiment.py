@@ -404,7 +404,7 @@ def save_adapter(
   task: tasks.Task,
   *,
   base_model: str,
-  use_rslora: bool,
+  peft_fields: Mapping[str, Any],
 ) -> None:
   """Writes a PEFT directory, with the names of the classes where there are any.
 
@@ -421,7 +421,7 @@ def save_adapter(
     to_tensors=lambda leaves: families.to_checkpoint(leaves, loaded.config),
     base_model=base_model,
     task_type=task.peft_type,
-    use_rslora=use_rslora,
+    use_rslora=bool(peft_fields.get('use_rslora')),
   )
   if loaded.config.labels:
     labels = json.dumps(loaded.config.labels)

@@ -156,6 +156,14 @@ def stop_after_round() -> Callable[[], bool]:
   return lambda: watch.asked
 
 
+def heeded() -> None:
+  """Says that the signal was taken care of: it is not raised again."""
+  watch = _watch()
+  if watch is not None:
+    watch.asked = False
+    _raise_again(0.0)
+
+
 def stopping() -> bool:
   """Whether a signal has come that does not wait for a round."""
   watch = _watch()

@@ -47,8 +47,9 @@ _NOTED = ('num_rounds', 'evals', 'clients.cohort_size')
 NOTES = ('chosen', 'changes')
 
 
-# Folders that a run writes into; services put links into others.
+# Folders that a run writes into, and those in which services put links.
 _OURS = ('checkpoints', 'states', 'adapter', 'base', 'tensorboard', 'runs')
+_THEIRS = ('wandb', 'mlruns')
 
 
 class Workdir(NamedTuple):
@@ -146,6 +147,8 @@ def open(
       }
       differ = [field for field in differ if not _is_one(field, free)]
       chosen |= before.get('chosen') or {}
+      if any(type(x) is not int or x < 1 for x in chosen.values() if x):
+        raise ValueError(f"'chosen' is {chosen!r:.60}")
       changes += before.get('changes') or []
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
       raise Error(f'{file} is damaged ({error}).') from error
@@ -308,6 +311,8 @@ def settings_of(
       *path, last = field.split('.')
       inner = found
       for part in path:
+        if not isinstance(inner.get(part), Mapping | None):
+          raise Error(f"config.json is damaged: 'changes' names {field!r:.60}.")
         inner[part] = dict(inner.get(part) or {})
         inner = inner[part]
       if values['was'] == _ABSENT:
@@ -323,9 +328,11 @@ def changes_of(
   """After which rounds fields of a config.json were changed, and how."""
   try:
     return [
-      (int(one['after']), {k: {**v} for k, v in one['fields'].items()})
+      (
+        int(one['after']),
+        {k: {'was': v['was'], 'is': v['is']} for k, v in one['fields'].items()},
+      )
       for one in raw.get('changes') or []
-      if all({'was', 'is'} <= v.keys() for v in one['fields'].values())
     ]
   except (TypeError, KeyError, ValueError, AttributeError) as error:
     raise Error(
@@ -373,16 +380,21 @@ def check_links(folder: pathlib.Path) -> None:
 
   Only the folder itself may be a symbolic link.
   """
-  inside = list(folder.iterdir())
-  for path in inside:
-    if path.name in _OURS and not path.is_symlink():
-      inside += path.rglob('*')
-  for path in inside:
-    if path.is_symlink():
-      raise Error(
-        f'{path} is a symbolic link, and a run writes through none: remove it, '
-        'or take another workdir.'
-      )
+  for path in folder.iterdir():
+    _refuse_link(path)
+    if path.name in _OURS:
+      for top, folders, files in os.walk(path):
+        folders[:] = [x for x in folders if x not in _THEIRS]
+        for name in (*folders, *files):
+          _refuse_link(pathlib.Path(top, name))
+
+
+def _refuse_link(path: pathlib.Path) -> None:
+  if path.is_symlink():
+    raise Error(
+      f'{path} is a symbolic link, and a run writes through none: remove it, '
+      'or take another workdir.'
+    )
 
 
 def replace(file: pathlib.Path, content: str | bytes) -> None:

@@ -110,7 +110,8 @@ def open(
 
   def present() -> list[int]:
     names = (re.fullmatch(r'round_(\d+)', p.name) for p in folder.glob('*'))
-    return sorted(int(name[1]) for name in names if name)
+    rounds = {int(name[1]): name[0] for name in names if name}
+    return sorted(r for r, name in rounds.items() if name == place(r)[0].name)
 
   def look() -> tuple[int, int] | None:
     try:
