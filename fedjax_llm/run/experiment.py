@@ -22,6 +22,7 @@ from fedjax_llm.run import (
   config,
   narration,
   rates,
+  sections,
   tasks,
   viewing,
   warm,
@@ -365,8 +366,14 @@ def algorithm(
   """
   make = functools.partial(_make, conf)
   parts = ('upload', 'aggregator', 'server')
-  return make(
-    'algorithm',
+  recipe = builders.resolve_builder(
+    'algorithm', conf['algorithm']['name'], SPEC.sections['algorithm']
+  )
+  if builders.open_ended(recipe):  # one's own, which hands its parts on
+    recipe = builders.onward(recipe, sections.parts)
+  return builders.build(
+    {**conf['algorithm'], 'name': recipe},
+    SPEC.sections['algorithm'],
     loss=loss,
     model=model,
     optimizer=make('local'),
