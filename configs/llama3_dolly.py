@@ -49,8 +49,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     remat='full',
   )
   config.adapter = dict(name='lora', rank=16, alpha=32.0)
-  config.algorithm = dict(name='fed_avg', clip_norm=1.0)
-  config.local = dict(name='adamw', learning_rate=2e-4)
+  config.algorithm = dict(name='fed_avg')
+  config.local = dict(name='adamw', learning_rate=2e-4, clip_norm=1.0)
 
   config.evals = dict(every=10, per_client=4, buckets=(128, 256))
   if smoke:  # genres of Shakespeare's plays are the categories

@@ -10,9 +10,11 @@ holds the contracts (read it first).
 from fedjax_llm import _early as _early  # signals while the rest is imported
 from fedjax_llm import adapters as adapters
 from fedjax_llm import aggregators as aggregators
+from fedjax_llm import batching as batching
 from fedjax_llm import clients as clients
 from fedjax_llm import data as data
 from fedjax_llm import evals as evals
+from fedjax_llm import linalg as linalg
 from fedjax_llm import local as local
 from fedjax_llm import models as models
 from fedjax_llm import recipes as recipes

@@ -28,8 +28,8 @@ from fedjax_llm.types import (
   Cohort,
   Error,
   FederatedAlgorithm,
-  Metrics,
   Params,
+  RoundInfo,
   Scope,
   ServerState,
   Shared,
@@ -38,7 +38,7 @@ from fedjax_llm.types import (
 
 def rounds(
   algorithm: FederatedAlgorithm, *, remat: bool = True
-) -> Callable[..., tuple[ServerState, ClientState, Metrics]]:
+) -> Callable[..., tuple[ServerState, ClientState, RoundInfo]]:
   """Several rounds as one function, a scan with a gradient.
 
   With remat a round is computed again on its way back, so what is kept of a
@@ -52,20 +52,19 @@ def rounds(
 
   Returns:
     `run(state, cohorts, base=None, states=ClientState())
-    -> (state, states, metrics)`. Leaves of `cohorts` begin with the axis of
+    -> (state, states, info)`. Leaves of `cohorts` begin with the axis of
     rounds, [rounds, K, ...] (`tree.stack` of cohorts). `states` holds what all
     N clients keep, [N, ...] by id, where the method has them keep something:
     `tree.broadcast(algorithm.init_client(state.params), N)` to begin with.
-    Metrics come as [rounds, ...] and carry no gradient: an objective is
-    computed from the state.
+    `RoundInfo` comes as [rounds, ...] and carries no gradient: an objective
+    is computed from the state.
 
   How far should the server go? Clients have gone from 0 to 1, and 3 is best:
 
   >>> from fedjax_llm import recipes, server, types
   >>> def algorithm(rate):
-  ...   def train(base, start, state, batches, masks, round, key):
-  ...     told = {x: jnp.float32(1) for x in ('loss', 'tokens', 'steps')}
-  ...     return types.ClientOutput(jnp.float32(1), masks, (), told)
+  ...   def train(base, start, state, batches, masks, context):
+  ...     return types.ClientOutput(jnp.float32(1), masks)
   ...   update = types.LocalUpdate(lambda params: (), train)
   ...   return recipes.compose(update, server=server.sgd(rate), measure=None)
   >>> one = jnp.ones(2)
@@ -83,13 +82,13 @@ def rounds(
     state, states = carry
     num = jax.tree.leaves(states)[0].shape[0] if jax.tree.leaves(states) else 0
     held = cohort._replace(states=tree.take(states, cohort.ids))
-    state, new, told = algorithm.round(state, held, base)
+    state, new, info = algorithm.round(state, held, base)
     # Out of range: a row that keeps its state is written nowhere.
-    place = jnp.where(told['clients/reported'], cohort.ids, num)
+    place = jnp.where(info.reported, cohort.ids, num)
     put = lambda all, rows: all.at[place].set(rows, mode='drop')
     states = jax.tree.map(put, states, new)
     # Norms of metrics at zero would otherwise spoil the gradient.
-    return (state, states), jax.lax.stop_gradient(told)
+    return (state, states), jax.lax.stop_gradient(info)
 
   # Of the base the gradient keeps nothing a round: it is an argument.
   step = jax.checkpoint(one, prevent_cse=False) if remat else one
@@ -99,11 +98,11 @@ def rounds(
     cohorts: Cohort,
     base: Base = None,
     states: ClientState = ClientState(),  # noqa: B008
-  ) -> tuple[ServerState, ClientState, Metrics]:
-    (state, states), told = jax.lax.scan(
+  ) -> tuple[ServerState, ClientState, RoundInfo]:
+    (state, states), info = jax.lax.scan(
       lambda carry, cohort: step(carry, cohort, base), (state, states), cohorts
     )
-    return state, states, told
+    return state, states, info
 
   return run
 
@@ -152,7 +151,7 @@ def mixed(
         f'{len(cohort.ids)}.'
       )
     alone = jax.tree.map(lambda x: jnp.asarray(x)[:, None], cohort)
-    state, states, told = jax.vmap(algorithm.round, (0, 0, None))(
+    state, states, info = jax.vmap(algorithm.round, (0, 0, None))(
       state, alone, base
     )
     of_one = lambda x: x[:, 0] if x.ndim > 1 else x
@@ -160,9 +159,8 @@ def mixed(
     sums = tree.weighted_sum(shared, matrix)
     blend = jax.tree.map(lambda x, old: x.astype(old.dtype), sums, shared)
     state = state._replace(params=tree.merge(blend, state.params))
-    return state, jax.tree.map(lambda x: x[:, 0], states), {
-      name: jax.tree.map(of_one, value) for name, value in told.items()
-    }  # fmt: skip
+    states = jax.tree.map(lambda x: x[:, 0], states)
+    return state, states, jax.tree.map(of_one, info)
 
   return FederatedAlgorithm(
     init, algorithm.init_client, round, lambda params, state: params

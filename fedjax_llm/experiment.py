@@ -35,7 +35,6 @@ from fedjax_llm.types import (
   Adapter,
   Cohort,
   Draw,
-  Example,
   FederatedAlgorithm,
   Model,
   Params,
@@ -45,12 +44,11 @@ from fedjax_llm.types import (
 
 
 class Tests(NamedTuple):
-  """The texts that a run is tested on: groups of one width, with owners."""
+  """The examples a run is tested on: groups of one width, with owners."""
 
   heldout: Sequence[Any]
   new: Sequence[Any]
   common: Sequence[Any]
-  max_targets: int  # tokens with a loss that a batch holds at most
 
 
 class Experiment(NamedTuple):
@@ -64,7 +62,8 @@ class Experiment(NamedTuple):
   tokenizer: data.tokenizers.Tokenizer
   loaded: models.LoadedModel
   population: Population
-  owned: Sequence[Sequence[Example]]  # texts of each client that trains
+  digest: str  # of the population, before the task prepared it
+  owned: Sequence[Sequence[Any]]  # examples of each client that trains
   names: Sequence[str]  # of these clients
   sampler: Sampler
   profiles: Mapping[str, Any] | None  # what clients can carry, [N] each
@@ -74,8 +73,7 @@ class Experiment(NamedTuple):
   round_key: jax.Array
   mesh: Any  # all devices; None: there is one
   near: Any  # the devices of this process
-  width: int  # columns of the longest text
-  max_targets: int | None
+  width: int  # columns of the longest example
 
   @property
   def base(self) -> Any:
@@ -92,7 +90,7 @@ class Experiment(NamedTuple):
     conf = self.conf if conf is None else conf
     return algorithm(
       conf,
-      loss=self.task.loss(self.loaded, max_targets=self.max_targets),
+      loss=self.task.loss(self.loaded),
       model=self.loaded.model,
       adapter=self.adapter,
       num_clients=len(self.owned),
@@ -130,22 +128,21 @@ class Experiment(NamedTuple):
     test, people = self.test, self.population
     heldout = [own[: test.per_client] for own in people.heldout]
     fresh = [own[: test.per_client] for own in people.new]
+    limits = clients.cohorts.bounds(
+      [[example for own in (*heldout, *fresh) for example in own]],
+      batch_size=test.batch_size,
+      max_length=self.width,
+      epochs=1,
+    )
     return Tests(
-      heldout=self.rows(heldout),
-      new=self.rows(fresh),
-      common=self.rows(evals.in_turn(heldout, test.common)),
-      max_targets=clients.cohorts.max_targets(
-        [[text for own in (*heldout, *fresh) for text in own]],
-        batch_size=test.batch_size,
-        max_length=self.width,
-        epochs=1,
-      ),
+      heldout=self.rows(heldout, limits),
+      new=self.rows(fresh, limits),
+      common=self.rows(evals.in_turn(heldout, test.common), limits),
     )
 
-  def likelihood(self, max_targets: int) -> Callable[..., Any]:
+  def likelihood(self) -> Callable[..., Any]:
     """The program that tests one model: `evals.likelihood`."""
-    loss = self.task.loss(self.loaded, per_row=True, max_targets=max_targets)
-    return evals.likelihood(loss)
+    return evals.likelihood(self.task.loss(self.loaded, per_row=True))
 
   def examiner(
     self,
@@ -161,7 +158,7 @@ class Experiment(NamedTuple):
     """
     tests, people = tests or self.tests(), self.population
     plain = evals.loop(
-      self.task.loss(self.loaded, per_row=True, max_targets=tests.max_targets),
+      self.task.loss(self.loaded, per_row=True),
       algorithm,
       heldout=tests.heldout,
       new=tests.new,
@@ -170,7 +167,7 @@ class Experiment(NamedTuple):
       names=people.names,
       new_names=people.new_names,
       has_private=keeps_private(algorithm, self.initial),
-      labelled=self.labels is not None,
+      labelled=self.task.metrics.accuracies,
     )
     if self.test.personal is None:
       return plain
@@ -179,14 +176,21 @@ class Experiment(NamedTuple):
     )
     return lambda *given: {**plain(*given), **look(*given)}
 
-  def rows(self, examples: Sequence[Sequence[Example]]) -> list[Any]:
-    """Texts to test, in batches of a few widths, with their owners."""
+  def rows(
+    self,
+    examples: Sequence[Sequence[Any]],
+    limits: Sequence[int | None] | None = None,
+  ) -> list[Any]:
+    """Examples to test, in batches of a few widths, with their owners."""
     found = clients.cohorts.rows(
       examples,
       batch_size=self.test.batch_size,
       max_length=self.width,
       buckets=self.test.buckets,
       pad_id=self.tokenizer.pad_id,
+      collate=self.task.collate,
+      length=self.task.length,
+      limits=limits,
     )
     return [(group.batches, group.owners) for group in found]
 
@@ -259,9 +263,11 @@ def build(
     partition=make('partition'),
     labels=labels,
     seed=seed,
+    encode=task.encode,
   )
   del records
-  hosts.agree('the texts', data.population.digest(population))
+  digest = data.population.digest(population)
+  hosts.agree('the texts', digest)
   say(narration.describe(population))
   if note := narration.unused_clients(conf):
     say(note)
@@ -269,7 +275,10 @@ def build(
     population,
     vocab_size=loaded.config.vocab_size,
     max_positions=loaded.config.max_positions,
+    length=task.length,
   )
+  if task.prepare is not None:
+    population = task.prepare(loaded, population)
   width = -(-longest // 8) * 8  # nothing is computed on columns nobody uses
 
   # ---------------------------------------------------------------- clients --
@@ -280,7 +289,7 @@ def build(
   if conf['algorithm']['name'] == 'centralised':
     # One client holds everybody's texts and takes the steps of a cohort.
     cohort_conf['num_steps'] *= len(sampler(0).ids)
-    owned, names = (tuple(text for own in owned for text in own),), ('all',)
+    owned, names = (tuple(x for own in owned for x in own),), ('all',)
     sampler = clients.sampling.full(1)
     sizes = [sum(sizes)]
   carry = None
@@ -298,6 +307,8 @@ def build(
     pad_id=tokenizer.pad_id,
     seed=seed,
     profiles=carry,
+    collate=task.collate,
+    length=task.length,
   )
   device_rows = 1 if near is None else near.shape[sharding.CLIENTS]
 
@@ -318,13 +329,6 @@ def build(
   initial = sharding.fetched(adapter.init(adapter_key, loaded.base))
   initial = warm.start(initial, conf['adapter'].get('path'), loaded)
   complete(initial, loaded.base, task.head)  # or it could not be written
-  max_targets = clients.cohorts.max_targets(
-    owned,
-    batch_size=cohort_conf['batch_size'],
-    max_length=row,
-    epochs=cohort_conf.get('epochs'),
-    packing=packing,
-  )
   return Experiment(
     conf=conf,
     settings=settings,
@@ -334,6 +338,7 @@ def build(
     tokenizer=tokenizer,
     loaded=loaded,
     population=population,
+    digest=digest,
     owned=owned,
     names=names,
     sampler=sampler,
@@ -345,7 +350,6 @@ def build(
     mesh=mesh,
     near=near,
     width=width,
-    max_targets=max_targets,
   )
 
 

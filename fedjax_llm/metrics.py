@@ -14,7 +14,7 @@ import numpy as np
 
 from fedjax_llm import trackers
 from fedjax_llm.records import check_record
-from fedjax_llm.types import Error
+from fedjax_llm.types import Error, RoundInfo
 
 
 class Recorder(NamedTuple):
@@ -190,28 +190,30 @@ def _jsonable(x: Any) -> Any:
   return x
 
 
-def summarise(device_metrics: Mapping[str, Any]) -> dict[str, Any]:
-  """Metrics of a jitted round as Python numbers, fetched at once.
+def summarise(info: RoundInfo) -> dict[str, Any]:
+  """Returns the record of a round: Python numbers and lists by name.
 
-  Whatever is called '*/bytes' (int32 counts, [K, leaves] or a tree of them)
-  is summed in 64 bits; a scalar becomes a float, or an int if it is a whole
-  number or a truth value; other arrays become lists.
+  Byte counts are summed in 64 bits; a scalar becomes a float, or an int if it
+  is a whole number; other arrays become lists.
 
-  >>> summarise({'local/loss': np.float32(0.5),
-  ...            'uploads/bytes': np.full((2, 3), 2**30, np.int32)})
-  {'local/loss': 0.5, 'uploads/bytes': 6442450944}
+  >>> count = np.full((2, 3), 2**30, np.int32)
+  >>> who = np.ones(2, bool)
+  >>> metrics = {'local/loss': np.float32(2)}
+  >>> summarise(RoundInfo(who, who, count, 0 * count, metrics))
+  {'local/loss': 2.0, 'uploads/bytes': 6442450944, 'downloads/bytes': 0}
   """
-  told = {}
-  for name, value in jax.device_get(dict(device_metrics)).items():
-    if name.endswith('/bytes'):
-      parts = jax.tree.leaves(value)
-      told[name] = int(sum(np.sum(x, dtype=np.int64) for x in parts))
-    elif np.ndim(value):
-      told[name] = np.asarray(value).tolist()
+  info = jax.device_get(info)
+  record: dict[str, Any] = {}
+  for name, value in info.metrics.items():
+    if np.ndim(value):
+      record[name] = np.asarray(value).tolist()
     else:
       item = np.asarray(value).item()
-      told[name] = item if isinstance(item, float) else int(item)
-  return told
+      record[name] = item if isinstance(item, float) else int(item)
+  count = lambda x: int(np.sum(x, dtype=np.int64))
+  record['uploads/bytes'] = count(info.bytes_up)
+  record['downloads/bytes'] = count(info.bytes_down)
+  return record
 
 
 # ----------------------------------------------------------------- terminal --

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedjax_llm import metrics
-from fedjax_llm.types import Draw, Error, Population
+from fedjax_llm.types import Draw, Error, Population, RoundInfo
 
 
 class Diverged(Error):
@@ -19,12 +19,17 @@ def describe(population: Population) -> str:
   """Who there is, what was left out and why, and the sizes of the clients."""
   report: Any = population.report
   labels = report.get('labels')
-  learned = f'{report["loss_tokens"]:,} of them learned'
+  sizes = []
+  if report['tokens']:
+    sizes.append(f'{report["tokens"]:,} tokens')
   if labels is not None:
-    learned = f'{len(labels)} labels'
+    sizes.append(f'{len(labels)} labels')
+  elif report['tokens']:
+    sizes.append(f'{report["loss_tokens"]:,} of them learned')
+  some = f' ({", ".join(sizes)})' if sizes else ''
   lines = [
     f'{report["num_clients"]} clients train on {report["train_examples"]} '
-    f'examples ({report["tokens"]:,} tokens, {learned}); '
+    f'examples{some}; '
     f'{report["heldout_examples"]} examples of theirs and '
     f'{report["num_new_clients"]} more clients are held out'
   ]
@@ -84,41 +89,49 @@ def unused_clients(conf: Mapping[str, Any]) -> str:
 
 
 def left_out(
-  told: Mapping[str, Any],
+  record: Mapping[str, Any],
+  info: RoundInfo,
   draw: Draw,
   names: Sequence[str],
   number: int,
 ) -> tuple[dict[str, Any], str]:
-  """A round's metrics with the clients that did not count, and a sentence.
+  """Returns a round's record with the clients left out, and a sentence.
 
   Raises:
-    Diverged: every client that reported sent values that are not finite.
+    Diverged: all clients that reported, more than one or the only one that
+      there is, sent values that are not finite.
   """
-  told = dict(told)
+  told = dict(record)
   # Rows beyond the draw are padding.
-  broken = np.asarray(told.pop('clients/non_finite'), bool)[: len(draw.ids)]
+  broken = ~np.asarray(info.finite, bool)[: len(draw.ids)]
   chosen = np.asarray(draw.ids) >= 0
   reported = np.asarray(draw.reports, bool) & chosen
+  counted = np.asarray(info.reported, bool)[: len(draw.ids)]
   bad = [names[int(i)] for i in np.sort(np.asarray(draw.ids)[broken])]
   some = ', '.join(map(printable, bad[:5])) + (', ...' if len(bad) > 5 else '')
-  if bad and len(bad) == int(reported.sum()):
+  # One of a population that happens to be alone is no verdict on the others.
+  alone = len(bad) == 1 and len(names) > 1
+  if bad and len(bad) == int(reported.sum()) and not alone:
     raise Diverged(
       f'round {number}: the updates of all {len(bad)} clients that reported '
       f'are not finite ({some}): lower local.learning_rate or set '
-      'algorithm.clip_norm, in another workdir.'
+      'local.clip_norm, in another workdir.'
     )
   told |= {
-    'clients/reporting': int(reported.sum()) - len(bad),
+    'clients/reporting': int(counted.sum()),
     'clients/unavailable': int((~chosen).sum()),
     'clients/dropped_out': int((chosen & ~reported).sum()),
     'clients/not_finite': len(bad),
   }
+  if draw.started is not None:  # of a version that the server has no more
+    told['clients/too_late'] = int((reported & ~broken & ~counted).sum())
   note = ''
   if bad:
     told['clients/not_finite_names'] = bad
     note = (
       f'round {number}: left out {len(bad)} of {int(reported.sum())} clients, '
-      f'whose updates are not finite or weights out of range: {some}'
+      f'whose updates are not finite or too large, or weights out of range: '
+      f'{some}'
     )
   if not reported.any():
     note = f'round {number}: no client reported, so nothing changed'
@@ -195,8 +208,11 @@ _PERSONAL_ROWS = {
 }
 
 
-def summary(path: str | os.PathLike) -> str:
+def summary(path: str | os.PathLike, unit: str = '') -> str:
   """A short table of a finished run: the losses, and what they cost.
+
+  `unit` is what the loss counts, in the singular; by default a label where
+  accuracies of clients were measured, else a token.
 
   A cell is empty where nothing was measured. Personal models are compared with
   what the same clients were served before they trained.
@@ -205,6 +221,8 @@ def summary(path: str | os.PathLike) -> str:
   first, last = dict(records[0]), records[-1]
   own = last.get('evals/personal/own/clients')
   labelled = 'evals/heldout/accuracies' in last
+  usual = 'label' if labelled else 'token'
+  unit = unit or usual
   table = {
     (False, False): _ROWS,
     (False, True): _PERSONAL_ROWS,
@@ -230,6 +248,8 @@ def summary(path: str | os.PathLike) -> str:
         continue  # nothing is shared
       change = '' if old is None or new is None else new - old
       new = 'not finite' if new is None else new  # null in the file
+      label = label.replace(f'nats/{usual}', f'nats/{unit}')
+      label = label.replace(f'{usual} accuracy', f'{unit} accuracy')
       rows.append((label, '' if old is None else old, new, change))
   notes = []
   if own:
@@ -252,8 +272,7 @@ def summary(path: str | os.PathLike) -> str:
       *([metrics.table(rows, header), ''] if rows else []),
       *notes,
       f'{last["round"]} round{"s" if last["round"] > 1 else ""}, '
-      f'{total("local/tokens"):,.0f} {"label" if labelled else "token"}s '
-      'learned; '
+      f'{total("local/tokens"):,.0f} {unit}s learned; '
       f'{metrics.human_bytes(up)} up and {metrics.human_bytes(down)} down; '
       f'{seconds:.0f} s',
       f'adapter: {pathlib.Path(path) / "adapter"}',

@@ -133,6 +133,7 @@ def _open(
       partition=build('partition'),
       labels=labels,
       seed=seed,
+      encode=task.encode,
     )
     names, digest = population.names, data.population.digest(population)
 

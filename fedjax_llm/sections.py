@@ -129,10 +129,15 @@ SPEC = config.Spec(
     'hosts': hosts.join,
   },
   injected={
-    'population': ('records', 'tokenizer', 'partition', 'labels', 'seed'),
+    'population': (
+      *('records', 'tokenizer', 'partition', 'labels', 'seed', 'encode'),
+    ),
     'clients': ('num_clients', 'sizes', 'seed'),
     'profiles': ('num_clients', 'seed'),
-    'cohort': ('examples', 'max_length', 'pad_id', 'seed', 'profiles'),
+    'cohort': (
+      *('examples', 'max_length', 'pad_id', 'seed', 'profiles'),
+      *('collate', 'length'),
+    ),
     'model': ('vocab_size', 'eos_ids', 'labels', 'place'),
     'algorithm': (
       *('loss', 'model', 'optimizer', 'num_clients', 'profiles'),

@@ -359,7 +359,10 @@ def own_rows(draw: Draw, mesh: Mesh | None) -> tuple[Draw, slice]:
   sharing = num_sharing(mesh)  # these have the same rows
   each = len(ids) * sharing // jax.process_count()
   start = each * (jax.process_index() // sharing)
-  return Draw(ids, reports), slice(start, start + each)
+  started = draw.started
+  if started is not None:
+    started = np.append(started, np.zeros(pad)).astype(np.int32)
+  return Draw(ids, reports, started), slice(start, start + each)
 
 
 def joined(rows: Any, mesh: Mesh | None) -> Any:

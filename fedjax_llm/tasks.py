@@ -1,37 +1,101 @@
-"""What a run learns: to write on, or to classify.
+"""Tasks: what a run learns, and how records become batches for it.
 
 A task is named in the section `task` of a config; without one it is causal_lm.
+A user's task is a builder `my_package.my_module:my_task` that returns a `Task`;
+no other file knows of it.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from fedjax_llm import local
+import jax
+import numpy as np
+
+from fedjax_llm import batching, local
+from fedjax_llm.data import encoding
+from fedjax_llm.data.collate import Collate, by_kind, pairs, texts
 from fedjax_llm.data.sources import Record
 from fedjax_llm.models import LoadedModel
-from fedjax_llm.types import Error, Loss
+from fedjax_llm.types import (
+  Base,
+  Error,
+  Example,
+  Loss,
+  Pair,
+  Pairs,
+  Population,
+)
 
 __all__ = ['causal_lm', 'classification']
 
 
-class Task(NamedTuple):
-  """What differs between tasks on the way from records to an adapter.
+class Measures(NamedTuple):
+  """How a task's metrics are named and which there are.
 
-  `labels(records) -> ` the classes, None where nothing is classified;
-  `check(loaded)` refuses a model that is made for another task;
-  `loss(loaded, max_targets=, per_row=) -> Loss`; `head` names the modules that
-  an adapter's file has to hold, and `peft_type` is PEFT's name of the task.
+  >>> Measures('label', accuracies=True).unit
+  'label'
   """
 
-  labels: Callable[[Sequence[Record]], tuple[str, ...] | None]
-  check: Callable[[LoadedModel], None]
+  unit: str = 'token'  # what `LossSum.count` counts, in the singular
+  accuracies: bool = False  # the accuracy of each client is reported as well
+
+
+def no_labels(records: Sequence[Record]) -> None:
+  """The `Task.labels` of tasks without classes."""
+  del records
+
+
+def any_model(loaded: LoadedModel) -> None:
+  """The `Task.check` of tasks that every model may learn."""
+  del loaded
+
+
+class Task(NamedTuple):
+  """All that differs between tasks, from records to an adapter's file.
+
+  Records to examples:
+    `labels(records) -> ` the classes, None where nothing is classified;
+    `encode(record, Encoding) -> Encoded` makes the examples of one record, each
+    an `Example`, `Pair`, `Image`, `ImageWithText` or a pytree of one's own;
+    `prepare(loaded, population) -> population` may fill in what the base model
+    says about the examples before training (reference log-probabilities).
+
+  Examples to batches:
+    `length(example) -> int` is what sorts, buckets and packs examples; no text
+    of theirs has more tokens, and rows are padded to the longest;
+    `collate(examples, width, pad_id) -> (rows -> batch)`: see `data.collate`.
+
+  Batches to losses and metrics:
+    `check(loaded)` refuses a model that is made for another task;
+    `loss(loaded, per_row=) -> Loss`, one sum for each row with `per_row`;
+    `metrics` names what the loss counts.
+
+  Beside these, `example(length, vocab_size) -> example` makes one up, of which
+  every token is learned, so that `plan` knows the shapes of a batch; `writes`
+  says that replies are generated from held-out texts; `head` names the modules
+  that an adapter's file has to hold, and `peft_type` is PEFT's name of the
+  task.
+
+  >>> Task(loss=lambda loaded, per_row=False: None).metrics.unit
+  'token'
+  """
+
   loss: Callable[..., Loss]
+  encode: encoding.Encode = encoding.texts
+  collate: Collate = by_kind
+  length: Callable[[Any], int] = batching.length
+  metrics: Measures = Measures()
+  labels: Callable[[Sequence[Any]], tuple[str, ...] | None] = no_labels
+  check: Callable[[LoadedModel], None] = any_model
+  prepare: Callable[[LoadedModel, Population], Population] | None = None
+  example: Callable[[int, int], Any] | None = None
+  writes: bool = False
   head: tuple[str, ...] = ()
   peft_type: str = 'CAUSAL_LM'
 
 
 def causal_lm() -> Task:
-  """Next-token prediction: `local.causal_lm`."""
+  """Next-token prediction: `local.causal_lm` on texts."""
 
   def check(loaded: LoadedModel) -> None:
     if not loaded.config.causal:
@@ -41,12 +105,20 @@ def causal_lm() -> Task:
         "masked words are not trained here; set task.name='classification'."
       )
 
-  def loss(loaded: LoadedModel, *, max_targets: int, per_row: bool = False):
-    return local.causal_lm(
-      loaded.model, max_targets=max_targets, per_row=per_row
-    )
+  def loss(loaded: LoadedModel, *, per_row: bool = False) -> Loss:
+    return local.causal_lm(loaded.model, per_row=per_row)
 
-  return Task(lambda records: None, check, loss)
+  def example(length: int, vocab_size: int) -> Example:
+    return Example(_tokens(length, vocab_size), np.arange(length) > 0)
+
+  return Task(
+    loss,
+    encode=encoding.texts,
+    collate=texts,
+    check=check,
+    example=example,
+    writes=True,
+  )
 
 
 def classification(labels: Sequence[str] | None = None) -> Task:
@@ -67,11 +139,72 @@ def classification(labels: Sequence[str] | None = None) -> Task:
         'encoder, model.name=pretrained or random_encoder.'
       )
 
-  def loss(loaded: LoadedModel, *, max_targets: Any, per_row: bool = False):
-    del max_targets  # of tokens
+  def loss(loaded: LoadedModel, *, per_row: bool = False) -> Loss:
     return local.classification(loaded.model, per_row=per_row)
 
-  return Task(found, check, loss, ('pooler', 'classifier'), 'SEQ_CLS')
+  def example(length: int, vocab_size: int) -> Example:
+    return Example(_tokens(length, vocab_size), np.zeros(length, bool), label=0)
+
+  return Task(
+    loss,
+    encode=encoding.labelled,
+    collate=texts,
+    metrics=Measures('label', accuracies=True),
+    labels=found,
+    check=check,
+    example=example,
+    head=('pooler', 'classifier'),
+    peft_type='SEQ_CLS',
+  )
+
+
+def with_references(
+  loaded: LoadedModel, population: Population, *, batch_size: int = 8
+) -> Population:
+  """The `Task.prepare` of pairs: log-probabilities under the base alone.
+
+      reference = log p(reply | prompt; base), in nats, of both replies
+
+  Args:
+    loaded: the model; no adapter changes it.
+    population: whose examples are pairs (`types.Pair`).
+    batch_size: pairs computed at a time.
+
+  Returns:
+    The population with every `reference_chosen` and `reference_rejected` set.
+  """
+  parts = (population.train, population.heldout, population.new)
+  everything = [pair for part in parts for own in part for pair in own]
+  width = -(-max(map(batching.length, everything)) // 8) * 8
+  build = pairs(everything, width)
+  nats = local.causal_lm(loaded.model, per_row=True)
+
+  @jax.jit
+  def score(base: Base, batch: Pairs) -> tuple[jax.Array, jax.Array]:
+    key = jax.random.key(0)  # no dropout
+    sides = (batch.chosen, batch.rejected)
+    chosen, rejected = (-nats(base, {}, side, key).total for side in sides)
+    return chosen, rejected
+
+  def scored(own: Sequence[Pair]) -> tuple[Pair, ...]:
+    found: list[Pair] = []
+    for start in range(0, len(own), batch_size):
+      some = own[start : start + batch_size]
+      rows = [[pair] for pair in some] + [[]] * (batch_size - len(some))
+      values = zip(*map(np.asarray, score(loaded.base, build(rows))))
+      found += [
+        Pair(pair.chosen, pair.rejected, float(chosen), float(rejected))
+        for pair, (chosen, rejected) in zip(some, values)
+      ]
+    return tuple(found)
+
+  train, heldout, new = (tuple(map(scored, part)) for part in parts)
+  return population._replace(train=train, heldout=heldout, new=new)
+
+
+def _tokens(length: int, vocab_size: int) -> np.ndarray:
+  """Token ids that are nearly all different, [T] int32."""
+  return (np.arange(length) * 7919 % vocab_size).astype(np.int32)
 
 
 def label_names(records: Sequence[Record]) -> tuple[str, ...]:

@@ -121,7 +121,7 @@ def train(args: config.Arguments) -> None:
       'changed, and no checkpoint is left to make it again: take another '
       'workdir.'
     )
-  meta = {'data': data.population.digest(population)}
+  meta = {'data': built.digest}
 
   def check(restored: checkpoint.Restored) -> None:
     if {**meta, **restored.meta} != meta:
@@ -188,7 +188,7 @@ def train(args: config.Arguments) -> None:
   stop, number, following = workdir.stop_after_round(), done, None
   sound = jax.jit(tree.all_finite)
   told_rates = built.rates()
-  unit = 'labels' if built.labels else 'tokens'
+  unit = f'{built.task.metrics.unit}s'
   bar = metrics.progress(
     num_rounds, done, unit=unit, file=None if first else sys.stdout
   )
@@ -200,26 +200,28 @@ def train(args: config.Arguments) -> None:
     for number in range(done + 1, done + 1 if over else num_rounds + 1):
       began = time.monotonic()
       draw, cohort = following or prepared(number - 1)
-      (ids, _), mine = sharding.own_rows(draw, mesh)
+      own, mine = sharding.own_rows(draw, mesh)
+      ids = own.ids
       states = exchange.rows_from_first(
         lambda ids=ids: store.gather(ids), newcomer, len(ids), mine
       )
       cohort = cohort._replace(states=sharding.joined(states, mesh))
       assembled = time.monotonic()
-      state, states, on_device = step(state, cohort, everybodys)
+      state, states, info = step(state, cohort, everybodys)
       # The next cohort is made, and travels, while the devices work.
       following = prepared(number) if number < num_rounds else None
-      told = metrics.summarise(on_device)
+      info = jax.device_get(info._replace(reports=None))
+      told = metrics.summarise(info)
       if algorithm.plan is not None:  # on the host, for the round that follows
         state = algorithm.plan(state)
       trained = time.monotonic()
-      told, note = narration.left_out(told, draw, built.names, number)
+      told, note = narration.left_out(told, info, draw, built.names, number)
       if note:
         bar.write(note)
       if not sound(state.params):
         raise narration.Diverged(narration.not_finite(number))
       states = exchange.rows_to_first(sharding.held(states), sharing)
-      store.scatter(ids, told.pop('clients/reported'), states)
+      store.scatter(ids, info.reported, states)
       last = number == num_rounds
       if tests and (number % test.every == 0 or last):
         served = sharding.here(state.params, mesh)
@@ -273,7 +275,7 @@ def train(args: config.Arguments) -> None:
   asked = evals.questions(
     population.heldout,
     # A classifier writes nothing, nor a network that has no cache.
-    0 if built.labels or loaded.decoder is None else test.samples,
+    test.samples if built.task.writes and loaded.decoder is not None else 0,
     max_prompt=loaded.config.max_positions - test.sample_tokens,
   )
   served = algorithm.personal(state.params, None)
@@ -309,7 +311,7 @@ def train(args: config.Arguments) -> None:
   told = '\n'.join(
     [
       narration.printable(evals.replies(asked, said, tokenizer.decode)),
-      narration.summary(args.workdir),
+      narration.summary(args.workdir, built.task.metrics.unit),
       *narration.best(number, num_rounds, judge.best(), test),
     ]
   )

@@ -76,6 +76,68 @@ def select(tree: Tree, labels: Tree, *wanted: Label) -> Tree:
   )
 
 
+def named(tree: Tree) -> dict[str, Any]:
+  """The leaves by name: keys, places and fields joined by '/'.
+
+  >>> named({'q': [1, 2], 'bias': None})
+  {'q/0': 1, 'q/1': 2}
+  """
+  return {
+    path_name(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def path_name(path: Any) -> str:
+  """A leaf's name from its path in `jax.tree_util`'s functions on paths.
+
+  >>> jax.tree_util.tree_map_with_path(lambda at, x: path_name(at), {'q': [7]})
+  {'q': ['q/0']}
+  """
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+# ----------------------------------------------------------- largest entries --
+
+
+def largest_places(flat: jax.Array, num: int) -> jax.Array:
+  """The places of the `num` largest entries of [P], in rising order, [num].
+
+  >>> largest_places(jnp.array([3, 9, 1, 5]), 2).tolist()
+  [1, 3]
+  """
+  return jnp.sort(jax.lax.top_k(flat, num)[1])
+
+
+def largest(tree: Tree, num: int) -> Tree:
+  """True at the `num` largest entries of all leaves together.
+
+  Of equal entries the first in the order of `jax.tree.leaves` is taken.
+
+  >>> x = {'a': jnp.array([1.0, 4.0]), 'b': jnp.array([[3.0], [2.0]])}
+  >>> jax.tree.map(lambda m: m.tolist(), largest(x, 2))
+  {'a': [False, True], 'b': [[True], [False]]}
+  """
+  leaves, treedef = jax.tree.flatten(tree)
+  flat = jnp.concatenate([x.ravel() for x in leaves])
+  chosen = jnp.zeros(flat.size, bool).at[largest_places(flat, num)].set(True)
+  return jax.tree.unflatten(treedef, split_flat(chosen, leaves))
+
+
+def split_flat(flat: jax.Array, leaves: list[jax.Array]) -> list[jax.Array]:
+  """A vector [P] cut into the shapes of the leaves, in their order.
+
+  >>> like = [jnp.ones((2, 2)), jnp.ones(1)]
+  >>> [x.shape for x in split_flat(jnp.arange(5), like)]
+  [(2, 2), (1,)]
+  """
+  parts, at = [], 0
+  for x in leaves:
+    parts.append(flat[at : at + x.size].reshape(x.shape))
+    at += x.size
+  return parts
+
+
 # ------------------------------------------------------------------ stacks --
 
 

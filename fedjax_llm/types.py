@@ -21,12 +21,17 @@ together again).
 
 import enum
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 from jax.core import Tracer
+
+if TYPE_CHECKING:
+  from fedjax_llm.nodes import Experts as Experts
+  from fedjax_llm.nodes import LowRank as LowRank
+  from fedjax_llm.nodes import Routing as Routing
 
 Base = Any  # frozen weights of the model: a pytree, never batched over clients
 Params = Any  # what the server owns and broadcasts; never the base
@@ -66,22 +71,6 @@ def known(number: Any) -> bool:
 # ---------------------------------------------------------------- adapters --
 
 
-class LowRank(NamedTuple):
-  """The node of every LoRA-like adapter: W + scale * a @ b + residual.
-
-  Stacked over layers every field has a leading L axis, so that one `lax.scan`
-  walks the base and the adapter together. `scale` (alpha / R, or
-  alpha / sqrt(R) for rsLoRA) is never trained and never averaged. `residual`
-  is what an average of factors missed; it is dense, one a target, and is added
-  to the base once a round, outside `vmap`.
-  """
-
-  a: Any  # [L, D, R]
-  b: Any  # [L, R, F]
-  scale: Any  # [L]
-  residual: Any = None  # [L, D, F]
-
-
 class Controlled(NamedTuple):
   """Parameters with the server's control variate c (SCAFFOLD).
 
@@ -100,28 +89,6 @@ class Dual(NamedTuple):
 
   shared: Any  # everybody's: sent and averaged
   personal: Any  # a client's own: it stays there
-
-
-class Experts(NamedTuple):
-  """An expert for every token, and for each token some out of a pool of E.
-
-  Which change a token gets depends on it, so this is no change of a weight: see
-  `adapters.experts`. A client works with the experts that it holds.
-  """
-
-  shared: LowRank  # the expert of every token
-  pool: LowRank  # [L, E, ...]
-  router: Any  # [L, D, R]
-  held: Any  # [L, E] uint8, 1 for the experts that the client holds
-
-
-class Routing(NamedTuple):
-  """What a router tells of a batch: see `adapters.experts.added`."""
-
-  balance: Any  # [L] how unevenly tokens go to experts, 1 where evenly
-  experts: Any  # [L, E, R] sum over the tokens of A_e x
-  tokens: Any  # [L, R] sum over the tokens of P x
-  count: Any  # [L] tokens
 
 
 class Adapter(NamedTuple):
@@ -154,19 +121,68 @@ class Example(NamedTuple):
   types: np.ndarray | None = None  # [T] int32: 0 in a first text, 1 in a second
 
 
+class Pair(NamedTuple):
+  """Two replies to one prompt, of which a client prefers the first.
+
+  The references are log-probabilities of the replies, in nats, under the model
+  that a preference loss compares with; a task's `prepare` may fill them in.
+  """
+
+  chosen: Example  # the prompt with the preferred reply
+  rejected: Example  # the prompt with the other reply
+  reference_chosen: float = 0.0  # log p(chosen reply | prompt)
+  reference_rejected: float = 0.0  # log p(rejected reply | prompt)
+
+
+class Image(NamedTuple):
+  """One picture as a client holds it."""
+
+  pixels: np.ndarray  # [H, W, C]
+  label: int | None = None  # the number of its class
+
+
+class ImageWithText(NamedTuple):
+  """A picture and a text about it."""
+
+  pixels: np.ndarray  # [H, W, C]
+  text: Example  # what is said about it
+
+
 class Population(NamedTuple):
   """The federation's data: N clients that train, and clients that never do.
 
   A client's id is its place in `names`, which is sorted: the id does not
-  depend on the order of the records in a file.
+  depend on the order of the records in a file. Examples are of one kind:
+  `Example`, `Pair`, `Image`, `ImageWithText`, or a task's own.
   """
 
   names: tuple[str, ...]  # [N]
-  train: tuple[tuple[Example, ...], ...]  # [N], each at least one example
-  heldout: tuple[tuple[Example, ...], ...]  # [N], the same clients' other texts
+  train: tuple[tuple[Any, ...], ...]  # [N], each at least one example
+  heldout: tuple[tuple[Any, ...], ...]  # [N], the same clients' other examples
   new_names: tuple[str, ...] = ()  # clients that no round trains on
-  new: tuple[tuple[Example, ...], ...] = ()  # all texts of each of them
+  new: tuple[tuple[Any, ...], ...] = ()  # all examples of each of them
   report: Mapping[str, Any] = {}  # what was left out and why; histogram
+
+
+@jax.tree_util.register_static
+class Bound(int):
+  """A number that belongs to the structure of a batch, not to its arrays.
+
+  `jax.tree.map` passes it on unchanged, and a compiled program holds it as a
+  constant.
+
+  >>> jax.tree.leaves(Bound(3)), jax.tree.map(lambda x: x + 1, Bound(3))
+  ([], 3)
+  """
+
+
+# The kinds of batches. Each answers what a round asks about its contents:
+#   real() -> [...] bool     which steps hold anything but padding
+#   places() -> int          places of one step, padding included
+#   used() -> [...] int      places of each step that are not padding
+#   learned() -> [...] int   terms of the loss in each step
+# with [...] the axes before B. A kind of one's own is any NamedTuple with these
+# four; `batching` asks them. Pytrees without them are taken to be full.
 
 
 class Batch(NamedTuple):
@@ -176,6 +192,10 @@ class Batch(NamedTuple):
   `positions` restart with every text. A step without any loss token is padding
   and changes nothing. Texts to be classified stand one a row, with a label; -1
   marks a row of padding.
+
+  `bound` is the most tokens with a loss that one step holds, of tokens that
+  have one before them: logits are computed for so many places. None: for all.
+  `batching.bounded` sets it and checks it on the host.
   """
 
   tokens: Any  # int32
@@ -184,20 +204,98 @@ class Batch(NamedTuple):
   positions: Any  # int32
   label: Any = None  # [..., B] int32, where texts are classified
   types: Any = None  # int32: which of two texts a token is of
+  bound: Any = None  # a `Bound`, static
+
+  def real(self) -> Any:
+    return (self.segments > 0).any((-2, -1))
+
+  def places(self) -> int:
+    return self.segments.shape[-2] * self.segments.shape[-1]
+
+  def used(self) -> Any:
+    return (self.segments > 0).sum((-2, -1))
+
+  def learned(self) -> Any:
+    if self.label is None:
+      return self.loss_mask.sum((-2, -1))
+    return (self.label >= 0).sum(-1)
+
+
+class Pairs(NamedTuple):
+  """Preferred and rejected replies, a pair a row: see `Pair`."""
+
+  chosen: Batch  # [..., B, T]
+  rejected: Batch  # [..., B, T]
+  reference_chosen: Any  # [..., B] float32, nats
+  reference_rejected: Any  # [..., B] float32, nats
+
+  def real(self) -> Any:
+    return self.chosen.real() | self.rejected.real()
+
+  def places(self) -> int:
+    return self.chosen.places() + self.rejected.places()
+
+  def used(self) -> Any:
+    return self.chosen.used() + self.rejected.used()
+
+  def learned(self) -> Any:
+    return (self.chosen.segments > 0).any(-1).sum(-1)
+
+
+class Images(NamedTuple):
+  """Pictures with classes; a label of -1 is not known."""
+
+  pixels: Any  # [..., B, H, W, C]
+  label: Any  # [..., B] int32
+  present: Any  # [..., B] bool, False on rows of padding
+
+  def real(self) -> Any:
+    return (self.present > 0).any(-1)
+
+  def places(self) -> int:
+    return self.present.shape[-1]
+
+  def used(self) -> Any:
+    return (self.present > 0).sum(-1)
+
+  def learned(self) -> Any:
+    return ((self.present > 0) & (self.label >= 0)).sum(-1)
+
+
+class ImagesWithTexts(NamedTuple):
+  """Pictures, each with the text of the same row."""
+
+  pixels: Any  # [..., B, H, W, C]
+  text: Batch  # [..., B, T]
+
+  def real(self) -> Any:
+    return self.text.real()
+
+  def places(self) -> int:
+    return self.text.places()
+
+  def used(self) -> Any:
+    return self.text.used()
+
+  def learned(self) -> Any:
+    return self.text.learned()
 
 
 # ----------------------------------------------------------------- clients --
 
 
 class Draw(NamedTuple):
-  """Who takes part in a round.
+  """The clients of a round.
 
   `ids[k] == -1` is padding (fewer clients were available than asked for);
   `reports[k]` is False for padding and for a client that drops out.
+  `started[k]` is the round whose parameters the client trains from, in
+  asynchronous methods (`fed_opt(history=V)`).
   """
 
   ids: np.ndarray  # [K] int32
   reports: np.ndarray  # [K] bool
+  started: np.ndarray | None = None  # [K] int32; None: this round
 
 
 Sampler = Callable[[int], Draw]  # round -> who; pure, so a resumed run agrees
@@ -214,8 +312,26 @@ class Label(enum.Enum):
 Shared, Private, Frozen = Label.SHARED, Label.PRIVATE, Label.FROZEN
 
 
+class Context(NamedTuple):
+  """The client, the round and the server's news, as each station sees them.
+
+  Scopes, local updates and codecs get one for a single client; `key` is of the
+  station alone, `round_key` is the same for all clients and for the server.
+  Keys follow from (seed, round, client), never from a position.
+  """
+
+  client: Any = 0  # [] int32, the id in the population
+  round: Any = 0  # [] int32, rounds done before this one
+  key: Any = None  # a PRNG key
+  profile: Any = ()  # what the client can carry: rank, layers, bytes
+  news: Any = None  # `Aggregator.broadcast` of the round before
+  peers: Any = None  # [K] int32, all who agreed; of additive codecs
+  reported: Any = None  # [K] bool, of `peers`; for `decode` of a sum
+  round_key: Any = None  # a PRNG key of (seed, round): common randomness
+
+
 class Reports(NamedTuple):
-  """What the clients of a population last told, for plans on the host."""
+  """The last report of every client of a population, for plans on the host."""
 
   values: Any  # [N, ...], zeros for a client that never reported
   round: Any  # [N] int32: when, -1 for never
@@ -240,29 +356,31 @@ class ClientState(NamedTuple):
   private: Any = None  # private leaves, None elsewhere
   local: Any = ()  # of the local update: control variates, optimizer moments
   upload: Any = ()  # of the upload: what compression left behind
+  seen: Any = ()  # what of the rule's broadcasts the client has: `num_bytes`
 
 
 class Scope(NamedTuple):
   """What a client trains, shares and keeps.
 
-  `labels(params)` gives a `Label` a leaf, and `mask(start, profile, state,
-  round, key) -> Masks` runs inside the round. What the host decides between
-  rounds (knapsacks, searches) reaches it in the profile: `server.planned`.
+  `labels(params)` gives a `Label` a leaf, and `mask(start, state, context) ->
+  Masks` runs inside the round. What the host decides between rounds (knapsacks,
+  searches) reaches it in `context.profile`: `server.planned`.
   """
 
   labels: Callable[[Params], Any]
-  mask: Callable[[Params, Any, ClientState, jax.Array, Key], Masks]
+  mask: Callable[[Params, ClientState, Context], Masks]
 
 
 class Cohort(NamedTuple):
   """The clients of one round, stacked; rows that are padding are not valid."""
 
   ids: Any  # [K] int32
-  batches: Any  # Batch of [K, S, B, T], or any pytree with those first axes
+  batches: Any  # Batch of [K, S, B, T], or a pytree of [K, S, ...]
   weight: Any  # [K] float32: examples, tokens, or ones
   valid: Any  # [K] bool
   profiles: Any = ()  # [K, ...] capacities: rank, layers, bytes
   states: Any = ClientState()  # ClientState of [K, ...]
+  started: Any = None  # [K] int32, see `Draw.started`
 
 
 # ------------------------------------------------------------------- local --
@@ -272,11 +390,18 @@ class Model(NamedTuple):
   """A network as two pure functions, so that logits can be computed late.
 
   `hidden(base, params, batch) -> [B, T, D]`;
-  `logits(base, params, hidden [..., D]) -> [..., V]` in float32.
+  `logits(base, params, hidden [..., D]) -> [..., V]` in float32;
+  `hidden_with_statistics(base, params, batch) -> (hidden, statistics)` also
+  gives the statistics of the nodes that have any (`nodes.Routing` of
+  `nodes.Experts`), in the tree of the adapter with None elsewhere. It is None
+  for a network that has no such function.
   """
 
   hidden: Callable[[Base, Params, Batch], jax.Array]
   logits: Callable[[Base, Params, jax.Array], jax.Array]
+  hidden_with_statistics: (
+    Callable[[Base, Params, Batch], tuple[jax.Array, Any]] | None
+  ) = None
 
 
 class LossSum(NamedTuple):
@@ -290,26 +415,46 @@ class LossSum(NamedTuple):
 Loss = Callable[[Base, Params, Any, Key], LossSum]  # (base, params, batch, key)
 
 
-class ClientOutput(NamedTuple):
-  """What comes of training.
+# The gradient of one step, a slot of `local.sgd`:
+# (loss, base, trained, start, batch, key) -> (grads, LossSum), where the grads
+# are those of the token mean and have the structure of `trained`.
+Gradient = Callable[
+  [Loss, Base, Params, Params, Any, Key], tuple[Params, LossSum]
+]
 
-  `metrics` has 'loss' and 'tokens' at least. 'weight', if it is there, says
-  how much the client counts in this round, in place of `Cohort.weight`;
-  'report', a pytree, is what it tells the server for the next plan.
+
+class Work(NamedTuple):
+  """Amounts that one client computed in a round; parts add up."""
+
+  tokens: Any = 0.0  # [] float32, learned: tokens, labels, pairs
+  steps: Any = 0  # [] int32, steps taken; steps of padding are none
+  used: Any = None  # [] float32, places of its texts that held a token
+  turns: Any = 0  # [] int32, steps computed, those of padding too
+
+
+class ClientOutput(NamedTuple):
+  """One client's result: update, masks, state and metrics.
+
+  `metrics` are scalars: 'loss' and 'accuracy' are means over the client's
+  tokens and averaged so over clients, any other is averaged over clients; all
+  are reported as 'local/NAME'.
   """
 
   update: Update  # end - start on trained leaves, None on frozen ones
   masks: Masks  # of what it trained; a method may narrow those that it got
-  state: Any  # ClientState.local
-  metrics: Mapping[str, jax.Array]
+  state: Any = ()  # ClientState.local
+  private: Any = None  # new values of private leaves that no update moves
+  weight: Any = None  # [] how much it counts, in place of `Cohort.weight`
+  report: Any = None  # a pytree for the server's next plan (`server.planned`)
+  work: Work = Work()  # how much it computed
+  metrics: Mapping[str, Any] = {}
 
 
 class LocalUpdate(NamedTuple):
   """Training on one client: `vmap` makes it a cohort.
 
   `init(params) -> state` is what one client keeps;
-  `run(base, start, state, batches [S, ...], masks, round, key) ->
-  ClientOutput`.
+  `run(base, start, state, batches [S, ...], masks, context) -> ClientOutput`.
   """
 
   init: Callable[[Params], Any]
@@ -324,16 +469,22 @@ class Codec(NamedTuple):
 
   All four are for one client:
   `init(update) -> state`,
-  `encode(update, masks, state, key) -> (message, state)`,
-  `decode(message, start, key) -> update` (the same key as `encode`),
+  `encode(update, masks, state, context) -> (message, state)`,
+  `decode(message, start, context) -> update` (the context of `encode`),
   `num_bytes(message, masks) -> ` int32 counts, one a leaf of the message,
   summed on the host: 32 bits do not hold the sum over a cohort.
+
+  The messages of an `additive` upload are summed before they are decoded
+  (secure sums, seeds, sketches). A client then encodes its weight times its
+  update, and the server decodes the sum once, with a context that has `peers`
+  and `reported`; only rules that are `linear` take it.
   """
 
   init: Callable[[Update], Any]
-  encode: Callable[[Update, Masks, Any, Key], tuple[Any, Any]]
-  decode: Callable[[Any, Params, Key], Update]
+  encode: Callable[[Update, Masks, Any, Context], tuple[Any, Any]]
+  decode: Callable[[Any, Params, Context], Update]
   num_bytes: Callable[[Any, Masks], Any]
+  additive: bool = False
 
 
 Upload = Codec
@@ -353,29 +504,37 @@ class Uploads(NamedTuple):
   masks: Masks  # [K, ...]
   weight: Any  # [K] float32
   valid: Any  # [K] bool
+  ids: Any = None  # [K] int32
+  profiles: Any = ()  # [K, ...]
+  staleness: Any = None  # [K] int32, rounds since the client started
+  reports: Any = None  # [K, ...] `ClientOutput.report`
 
 
 # ------------------------------------------------------------- aggregators --
 
 
 class Traits(NamedTuple):
-  """What a rule is, so that senseless combinations are refused when built."""
+  """Properties of a rule, each of which `fed_opt` enforces."""
 
-  linear: bool = False  # linear in the updates: secure aggregation may be used
-  needs_stack: bool = True  # sees all clients at once: memory grows with K
+  linear: bool = False  # sees sum_k w_k u_k alone: an additive upload will do
   changes_basis: bool = False  # factors change meaning: no server moments
   writes_residual: bool = False  # of `LowRank` nodes: needs `Adapter.fold`
+  always: bool = False  # acts in a round of nobody too: noise is still added
 
 
 class Aggregate(NamedTuple):
   """The outcome of a rule. Not every change is a gradient.
 
   `delta` meets the server optimizer; `assign` is written as it is. Both have
-  the structure of the parameters, `None` where they say nothing.
+  the structure of the parameters, `None` where they say nothing. `trained`
+  holds booleans that broadcast to the leaves of `delta` from the right: the
+  entries that some client trained. `fed_opt` fills it in; the server optimizer
+  leaves the other entries and their moments as they are.
   """
 
   delta: Update
   assign: Any = None
+  trained: Any = None
 
 
 class Aggregator(NamedTuple):
@@ -383,20 +542,29 @@ class Aggregator(NamedTuple):
 
   `init(params, key) -> state`;
   `aggregate(uploads, state, params, key) -> (Aggregate, state)`;
-  `num_bytes(state) -> ` int32 counts: what else has to reach every client at
-  the start of the next round, beside the shared leaves (`None`: nothing).
+  `broadcast(state) -> ` arrays that every client of the next round receives
+  (`Context.news`); their bytes are counted as downloads;
+  `num_bytes(state, seen) -> (counts, seen)`: int32 counts of what else has to
+  reach a client at the start of the next round, beside the shared leaves (as
+  changes of the base do), and what it has seen then. `seen` is what this
+  returned when the client last took part, `()` if it never did; it is kept in
+  its `ClientState`;
+  `weights(uploads) -> [K]`: how much each client counts in this rule, for
+  metrics (`None`: `uploads.weight`).
   """
 
   init: Callable[[Params, Key], Any]
   aggregate: Callable[[Uploads, Any, Params, Key], tuple[Aggregate, Any]]
   traits: Traits = Traits()  # what it may be combined with
-  num_bytes: Callable[[Any], Any] | None = None
+  num_bytes: Callable[[Any, Any], tuple[Any, Any]] | None = None
+  weights: Callable[[Uploads], jax.Array] | None = None
+  broadcast: Callable[[Any], Any] | None = None
 
 
 class StreamingAggregator(NamedTuple):
   """A rule that eats blocks of clients, so memory stays flat as K grows.
 
-  `init`, `traits` and `num_bytes` as in `Aggregator`;
+  `init`, `traits`, `num_bytes`, `broadcast` and `weights` as in `Aggregator`;
   `zero(params) -> sums`; `accumulate(sums, uploads, state, params) -> sums`;
   `finalize(sums, state, params, key) -> (Aggregate, state)`. Sums are
   additive: those of two blocks may be added, also across devices.
@@ -406,8 +574,10 @@ class StreamingAggregator(NamedTuple):
   zero: Callable[[Params], Any]
   accumulate: Callable[[Any, Uploads, Any, Params], Any]
   finalize: Callable[[Any, Any, Params, Key], tuple[Aggregate, Any]]
-  traits: Traits = Traits(linear=True, needs_stack=False)
-  num_bytes: Callable[[Any], Any] | None = None
+  traits: Traits = Traits()
+  num_bytes: Callable[[Any, Any], tuple[Any, Any]] | None = None
+  weights: Callable[[Uploads], jax.Array] | None = None
+  broadcast: Callable[[Any], Any] | None = None
 
 
 AnyAggregator = Aggregator | StreamingAggregator
@@ -415,6 +585,9 @@ AnyAggregator = Aggregator | StreamingAggregator
 # ------------------------------------------------------------------ server --
 
 ServerOptimizer = optax.GradientTransformation  # sees -delta
+
+# (uploads, key) -> uploads: clients that lie, between the clients and the rule.
+Adversary = Callable[[Uploads, Key], Uploads]
 
 
 class ServerState(NamedTuple):
@@ -425,6 +598,23 @@ class ServerState(NamedTuple):
   optimizer: Any  # of the server optimizer: its moments
   aggregator: Any  # of the rule: what it remembers
   key: Any  # the seed's key: rounds fold their number in, it never changes
+  history: Any = ()  # [V, ...] parameters of the last rounds, the newest first
+
+
+# (state, base, data, key) -> state: a traced phase of the server after the
+# rule, on data of its own that the round is given.
+After = Callable[[ServerState, Base, Any, Key], ServerState]
+
+
+class RoundInfo(NamedTuple):
+  """The outcome of a round beside its state."""
+
+  reported: Any  # [K] bool, clients that count
+  finite: Any  # [K] bool, False: left out, for a value that is not finite
+  bytes_up: Any  # [K, leaves] int32, summed on the host
+  bytes_down: Any  # [K, leaves] int32
+  metrics: Metrics  # 'room/name' -> array, mostly scalars
+  reports: Any = None  # [K, ...] `ClientOutput.report`, for plans
 
 
 class FederatedAlgorithm(NamedTuple):
@@ -432,17 +622,22 @@ class FederatedAlgorithm(NamedTuple):
 
   `init(key, params) -> ServerState`;
   `init_client(params) -> ClientState` of a client never seen before;
-  `round(state, cohort, base) -> (state, states [K], metrics)`;
+  `round(state, cohort, base, data=None) -> (state, states [K], RoundInfo)`;
   `personal(params, state) -> params` is what a client is served
   (`state=None`: a client never trained on);
+  `train(state, cohort, base) -> (Uploads, states [K], RoundInfo)` and
+  `aggregate(state, uploads, base, data=None) -> (state, metrics)` are the two
+  halves of `round`, None where a method has no halves (split learning);
   `plan(state) -> state` is host code between rounds (`server.planned`), None
   where nothing is decided there.
   """
 
   init: Callable[[Key, Params], ServerState]
   init_client: Callable[[Params], ClientState]
-  round: Callable[..., tuple[ServerState, ClientState, Metrics]]
+  round: Callable[..., tuple[ServerState, ClientState, RoundInfo]]
   personal: Callable[[Params, ClientState | None], Params]
+  train: Callable[..., tuple[Uploads, ClientState, RoundInfo]] | None = None
+  aggregate: Callable[..., tuple[ServerState, Metrics]] | None = None
   plan: Callable[[ServerState], ServerState] | None = None
 
 
@@ -450,3 +645,11 @@ class FederatedAlgorithm(NamedTuple):
 
 # (base, params, personal, data, key) -> {'evals/name': number}
 Evaluator = Callable[..., Mapping[str, float]]
+
+
+def __getattr__(name: str) -> Any:  # Until imports are moved.
+  if name not in ('Experts', 'LowRank', 'Routing'):
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  from fedjax_llm import nodes
+
+  return getattr(nodes, name)

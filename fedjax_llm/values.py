@@ -68,9 +68,8 @@ def of_round(
 
   >>> import jax.numpy as jnp
   >>> from fedjax_llm import recipes, types
-  >>> def train(base, start, state, batch, masks, round, key):
-  ...   told = {x: jnp.float32(1) for x in ('loss', 'tokens', 'steps')}
-  ...   return types.ClientOutput(batch, masks, (), told)
+  >>> def train(base, start, state, batch, masks, context):
+  ...   return types.ClientOutput(batch, masks)
   >>> method = recipes.compose(
   ...   types.LocalUpdate(lambda params: (), train), measure=None)
   >>> steps = jnp.array([1.0, 3.0])  # what each client adds to the model

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm import builders, clients, evals, tree
+from fedjax_llm import builders, evals, tree
 from fedjax_llm.types import Error, FederatedAlgorithm
 
 
@@ -31,7 +31,7 @@ def viewer(
   view: evals.views.View = builders.build(
     built.test.personal,
     evals.views,
-    loss=built.task.loss(built.loaded, per_row=True, max_targets=None),
+    loss=built.task.loss(built.loaded, per_row=True),
     model=built.loaded.model,
   )
   begin = lambda start: algorithm.init(jax.random.key(0), start).params
@@ -57,17 +57,18 @@ def viewer(
 
     return jax.vmap(serve)(jax.tree.map(jnp.asarray, store.gather(ids)))
 
+  everything = [example for own in people.train for example in own]
+  collate = built.task.collate(everything, built.width, built.tokenizer.pad_id)
+
   def texts(ids: np.ndarray) -> Any:
-    each = [
-      clients.cohorts.rows(
-        [people.train[k][: view.num_texts]],
-        batch_size=view.num_texts,
-        max_length=built.width,
-        pad_id=built.tokenizer.pad_id,
-      )[0].batches
-      for k in ids
-    ]
-    return jax.tree.map(lambda *x: np.concatenate(x), *each)
+    """Training examples of clients, the shortest first, [C, num_texts, ...]."""
+    num, rows = view.num_texts, []
+    for k in ids:
+      some = sorted(people.train[k][:num], key=built.task.length)
+      rows += [[example] for example in some] + [[]] * (num - len(some))
+    return jax.tree.map(
+      lambda x: x.reshape(len(ids), num, *x.shape[1:]), collate(rows)
+    )
 
   look = evals.views.viewing(
     view, parameters, texts, own=tests.heldout, common=tests.common
@@ -78,6 +79,6 @@ def viewer(
     report = look(base, params, store, ids, key)
     if report is None:
       return {}
-    return evals.told_of(report, people.names, built.labels is not None)
+    return evals.told_of(report, people.names, built.task.metrics.accuracies)
 
   return examine

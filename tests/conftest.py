@@ -1,6 +1,7 @@
 """Shared set-up: a CPU, and programs that compile fast rather than run fast."""
 
 import atexit
+import collections
 import os
 import pathlib
 import shutil
@@ -10,7 +11,7 @@ import pytest
 
 # Programs and references that tests use or run; with --doctest-modules every
 # file would be imported.
-collect_ignore = ['golden', 'multihost.py', 'sharded.py', 'toy.py']
+collect_ignore = ['golden', 'multihost.py', 'sharded.py', 'tiny.py', 'toy.py']
 collect_ignore_glob = ['references*.py']
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -34,10 +35,14 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 # when the file is named on the command line.
 SLOW = (
   *('test_colabs.py', 'test_differentiable.py', 'test_fuzz.py'),
-  'test_methods.py',
-  *('test_multihost.py', 'test_plan.py', 'test_replay.py', 'test_reproduce.py'),
-  *('test_sharding.py', 'test_sweep.py'),
+  *('test_methods.py', 'test_multihost.py', 'test_old_runs.py', 'test_plan.py'),
+  *('test_replay.py', 'test_reproduce.py', 'test_sharding.py', 'test_sweep.py'),
 )
+
+
+def pytest_addoption(parser):
+  what = 'write tests/golden/configs anew: test_golden_configs.py'
+  parser.addoption('--rewrite-golden', action='store_true', help=what)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -47,3 +52,16 @@ def pytest_collection_modifyitems(config, items):
     slow = item.path.name in SLOW and item.path.name not in named
     if slow and os.environ.get('SLOW') != '1':
       item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter):
+  """Prints the ten files whose tests took longest, set-up included."""
+  seconds = collections.defaultdict(float)
+  for reports in terminalreporter.stats.values():
+    for report in reports:
+      if isinstance(report, pytest.TestReport):
+        seconds[report.nodeid.split('::')[0]] += report.duration
+  if len(seconds) > 1:
+    terminalreporter.write_sep('=', 'slowest 10 files')
+    for name in sorted(seconds, key=seconds.__getitem__, reverse=True)[:10]:
+      terminalreporter.write_line(f'{seconds[name]:8.1f}s {name}')

@@ -207,9 +207,9 @@ def main(shapes: list[str]) -> None:
         np.asarray(x).ravel().tolist() for x in jax.tree.leaves(state.params)
       ],
       'compiled_once': before == after,
-      'loss': float(told['local/loss']),
-      'bytes': int(np.sum(told['uploads/bytes'])),
-      'reported': np.asarray(told['clients/reported']).tolist(),
+      'loss': float(told.metrics['local/loss']),
+      'bytes': int(np.sum(told.bytes_up)),
+      'reported': np.asarray(told.reported).tolist(),
       # A rule on the stack moves the stack: only sums are one all-reduce.
       'collectives': rule == 'mean'
       and collectives(program.as_text() or '', mesh),

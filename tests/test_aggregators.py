@@ -414,11 +414,10 @@ def test_traits_say_what_a_rule_is():
     rule = build()
     streaming = name in STREAMING
     assert isinstance(rule, StreamingAggregator) == streaming
-    assert rule.traits.linear == streaming
-    assert rule.traits.needs_stack != streaming
+    assert rule.traits.linear == (name == 'mean')
     assert not rule.traits.changes_basis
     stacked = aggregators.as_stack(rule)
-    assert isinstance(stacked, Aggregator) and stacked.traits.needs_stack
+    assert isinstance(stacked, Aggregator) and stacked.traits == rule.traits
 
 
 # -------------------------------------------------------- control variates --
@@ -445,7 +444,7 @@ def test_control_variates_leave_the_inner_rule_alone_and_move_c_over_n(name):
   uploads, params, inner = controlled(11, valid)
   rule = aggregators.control_variates(RULES[name](), num_clients=20)
   assert type(rule) is type(RULES[name]())
-  assert rule.traits == RULES[name]().traits
+  assert rule.traits == RULES[name]().traits._replace(linear=False)
   stacked = aggregators.as_stack(rule)
   run = jax.jit(lambda u, p: stacked.aggregate(u, (), p, KEY)[0])
   result = run(uploads, params)
@@ -521,7 +520,7 @@ def test_a_lifted_rule_sees_weights_that_sum_to_one():
 def test_a_lifted_rule_that_forgets_to_reduce_is_refused():
   uploads, params = make(16)
   rule = aggregators.from_rule(lambda update, weight: update)
-  with pytest.raises(Error, match=r'from_rule: <lambda> returned.*\(7, 5\)'):
+  with pytest.raises(Error, match=r'from_rule: <lambda> must return.*\(7, 5\)'):
     rule.aggregate(uploads, (), params, KEY)
   rule = aggregators.from_rule(lambda update, weight: {'bias': weight[0]})
   with pytest.raises(Error, match='from_rule'):

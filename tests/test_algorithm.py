@@ -1,6 +1,7 @@
 """The round: what must hold whatever the rule."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def run(algorithm, cohort, num_rounds=1, base=None):
   state = start(algorithm)
   states = states_of(algorithm, state, len(cohort.ids))
   step = jitted(algorithm.round)
-  told = {}
+  told: Any = None
   for _ in range(num_rounds):
     state, states, told = step(
       state,
@@ -77,13 +78,13 @@ def test_blocks_equal_the_stack(name):
   for size in (1, 2):  # 2 does not divide 5
     blocks, _, told_blocks = run(build(size), cohort)
     toy.close(blocks.params, whole.params)
-    both = {name: told[name] for name in told_blocks}
-    toy.close(told_blocks, both)
+    both = {name: told.metrics[name] for name in told_blocks.metrics}
+    toy.close(told_blocks, told._replace(metrics=both))
     # What needs the whole stack is told where a rule keeps it.
     missing = {'error', 'effective_rank', 'drift'} if size < 5 else set()
     streams = name in ('mean', 'uniform_mean')
     missing = {f'aggregators/{m}' for m in missing} if streams else set()
-    assert told.keys() - told_blocks.keys() == missing
+    assert told.metrics.keys() - told_blocks.metrics.keys() == missing
 
 
 @pytest.mark.parametrize('name', RULES)
@@ -111,8 +112,8 @@ def test_rows_that_are_padding_change_nothing_even_if_they_hold_nan():
   )
   state, _, told = run(algorithm, pad)
   toy.close(state.params, expected.params)
-  assert told['clients/reported'].tolist() == [True] * 4 + [False]
-  assert not told['clients/non_finite'].any()
+  assert told.reported.tolist() == [True] * 4 + [False]
+  assert not (~told.finite).any()
 
 
 @pytest.mark.parametrize('block_size', [None, 2])
@@ -124,13 +125,13 @@ def test_a_weight_out_of_range_is_left_out_and_counted(block_size):
 
   def run_one(base, start, state, batches, masks, *rest):
     out = inner.run(base, start, state, batches['rows'], masks, *rest)
-    return out._replace(metrics={**out.metrics, 'weight': batches['weight']})
+    return out._replace(weight=batches['weight'])
 
   telling = recipes.compose(inner._replace(run=run_one), block_size=block_size)
   plain = recipes.fed_avg(toy.loss, toy.sgd(), block_size=block_size)
-  weights = np.array([2.0, 0.0, 0.0, 1e12], np.float32)
+  weights = np.array([2.0, 0.0, 0.0, 2e9], np.float32)
   expected, _, _ = run(plain, cohort._replace(weight=weights, valid=honest))
-  for weight in (-3.0, 3e38, 1.1e12, np.inf, np.nan):
+  for weight in (-3.0, 3e38, 2.2e9, np.inf, np.nan):
     weights[1] = weight
     batches = {'rows': cohort.batches, 'weight': weights}
     for method, sent in (
@@ -138,7 +139,7 @@ def test_a_weight_out_of_range_is_left_out_and_counted(block_size):
       (plain, cohort._replace(weight=weights)),
     ):
       state, _, told = run(method, sent)
-      assert told['clients/non_finite'].tolist() == (~honest).tolist()
+      assert told.finite.tolist() == honest.tolist()
       toy.close(state.params, expected.params)
 
 
@@ -149,7 +150,7 @@ def test_a_client_that_is_not_finite_is_left_out_and_counted():
   broken[2] = np.inf
   bad = cohort._replace(batches=cohort.batches._replace(x=broken))
   state, states, told = run(algorithm, bad)
-  assert told['clients/non_finite'].tolist() == [False, False, True, False]
+  assert (~told.finite).tolist() == [False, False, True, False]
   assert tree.all_finite(state.params)
   toy.close(  # its control variate did not move
     tree.take(states.local, 2), tree.zeros_like(tree.take(states.local, 2))
@@ -168,7 +169,7 @@ def test_a_round_that_nobody_reports_to_changes_only_its_number():
     state._replace(key=None, round=None), before._replace(key=None, round=None)
   )
   assert state.round == 1
-  assert told['uploads/bytes'].sum() == 0
+  assert told.bytes_up.sum() == 0
 
 
 def test_fedprox_with_mu_zero_is_fedavg_and_mu_pulls_towards_the_start():
@@ -177,13 +178,13 @@ def test_fedprox_with_mu_zero_is_fedavg_and_mu_pulls_towards_the_start():
   zero, _, _ = run(recipes.fed_prox(toy.loss, toy.sgd(), mu=0.0), cohort)
   toy.close(zero.params, plain.params)
   _, _, pulled = run(recipes.fed_prox(toy.loss, toy.sgd(), mu=3.0), cohort)
-  assert pulled['local/update_norm'] < told['local/update_norm']
+  assert pulled.metrics['local/update_norm'] < told.metrics['local/update_norm']
 
 
 def test_local_steps_equal_a_python_loop():
   cohort = toy.cohort(num_clients=3, steps=4)
   mu, rate, bound = 0.3, 0.1, 0.5
-  algorithm = recipes.fed_prox(toy.loss, toy.sgd(rate), mu=mu, clip_norm=bound)
+  algorithm = recipes.fed_prox(toy.loss, toy.sgd(rate, clip_norm=bound), mu=mu)
   state, _, told = run(algorithm, cohort)
 
   def grad(params, rows):
@@ -216,7 +217,7 @@ def test_local_steps_equal_a_python_loop():
     total[1] += share * (now[1] - np.asarray(begin.b))
   np.testing.assert_allclose(state.params['q'].a, begin.a + total[0], rtol=1e-5)
   np.testing.assert_allclose(state.params['q'].b, begin.b + total[1], rtol=1e-5)
-  assert told['local/steps'] == 11  # client 0 took three
+  assert told.metrics['local/steps'] == 11  # client 0 took three
 
 
 def test_scaffold_equals_its_algorithm_written_as_a_loop():
@@ -284,8 +285,8 @@ def test_local_only_sends_nothing_and_keeps_everything():
   cohort = toy.cohort()
   state, states, told = run(algorithm, cohort, num_rounds=2)
   toy.close(state.params, toy.params())
-  assert told['uploads/bytes'].sum() == 0
-  assert told['downloads/bytes'].sum() == 0
+  assert told.bytes_up.sum() == 0
+  assert told.bytes_down.sum() == 0
   one = tree.take(states, 1)
   served = algorithm.personal(state.params, one)
   assert not np.allclose(served['q'].a, toy.params()['q'].a)
@@ -313,8 +314,8 @@ def test_private_state_of_a_client_that_drops_out_does_not_change():
 def test_bytes_are_those_of_the_factors():
   _, _, told = run(recipes.fed_avg(toy.loss, toy.sgd()), toy.cohort())
   each = 4 * toy.R * (toy.D + toy.F)  # r (m + n) floats
-  assert told['uploads/bytes'].sum(1).tolist() == [each] * 5
-  assert told['downloads/bytes'].sum(1).tolist() == [each] * 5
+  assert told.bytes_up.sum(1).tolist() == [each] * 5
+  assert told.bytes_down.sum(1).tolist() == [each] * 5
 
 
 def test_schedule_runs_over_the_whole_run_not_the_round():

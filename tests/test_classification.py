@@ -13,7 +13,15 @@ from fedjax_llm.clients import cohorts, scopes
 from fedjax_llm.data import population, sources, text, tokenizers
 from fedjax_llm.data.sources import Record
 from fedjax_llm.models import families
-from fedjax_llm.types import Batch, Draw, Error, Example, LossSum, Model
+from fedjax_llm.types import (
+  Batch,
+  Context,
+  Draw,
+  Error,
+  Example,
+  LossSum,
+  Model,
+)
 
 KEY = jax.random.key(0)
 BYTES = tokenizers.bytes()
@@ -97,8 +105,8 @@ def test_a_step_without_a_label_changes_nothing():
 
   @jax.jit
   def run(batches):
-    out = update.run(base, params, (), batches, masks, 0, KEY)
-    return out.update['bias'].value, out.metrics
+    out = update.run(base, params, (), batches, masks, Context(key=KEY))
+    return out.update['bias'].value, out.work
 
   steps = lambda *rows: jax.tree.map(
     lambda *x: np.stack(x), *(batch_of(r) for r in rows)
@@ -106,7 +114,7 @@ def test_a_step_without_a_label_changes_nothing():
   one, told = run(steps([1, 0], [-1, -1]))
   other, _ = run(steps([1, 0], [1, 0]))
   empty, _ = run(steps([-1, -1], [-1, -1]))
-  assert told['steps'] == 1 and told['tokens'] == 2
+  assert told.steps == 1 and told.tokens == 2
   assert (empty == 0).all()
   assert (np.asarray(one)[:2] > 0).all() and (np.abs(other) > np.abs(one)).all()
 

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from fedjax_llm import clients, tree
 from fedjax_llm.clients import cohorts, sampling, scopes
-from fedjax_llm.types import ClientState, Draw, Error, Example, Label, LowRank
+from fedjax_llm.types import (
+  ClientState,
+  Context,
+  Draw,
+  Error,
+  Example,
+  Label,
+  LowRank,
+)
 
 SAMPLERS = {
   name: getattr(sampling, name) for name in ('uniform', 'by_size', 'cyclic')
@@ -484,7 +492,7 @@ def test_everything_shares_all_floats_but_scales_and_residuals():
 
 def test_everything_is_held_and_trained_where_it_is_not_frozen():
   params, scope = parameters(), clients.everything()
-  masks = scope.mask(params, (), ClientState(), jnp.int32(0), jax.random.key(0))
+  masks = scope.mask(params, ClientState(), Context())
   expected = tree.full_masks(params, scope.labels(params))
   assert jax.tree.structure(masks) == jax.tree.structure(expected)
   assert all(bool(x) for x in jax.tree.leaves(masks))

@@ -22,6 +22,9 @@ from test_lora_recipes import watched
 
 from fedjax_llm import aggregators, clients, local, recipes, server, uploads
 from fedjax_llm.clients import cohorts, sampling, scopes
+from fedjax_llm.recipes.lora.lora_a2 import selected
+from fedjax_llm.recipes.ranks.hafl import important
+from fedjax_llm.recipes.ranks.het_lora import self_pruning
 from fedjax_llm.types import Error, Example
 
 KEY = jax.random.key(0)
@@ -50,6 +53,7 @@ ELSEWHERE = {
   'fed_amole',  # test_experts
   'fed_pipe',  # test_planned
   'lp_fl',  # test_labelling
+  *('fed_tt', 'federa'),  # fed_avg, on another adapter
 }
 
 
@@ -75,7 +79,7 @@ def test_bytes_are_those_of_a_serialised_message(name):
     wire = b''.join(
       np.asarray(x)[k][np.asarray(m)[k]].tobytes() for x, m in pairs
     )
-    assert len(wire) == told['uploads/bytes'][k].sum()
+    assert len(wire) == told.bytes_up[k].sum()
     assert len(wire) == HERE[name] * 4 * toy.R * (toy.D + toy.F)
 
 
@@ -85,11 +89,9 @@ LOCALS = {
   'sgd': lambda: local.sgd(toy.loss, toy.sgd()),
   'prox': lambda: local.sgd(toy.loss, toy.sgd(), prox=0.1),
   'kept': lambda: local.sgd(toy.loss, adam(), keep_optimizer=True),
-  'selected': lambda: local.selected(local.sgd(toy.loss, toy.sgd()), budget=1),
-  'important': lambda: local.important(
-    local.sgd(toy.loss, toy.sgd()), toy.loss
-  ),
-  'self_pruning': lambda: local.self_pruning(toy.loss, toy.sgd()),
+  'selected': lambda: selected(local.sgd(toy.loss, toy.sgd()), budget=1),
+  'important': lambda: important(local.sgd(toy.loss, toy.sgd()), toy.loss),
+  'self_pruning': lambda: self_pruning(toy.loss, toy.sgd()),
   'phases': lambda: local.phases(
     local.Phase(local.sgd(toy.loss, toy.sgd()), scopes.frozen('/a$')),
     local.Phase(local.sgd(toy.loss, toy.sgd()), scopes.frozen('/b$')),

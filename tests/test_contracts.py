@@ -5,7 +5,6 @@ round by `jax.eval_shape`: nothing is trained, but every structure must fit.
 """
 
 import inspect
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,6 @@ import toy
 from fedjax_llm import (
   adapters,
   aggregators,
-  clients,
-  local,
   recipes,
   server,
   tree,
@@ -25,19 +22,11 @@ from fedjax_llm import (
 )
 from fedjax_llm.types import (
   Adapter,
-  Aggregate,
   Aggregator,
-  ClientOutput,
-  ClientState,
   Codec,
   FederatedAlgorithm,
-  LocalUpdate,
   LossSum,
-  Masks,
-  Private,
-  ServerState,
   StreamingAggregator,
-  Traits,
 )
 
 KEY = jax.random.key(0)
@@ -138,230 +127,3 @@ def test_every_aggregator_works_under_every_server_optimizer():
         server=getattr(server, optimizer)(),
       )
       carry(algorithm, toy.params())
-
-
-# ----------------------------------------------------------- what may come --
-
-
-def test_sketch_soft_prompt():
-  """Prompt tuning: a few learned rows that the input is read beside."""
-
-  def forward(base, params, x):
-    prompt = params['prompt']  # [P, D]
-    gate = jax.nn.softmax(x @ prompt.T)
-    return (x + gate @ prompt) @ base
-
-  params = {'prompt': jax.ShapeDtypeStruct((5, toy.D), jnp.float32)}
-  algorithm = recipes.fed_avg(quadratic(forward), toy.sgd())
-  state, _, told = carry(algorithm, params)
-  assert state.params['prompt'].shape == (5, toy.D)
-  assert told['uploads/bytes'].shape == (4, 1)
-
-
-def test_sketch_bottleneck_adapter():
-  """Houlsby-style: down, nonlinearity, up, added to the stream."""
-
-  def forward(base, params, x):
-    return (x + jax.nn.relu(x @ params['down']) @ params['up']) @ base
-
-  params = {
-    'down': jax.ShapeDtypeStruct((toy.D, 2), jnp.float32),
-    'up': jax.ShapeDtypeStruct((2, toy.D), jnp.float32),
-  }
-  carry(recipes.fed_adam(quadratic(forward), toy.sgd()), params)
-
-
-def test_sketch_seeds_and_scalars():
-  """The message is J coefficients in a basis that the key draws again."""
-  num = 6
-
-  def basis(like, key):
-    leaves, treedef = jax.tree.flatten(like)
-    draws = [
-      jax.random.normal(jax.random.fold_in(key, i), (num, *x.shape))
-      for i, x in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(treedef, draws)
-
-  def encode(update, masks, state, key):
-    del masks
-    parts = jax.tree.map(
-      lambda z, u: jnp.tensordot(z, u, u.ndim), basis(update, key), update
-    )
-    return sum(jax.tree.leaves(parts)), state
-
-  def decode(message, start, key):
-    update = start['q']._replace(scale=None)
-    return {
-      'q': jax.tree.map(
-        lambda z: jnp.tensordot(message, z, 1), basis(update, key)
-      )
-    }
-
-  codec = Codec(
-    init=lambda update: (),
-    encode=encode,
-    decode=decode,
-    num_bytes=lambda message, masks: jnp.int32(4 * message.size),
-  )
-  algorithm = recipes.fed_avg(toy.loss, toy.sgd(), upload=codec)
-  _, _, told = carry(algorithm, toy.params())
-  assert told['uploads/bytes'].shape == (4, 1)
-
-
-def test_sketch_split_learning():
-  """scan(step) of vmap(client): the server's half moves inside every step."""
-
-  def forward(client_half, server_half, base, x):
-    return (x @ client_half['cut']) @ server_half['head'] @ base
-
-  def init(key, params):
-    return ServerState(jnp.int32(0), params, (), (), key)
-
-  def round_fn(state, cohort, base=None):
-    def step(params, batch):  # batch [K, B, ...]
-      def one(rows):
-        def total(p):
-          error = forward(p, p, base, rows.x) - rows.y
-          return jnp.sum(jnp.where(rows.mask[:, None], error**2, 0.0))
-
-        return jax.grad(total)(params)
-
-      grads = jax.vmap(one)(batch)
-      mean = tree.weighted_mean(grads, cohort.weight)
-      return tree.add(params, tree.scale(mean, -0.1)), ()
-
-    by_step = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), cohort.batches)
-    params, _ = jax.lax.scan(step, state.params, by_step)
-    state = state._replace(round=state.round + 1, params=params)
-    return state, cohort.states, {}
-
-  algorithm = FederatedAlgorithm(
-    init, lambda params: ClientState(), round_fn, lambda params, state: params
-  )
-  params = {
-    'cut': jax.ShapeDtypeStruct((toy.D, 5), jnp.float32),
-    'head': jax.ShapeDtypeStruct((5, toy.D), jnp.float32),
-  }
-  carry(algorithm, params)
-
-
-def test_sketch_client_level_dp_with_a_fixed_denominator():
-  """Clip every client, sum, add noise once, divide by what was planned."""
-  clip, noise, planned = 1.0, 0.5, 4
-
-  def accumulate(sums, uploads, state, params):
-    del state, params
-    norms = jax.vmap(tree.norm)(uploads.update)
-    factor = jnp.minimum(1.0, clip / jnp.maximum(norms, 1e-12))
-    part = tree.weighted_sum(
-      uploads.update, jnp.where(uploads.valid, factor, 0.0)
-    )
-    return tree.add(sums, part)
-
-  def finalize(sums, state, params, key):
-    del params
-    leaves, treedef = jax.tree.flatten(sums)
-    keys = jax.random.split(key, len(leaves))
-    noisy = [
-      (x + noise * clip * jax.random.normal(k, x.shape)) / planned
-      for x, k in zip(leaves, keys, strict=True)
-    ]
-    return Aggregate(jax.tree.unflatten(treedef, noisy)), state
-
-  zero = lambda params: {'q': tree.zeros_like(params['q']._replace(scale=None))}
-  rule = StreamingAggregator(
-    lambda params, key: (), zero, accumulate, finalize, Traits(True, False)
-  )
-  for size in (None, 2):
-    carry(
-      recipes.fed_avg(toy.loss, toy.sgd(), aggregator=rule, block_size=size),
-      toy.params(),
-    )
-
-
-def test_sketch_error_feedback():
-  """Top-k keeps what it did not send and adds it to the next update."""
-
-  def encode(update, masks, state, key):
-    del masks, key
-    total = tree.add(update, state)
-
-    def top(x):
-      bound = jax.lax.top_k(jnp.abs(x).reshape(-1), 2)[0][-1]
-      return jnp.where(jnp.abs(x) >= bound, x, 0.0)
-
-    message = jax.tree.map(top, total)
-    return message, tree.sub(total, message)
-
-  codec = Codec(
-    init=tree.zeros_like,
-    encode=encode,
-    decode=lambda message, start, key: message,
-    num_bytes=lambda message, masks: jax.tree.map(
-      lambda x: jnp.count_nonzero(x).astype(jnp.int32) * 8, message
-    ),
-  )
-  algorithm = recipes.fed_avg(toy.loss, toy.sgd(), upload=codec)
-  _, states, _ = carry(algorithm, toy.params())
-  assert states.upload['q'].a.shape == (4, toy.D, toy.R)
-
-
-class Versioned(NamedTuple):
-  params: Any
-  version: Any
-
-
-def test_sketch_buffered_asynchronous_clients():
-  """Each client trains from the version it holds; staleness discounts it."""
-  inner = local.sgd(toy.loss, toy.sgd())
-
-  def run(base, start, state, batches, masks, round, key):
-    inner_masks = Masks(masks.held.params, masks.trained.params)
-    held = tree.merge(state.params, start.params)
-    out = inner.run(base, held, (), batches, inner_masks, round, key)
-    return ClientOutput(
-      update=Versioned(out.update, state.version - start.version),
-      masks=masks,
-      state=Versioned(tree.like(start.params, out.update), start.version),
-      metrics=out.metrics,
-    )
-
-  rule = aggregators.mean()
-
-  def aggregate(uploads, state, params, key):
-    stale = -uploads.update.version
-    stack = uploads._replace(
-      update=uploads.update.params,
-      weight=uploads.weight / jnp.sqrt(1.0 + stale),
-    )
-    got, state = aggregators.as_stack(rule).aggregate(
-      stack, state, params.params, key
-    )
-    nothing = jax.tree.map(lambda x: None, params.params)
-    return (
-      Aggregate(
-        delta=Versioned(got.delta, None),
-        assign=Versioned(nothing, params.version + 1.0),
-      ),
-      state,
-    )
-
-  algorithm = recipes.compose(
-    LocalUpdate(lambda trainable: trainable, run),
-    aggregator=Aggregator(lambda params, key: (), aggregate),
-  )
-  carry(algorithm, Versioned(toy.params(), jnp.float32(0)))
-
-
-def test_sketch_private_state_of_100_000_clients():
-  """Only the cohort's rows enter a round, whatever the population."""
-  scope = clients.scopes.labelled({'q/b': Private})
-  algorithm = recipes.fed_avg(toy.loss, toy.sgd(), scope=scope)
-  cohort = toy.cohort(num_clients=4)._replace(
-    ids=jnp.asarray([5, 99_999, 31_337, 7], jnp.int32)
-  )
-  _, states, told = carry(algorithm, toy.params(), cohort)
-  assert states.private['q'].b.shape == (4, toy.R, toy.F)
-  assert states.private['q'].a is None
-  assert told['uploads/bytes'].shape == (4, 1)  # only A travels

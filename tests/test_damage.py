@@ -329,7 +329,7 @@ def test_a_folder_that_goes_while_a_run_works_ends_it(
 ):
   path, left_out = folder / gone, narration.left_out
 
-  def at(told, draw, names, number):
+  def at(told, info, draw, names, number):
     if number == 6:
       copy = folder.with_name('elsewhere')
       path.rename(copy)  # kept: nothing else gets its inode
@@ -337,7 +337,7 @@ def test_a_folder_that_goes_while_a_run_works_ends_it(
         path.mkdir()
       elif how == 'replaced':
         path.write_text('')
-    return left_out(told, draw, names, number)
+    return left_out(told, info, draw, names, number)
 
   monkeypatch.setattr(narration, 'left_out', at)
   told = runs.refused(train, command(data, folder, 9))

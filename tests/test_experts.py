@@ -1,7 +1,7 @@
 """FedAMoLE: a pool of experts that choose clients, against NumPy float64.
 
-The network is y = sum over two layers of `linear` with its experts, which tells
-of its routers as the models do.
+The network is y = sum over two layers of `linear` with its experts, whose loss
+gives the statistics of the routers as those of the models do.
 """
 
 import functools
@@ -21,7 +21,6 @@ from test_variants import watched, wire
 
 from fedjax_llm import (
   adapters,
-  asides,
   checkpoint,
   local,
   models,
@@ -32,16 +31,8 @@ from fedjax_llm import (
 )
 from fedjax_llm.clients import policies
 from fedjax_llm.models import layers
-from fedjax_llm.types import (
-  Batch,
-  Cohort,
-  Error,
-  Experts,
-  LossSum,
-  LowRank,
-  Reports,
-  Routing,
-)
+from fedjax_llm.nodes import Experts, LowRank, Routing, protocol
+from fedjax_llm.types import Batch, Cohort, Error, LossSum, Reports
 
 KEY = jax.random.key(0)
 N, K, S, B, L, D, F, R, E = 5, 4, 2, 4, 2, 5, 3, 2, 4
@@ -54,23 +45,23 @@ def base():
   return {'layers': {'q': {'kernel': kernel}}}
 
 
-def loss(base, params, batch, key):
+def with_statistics(base, params, batch, key):
   del key
   w, q = base['layers']['q'], params['layers']['q']
-  y, told = jnp.zeros(batch.y.shape), []
+  y, rows = jnp.zeros(batch.y.shape), []
   for i in range(L):
-    leaf = tree.take(q, i)
-    out, said = asides.heard(
-      lambda i=i, leaf=leaf: layers.linear(batch.x, tree.take(w, i), leaf),
-      leaf,
-      batch.mask,
-    )
-    y, told = y + out, [*told, said]
-  if told[0] is not None:
-    asides.pass_on({'layers': {'q': tree.stack(told)}})
+    leaf, record = tree.take(q, i), protocol.Record(batch.mask, {})
+    y = y + layers.linear(batch.x, tree.take(w, i), leaf, record=record)
+    rows.append(protocol.statistics_of({'q': leaf}, record))
   each = 0.5 * jnp.sum((y - batch.y) ** 2, -1)
   count = jnp.sum(batch.mask.astype(jnp.float32))
-  return LossSum(jnp.sum(each * batch.mask), count, jnp.float32(0))
+  sums = LossSum(jnp.sum(each * batch.mask), count, jnp.float32(0))
+  return sums, {'layers': tree.stack(rows)}
+
+
+loss = local.Observed(
+  lambda *given: with_statistics(*given)[0], with_statistics
+)
 
 
 def rows():
@@ -186,12 +177,11 @@ def test_a_layer_equals_a_float64_reference(held):
   node, x = drawn(held)
   w = base()['layers']['q']['kernel'][0]
   real = np.array([1, 1, 0, 1, 1, 0, 1, 1], bool)
-  with asides.listening() as found:
-    got, told = asides.heard(
-      lambda: layers.linear(x, {'kernel': w}, node), node, jnp.asarray(real)
-    )
-    asides.pass_on(told)
-  assert isinstance(told, Routing) and found == [told]
+  record = protocol.Record(jnp.asarray(real), {})
+  got = layers.linear(x, {'kernel': w}, node, record=record)
+  told = protocol.statistics_of(node, record)
+  assert isinstance(told, Routing)
+  np.testing.assert_array_equal(layers.linear(x, {'kernel': w}, node), got)
   wide = jax.tree.map(lambda z: z[None], node)
   p, mine = in_numpy(wide)[0], np.array(held, bool)
   rows = np.asarray(x, np.float64)
@@ -208,7 +198,8 @@ def test_a_layer_equals_a_float64_reference(held):
 
 def test_experts_that_are_not_held_have_no_influence_and_no_slope():
   node, x = drawn([0, 1, 1, 0])
-  out = lambda pool: adapters.experts.added(x, node._replace(pool=pool))
+  y = jnp.zeros((8, F))
+  out = lambda pool: node._replace(pool=pool).act(x, y)
   others = jnp.array([1, 0, 0, 1]).reshape(E, 1, 1)
   noisy = node.pool._replace(
     a=node.pool.a + 1e4 * others, b=node.pool.b - 1e4 * others
@@ -330,7 +321,7 @@ def test_experts_of_absent_clients_stay_as_they_are():
   np.testing.assert_array_equal(notes[0], held)
   assert not notes[1:].any()
   assert new.aggregator.reports.round.tolist() == [-1, -1, -1, 1, -1]
-  assert (told['uploads/bytes'].sum(1) > 0).tolist() == [True] + [False] * 4
+  assert (told.bytes_up.sum(1) > 0).tolist() == [True] + [False] * 4
   planned = algorithm.plan(new)  # type: ignore
   assert (plan_of(planned).sum(0) == 2).all()
 
@@ -357,12 +348,10 @@ def test_bytes_are_those_of_the_message_the_report_and_the_plan():
       mine = plan_of(state)[k]
       report = np.asarray(values['tokens'][k]).tobytes()
       report += np.asarray(values['experts'][k])[mine].tobytes()
-      assert (
-        len(wire(states, k)) + len(report) == told['uploads/bytes'][k].sum()
-      )
+      assert len(wire(states, k)) + len(report) == told.bytes_up[k].sum()
       parts = [q.shared.a, q.shared.b, q.router, q.pool.a[mine], q.pool.b[mine]]
       down = b''.join(np.asarray(x).tobytes() for x in parts) + mine.tobytes()
-      assert len(down) == told['downloads/bytes'][k].sum()
+      assert len(down) == told.bytes_down[k].sum()
       assert len(wire(states, k)) == len(down) - mine.size
 
 
@@ -375,7 +364,7 @@ def test_a_client_is_served_its_own_experts():
     served = algorithm.personal(new.params, one)['layers']['q']
     np.testing.assert_array_equal(served.held, plan_of(state)[k])
     for i in range(L):
-      got = adapters.experts.added(x, tree.take(served, i))
+      got = tree.take(served, i).act(x, jnp.zeros((B, F)))
       p, held = in_numpy(served)[i], plan_of(state)[k, i]
       want, *_ = ref.layer(np.float64(x), np.zeros((D, F)), SCALE, p, held)
       np.testing.assert_allclose(got, want, atol=1e-5)
@@ -388,7 +377,7 @@ def test_a_client_is_served_its_own_experts():
 
 
 def test_it_learns():
-  losses = [float(told['local/loss']) for *_, told in history()]
+  losses = [float(told.metrics['local/loss']) for *_, told in history()]
   assert losses[-1] < 0.8 * losses[0], losses
 
 
@@ -422,10 +411,14 @@ def test_what_makes_no_sense_is_refused():
   node = start()['layers']['q']
   with pytest.raises(Error, match='in the layers, and only there'):
     build().init(KEY, {'layers': {'q': node}, 'head': node})
-  with pytest.raises(Error, match='told nothing of experts'):
-    local.balanced(toy.loss, 1.0)(
-      toy.base(), toy.params(), tree.take(toy.cohort().batches, (0, 0)), KEY
-    )
+  rest = toy.base(), toy.params(), tree.take(toy.cohort().batches, (0, 0)), KEY
+  with pytest.raises(Error, match='this loss gives no statistics of experts'):
+    local.balanced(toy.loss, 1.0)(*rest)
+  none = local.Observed(
+    toy.loss, lambda *given: (toy.loss(*given), {'q': None})
+  )
+  with pytest.raises(Error, match='the network has no experts'):
+    local.balanced(none, 1.0)(*rest)
   with pytest.raises(Error, match='cannot be written into a weight'):
     adapters.merge(base(), history()[0][1].params)
 
@@ -459,11 +452,10 @@ def test_a_network_tells_of_its_layers_though_it_computes_them_again():
 
   @jax.jit
   def seen():
-    with asides.listening() as told:
-      sums = plain(loaded.base, wide, batch, KEY)
+    sums, told = plain.with_statistics(loaded.base, wide, batch, KEY)
     return sums, *jax.value_and_grad(total)(q.router), told
 
-  sums, value, slope, (told,) = seen()
+  sums, value, slope, told = seen()
   inner = told['layers']
   nodes = inner['mlp']['up_proj'], inner['self_attn']['q_proj']
   for node in nodes:

@@ -19,7 +19,7 @@ import fedjax_llm as fl
 from fedjax_llm import clients, compilation, recipes, tree
 from fedjax_llm.plan import costs
 from fedjax_llm.server.widths import narrowed
-from fedjax_llm.types import Batch, Cohort, Draw, Error
+from fedjax_llm.types import Batch, Bound, Cohort, Draw, Error
 
 ROOT = pathlib.Path(__file__).parents[1]
 K, S, B, T, V = 5, 3, 1, 24, 83
@@ -27,7 +27,7 @@ STEPS = [1, 3, 1, 2, 1]  # with a text, of each client
 LENGTHS = [5, 24, 7, 11, 6]
 
 
-def cohort(steps=STEPS, lengths=LENGTHS, length=T):
+def cohort(steps=STEPS, lengths=LENGTHS, length=T, bound=22):
   rng = np.random.default_rng(0)
   num = len(steps)
   shape = (num, S, B, length)
@@ -41,18 +41,19 @@ def cohort(steps=STEPS, lengths=LENGTHS, length=T):
       loss_mask=(segments > 0) & (np.arange(length) > 1),
       segments=segments,
       positions=np.broadcast_to(np.arange(length, dtype=np.int32), shape),
+      bound=Bound(bound),
     ),
     weight=np.arange(1, num + 1).astype(np.float32),
     valid=np.ones(num, bool),
   )
 
 
-def round_of(*, remat='none', max_targets=22, **parts):
+def round_of(*, remat='none', **parts):
   loaded = fl.models.random(
     vocab_size=V, hidden_size=40, intermediate_size=56, remat=remat
   )
   algorithm = recipes.fed_avg(
-    fl.local.causal_lm(loaded.model, max_targets=max_targets),
+    fl.local.causal_lm(loaded.model),
     fl.local.optimizer('adamw', 1e-2),
     **parts,
   )
@@ -136,11 +137,11 @@ def test_no_array_holds_all_logits_or_all_pairs_of_places():
   length, most = 278, 30
   loaded = fl.models.random(vocab_size=V, attention='blocked')
   algorithm = recipes.fed_avg(
-    fl.local.causal_lm(loaded.model, max_targets=most), toy.sgd(), block_size=2
+    fl.local.causal_lm(loaded.model), toy.sgd(), block_size=2
   )
   params = fl.adapters.lora(rank=2).init(jax.random.key(0), loaded.base)
   state = algorithm.init(jax.random.key(1), params)
-  texts = cohort([S] * K, [most] * K, length)
+  texts = cohort([S] * K, [most] * K, length, bound=most)
   program = jax.make_jaxpr(algorithm.round)(state, texts, loaded.base)
   seen = collections.Counter()
   for aval in avals(program.jaxpr):
@@ -277,7 +278,9 @@ def test_blocks_widths_and_order_change_nothing_but_rounding(plain, narrow):
       atol=2e-6,
     )
     for name in ('local/loss', 'local/tokens', 'local/steps', 'local/accuracy'):
-      np.testing.assert_allclose(heard[name], told[name], rtol=1e-5)
+      np.testing.assert_allclose(
+        heard.metrics[name], told.metrics[name], rtol=1e-5
+      )
 
 
 def sorted_cohort():
@@ -290,18 +293,22 @@ def test_useful_tokens_are_real_ones_over_places_computed(plain, narrow):
   real = sum(s * n for s, n in zip(STEPS, LENGTHS, strict=True))
   _, _, told = plain
   np.testing.assert_allclose(  # everybody takes three steps of 24
-    told['clients/useful_tokens'], real / (K * 3 * T), rtol=1e-6
+    told.metrics['clients/useful_tokens'], real / (K * 3 * T), rtol=1e-6
   )
   compiled, state, base = narrow
   copy = lambda: jax.tree.map(jnp.copy, state)
   # As they come: (5, 24), (7, 11) and (6, padding) tokens; 3, 2 and 1 steps.
   places = 2 * (3 * 24 + 2 * 24 + 1 * 8)
   told = compiled(copy(), cohort(), base)[2]
-  np.testing.assert_allclose(told['clients/useful_tokens'], real / places)
+  np.testing.assert_allclose(
+    told.metrics['clients/useful_tokens'], real / places
+  )
   # Sorted: (24, 11), (7, 6) and (5, padding); 3, 1 and 1 steps.
   places = 2 * (3 * 24 + 1 * 8 + 1 * 8)
   told = compiled(copy(), sorted_cohort()[1], base)[2]
-  np.testing.assert_allclose(told['clients/useful_tokens'], real / places)
+  np.testing.assert_allclose(
+    told.metrics['clients/useful_tokens'], real / places
+  )
 
 
 def test_steps_of_padding_at_the_end_are_not_computed():
@@ -327,7 +334,7 @@ def test_steps_of_padding_at_the_end_are_not_computed():
     _, _, told = jax.block_until_ready(step(state, texts, toy.base()))
     jax.effects_barrier()
     turns.append(len(calls))
-    assert int(told['local/steps']) == sum(STEPS)
+    assert int(told.metrics['local/steps']) == sum(STEPS)
   # Blocks of (1, 3), (1, 2), (1, the last again) steps; then (3, 2), (1, 1), 1.
   assert turns[0] == turns[1] * (3 + 2 + 1) / (3 + 1 + 1)
 

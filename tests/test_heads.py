@@ -285,7 +285,7 @@ def test_private_heads_stay_and_shared_ones_travel():
   )
   mine = kept.private['classifier']['kernel'].value
   assert (np.abs(np.diff(mine, axis=0)).max((1, 2)) > 0).all()
-  assert told['uploads/bytes'].sum() == 5 * 4 * toy.D * toy.R
+  assert told.bytes_up.sum() == 5 * 4 * toy.D * toy.R
 
 
 # -------------------------------------------------------------------- peft --

@@ -71,7 +71,7 @@ def test_lp_fl_equals_a_float64_loop(soft):
   )
   got, told = run(threshold=0.5, soft=soft)
   np.testing.assert_allclose(got, want, atol=1e-5)
-  taught = [float(metrics['local/tokens']) for metrics in told]
+  taught = [float(info.metrics['local/tokens']) for info in told]
   assert taught == counts.sum(1).tolist()
   # The set grows: nobody is confident at w = 0, later many are.
   assert (counts[0] == (y >= 0).sum((1, 2))).all()

@@ -9,7 +9,7 @@ import toy
 
 from fedjax_llm import local, tree
 from fedjax_llm.clients import scopes
-from fedjax_llm.types import Error, Masks
+from fedjax_llm.types import Context, Error, Masks
 
 
 def run(update, masks=None, cohort=None):
@@ -22,8 +22,7 @@ def run(update, masks=None, cohort=None):
     update.init(params),
     batches,
     masks,
-    0,
-    jax.random.key(0),
+    Context(key=jax.random.key(0)),
   )
 
 
@@ -61,9 +60,9 @@ def test_clipping_bounds_the_first_step():
   batches = toy.cohort(steps=1)
   free = run(local.sgd(toy.loss, toy.sgd(1.0)), cohort=batches)
   bound = float(tree.norm(free.update)) / 3
-  out = run(local.sgd(toy.loss, toy.sgd(1.0), clip_norm=bound), cohort=batches)
+  out = run(local.sgd(toy.loss, toy.sgd(1.0, clip_norm=bound)), cohort=batches)
   np.testing.assert_allclose(tree.norm(out.update), bound, rtol=1e-5)
-  loose = local.sgd(toy.loss, toy.sgd(1.0), clip_norm=bound * 100)
+  loose = local.sgd(toy.loss, toy.sgd(1.0, clip_norm=bound * 100))
   toy.close(run(loose, cohort=batches).update, free.update)
 
 
@@ -80,7 +79,7 @@ def test_clipping_bounds_the_first_step():
       'decay_steps',
     ),
     (lambda: local.sgd(toy.loss, toy.sgd(), prox=-1.0), '0 or more'),
-    (lambda: local.sgd(toy.loss, toy.sgd(), clip_norm=0.0), 'above 0'),
+    (lambda: toy.sgd(clip_norm=0.0), 'above 0'),
   ],
 )
 def test_mistakes_are_told_in_one_sentence(call, words):

@@ -21,10 +21,12 @@ from fedjax_llm import (
   uploads,
 )
 from fedjax_llm.clients import scopes
-from fedjax_llm.recipes import heterogeneous, homogeneous
+from fedjax_llm.recipes.lora.lora_a2 import selected
+from fedjax_llm.recipes.ranks.het_lora import self_pruning
 from fedjax_llm.types import (
   ClientOutput,
   Codec,
+  Context,
   Error,
   Frozen,
   LocalUpdate,
@@ -33,6 +35,7 @@ from fedjax_llm.types import (
 )
 
 KEY = jax.random.key(0)
+HERE = Context(key=KEY)
 K, ROUNDS = 4, 5
 RANKS = np.array([2, 1, 1, 2], np.int32)
 FACTORS = 4 * toy.R * (toy.D + toy.F)  # bytes of both
@@ -69,9 +72,10 @@ SETTINGS = {
 
 
 def build(name, **more):
-  room = heterogeneous if name in HETEROGENEOUS else homogeneous
   settings = {**SETTINGS.get(name, {}), **more}
-  return getattr(room, name)(toy.loss, toy.sgd(0.1), fold=toy.fold, **settings)
+  return getattr(recipes, name)(
+    toy.loss, toy.sgd(0.1), fold=toy.fold, **settings
+  )
 
 
 def watched(codec):
@@ -143,7 +147,7 @@ def ends(before, states):
 @pytest.mark.parametrize('name', RECIPES)
 def test_the_loss_falls(name):
   _, history = run(name)
-  losses = [told['local/loss'] for *_, told in history]
+  losses = [told.metrics['local/loss'] for *_, told in history]
   assert losses[-1] < 0.75 * losses[0], losses
 
 
@@ -162,39 +166,39 @@ def test_bytes_are_those_of_a_serialised_message(name):
       if name == 'lora_a2':  # which units: a bit each
         kept = sent['q'].a[k].any(0) if t % 2 else sent['q'].b[k].any(1)
         wire += np.packbits(kept).tobytes()
-      assert len(wire) == told['uploads/bytes'][k].sum()
+      assert len(wire) == told.bytes_up[k].sum()
 
 
 def test_bytes_up_and_down_are_those_of_the_method():
   """Closed forms, by hand: r (m + n) floats of four bytes."""
   d, f, r = toy.D, toy.F, toy.R
   bytes_of = lambda name, way, t: (
-    run(name)[1][t][3][f'{way}/bytes'].sum(1).tolist()
+    getattr(run(name)[1][t][3], f'bytes_{way}').sum(1).tolist()
   )
   same = lambda num: [num] * K
   by_rank = (FACTORS * RANKS // r).tolist()
-  assert bytes_of('fed_it', 'uploads', 0) == same(FACTORS)
-  assert bytes_of('ffa_lora', 'uploads', 0) == same(4 * r * f)
-  assert bytes_of('ffa_lora', 'downloads', 0) == same(4 * r * f)
-  assert bytes_of('rolora', 'uploads', 0) == same(4 * r * f)
-  assert bytes_of('rolora', 'uploads', 1) == same(4 * r * d)
-  assert bytes_of('fed_sa', 'uploads', 0) == same(4 * r * d)
+  assert bytes_of('fed_it', 'up', 0) == same(FACTORS)
+  assert bytes_of('ffa_lora', 'up', 0) == same(4 * r * f)
+  assert bytes_of('ffa_lora', 'down', 0) == same(4 * r * f)
+  assert bytes_of('rolora', 'up', 0) == same(4 * r * f)
+  assert bytes_of('rolora', 'up', 1) == same(4 * r * d)
+  assert bytes_of('fed_sa', 'up', 0) == same(4 * r * d)
   # The residual goes down one round later, here dense: 4 * 3 entries are less
   # than its factors.
-  assert bytes_of('fedex_lora', 'downloads', 0) == same(FACTORS)
-  assert bytes_of('fedex_lora', 'downloads', 1) == same(FACTORS + 4 * d * f)
+  assert bytes_of('fedex_lora', 'down', 0) == same(FACTORS)
+  assert bytes_of('fedex_lora', 'down', 1) == same(FACTORS + 4 * d * f)
   # FLoRA's factors follow from a seed; only what was stacked goes down.
-  assert bytes_of('flora', 'uploads', 0) == by_rank
-  assert bytes_of('flora', 'downloads', 0) == same(0)
-  assert bytes_of('flora', 'downloads', 1) == same(4 * d * f)
-  assert bytes_of('fed_svd', 'uploads', 0) == same(4 * r * f)
-  assert bytes_of('fed_svd', 'downloads', 1) == same(FACTORS)
-  assert bytes_of('fedrot_lora', 'uploads', 2) == same(FACTORS)
-  assert bytes_of('lora_a2', 'uploads', 0) == same(4 * f + 1)
-  assert bytes_of('lora_a2', 'uploads', 1) == same(4 * d + 1)
+  assert bytes_of('flora', 'up', 0) == by_rank
+  assert bytes_of('flora', 'down', 0) == same(0)
+  assert bytes_of('flora', 'down', 1) == same(4 * d * f)
+  assert bytes_of('fed_svd', 'up', 0) == same(4 * r * f)
+  assert bytes_of('fed_svd', 'down', 1) == same(FACTORS)
+  assert bytes_of('fedrot_lora', 'up', 2) == same(FACTORS)
+  assert bytes_of('lora_a2', 'up', 0) == same(4 * f + 1)
+  assert bytes_of('lora_a2', 'up', 1) == same(4 * d + 1)
   for name in ('rbla', 'flexlora', 'hlora', 'zero_padding'):
-    assert bytes_of(name, 'uploads', 0) == by_rank
-    assert bytes_of(name, 'downloads', 0) == by_rank
+    assert bytes_of(name, 'up', 0) == by_rank
+    assert bytes_of(name, 'down', 0) == by_rank
 
 
 @pytest.mark.parametrize('name', [n for n in RECIPES if RECIPES[n]])
@@ -214,7 +218,9 @@ def test_what_is_served_is_exactly_the_mean_of_the_clients(name):
       product += np.float64(new.residual) - np.float64(old.residual)
     np.testing.assert_allclose(product, want, rtol=1e-5, atol=1e-5)
     # Gram matrices see no smaller error once the basis has changed.
-    assert told['aggregators/error'] < (3e-3 if name == 'fed_svd' else 1e-5)
+    assert told.metrics['aggregators/error'] < (
+      3e-3 if name == 'fed_svd' else 1e-5
+    )
 
 
 @pytest.mark.parametrize('name', ['fed_it', 'lora_fair'])
@@ -227,11 +233,13 @@ def test_what_is_served_is_not_the_mean_and_the_metric_says_by_how_much(name):
   gap = mean_a @ mean_b - want
   error = np.linalg.norm(gap) / np.linalg.norm(want)
   assert error > 1e-4
-  np.testing.assert_allclose(told['aggregators/error'], error, rtol=0.02)
+  np.testing.assert_allclose(
+    told.metrics['aggregators/error'], error, rtol=0.02
+  )
 
 
 def test_lora_fair_is_nearer_to_the_mean_product_than_fed_it():
-  error = lambda name: run(name)[1][2][3]['aggregators/error']
+  error = lambda name: run(name)[1][2][3].metrics['aggregators/error']
   assert error('lora_fair') < error('fed_it')
 
 
@@ -307,7 +315,9 @@ def test_a_masked_client_is_exactly_a_client_of_that_rank(name):
   np.testing.assert_allclose(message.a[0, :, :1], new.a - q.a[:, :1], atol=2e-7)
   np.testing.assert_allclose(message.b[0, :1], new.b - q.b[:1], atol=2e-7)
   assert not message.a[0, :, 1:].any() and not message.b[0, 1:].any()
-  np.testing.assert_allclose(told['local/loss'], plain_told['local/loss'], 1e-6)
+  np.testing.assert_allclose(
+    told.metrics['local/loss'], plain_told.metrics['local/loss'], 1e-6
+  )
 
 
 def test_equal_ranks_are_fed_it():
@@ -327,16 +337,14 @@ def test_het_lora_prunes_for_good_what_shrinks():
   pruned = [states.local.rank for _, _, states, _ in strong]
   assert (np.asarray(pruned[-1])[RANKS == 2] == 1).all()
   told = strong[-1][3]
-  assert told['uploads/bytes'].sum(1).tolist() == [FACTORS // 2] * K
-  assert told['local/rank'] == 1
+  assert told.bytes_up.sum(1).tolist() == [FACTORS // 2] * K
+  assert told.metrics['local/rank'] == 1
 
 
 def test_het_loras_local_steps_equal_a_python_loop():
   """Loss + penalty ||a tail|| ||b tail||, by hand, from nonzero factors."""
   rate, penalty = 0.1, 0.7
-  update = local.self_pruning(
-    toy.loss, toy.sgd(rate), penalty=penalty, gamma=0.5
-  )
+  update = self_pruning(toy.loss, toy.sgd(rate), penalty=penalty, gamma=0.5)
   params = toy.params()
   rows = tree.take(cohort().batches, 1)
   masks = tree.full_masks(params, {'q': params['q']._replace(a=0, b=0)})
@@ -346,9 +354,7 @@ def test_het_loras_local_steps_equal_a_python_loop():
     trained={'q': params['q']._replace(a=one, b=one, scale=None)},
   )
   out = jax.jit(
-    lambda p: update.run(
-      toy.base(), p, update.init(p), rows, masks, jnp.int32(0), KEY
-    )
+    lambda p: update.run(toy.base(), p, update.init(p), rows, masks, HERE)
   )(params)
   a, b = ref.f64(params['q'].a, params['q'].b)
   w, s = np.float64(toy.base()), float(params['q'].scale)
@@ -379,15 +385,15 @@ def test_lora_a2_trains_the_units_of_the_largest_scores():
   start = {'q': LowRank(draw(2, 4, 3), draw(2, 3, 5), jnp.ones(2))}
   slope = {'q': LowRank(draw(2, 4, 3), draw(2, 3, 5), None)}
 
-  def run(base, start, state, batches, masks, round, key):
+  def run(base, start, state, batches, masks, context):
     moved = tree.apply_mask(slope, masks.trained)
-    return ClientOutput(moved, masks, state, {})
+    return ClientOutput(moved, masks, state)
 
-  update = local.selected(LocalUpdate(lambda p: (), run), budget=1)
+  update = selected(LocalUpdate(lambda p: (), run), budget=1)
   for round, factor in ((0, 'b'), (1, 'a')):
     turns: Any = scopes.alternating('/b$', '/a$')
-    masks = turns.mask(start, (), None, round, None)
-    out = update.run(None, start, (), None, masks, round, None)
+    masks = turns.mask(start, None, Context(round=round))
+    out = update.run(None, start, (), None, masks, Context(round=round))
     zero = slope['q']._replace(**{k: 0 * getattr(slope['q'], k)
                                   for k in 'ab' if k != factor})  # fmt: skip
     units = ref.units(start['q'].a, start['q'].b, zero.a, zero.b, budget=1)
@@ -396,8 +402,8 @@ def test_lora_a2_trains_the_units_of_the_largest_scores():
     np.testing.assert_array_equal(got.a, zero.a * units[:, None])
     np.testing.assert_array_equal(got.b, zero.b * units[..., None])
   with pytest.raises(Error, match='above the rank'):
-    local.selected(LocalUpdate(lambda p: (), run), budget=4).run(
-      None, start, (), None, masks, 0, None
+    selected(LocalUpdate(lambda p: (), run), budget=4).run(
+      None, start, (), None, masks, Context()
     )
 
 
@@ -443,7 +449,7 @@ def test_flasc_of_density_one_is_fed_adam():
     step = jax.jit(algorithm.round)
     for _ in range(2):
       state, _, told = step(state, cohort(), toy.base())
-    assert told['uploads/bytes'].sum(1).tolist() == [FACTORS] * K
+    assert told.bytes_up.sum(1).tolist() == [FACTORS] * K
     states.append(state.params)
   toy.close(*states)
 
@@ -457,8 +463,8 @@ def test_top_k_keeps_the_largest_and_counts_what_it_serialises(per, density):
   update = {'q': LowRank(draw(9, 7), draw(7, 8) * 5, None)}
   masks = tree.full_masks(start, scopes.everything().labels(start))
   codec = uploads.top_k(density, per)
-  message, _ = jax.jit(lambda u: codec.encode(u, masks, (), KEY))(update)
-  got = codec.decode(message, start, KEY)
+  message, _ = jax.jit(lambda u: codec.encode(u, masks, (), HERE))(update)
+  got = codec.decode(message, start, HERE)
   assert jax.tree.structure(got) == jax.tree.structure(update)
   parts = [[update['q'].a, update['q'].b]]
   parts = parts if per == 'tree' else [[x] for x in parts[0]]
@@ -481,11 +487,10 @@ def test_top_k_keeps_the_largest_and_counts_what_it_serialises(per, density):
   [
     lambda: uploads.top_k(0.0),
     lambda: uploads.top_k(0.5, 'row'),
-    lambda: local.self_pruning(toy.loss, toy.sgd(), penalty=-1.0),
-    lambda: local.self_pruning(toy.loss, toy.sgd(), gamma=1.0),
-    lambda: local.self_pruning(toy.loss, toy.sgd(), min_rank=0),
-    lambda: local.self_pruning(toy.loss, toy.sgd(), clip_norm=0.0),
-    lambda: local.selected(local.sgd(toy.loss, toy.sgd()), budget=0),
+    lambda: self_pruning(toy.loss, toy.sgd(), penalty=-1.0),
+    lambda: self_pruning(toy.loss, toy.sgd(), gamma=1.0),
+    lambda: self_pruning(toy.loss, toy.sgd(), min_rank=0),
+    lambda: selected(local.sgd(toy.loss, toy.sgd()), budget=0),
   ],
 )
 def test_settings_out_of_range_are_refused(broken):
@@ -501,7 +506,7 @@ def test_combinations_that_make_no_sense_are_refused_when_built():
     with pytest.raises(Error, match='changes the basis'):
       build(name, server=server.fed_adam())
   with pytest.raises(Error, match='needs fold'):
-    homogeneous.fedex_lora(toy.loss, toy.sgd())
+    recipes.fedex_lora(toy.loss, toy.sgd())
   with pytest.raises(Error, match='brings its own aggregator'):
     build('fedex_lora', aggregator=aggregators.mean())
   with pytest.raises(Error, match='brings its own server'):
@@ -531,7 +536,7 @@ def test_the_rule_of_fedex_works_under_other_methods(name):
   losses = []
   for _ in range(3):
     state, states, told = step(state, cohort(states), toy.base())
-    losses.append(float(told['local/loss']))
+    losses.append(float(told.metrics['local/loss']))
   assert losses[-1] < losses[0]
   served = algorithm.personal(state.params, None)['q']
   assert np.abs(served.residual).max() > 0
@@ -572,7 +577,7 @@ def test_alternating_and_ranks_say_what_is_wrong():
   wrong: Any = (scopes.alternating('/b$', '/c$'), scopes.untrained('/c$'))
   for scope in wrong:
     with pytest.raises(Error, match='matches no leaf'):
-      scope.mask(toy.params(), (), None, 0, None)
+      scope.mask(toy.params(), None, Context())
 
 
 # ------------------------------------------------------------------ FeDeRA --

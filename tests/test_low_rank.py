@@ -14,7 +14,7 @@ import references_lora as ref
 from fedjax_llm import adapters, aggregators, models, tree
 from fedjax_llm.aggregators import low_rank, low_rank_metrics
 from fedjax_llm.clients import scopes
-from fedjax_llm.types import Batch, Error, LowRank, Shared, Uploads
+from fedjax_llm.types import Batch, Context, Error, LowRank, Shared, Uploads
 
 # Clients, layers, D, F, R: the stack is below both sides, between, above both.
 SHAPES = {
@@ -239,9 +239,9 @@ def uploads_of(shape, seed, ranks=None, drop=None):
   )
   params = {'bias': np.ones(2, np.float32), 'q': server}
   ranks = np.full(k, r) if ranks is None else np.asarray(ranks)
-  masks = jax.vmap(lambda rank: RANKS.mask(params, rank, None, 0, None))(
-    jnp.asarray(ranks)
-  )
+  masks = jax.vmap(
+    lambda rank: RANKS.mask(params, None, Context(profile=rank))
+  )(jnp.asarray(ranks))
   start = tree.broadcast(params, k)
   held = masks.held['q']
   start['q'] = start['q']._replace(
@@ -278,7 +278,7 @@ def applied(name):
     new = tree.add(params, result.delta)
     if result.assign is not None:
       new = tree.merge(result.assign, new)
-    return new, rule.num_bytes(state) if rule.num_bytes else ()
+    return new, rule.num_bytes(state, ())[0] if rule.num_bytes else ()
 
   def all_of(uploads, params, key):
     new, bytes_down = run(uploads, params, key)
@@ -425,7 +425,9 @@ def test_flexlora_is_exact_once_the_rank_holds_the_stack():
   uploads, params, whole, _ = uploads_of('small', 9)
   uploads = tree.take(uploads, np.array([0, 1]))
   ranks = jnp.array([1, 1])  # two clients of rank one in buffers of rank two
-  masks = jax.vmap(lambda rank: RANKS.mask(params, rank, None, 0, None))(ranks)
+  masks = jax.vmap(
+    lambda rank: RANKS.mask(params, None, Context(profile=rank))
+  )(ranks)
   uploads = uploads._replace(masks=masks)
   new, _, told = applied('flexlora')(uploads, params, KEY)
   whole = tree.whole(uploads)['q']

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedjax_llm import metrics
-from fedjax_llm.types import Error
+from fedjax_llm.types import Error, RoundInfo
 
 
 def lines(workdir):
@@ -120,15 +120,20 @@ def test_tensorboard_gets_the_scalars(tmp_path):
 
 
 def test_bytes_are_summed_in_64_bits_and_scalars_become_numbers():
+  who = jnp.ones(3, bool)
   told = metrics.summarise(
-    {
-      'uploads/bytes': jnp.full((3, 2), 2**31 - 1, jnp.int32),
-      'downloads/bytes': {'a': jnp.ones((2,), jnp.int32), 'b': jnp.int32(5)},
-      'local/loss': jnp.float32(0.25),
-      'clients/valid': jnp.int32(7),
-      'server/ok': jnp.bool_(True),
-      'local/each': jnp.array([0.5, 1.5]),
-    }
+    RoundInfo(
+      reported=who,
+      finite=who,
+      bytes_up=jnp.full((3, 2), 2**31 - 1, jnp.int32),
+      bytes_down=jnp.array([[1, 1, 5]], jnp.int32),
+      metrics={
+        'local/loss': jnp.float32(0.25),
+        'clients/valid': jnp.int32(7),
+        'server/ok': jnp.bool_(True),
+        'local/each': jnp.array([0.5, 1.5]),
+      },
+    )
   )
   assert told == {
     'uploads/bytes': 6 * (2**31 - 1),

@@ -178,9 +178,9 @@ def test_a_federation_of_it_learns(doors, rounds, kind):
   losses = []
   for _ in range(20):
     state, _, told = step(state, everybody, mine.base)
-    losses.append(float(told['local/loss']))
+    losses.append(float(told.metrics['local/loss']))
   assert losses[-1] < 0.7 * losses[0]
-  assert told['local/tokens'] == everybody.weight.sum()
+  assert told.metrics['local/tokens'] == everybody.weight.sum()
 
 
 def test_the_base_of_a_flax_module_meets_all_clients_in_one_matmul(doors):

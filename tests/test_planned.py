@@ -109,12 +109,12 @@ def test_bytes_are_those_of_the_message_the_report_and_the_plan():
     for k in range(K):
       report = np.asarray(new.aggregator.reports.values[k])
       size = len(wire(states, k)) + len(report.tobytes())
-      assert size == told['uploads/bytes'][k].sum()
+      assert size == told.bytes_up[k].sum()
       assert len(wire(states, k)) == 4 * SIZE * plan_of(state)[k].sum()
       q = state.params['layers']['q']
       down = len(np.asarray(q.a).tobytes() + np.asarray(q.b).tobytes())
       down += len(plan_of(state)[k].tobytes())
-      assert down == told['downloads/bytes'][k].sum()
+      assert down == told.bytes_down[k].sum()
 
 
 def test_a_client_that_drops_out_is_planned_as_before():
@@ -132,9 +132,9 @@ def test_a_client_that_drops_out_is_planned_as_before():
   assert (np.asarray(reports.values[:4]) == 0).all()
   planned = algorithm.plan(new)  # type: ignore
   np.testing.assert_array_equal(plan_of(planned)[:4], plan_of(state)[:4])
-  sent = told['uploads/bytes'].sum(1).tolist()
+  sent = told.bytes_up.sum(1).tolist()
   assert sent[1] == sent[3] == 0 < sent[0]
-  assert told['downloads/bytes'].sum(1)[3] == 0
+  assert told.bytes_down.sum(1)[3] == 0
 
 
 def test_with_budgets_for_everything_it_is_fedit():

@@ -296,7 +296,7 @@ def test_a_round_on_an_int8_base_learns(few):
   step, losses = jax.jit(algorithm.round), []
   for _ in range(3):
     state, _, told = step(state, cohort, loaded.base)
-    losses.append(float(told['local/loss']))
+    losses.append(float(told.metrics['local/loss']))
   assert np.isfinite(losses).all()
   assert losses[2] < losses[1] < losses[0]
   q = state.params['layers']['self_attn']['q_proj']

@@ -5,8 +5,9 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fedjax_llm import recipes
+from fedjax_llm import data, recipes
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / 'README.md').read_text()
@@ -37,6 +38,22 @@ def test_the_rule_of_the_readme_is_an_aggregator():
   got, _ = rule.aggregate(uploads, (), {'w': jnp.zeros(2)}, jax.random.key(0))
   # w / ||u||: 1 and 1/10, so both clients move the mean by 1/1.1.
   assert jnp.allclose(got.delta['w'], jnp.array([1.0, 1.0]) / 1.1, rtol=1e-5)
+
+
+def test_the_task_of_the_readme_makes_batches_of_pictures():
+  block = next(b for b in BLOCKS if 'tasks.Task' in b)
+  names: dict = {}
+  exec(compile(block, 'README.md', 'exec'), names)
+  task = names['pictures']()
+  records = [
+    data.Record(image=np.full((2, 2, 1), i, np.float32), label=label)
+    for i, label in enumerate('ba')
+  ]
+  how = data.Encoding(data.bytes(), labels=task.labels(records))
+  examples = [x for r in records for x in task.encode(r, how).examples]
+  batch = task.collate(examples, 1, 0)([[x] for x in examples])
+  assert batch.label.tolist() == [1, 0]
+  assert batch.pixels[:, 0, 0, 0].tolist() == [0, 1]
 
 
 def test_every_recipe_has_its_row():

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import fedjax_llm as fl
-from fedjax_llm import tree
-from fedjax_llm.types import Batch
+from fedjax_llm import batching, tree
+from fedjax_llm.types import Batch, Error
 
 K, S, B, T, V = 3, 2, 2, 16, 83
 
@@ -25,18 +25,19 @@ def round_program():
   mask[..., 5] = True
   cohort = fl.types.Cohort(
     ids=np.arange(K, dtype=np.int32),
-    batches=Batch(
-      tokens=rng.integers(0, V, shape).astype(np.int32),
-      loss_mask=mask,
-      segments=segments,
-      positions=np.broadcast_to(np.arange(T, dtype=np.int32), shape),
+    batches=batching.bounded(
+      Batch(
+        tokens=rng.integers(0, V, shape).astype(np.int32),
+        loss_mask=mask,
+        segments=segments,
+        positions=np.broadcast_to(np.arange(T, dtype=np.int32), shape),
+      )
     ),
     weight=mask.sum((1, 2, 3)).astype(np.float32),
     valid=np.ones(K, bool),
   )
-  most = int(mask.sum((2, 3)).max())
   algorithm = fl.recipes.fed_avg(
-    fl.local.causal_lm(loaded.model, max_targets=most),
+    fl.local.causal_lm(loaded.model),
     fl.local.optimizer('sgd', 0.5),
   )
   params = fl.adapters.lora(rank=4).init(jax.random.key(0), loaded.base)
@@ -96,13 +97,16 @@ def test_clients_one_after_another_give_the_same_round(round_program):
     fl.local.causal_lm(loaded.model), fl.local.optimizer('sgd', 0.5)
   )
   one = jax.jit(algorithm.round)
+  # It computes every logit, the other one those that a bound allows.
+  cohort = cohort._replace(batches=cohort.batches._replace(bound=None))
   total, losses = None, []
   for k in range(K):
     row = jax.tree.map(lambda x, k=k: x[k : k + 1], cohort)
     alone, _, heard = one(state, row, loaded.base)
     update = tree.scale(tree.sub(alone.params, state.params), cohort.weight[k])
     total = update if total is None else tree.add(total, update)
-    losses.append((float(heard['local/loss']), float(heard['local/tokens'])))
+    seen = heard.metrics
+    losses.append((float(seen['local/loss']), float(seen['local/tokens'])))
   mean = tree.scale(total, 1 / cohort.weight.sum())
   for x, y in zip(
     jax.tree.leaves(together.params),
@@ -111,21 +115,25 @@ def test_clients_one_after_another_give_the_same_round(round_program):
   ):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
   loss = sum(a * b for a, b in losses) / sum(b for _, b in losses)
-  np.testing.assert_allclose(told['local/loss'], loss, rtol=1e-5)
+  np.testing.assert_allclose(told.metrics['local/loss'], loss, rtol=1e-5)
 
 
-def test_too_few_loss_places_give_nan_not_a_wrong_loss(round_program):
+def test_a_bound_changes_nothing_and_too_small_a_one_is_refused(round_program):
   loaded, cohort, state, _ = round_program
   batch = jax.tree.map(lambda x: x[0, 0], cohort.batches)
   count = int(batch.loss_mask.sum())
+  call = lambda loss, batch: loss(loaded.base, state.params, batch, None)
   whole = fl.local.causal_lm(loaded.model)
-  exact = fl.local.causal_lm(loaded.model, max_targets=count, chunk_size=3)
-  short = fl.local.causal_lm(loaded.model, max_targets=count - 1)
-  rows = fl.local.causal_lm(loaded.model, max_targets=count + 1, per_row=True)
-  call = lambda loss: loss(loaded.base, state.params, batch, None)
-  want = call(whole)
-  for got in (call(exact), jax.tree.map(np.sum, call(rows))):
+  want = call(whole, batch._replace(bound=None))
+  small = fl.local.causal_lm(loaded.model, chunk_size=3)
+  rows = fl.local.causal_lm(loaded.model, per_row=True)
+  for got in (
+    call(small, batching.bounded(batch)),
+    jax.tree.map(np.sum, call(rows, batching.bounded(batch, [count + 1]))),
+  ):
     np.testing.assert_allclose(got.total, want.total, rtol=1e-5)
     assert got.count == want.count == count
     assert got.correct == want.correct
-  assert np.isnan(call(short).total)
+  message = f'a step holds {count} tokens with a loss, more than the bound of '
+  with pytest.raises(Error, match=f'^{message}its batch, {count - 1}[.]$'):
+    batching.bounded(batch, [count - 1])

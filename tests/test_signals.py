@@ -119,10 +119,10 @@ def test_a_signal_in_a_round_ends_the_run_after_it(
 ):
   folder, left_out = tmp_path / 'run', narration.left_out
 
-  def at(told, draw, names, round):
+  def at(told, info, draw, names, round):
     if round == 2:
       send(number)
-    return left_out(told, draw, names, round)
+    return left_out(told, info, draw, names, round)
 
   monkeypatch.setattr(narration, 'left_out', at)
   words = runs.arguments(texts, folder, **FIELDS, checkpoint_every=100)
@@ -155,7 +155,7 @@ def test_a_signal_that_was_lost_ends_a_run_before_its_first_round(
 def test_an_error_in_a_last_round_is_an_error(texts, tmp_path, monkeypatch):
   """A signal that waits for a round does not hide what fails in it."""
 
-  def at(told, draw, names, round):
+  def at(told, info, draw, names, round):
     send(signal.SIGTERM)
     raise narration.Diverged('nothing is left.')
 

@@ -39,7 +39,9 @@ from fedjax_llm import (
 from fedjax_llm import clients as rooms
 from fedjax_llm.adapters import gates
 from fedjax_llm.clients import scopes
-from fedjax_llm.recipes import structured
+from fedjax_llm.recipes.lora import slora
+from fedjax_llm.recipes.ranks.fed_hm import frobenius_decay
+from fedjax_llm.recipes.ranks.hafl import important
 from fedjax_llm.types import Batch, Error
 
 RATE, SCALE, ROUNDS, T1 = 0.1, 3.0 / R, 8, 3
@@ -93,13 +95,13 @@ def run(name, num_rounds=ROUNDS, **more):
 def test_the_loss_falls_and_bytes_are_those_of_a_message(name):
   _, history, _ = run(name)
   told = [told for *_, told in history[1:]]
-  assert told[-1]['local/loss'] < 0.75 * told[0]['local/loss']
-  for _, states, metrics in history[1:]:
+  assert told[-1].metrics['local/loss'] < 0.75 * told[0].metrics['local/loss']
+  for _, states, info in history[1:]:
     for k in range(K):
       # A bit a unit in the masks of a and of b says which were trained.
       bitmap = 2 * -(-L * 3 // 8) if name == 'hafl' else 0
       size = len(wire(states, k)) + bitmap
-      assert size == metrics['uploads/bytes'][k].sum()
+      assert size == info.bytes_up[k].sum()
 
 
 # ------------------------------------------------------------------ fed_ra --
@@ -131,8 +133,8 @@ def test_fed_ra_draws_as_many_layers_as_a_client_has_anew_in_every_round():
   assert (weak.any(0) & ~weak.all(0)).any()
   told = history[1][2]
   sent = 4 * R * (D + F) * LAYERS
-  assert told['uploads/bytes'].sum(1).tolist() == sent.tolist()
-  assert told['downloads/bytes'].sum(1).tolist() == (sent + 4 * LAYERS).tolist()
+  assert told.bytes_up.sum(1).tolist() == sent.tolist()
+  assert told.bytes_down.sum(1).tolist() == (sent + 4 * LAYERS).tolist()
   state = history[-1][0]
   assert (state.params['layers']['gate'] == 1).all()
   served = algorithm.personal(state.params, None)
@@ -236,8 +238,8 @@ def test_slora_is_sparse_first_and_then_the_factors_of_what_it_found():
 def test_slora_sends_the_same_in_both_stages_and_serves_what_it_has():
   algorithm, history, _ = run('slora')
   for _, _, told in history[1:]:
-    for way in ('uploads', 'downloads'):
-      assert (told[f'{way}/bytes'].sum(1) == 4 * L * R * (D + F)).all()
+    for counts in (told.bytes_up, told.bytes_down):
+      assert (counts.sum(1) == 4 * L * R * (D + F)).all()
   for state, *_ in history[1 : T1 + 2]:
     served = algorithm.personal(state.params, None)
     x, y = cohort().batches.x[0, 0], np.zeros((B, F))
@@ -251,12 +253,12 @@ def test_slora_sends_the_same_in_both_stages_and_serves_what_it_has():
 
 def test_a_full_pattern_of_the_full_rank_loses_nothing_at_the_turn():
   factors = adapters.lora(F, 3.0, targets='q').init(KEY, base())
-  sparse = structured._pattern(KEY, factors, 1.0)
+  sparse = slora._pattern(KEY, factors, 1.0)
   values = jax.random.normal(KEY, (L, D * F))
   sparse['layers']['q'] = sparse['layers']['q']._replace(values=values)
-  staged = structured.Staged(sparse, factors)
-  turned = structured._factored(staged)
-  product = lambda p: adapters.product(structured._together(p)['layers']['q'])
+  staged = slora.Staged(sparse, factors)
+  turned = slora._factored(staged)
+  product = lambda p: adapters.product(slora._together(p)['layers']['q'])
   np.testing.assert_allclose(product(turned), product(staged), atol=1e-5)
   assert not turned.sparse['layers']['q'].values.any()
 
@@ -275,7 +277,7 @@ def test_settings_of_slora_out_of_range_are_refused(settings, words):
 
 
 def test_slora_needs_factors():
-  algorithm = structured.slora(loss, toy.sgd())
+  algorithm = slora.slora(loss, toy.sgd())
   with pytest.raises(Error, match='needs low-rank factors'):
     algorithm.init(KEY, adapters.vera(2, targets='q').init(KEY, base()))
 
@@ -316,17 +318,17 @@ def test_fed_hm_is_that_of_the_reference():
 
 
 def test_a_decay_of_nothing_is_no_decay():
-  assert local.frobenius_decay(loss, 0.0) is loss
+  assert frobenius_decay(loss, 0.0) is loss
   rows = jax.tree.map(lambda x: x[0, 0], cohort().batches)
   params = start('hafl')
   product = np.float64(adapters.product(params['layers']['q']))
-  more = local.frobenius_decay(loss, 0.3)(base(), params, rows, KEY).total
+  more = frobenius_decay(loss, 0.3)(base(), params, rows, KEY).total
   plain = loss(base(), params, rows, KEY).total
   np.testing.assert_allclose(
     (more - plain) / B, 0.15 * (product**2).sum(), rtol=1e-4
   )
   with pytest.raises(Error, match='strength=-1 must not be negative'):
-    local.frobenius_decay(loss, -1)
+    frobenius_decay(loss, -1)
 
 
 def test_hafl_is_that_of_the_reference():
@@ -357,7 +359,7 @@ def test_hafl_is_that_of_the_reference():
 def test_importance_needs_factors_and_betas_below_one():
   inner = local.sgd(loss, toy.sgd())
   with pytest.raises(Error, match=r'beta1=1.0 must be from 0 to below 1'):
-    local.important(inner, loss, beta1=1.0)
+    important(inner, loss, beta1=1.0)
   algorithm = recipes.hafl(loss, toy.sgd())
   state = algorithm.init(KEY, adapters.vera(2, targets='q').init(KEY, base()))
   states = tree.broadcast(algorithm.init_client(state.params), K)

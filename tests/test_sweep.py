@@ -203,7 +203,7 @@ def grouped(conf, grid):
   ('parts', 'field', 'values', 'traced'),
   [
     ({'algorithm.name': 'fed_prox'}, 'algorithm.mu', [0, 0.5], True),
-    ({}, 'algorithm.clip_norm', [0.5, 1.0], True),
+    ({}, 'local.clip_norm', [0.5, 1.0], True),
     ({'server.name': 'fed_avgm'}, 'server.momentum', [0.0, 0.9], True),
     ({}, 'local.b_ratio', [1.0, 4.0], True),
     ({'upload.name': 'top_k'}, 'upload.density', [0.1, 0.5], False),

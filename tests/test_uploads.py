@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedjax_llm import tree, uploads
-from fedjax_llm.types import Error, LowRank, Masks
+from fedjax_llm.types import Context, Error, LowRank, Masks
 
 KEY = jax.random.key(0)  # these codecs draw nothing
+HERE = Context(key=KEY)
 few = settings(max_examples=15, deadline=None, derandomize=True)
 
 SHAPES = {'a': (2, 5, 3), 'b': (2, 3, 4), 'bias': (4,)}
@@ -62,9 +63,9 @@ def test_identity_delivers_what_the_mask_lets_through_and_counts_it(
 ):
   update, masks = make(seed)
   codec = uploads.identity(entries)
-  message, state = codec.encode(update, masks, codec.init(update), KEY)
+  message, state = codec.encode(update, masks, codec.init(update), HERE)
   mask = getattr(masks, entries)
-  same(codec.decode(message, update, KEY), masked(update, mask))
+  same(codec.decode(message, update, HERE), masked(update, mask))
   assert state == ()
   counts = codec.num_bytes(message, masks)
   assert counts['frozen'] is None
@@ -83,7 +84,7 @@ def test_a_cohort_of_codecs_is_one_vmap():
   @jax.jit
   @jax.vmap
   def send(update, masks):
-    message, _ = codec.encode(update, masks, codec.init(update), KEY)
+    message, _ = codec.encode(update, masks, codec.init(update), HERE)
     return message, codec.num_bytes(message, masks)
 
   messages, counts = send(update, masks)
@@ -99,7 +100,7 @@ def test_a_download_keeps_what_is_held_but_not_trained():
   held = {'a': jnp.array([True, True, False])}
   masks = Masks(held=held, trained={'a': jnp.array([True, False, False])})
   download = uploads.identity('held')
-  message, _ = download.encode(params, masks, (), KEY)
+  message, _ = download.encode(params, masks, (), HERE)
   assert message['a'].tolist() == [1.0, 2.0, 0.0]
   assert download.num_bytes(message, masks)['a'] == 8
 
@@ -108,7 +109,7 @@ def test_a_scalar_mask_stands_for_the_whole_leaf():
   leaf, codec = jnp.ones((3, 4), jnp.bfloat16), uploads.identity()
   for flag, wanted in ((True, 24), (False, 0)):
     masks = Masks(None, jnp.bool_(flag))
-    message, _ = codec.encode(leaf, masks, (), KEY)
+    message, _ = codec.encode(leaf, masks, (), HERE)
     assert codec.num_bytes(message, masks) == wanted
     assert bool(jnp.any(message != 0)) == flag
 
@@ -116,7 +117,7 @@ def test_a_scalar_mask_stands_for_the_whole_leaf():
 def test_from_optax_sends_the_transformed_update():
   update, masks = make(4)
   codec = uploads.from_optax(optax.clip_by_global_norm(0.5))
-  message, _ = codec.encode(update, masks, codec.init(update), KEY)
+  message, _ = codec.encode(update, masks, codec.init(update), HERE)
   inside = masked(update, masks.trained)
   flat = np.concatenate(
     [np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(inside)]
@@ -128,17 +129,17 @@ def test_from_optax_sends_the_transformed_update():
     np.testing.assert_allclose(np.asarray(m, np.float64), w, rtol=1e-2)
   assert message['q'].b.dtype == jnp.bfloat16
   assert message['frozen'] is None
-  same(codec.decode(message, update, KEY), message)
+  same(codec.decode(message, update, HERE), message)
 
 
 def test_from_optax_carries_its_state_and_sends_nothing_untrained():
   update, mask = jnp.array([1.0, 2.0]), jnp.array([True, True])
   codec = uploads.from_optax(optax.trace(decay=0.5))
   state = codec.init(update)
-  first, state = codec.encode(update, Masks(None, mask), state, KEY)
+  first, state = codec.encode(update, Masks(None, mask), state, HERE)
   assert first.tolist() == [1.0, 2.0]
   fewer = Masks(None, jnp.array([True, False]))
-  second, _ = codec.encode(update, fewer, state, KEY)
+  second, _ = codec.encode(update, fewer, state, HERE)
   assert second.tolist() == [1.5, 0.0]  # momentum alone is not sent
 
 

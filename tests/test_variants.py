@@ -5,6 +5,7 @@ The network is y = x sum_l W'_l over two layers, through the models' own
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,7 @@ def run(name, num_rounds=10):
   state = algorithm.init(KEY, start(name))
   states = tree.broadcast(algorithm.init_client(state.params), K)
   step = jax.jit(algorithm.round)
-  history = [(state, states, {})]
+  history: list[Any] = [(state, states, None)]
   for _ in range(num_rounds):
     state, states, told = step(state, cohort(states), base())
     history.append((state, states, jax.device_get(told)))
@@ -163,7 +164,7 @@ def test_it_starts_as_the_base_and_learns(name):
   if name != 'fed_sb':  # its cores start near zero, not at it
     merged = adapters.merge(base(), start(name))
     toy.close(merged, base(), atol=1e-6)
-  losses = [told['local/loss'] for *_, told in history[1:]]
+  losses = [told.metrics['local/loss'] for *_, told in history[1:]]
   # Fixed bases reach a part of the teacher alone.
   bound = 0.85 if name in ('fed_sb', 'ravan') else 0.75
   assert losses[-1] < bound * losses[0], losses
@@ -174,7 +175,7 @@ def test_bytes_are_those_of_a_serialised_message(name):
   for number, (_, states, told) in enumerate(run(name)[1:4]):
     for k in range(K):
       size = len(wire(states, k))
-      assert size == told['uploads/bytes'][k].sum()
+      assert size == told.bytes_up[k].sum()
       if number == 0:
         assert size == 4 * TRAINED[name]
 
@@ -321,7 +322,7 @@ def test_dora_has_the_lengths_it_says_and_fedex_is_exact_on_its_direction():
   state = algorithm.init(KEY, start('dora'))
   for _ in range(2):
     state, _, told = jax.jit(algorithm.round)(state, cohort(), base())
-  assert told['aggregators/error'] < 1e-5
+  assert told.metrics['aggregators/error'] < 1e-5
 
 
 def test_vera_shares_its_matrices_and_a_frozen_d_makes_the_mean_exact():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_mixing import KEY, world
 
-from fedjax_llm import evals, local, recipes, train, tree, viewing
+from fedjax_llm import evals, local, recipes, tasks, train, tree, viewing
 from fedjax_llm.adapters import multi
 from fedjax_llm.evals import views
 from fedjax_llm.types import Dual, Error, Example, LowRank
@@ -142,7 +142,7 @@ def test_clients_that_trained_are_tested_with_what_they_keep(world):
   names = ('ann', 'bob', 'cat')
   built = SimpleNamespace(
     test=SimpleNamespace(personal={'name': 'instance_mixed', 'num_texts': 6}),
-    task=SimpleNamespace(loss=lambda *_, **__: loss),
+    task=tasks.Task(lambda *_, **__: loss),
     population=SimpleNamespace(train=texts, heldout=texts, names=names),
     **{'loaded': loaded, 'initial': both.shared, 'labels': None},
     **{'width': batch.tokens.shape[1], 'conf': {'algorithm': {'name': 'it'}}},

@@ -64,8 +64,8 @@ def fold(base, params):
   return base + q.residual, {**params, 'q': q._replace(residual=None)}
 
 
-def sgd(learning_rate=0.1):
-  return local.optimizer('sgd', learning_rate)
+def sgd(learning_rate=0.1, **settings):
+  return local.optimizer('sgd', learning_rate, **settings)
 
 
 def cohort(num_clients=5, steps=3, batch=4, seed=0, states=None, ragged=True):

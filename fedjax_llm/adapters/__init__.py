@@ -10,6 +10,7 @@ from fedjax_llm.adapters import targets as targets
 from fedjax_llm.adapters.changes import Dense as Dense
 from fedjax_llm.adapters.changes import Dora as Dora
 from fedjax_llm.adapters.changes import as_low_rank as as_low_rank
+from fedjax_llm.adapters.changes import check as check
 from fedjax_llm.adapters.changes import fold as fold
 from fedjax_llm.adapters.changes import merge as merge
 from fedjax_llm.adapters.changes import overlay as overlay

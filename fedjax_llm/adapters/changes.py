@@ -1,143 +1,69 @@
-"""What an adapter's leaves say about the weights beside them.
+"""An adapter's tree at a base: written in, folded, overlaid, checked.
 
-LowRank(a, b, scale)    W + scale * a @ b
-an array                W + array
-Dense(value)            value: it takes the place of W
-Dora(direction, m)      the direction of W + scale * a @ b, of the length m
-
-Experts                 no change of W at all: it depends on the token
-
-Any other named tuple with a method `factors() -> LowRank` acts as those
-factors do. Fields that nobody trains are named by its attribute `FROZEN`.
+Each leaf stands beside the weight, or at the place, that it is about; what it
+does there is its own business (`nodes.protocol`). The functions here walk the
+two trees.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from fedjax_llm.types import Base, Error, Experts, LowRank, Params
+from fedjax_llm.nodes import protocol
+from fedjax_llm.nodes.dense import Amended as Amended
+from fedjax_llm.nodes.dense import Dense as Dense
+from fedjax_llm.nodes.dense import add as add
+from fedjax_llm.nodes.dora import Dora as Dora
+from fedjax_llm.nodes.protocol import factors as factors
+from fedjax_llm.nodes.protocol import is_node as is_node
+from fedjax_llm.types import Base, Error, Params
 
-
-class Dense(NamedTuple):
-  """A weight that is trained whole, as the head of a classifier.
-
-  >>> Dense(jnp.ones(2)).value.shape
-  (2,)
-  """
-
-  value: Any
-
-
-class Dora(NamedTuple):
-  """W' = m V / ||V||, V = W + scale * a @ b: see `dora`.
-
-  >>> node = Dora(LowRank(None, None, None), magnitude=jnp.ones(3))
-  >>> node.magnitude.shape
-  (3,)
-  """
-
-  direction: LowRank
-  magnitude: Any  # m [..., F]
-
-
-class Amended(NamedTuple):
-  """A quantised weight, which nothing can be written into, and what is added.
-
-  The change stays a matrix of its own in the base: x @ weight + x @ change.
-  """
-
-  weight: Any  # has a `qvalue`
-  change: Any
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return self.weight.shape
-
-
-def add(weight: Any, delta: Any) -> Any:
-  """The weight with a dense change written in, or beside it if quantised."""
-  if isinstance(weight, Amended):
-    return weight._replace(change=weight.change + delta)
-  if hasattr(weight, 'qvalue'):
-    return Amended(weight, jnp.asarray(delta))
-  return (weight + delta).astype(weight.dtype)
-
-
-def factors(leaf: Any) -> LowRank | None:
-  """The factors of a leaf that is a low-rank change, whatever its parts are."""
-  if isinstance(leaf, LowRank):
-    return leaf
-  found = getattr(leaf, 'factors', None)
-  return None if found is None else found()
-
-
-def is_node(leaf: Any) -> bool:
-  """Whether a leaf says something about a whole matrix through its parts."""
-  known = isinstance(leaf, LowRank | Dora | Experts)
-  return known or hasattr(leaf, 'factors')
+Path = tuple[str, ...]
 
 
 def as_low_rank(params: Params) -> Params:
-  """Every node that acts as factors, as those factors.
+  """Returns the tree with every node that acts as factors as those factors.
 
   >>> from fedjax_llm.adapters.low_rank import lora
-  >>> base = {'q': {'kernel': jnp.ones((4, 3))}}
+  >>> base = {'q': {'kernel': jax.numpy.ones((4, 3))}}
   >>> params = lora(rank=2, targets=['q']).init(jax.random.key(0), base)
   >>> as_low_rank(params)['q'] is params['q']  # LoRA is factors already
   True
   """
 
   def node(x):
-    found = factors(x)
-    return x if found is None else found
+    low = factors(x)
+    return x if low is None else low
 
   return jax.tree.map(node, params, is_leaf=is_node)
 
 
-def gain(weight: jax.Array, node: Dora) -> jax.Array:
-  """m / ||W + scale * a @ b|| for each output feature, [..., F].
-
-  Through products with the factors, so that clients in a `vmap` share W: the
-  matrix of none of them is ever formed. The norm has no gradient.
-  """
-  highest = jax.lax.Precision.HIGHEST
-  dot = lambda x, y: jnp.matmul(x, y, precision=highest)
-  a, b, scale, residual = node.direction
-  wide = weight.astype(jnp.float32)
-  if residual is not None:
-    wide = wide + residual
-  a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-  b = b * scale[..., None, None]
-  across = jnp.swapaxes(a, -1, -2)
-  cross = 2 * dot(across, wide) + dot(dot(across, a), b)
-  square = jnp.sum(jnp.square(wide), -2) + jnp.sum(b * cross, -2)
-  norm = jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))
-  return node.magnitude / jax.lax.stop_gradient(norm)
-
-
 def product(leaf: Any) -> jax.Array:
-  """The change of the weight, scale * a @ b + residual: [..., D, F].
+  """Returns scale * a @ b + residual of a low-rank change, [..., D, F].
 
-  >>> a, b = jnp.full((1, 1), 2.0), jnp.full((1, 1), 3.0)
-  >>> node = LowRank(a, b, jnp.float32(5))
+  >>> from fedjax_llm.nodes import LowRank
+  >>> one = jax.numpy.ones((1, 1))
+  >>> node = LowRank(2 * one, 3 * one, jax.numpy.float32(5))
   >>> product(node).tolist()
   [[30.0]]
   """
   node = factors(leaf)
   assert node is not None
-  delta = jnp.matmul(node.a, node.b, precision=jax.lax.Precision.HIGHEST)
-  delta = delta * node.scale[..., None, None]
-  return delta if node.residual is None else delta + node.residual
+  return node.change()
 
 
 def merge(base: Base, params: Params) -> Base:
-  """The base with every change written into its weights.
+  """Returns the base with every change written into its weights.
+
+  A node at a module's 'output' is written into its kernel and bias, one at its
+  'input' into the rows of the kernel.
 
   Raises:
-    Error: experts, whose change depends on the token.
+    Error: a node that no weight can hold, with its reason.
 
+  >>> from fedjax_llm.nodes import LowRank
+  >>> jnp = jax.numpy
   >>> base = {'layers': {'q_proj': {'kernel': jnp.ones((1, 2, 2))}}}
   >>> node = LowRank(jnp.ones((1, 2, 1)), jnp.ones((1, 1, 2)), jnp.ones(1))
   >>> merge(base, {'layers': {'q_proj': node}})['layers']['q_proj']['kernel']
@@ -147,75 +73,104 @@ def merge(base: Base, params: Params) -> Base:
   >>> merge(head, {'score': {'bias': Dense(jnp.zeros(1))}})['score']['bias']
   Array([0.], dtype=float32)
   """
+  return _merged(base, params, ())
 
-  def written(weight, leaf):
-    if isinstance(leaf, Dense):
-      return weight if leaf.value is None else leaf.value.astype(weight.dtype)
-    if isinstance(leaf, Experts):
-      raise Error(
-        'which experts act depends on the token, so they cannot be written '
-        'into a weight: what everybody is served has the shared expert alone.'
-      )
-    if isinstance(leaf, Dora):
-      turned = (weight + product(leaf.direction)) * gain(weight, leaf)[
-        ..., None, :
-      ]
-      return turned.astype(weight.dtype)
-    return add(weight, leaf if factors(leaf) is None else product(leaf))
 
-  return _write(base, params, written)
+def _merged(base: Any, params: Any, path: Path) -> Any:
+  if params is None:
+    return base
+  if not isinstance(params, Mapping):
+    name = _main(base)
+    try:
+      if name is None:
+        return protocol.write(params, base)
+      return {**base, name: protocol.write(params, base[name])}
+    except Error as error:
+      raise Error(f'{"/".join(path)}: {error}') from error
+  done = dict(base)
+  for name, leaf in params.items():
+    if name in base:
+      done[name] = _merged(base[name], leaf, (*path, name))
+  for name, leaf in sorted(params.items()):  # inputs before outputs
+    if name not in base and leaf is not None:
+      done = _merged_beside(done, leaf, (*path, name))
+  return done
+
+
+def _merged_beside(module: dict[str, Any], leaf: Any, path: Path) -> Any:
+  """A module with what stands at its 'input' or 'output' in its weights."""
+  kernel, place = module.get('kernel'), path[-1]
+  try:
+    if place == 'input' and kernel is not None:
+      turned = protocol.write(leaf, kernel.mT if _plain(kernel) else kernel)
+      return {**module, 'kernel': turned.mT}
+    if place == 'output' and kernel is not None:
+      written = {
+        name: protocol.write(leaf, module[name])
+        for name in ('kernel', 'bias')
+        if name in module
+      }
+      return {**module, **written}
+    if is_node(leaf):
+      protocol.write(leaf, kernel)  # it has a reason why it cannot
+  except Error as error:
+    raise Error(f'{"/".join(path)}: {error}') from error
+  raise Error(f'The adapter has {"/".join(path)}, which the model lacks.')
+
+
+def _plain(kernel: Any) -> bool:
+  return hasattr(kernel, 'mT')
 
 
 def fold(base: Base, params: Params) -> tuple[Base, Params]:
   """Moves the residuals into the base: done once a round, outside `vmap`.
 
-  >>> one = jnp.ones((1, 1))
+  >>> from fedjax_llm.nodes import LowRank
+  >>> one = jax.numpy.ones((1, 1))
   >>> node = LowRank(one, one, scale=1.0, residual=4 * one)
   >>> base, params = fold({'q': {'kernel': one}}, {'q': node})
   >>> base['q']['kernel'].tolist(), params['q'].residual
   ([[5.0]], None)
   """
-
-  def written(weight, leaf):
-    leaf = leaf.direction if isinstance(leaf, Dora) else leaf
-    leaf = leaf.shared if isinstance(leaf, Experts) else leaf
-    if not isinstance(leaf, LowRank) or leaf.residual is None:
-      return weight
-    return add(weight, leaf.residual)
-
-  is_low_rank = lambda x: isinstance(x, LowRank)
-  bare = jax.tree.map(
-    lambda x: x._replace(residual=None) if is_low_rank(x) else x,
-    params,
-    is_leaf=is_low_rank,
-  )
-  return _write(base, params, written), bare
+  if params is None:
+    return base, None
+  if isinstance(params, Mapping):
+    base, done = dict(base), dict(params)
+    for name in params:
+      if name in base:
+        base[name], done[name] = fold(base[name], params[name])
+    return base, done
+  name = _main(base)
+  if name is None:
+    return protocol.fold(params, base)
+  weight, params = protocol.fold(params, base[name])
+  return {**base, name: weight}, params
 
 
 def overlay(base: Base, params: Params) -> tuple[Base, Params]:
-  """Puts every `Dense` leaf in the place of its weight, and out of the params.
+  """Puts every leaf that replaces its weight there, and out of the params.
 
-  For the forward pass: low-rank leaves stay beside their weights.
+  For the forward pass: other nodes stay beside their weights.
 
   Raises:
     Error: a leaf that has no weight of its shape in the base.
 
-  >>> base, params = {'bias': jnp.ones(2)}, {'bias': Dense(jnp.zeros(2))}
-  >>> overlay(base, params)
+  >>> ones, zeros = jax.numpy.ones(2), jax.numpy.zeros(2)
+  >>> overlay({'bias': ones}, {'bias': Dense(zeros)})
   ({'bias': Array([0., 0.], dtype=float32)}, {'bias': None})
   """
-  found = []
+  whole = []
 
   def take(path, leaf):
-    if not isinstance(leaf, Dense):
+    replaces, value = protocol.replacement(leaf)
+    if not replaces:
       return leaf
-    if leaf.value is not None:
-      found.append((tuple(key.key for key in path), leaf.value))
+    if value is not None:
+      whole.append((tuple(key.key for key in path), value))
     return None
 
-  is_leaf = lambda x: isinstance(x, LowRank | Dense)
-  rest = jax.tree_util.tree_map_with_path(take, params, is_leaf=is_leaf)
-  for path, value in found:
+  rest = jax.tree_util.tree_map_with_path(take, params, is_leaf=is_node)
+  for path, value in whole:
     base = _put(base, path, path, value)
   return base, rest
 
@@ -233,18 +188,83 @@ def _put(base: Any, path: tuple, left: tuple, value: Any) -> Any:
   return {**base, left[0]: _put(base[left[0]], path, left[1:], value)}
 
 
-# Of a module, the weight that a leaf without a name is about.
-_MAIN = ('kernel', 'scale', 'embedding')
+def check(
+  base: Base,
+  params: Params,
+  *,
+  places: tuple[str, ...] = (),
+  who: str = 'the adapter does not fit the model',
+) -> None:
+  """Raises `Error` where an adapter does not fit the base, after `overlay`.
+
+  Args:
+    base: the weights, arrays or their shapes.
+    params: the adapter.
+    places: those of `protocol.BESIDE` that the network has.
+    who: how the sentence starts.
+
+  >>> kernel = jax.numpy.ones((4, 6))
+  >>> check({'q': {'kernel': kernel}}, {'q': kernel[:, :5]})
+  Traceback (most recent call last):
+  fedjax_llm.types.Error: the adapter does not fit the model: its q is [4, 5], \
+that of the model is [4, 6].
+  """
+  try:
+    _check(base, params, (), places)
+  except Error as error:
+    raise Error(f'{who}: {error}') from error
 
 
-def _write(base: Any, params: Any, written: Callable[[Any, Any], Any]) -> Any:
-  """`written(weight, leaf)` in the place of every weight beside a leaf."""
+def _check(base: Any, params: Any, path: Path, places: tuple[str, ...]) -> None:
   if params is None:
-    return base
-  if isinstance(params, Mapping):
-    below = {n: _write(base[n], params[n], written) for n in params}
-    return {**base, **below}
-  if isinstance(base, Mapping):
-    main = next(name for name in _MAIN if name in base)
-    return {**base, main: written(base[main], params)}
-  return written(base, params)
+    return
+  if not isinstance(base, Mapping):
+    protocol.check(params, tuple(base.shape), path)
+  elif isinstance(params, Mapping):
+    for name, child in params.items():
+      below = (*path, name)
+      if name in base:
+        _check(base[name], child, below, places)
+        continue
+      shape = beside(base, name) if name in places else None
+      if shape is None:
+        have = ', '.join(sorted(base))
+        raise Error(
+          f'it has {"/".join(below)}, but the model has only {have} there.'
+        )
+      if child is not None:
+        protocol.check(child, shape, below)
+  else:
+    name = _main(base)
+    if name is None:
+      where = '/'.join(path) or 'the top'
+      raise Error(
+        f'it has a leaf of the kind {protocol.kind(params)} at {where}, which '
+        'is no weight.'
+      )
+    _check(base[name], params, (*path, name), places)
+
+
+def beside(base: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
+  """The shape of what stands at a place that is no weight; None: no place.
+
+  >>> kernel = jax.ShapeDtypeStruct((2, 4, 6), 'float32')
+  >>> beside({'kernel': kernel}, 'input'), beside({'kernel': kernel}, 'output')
+  ((2, 4), (2, 6))
+  """
+  if name == 'inputs' and 'embed_tokens' in base:
+    return tuple(base['embed_tokens']['embedding'].shape[1:])
+  if name == 'prefix' and 'k_proj' in base:
+    *lead, _, features = base['k_proj']['kernel'].shape
+    return (*lead, features)
+  if name in ('input', 'output') and 'kernel' in base:
+    *lead, inputs, features = base['kernel'].shape
+    return (*lead, inputs if name == 'input' else features)
+  return None
+
+
+def _main(base: Any) -> str | None:
+  """The weight of a module that a leaf without a name is about."""
+  if not isinstance(base, Mapping):
+    return None
+  return next((name for name in protocol.MAIN if name in base), None)

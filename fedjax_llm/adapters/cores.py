@@ -1,39 +1,18 @@
 """Small trained matrices between bases that nobody trains."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fedjax_llm import linalg
 from fedjax_llm.adapters import targets as targets_lib
 from fedjax_llm.adapters.changes import fold, merge
 from fedjax_llm.adapters.dense import saved_beside
-from fedjax_llm.types import Adapter, Base, Error, Key, LowRank, Params
-
-
-class Core(NamedTuple):
-  """W + scale * sum_h gain_h p_h core_h q_h, over H heads of rank R.
-
-  `gain` (None: ones) is for training: see `recipes.ravan`.
-  """
-
-  core: Any  # [L, H, R, R]
-  p: Any  # [L, D, H R]
-  q: Any  # [L, H R, F]
-  scale: Any  # [L]
-  gain: Any = None  # [L, H]
-
-  FROZEN = ('p', 'q', 'scale')
-
-  def factors(self) -> LowRank:
-    *lead, num, rank, _ = self.core.shape
-    core = self.core
-    if self.gain is not None:
-      core = core * self.gain[..., None, None]
-    heads = self.q.reshape(*lead, num, rank, -1)
-    b = jnp.matmul(core, heads).reshape(self.q.shape)
-    return LowRank(self.p, b, self.scale)
+from fedjax_llm.adapters.starts import singular
+from fedjax_llm.nodes import Core as Core
+from fedjax_llm.types import Adapter, Base, Error, Key, Params
 
 
 def lora_xs(
@@ -63,18 +42,13 @@ def lora_xs(
 
   def node(key, kernel):
     _check(rank, kernel)
-    if hasattr(kernel, 'qvalue'):
-      raise Error(
-        'lora_xs starts from the singular values of the weights, which a '
-        'quantised base does not have: leave model.quantisation out.'
-      )
-    u, s, v = jnp.linalg.svd(kernel.astype(jnp.float32), full_matrices=False)
+    u, s, v = singular('lora_xs', kernel, rank)
     lead = kernel.shape[:-2]
     core = sigma * jax.random.normal(key, (*lead, 1, rank, rank))
     return Core(
       core=core,
-      p=u[..., :rank] * s[..., None, :rank],
-      q=v[..., :rank, :],
+      p=u * s[..., None, :],
+      q=v,
       scale=jnp.full(lead, alpha / rank, jnp.float32),
     )
 
@@ -114,7 +88,7 @@ def ravan(
 
     def orthonormal(key, size):
       drawn = jax.random.normal(key, (*lead, size, heads * rank))
-      return jnp.linalg.qr(drawn)[0]
+      return linalg.qr(drawn)[0]
 
     return Core(
       core=jnp.zeros((*lead, heads, rank, rank), jnp.float32),

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm.adapters.changes import Dense, fold, is_node, merge
+from fedjax_llm.adapters.changes import fold, merge
+from fedjax_llm.nodes import Dense, protocol
 from fedjax_llm.types import Adapter, Base, Error, Key, Params
 
 Path = tuple[str, ...]
@@ -91,7 +92,7 @@ def complete(params: Params, base: Base, modules: Sequence[str]) -> Params:
   """
   here = [name for name in modules if name in base]
   for name in here:
-    if is_node(params.get(name)):
+    if protocol.is_node(params.get(name)):
       raise Error(
         f'adapter.targets: {name} is part of the head, which is trained whole: '
         'name it in adapter.modules_to_save instead.'
@@ -147,7 +148,8 @@ def _joined(first: Any, second: Any, path: Path) -> Any:
     for name in first.keys() & second.keys():
       both[name] = _joined(first[name], second[name], (*path, name))
     return both
-  kind = 'low-rank' if is_node(first) else 'trained whole'
+  whole = not protocol.is_node(first) or protocol.replacement(first)[0]
+  kind = 'trained whole' if whole else 'low-rank'
   raise Error(
     f'{"/".join(path)} is {kind} already: leave it out of adapter.targets or '
     'of adapter.modules_to_save.'

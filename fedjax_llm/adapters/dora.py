@@ -6,9 +6,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from fedjax_llm.adapters import low_rank
-from fedjax_llm.adapters.changes import Dora, fold, merge
+from fedjax_llm.adapters.changes import fold, merge
 from fedjax_llm.adapters.dense import saved_beside
-from fedjax_llm.types import Adapter, Base, Error, Key, LowRank, Params
+from fedjax_llm.nodes import Dora, LowRank
+from fedjax_llm.types import Adapter, Base, Error, Key, Params
 
 
 def dora(

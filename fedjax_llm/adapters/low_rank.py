@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from fedjax_llm.adapters import targets as targets_lib
 from fedjax_llm.adapters.changes import fold, merge, product
 from fedjax_llm.adapters.dense import saved_beside
-from fedjax_llm.types import Adapter, Base, Error, Key, LowRank, Params
+from fedjax_llm.adapters.starts import singular
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Adapter, Base, Error, Key, Params
 
 
 def lora(
@@ -100,19 +102,9 @@ def federa(
     del key  # nothing is drawn
 
     def node(x, weights):
-      if hasattr(weights['kernel'], 'qvalue'):
-        raise Error(
-          'federa starts from the singular values of the weights, which a '
-          'quantised base does not have: leave model.quantisation out.'
-        )
-      u, s, v = jnp.linalg.svd(
-        weights['kernel'].astype(jnp.float32), full_matrices=False
-      )
-      root = jnp.sqrt(s[..., :rank] / scale)
-      new = x._replace(
-        a=u[..., :rank] * root[..., None, :],
-        b=root[..., :, None] * v[..., :rank, :],
-      )
+      u, s, v = singular('federa', weights['kernel'], rank)
+      root = jnp.sqrt(s / scale)
+      new = x._replace(a=u * root[..., None, :], b=root[..., :, None] * v)
       return new._replace(residual=-product(new))
 
     params = fresh.init(jax.random.key(0), base)
@@ -147,18 +139,10 @@ def factorised(
     del key  # nothing is drawn
 
     def node(x, weights):
-      if hasattr(weights['kernel'], 'qvalue'):
-        raise Error(
-          'factorised takes the weights apart, which a quantised base does not '
-          'allow: leave model.quantisation out.'
-        )
+      u, s, v = singular('factorised', weights['kernel'], rank)
+      root = jnp.sqrt(s)
+      a, b = u * root[..., None, :], root[..., None] * v
       kernel = weights['kernel'].astype(jnp.float32)
-      u, s, v = jnp.linalg.svd(kernel, full_matrices=False)
-      root = jnp.sqrt(s[..., :rank])
-      a, b = (
-        u[..., :rank] * root[..., None, :],
-        root[..., None] * v[..., :rank, :],
-      )
       return x._replace(a=a, b=b, residual=-kernel)
 
     return _beside(fresh.init(jax.random.key(0), base), base, node)

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm.types import Key, LowRank, Params
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Key, Params
 
 
 def mix(adapters: Sequence[Params], weights: Sequence[Any]) -> Params:

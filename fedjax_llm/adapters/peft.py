@@ -36,10 +36,10 @@ import numpy as np
 
 from fedjax_llm.adapters import fused as fused_lib
 from fedjax_llm.adapters import peft_dora, peft_whole
-from fedjax_llm.adapters.changes import as_low_rank
 from fedjax_llm.adapters.fused import Factors
 from fedjax_llm.adapters.peft_whole import FromTensors, ToTensors
-from fedjax_llm.types import Error, LowRank, Params
+from fedjax_llm.nodes import LowRank
+from fedjax_llm.types import Error, Params
 
 Path = tuple[str, ...]
 ModuleName = Callable[[Path, int | None], str]
@@ -90,8 +90,8 @@ def save(
 
   Args:
     directory: where to write; its parents are made.
-    params: nested dicts of `LowRank` nodes and `Dense` leaves. Nodes that act
-      as factors are written as those factors, and `Dora` with its magnitude.
+    params: nested dicts of nodes, each of which says how it leaves as PEFT
+      (`nodes.protocol`): as factors, as factors with a magnitude, or whole.
     module_name, fused, to_tensors: see above.
     base_model: name or directory of the base, for who loads the adapter.
     task_type: as PEFT names them.
@@ -102,7 +102,7 @@ def save(
       place in PEFT's files (residuals, changes that are added to a weight), or
       the disk refuses.
   """
-  params, whole = peft_whole.split(as_low_rank(params))
+  params, whole = peft_whole.split(params)
   params, magnitudes = peft_dora.split(params)
   modules: dict[str, Factors] = {}
   parts: dict[str, list[Any]] = collections.defaultdict(list)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm.adapters.changes import Dora
-from fedjax_llm.types import Error, LowRank, Params
+from fedjax_llm.nodes import Dora, LowRank, is_node, protocol
+from fedjax_llm.types import Error, Params
 
 Path = tuple[str, ...]
 SUFFIX = 'lora_magnitude_vector'
@@ -22,7 +22,8 @@ def split(params: Params) -> tuple[Params, dict[Path, Any]]:
   """The tree with directions in the place of `Dora` nodes, and magnitudes.
 
   Raises:
-    Error: some nodes have a magnitude and some have none.
+    Error: some nodes have a magnitude and some have none; a node that has no
+      form in PEFT, with its path and reason.
 
   >>> split({'q': Dora(LowRank(1, 2, 3), 4)})
   ({'q': LowRank(a=1, b=2, scale=3, residual=None)}, {('q',): 4})
@@ -32,14 +33,18 @@ def split(params: Params) -> tuple[Params, dict[Path, Any]]:
 
   def take(path, leaf):
     path = tuple(getattr(key, 'key', key) for key in path)
-    if isinstance(leaf, Dora):
-      found[path] = leaf.magnitude
-      return leaf.direction
-    if isinstance(leaf, LowRank):
+    try:
+      form = protocol.peft(leaf)
+    except Error as error:
+      raise Error(f'{"/".join(path)}: {error}') from error
+    if form is None:
+      return leaf
+    if form.magnitude is None:
       bare.append(path)
-    return leaf
+    else:
+      found[path] = form.magnitude
+    return form.factors
 
-  is_node = lambda x: isinstance(x, LowRank | Dora)
   rest = jax.tree_util.tree_map_with_path(take, params, is_leaf=is_node)
   if found and bare:
     raise Error(

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm.adapters.changes import Dense
-from fedjax_llm.types import Error, LowRank, Params
+from fedjax_llm.nodes import Dense, is_node, protocol
+from fedjax_llm.types import Error, Params
 
 Path = tuple[str, ...]
 Leaves = Mapping[Path, Any]
@@ -28,19 +28,19 @@ _HEADS = {'SEQ_CLS': ('classifier', 'score')}
 def split(params: Params) -> tuple[Params, dict[Path, Any]]:
   """The tree without its `Dense` leaves, and those by their paths.
 
-  >>> split({'q': LowRank(1, 2, 3), 'score': {'bias': Dense(4)}})[1]
+  >>> split({'q': jnp.ones(3), 'score': {'bias': Dense(4)}})[1]
   {('score', 'bias'): 4}
   """
   whole: dict[Path, Any] = {}
 
   def take(path, leaf):
-    if not isinstance(leaf, Dense):
+    replaces, value = protocol.replacement(leaf)
+    if not replaces:
       return leaf
-    if leaf.value is not None:
-      whole[tuple(key.key for key in path)] = leaf.value
+    if value is not None:
+      whole[tuple(key.key for key in path)] = value
     return None
 
-  is_node = lambda x: isinstance(x, LowRank | Dense)
   return jax.tree_util.tree_map_with_path(take, params, is_leaf=is_node), whole
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,24 +9,8 @@ import jax.numpy as jnp
 from fedjax_llm.adapters import targets as targets_lib
 from fedjax_llm.adapters.changes import fold, merge
 from fedjax_llm.adapters.dense import saved_beside
-from fedjax_llm.types import Adapter, Base, Error, Key, LowRank, Params
-
-
-class TensorTrain(NamedTuple):
-  """W + scale * (the product of the cores): see `tensor_train`."""
-
-  cores: tuple[Any, ...]  # each [L, R, modes, R]; R = 1 at both ends
-  scale: Any  # [L]
-
-  FROZEN = ('scale',)
-
-  def factors(self) -> LowRank:
-    half = len(self.cores) // 2
-    left, right = self.cores[:half], self.cores[half:]
-    a, b = _chain(left), _chain(right)
-    a = a.reshape(*a.shape[:-3], -1, a.shape[-1])
-    b = b.reshape(*b.shape[:-3], b.shape[-3], -1)
-    return LowRank(a, b, self.scale)
+from fedjax_llm.nodes import TensorTrain as TensorTrain
+from fedjax_llm.types import Adapter, Base, Error, Key, Params
 
 
 def tensor_train(
@@ -110,12 +93,3 @@ def split(size: int, order: int) -> list[int]:
     parts.append(part)
     size //= part
   return sorted(parts, reverse=True)
-
-
-def _chain(cores: Sequence[Any]) -> Any:
-  """[..., R, modes of all, R']"""
-  total = cores[0]
-  for core in cores[1:]:
-    total = jnp.einsum('...ris,...sjt->...rijt', total, core)
-    total = total.reshape(*total.shape[:-3], -1, total.shape[-1])
-  return total

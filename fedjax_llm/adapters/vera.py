@@ -1,7 +1,6 @@
 """Vectors between random matrices that nobody trains."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,25 +8,8 @@ import jax.numpy as jnp
 from fedjax_llm.adapters import targets as targets_lib
 from fedjax_llm.adapters.changes import fold, merge
 from fedjax_llm.adapters.dense import saved_beside
-from fedjax_llm.types import Adapter, Base, Error, Key, LowRank, Params
-
-
-class Vera(NamedTuple):
-  """W + p diag(d) q diag(b): see `vera`."""
-
-  d: Any  # [L, R]
-  b: Any  # [L, F]
-  p: Any  # [L, D, R]
-  q: Any  # [L, R, F]
-
-  FROZEN = ('p', 'q')
-
-  def factors(self) -> LowRank:
-    return LowRank(
-      a=self.p * self.d[..., None, :],
-      b=self.q * self.b[..., None, :],
-      scale=jnp.ones(self.d.shape[:-1], self.d.dtype),
-    )
+from fedjax_llm.nodes import Vera as Vera
+from fedjax_llm.types import Adapter, Base, Error, Key, Params
 
 
 def vera(

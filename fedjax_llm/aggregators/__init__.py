@@ -4,12 +4,12 @@ from fedjax_llm.aggregators.averaging import as_stack as as_stack
 from fedjax_llm.aggregators.averaging import (
   control_variates as control_variates,
 )
-from fedjax_llm.aggregators.averaging import from_rule as from_rule
 from fedjax_llm.aggregators.averaging import masked_mean as masked_mean
 from fedjax_llm.aggregators.averaging import mean as mean
 from fedjax_llm.aggregators.averaging import uniform_mean as uniform_mean
 from fedjax_llm.aggregators.by_hand import received as received
 from fedjax_llm.aggregators.dual import on_shared as on_shared
+from fedjax_llm.aggregators.lifted import from_rule as from_rule
 from fedjax_llm.aggregators.low_rank_bases import fedrot as fedrot
 from fedjax_llm.aggregators.low_rank_bases import fedsvd as fedsvd
 from fedjax_llm.aggregators.low_rank_bases import flexlora as flexlora

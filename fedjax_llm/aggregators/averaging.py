@@ -1,4 +1,4 @@
-"""Means of updates, and the two ways in which rules become aggregators.
+"""Means of updates, control variates, and streaming rules on a whole stack.
 
 The means are streaming: their sums grow block by block, in float32, by one
 contraction of the weights with the stack (`tree.weighted_sum`).
@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import tree
+from fedjax_llm.aggregators.weights import by_weight, equal
+from fedjax_llm.checks import as_rule
 from fedjax_llm.types import (
   Aggregate,
   Aggregator,
@@ -21,7 +23,6 @@ from fedjax_llm.types import (
   Params,
   StreamingAggregator,
   Traits,
-  Update,
   Uploads,
 )
 
@@ -31,14 +32,6 @@ class Sums(NamedTuple):
 
   total: Any  # sum_k w_k u_k, as the parameters
   weight: Any  # sum_k w_k: [], or as the parameters where masks differ
-
-
-def _given(uploads: Uploads) -> jax.Array:
-  return jnp.where(uploads.valid, uploads.weight, 0).astype(jnp.float32)
-
-
-def _equal(uploads: Uploads) -> jax.Array:
-  return uploads.valid.astype(jnp.float32)
 
 
 def _divide(total: jax.Array, weight: jax.Array, like: jax.Array) -> jax.Array:
@@ -70,7 +63,7 @@ def _mean_by(weights: Callable[[Uploads], jax.Array]) -> StreamingAggregator:
     )
     return Aggregate(delta), state
 
-  return StreamingAggregator(init, zero, accumulate, finalize)
+  return StreamingAggregator(init, zero, accumulate, finalize, weights=weights)
 
 
 def mean() -> StreamingAggregator:
@@ -92,7 +85,7 @@ def mean() -> StreamingAggregator:
   >>> rule.finalize(sums, (), params, None)[0].delta['w'].tolist()
   [2.0, 3.0]
   """
-  return _mean_by(_given)
+  return _mean_by(by_weight)._replace(traits=Traits(linear=True))
 
 
 def uniform_mean() -> StreamingAggregator:
@@ -108,7 +101,7 @@ def uniform_mean() -> StreamingAggregator:
   >>> float(rule.aggregate(uploads, (), jnp.float32(0), None)[0].delta)
   3.0
   """
-  return _mean_by(_equal)
+  return _mean_by(equal)
 
 
 def masked_mean(
@@ -142,21 +135,19 @@ def masked_mean(
       f"masked_mean: denominator={denominator!r} is neither 'mask' nor "
       "'weight'."
     )
-  counted = _given if weighted else _equal
-  by_weight = _mean_by(counted)
+  counted = by_weight if weighted else equal
+  plain = _mean_by(counted)
 
   def zero(params):
     zeros = tree.zeros_like(params, jnp.float32)
-    return (
-      Sums(zeros, zeros) if denominator == 'mask' else by_weight.zero(params)
-    )
+    return Sums(zeros, zeros) if denominator == 'mask' else plain.zero(params)
 
   def accumulate(sums, uploads, state, params):
     trained = tree.map_present(tree.rows, uploads.masks.trained, uploads.update)
     update = tree.apply_mask(uploads.update, trained)
     if denominator == 'weight':
       inside = uploads._replace(update=update)
-      return by_weight.accumulate(sums, inside, state, params)
+      return plain.accumulate(sums, inside, state, params)
     weight = counted(uploads)
 
     def holders(u, m):  # sum_k w_k m_k, contracted before it is broadcast
@@ -176,11 +167,13 @@ def masked_mean(
 
   def finalize(sums, state, params, key):
     if denominator == 'weight':
-      return by_weight.finalize(sums, state, params, key)
+      return plain.finalize(sums, state, params, key)
     delta = tree.map_present(_divide, sums.total, sums.weight, params)
     return Aggregate(delta), state
 
-  return StreamingAggregator(by_weight.init, zero, accumulate, finalize)
+  return StreamingAggregator(
+    plain.init, zero, accumulate, finalize, weights=counted
+  )
 
 
 # ------------------------------------------------------------- composition --
@@ -211,6 +204,7 @@ def control_variates(inner: AnyAggregator, num_clients: int) -> AnyAggregator:
   >>> float(result.delta.params), float(result.assign.control)
   (3.0, 1.5)
   """
+  as_rule(inner, 'control_variates: inner')
   if num_clients < 1:
     raise Error(
       f'control_variates: num_clients={num_clients} must be at least 1: it is '
@@ -225,7 +219,7 @@ def control_variates(inner: AnyAggregator, num_clients: int) -> AnyAggregator:
     )
 
   def changes(uploads: Uploads) -> Any:
-    return tree.weighted_sum(uploads.update.control, _equal(uploads))
+    return tree.weighted_sum(uploads.update.control, equal(uploads))
 
   def outcome(result: Aggregate, change: Any, params: Controlled) -> Aggregate:
     control = tree.map_present(
@@ -243,8 +237,15 @@ def control_variates(inner: AnyAggregator, num_clients: int) -> AnyAggregator:
       assign=Controlled(assign, control),
     )
 
+  # A change of c counts the same whatever the client's weight is.
+  traits = inner.traits._replace(linear=False)
+
   def init(params, key):
     return inner.init(params.params, key)
+
+  def weights(uploads: Uploads) -> jax.Array:
+    seen = own(uploads)
+    return seen.weight if inner.weights is None else inner.weights(seen)
 
   if isinstance(inner, Aggregator):
 
@@ -252,7 +253,9 @@ def control_variates(inner: AnyAggregator, num_clients: int) -> AnyAggregator:
       result, state = inner.aggregate(own(uploads), state, params.params, key)
       return outcome(result, changes(uploads), params), state
 
-    return Aggregator(init, aggregate, inner.traits, inner.num_bytes)
+    return inner._replace(
+      init=init, aggregate=aggregate, traits=traits, weights=weights
+    )
 
   def zero(params):
     return Controlled(
@@ -269,76 +272,35 @@ def control_variates(inner: AnyAggregator, num_clients: int) -> AnyAggregator:
     result, state = inner.finalize(sums.params, state, params.params, key)
     return outcome(result, sums.control, params), state
 
-  return StreamingAggregator(
-    init, zero, accumulate, finalize, inner.traits, inner.num_bytes
+  return inner._replace(
+    init=init,
+    zero=zero,
+    accumulate=accumulate,
+    finalize=finalize,
+    traits=traits,
+    weights=weights,
   )
-
-
-def from_rule(fn: Callable[[Update, jax.Array], Update]) -> Aggregator:
-  """A rule of one function: `fn(update, weight) -> delta`.
-
-  `update` is the whole tree of stacked leaves [K, ...], `None` where nothing
-  is trained; `weight` [K] is float32 and sums to one, with zeros on the rows
-  left out (those rows hold zeros). The delta has the structure of the update
-  without its first axis. A rule of single leaves uses `jax.tree.map`.
-
-  Every client pulled back to the median norm, then averaged:
-
-  >>> def bounded_mean(update, weight):
-  ...   norms = jax.vmap(tree.norm)(update)  # [K]
-  ...   seen = jnp.where(weight > 0, norms, jnp.nan)
-  ...   bound = jnp.nanmedian(seen)
-  ...   shrink = jnp.minimum(1.0, bound / jnp.maximum(norms, 1e-12))
-  ...   return tree.weighted_sum(update, weight * shrink)
-  >>> rule = from_rule(bounded_mean)
-  >>> uploads = Uploads({'w': jnp.array([1.0, 2.0, 90.0])}, None, None,
-  ...                   jnp.ones(3), jnp.ones(3, bool))
-  >>> params = {'w': jnp.float32(0)}
-  >>> result, _ = rule.aggregate(uploads, (), params, None)
-  >>> round(float(result.delta['w']), 4)
-  1.6667
-
-  Raises:
-    Error: the function returns another structure or other shapes.
-  """
-
-  def init(params, key):
-    del params, key
-    return ()
-
-  def aggregate(uploads, state, params, key):
-    del params, key
-    update = uploads.update
-    delta = fn(update, tree.normalise(_given(uploads)))
-    wanted = jax.eval_shape(lambda: tree.take(update, 0))
-    alike = jax.tree.structure(delta) == jax.tree.structure(wanted)
-    shapes = [jnp.shape(d) for d in jax.tree.leaves(delta)]
-    if not alike or shapes != [w.shape for w in jax.tree.leaves(wanted)]:
-      name = getattr(fn, '__name__', repr(fn))
-      raise Error(
-        f'from_rule: {name} returned {jax.tree.map(jnp.shape, delta)}, but an '
-        f'update without its client axis has the shapes '
-        f'{jax.tree.map(lambda w: w.shape, wanted)}.'
-      )
-    delta = jax.tree.map(lambda d, u: jnp.asarray(d, u.dtype), delta, update)
-    return Aggregate(delta), state
-
-  return Aggregator(init, aggregate)
 
 
 def as_stack(aggregator: AnyAggregator) -> Aggregator:
   """Any rule as one on the whole stack: the stack is a single block.
 
-  >>> as_stack(mean()).traits.needs_stack
+  >>> isinstance(as_stack(mean()), Aggregator)
   True
   """
-  if isinstance(aggregator, Aggregator):
-    return aggregator
-  rule: StreamingAggregator = aggregator
+  rule = as_rule(aggregator, 'as_stack: aggregator')
+  if isinstance(rule, Aggregator):
+    return rule
 
   def aggregate(uploads: Uploads, state: Any, params: Params, key: Any):
     sums = rule.accumulate(rule.zero(params), uploads, state, params)
     return rule.finalize(sums, state, params, key)
 
-  traits: Traits = rule.traits._replace(needs_stack=True)
-  return Aggregator(rule.init, aggregate, traits, rule.num_bytes)
+  return Aggregator(
+    rule.init,
+    aggregate,
+    rule.traits,
+    rule.num_bytes,
+    rule.weights,
+    rule.broadcast,
+  )

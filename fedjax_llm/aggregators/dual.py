@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from fedjax_llm.checks import as_rule
 from fedjax_llm.types import (
   Aggregate,
   Aggregator,
@@ -32,6 +33,8 @@ def on_shared(inner: AnyAggregator) -> AnyAggregator:
   Dual(shared=Array(2., dtype=float32), personal=None)
   """
 
+  as_rule(inner, 'on_shared: inner')
+
   def own(uploads: Uploads) -> Uploads:
     return uploads._replace(
       update=uploads.update.shared,
@@ -47,13 +50,17 @@ def on_shared(inner: AnyAggregator) -> AnyAggregator:
   def init(params: Params, key: Any) -> Any:
     return inner.init(params.shared, key)
 
+  def weights(uploads: Uploads) -> jax.Array:
+    seen = own(uploads)
+    return seen.weight if inner.weights is None else inner.weights(seen)
+
   if isinstance(inner, Aggregator):
 
     def aggregate(uploads, state, params, key):
       result, state = inner.aggregate(own(uploads), state, params.shared, key)
       return whole(result, params), state
 
-    return Aggregator(init, aggregate, inner.traits, inner.num_bytes)
+    return inner._replace(init=init, aggregate=aggregate, weights=weights)
 
   def finalize(sums, state, params, key):
     result, state = inner.finalize(sums, state, params.shared, key)
@@ -66,4 +73,5 @@ def on_shared(inner: AnyAggregator) -> AnyAggregator:
       sums, own(uploads), state, params.shared
     ),
     finalize=finalize,
+    weights=weights,
   )

@@ -7,13 +7,10 @@ A weight [K] sums to one (`tree.normalise`). Only `dense` makes a matrix of
 the factors to TF32 or bfloat16.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import tree
+from fedjax_llm import linalg, tree
 from fedjax_llm.types import Error, LowRank
 
 
@@ -158,7 +155,7 @@ def svd_round(
   q_a, r_a = _qr(node.a.astype(jnp.float32))
   q_b, r_b = _qr(_transpose(node.b).astype(jnp.float32))
   small = dot(r_a, _transpose(r_b)) * (node.scale / scale)[..., None, None]
-  u, s, v = each(lambda x: jnp.linalg.svd(x, full_matrices=False), small)
+  u, s, v = linalg.svd(small)
   u, s, v = u[..., :rank], s[..., :rank], _transpose(v)[..., :rank]
   if split == 'both':
     root = jnp.sqrt(s)
@@ -184,23 +181,7 @@ def _qr(x: jax.Array) -> tuple[jax.Array | None, jax.Array]:
   """x = q r; q is None, the identity, where it would not make x smaller."""
   if x.shape[-1] >= x.shape[-2]:
     return None, x
-  return each(jnp.linalg.qr, x)
-
-
-def each(factorise: Callable, x: jax.Array) -> Any:
-  """A factorisation of each matrix of [..., m, n], one after another.
-
-  A batch of them waits for threads of XLA's own pool, which on a CPU with two
-  cores may all be waiting already. `vmap` makes no batch of them either, but
-  where they are differentiated.
-  """
-  plain = lambda matrix: factorise(matrix)
-  one = jax.custom_jvp(jax.custom_batching.sequential_vmap(plain))
-  one.defjvp(lambda at, moved: jax.jvp(plain, at, moved))
-  lead = x.shape[:-2]
-  flat = x.reshape(-1, *x.shape[-2:])
-  done = jax.lax.map(one, flat)
-  return jax.tree.map(lambda y: y.reshape(*lead, *y.shape[1:]), tuple(done))
+  return linalg.qr(x)
 
 
 def _grams(node: LowRank) -> tuple[jax.Array, jax.Array]:
@@ -268,4 +249,4 @@ def ridge(
   a_t = _transpose(served.a)
   right = dot(dot(a_t, missed.a), missed.b)
   gram = dot(a_t, served.a) + penalty * jnp.eye(a_t.shape[-2])
-  return jnp.linalg.solve(gram, right)
+  return linalg.solve(gram, right)

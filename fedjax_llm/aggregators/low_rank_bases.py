@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from fedjax_llm import linalg
 from fedjax_llm.aggregators import low_rank
 from fedjax_llm.aggregators.low_rank_nodes import (
   NOTHING,
@@ -11,6 +12,7 @@ from fedjax_llm.aggregators.low_rank_nodes import (
   moved_to_mean,
   per_client,
 )
+from fedjax_llm.aggregators.weights import by_weight, counted
 from fedjax_llm.types import Aggregate, Aggregator, Error, LowRank, Traits
 
 
@@ -152,9 +154,9 @@ def _rotation(m: jax.Array) -> jax.Array:
     u, _, v = jnp.linalg.svd(x)
     sign = jnp.sign(jnp.linalg.det(low_rank.dot(u, v)))
     last = jnp.arange(x.shape[-1]) == x.shape[-1] - 1
-    return (low_rank.dot(u * jnp.where(last, sign, 1.0), v),)
+    return low_rank.dot(u * jnp.where(last, sign, 1.0), v)
 
-  return low_rank.each(nearest, m)[0]
+  return linalg.each(nearest, m)
 
 
 def _counting(name, rule, traits, *, assigns) -> Aggregator:
@@ -169,6 +171,6 @@ def _counting(name, rule, traits, *, assigns) -> Aggregator:
       name, lambda seen: rule(seen, count), traits, assigns=assigns
     )
     result, _ = inner.aggregate(uploads, (), params, key)
-    return result, count + 1
+    return result, count + jnp.any(counted(uploads))
 
-  return Aggregator(init, aggregate, traits)
+  return Aggregator(init, aggregate, traits, weights=by_weight)

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 
 from fedjax_llm import tree
 from fedjax_llm.aggregators import low_rank
+from fedjax_llm.aggregators.weights import by_weight
 from fedjax_llm.types import Controlled, LowRank, Metrics, Params, Uploads
 
 
 def measure(uploads: Uploads, old: Params, new: Params) -> Metrics:
   """The error of an aggregation, the clients' drift, the rank of their mean.
 
-  With the weights of the round and the clients' whole factors, over all
-  `LowRank` nodes whose factors travel:
+  With `uploads.weight` and the clients' whole factors, over all `LowRank` nodes
+  whose factors travel:
 
       aggregators/error           ||served - wanted|| / ||wanted||,
                                   wanted = sum_k w_k s_k a_k b_k
@@ -25,7 +26,10 @@ def measure(uploads: Uploads, old: Params, new: Params) -> Metrics:
                                   / sum_k w_k ||u_k||^2): 0 if all agree
       aggregators/drift_by_layer  the same for each layer, [L]
 
-  What is served is s a b and what the round added to the residual. Through
+  What is served is s a b and what the round added to the residual. `fed_opt`
+  puts the weights of its rule (`Aggregator.weights`) in place of those of the
+  round, so an unweighted rule is measured against the unweighted mean. Where
+  nobody has a weight all of them are 0. Through
   Gram matrices, or through the residual where there is one; in float32 they
   resolve errors down to about 1e-3 where a rule changes the basis. Nodes with a
   private factor have no common product and are left out, and what is told by
@@ -49,9 +53,8 @@ def measure(uploads: Uploads, old: Params, new: Params) -> Metrics:
       ),
     )
     old, new = own(old), own(new)
-  weight = tree.normalise(
-    jnp.where(uploads.valid, uploads.weight, 0).astype(jnp.float32)
-  )
+  weight = tree.normalise(by_weight(uploads))
+  anybody = jnp.any(weight > 0)
   told = {'aggregators/drift': drift(uploads.update, weight)}
   found = []
   for before, after, nodes, update, trained in _nodes(
@@ -66,6 +69,8 @@ def measure(uploads: Uploads, old: Params, new: Params) -> Metrics:
   if not found:
     return told
   squares = [(jnp.square(e), jnp.square(w)) for e, w, *_ in found]
+  # Without a weight nothing is wanted, and what is served is no error.
+  squares = [(jnp.where(anybody, e, 0), w) for e, w in squares]
   total = lambda i: sum(jnp.sum(s[i]) for s in squares)
   told['aggregators/error'] = _ratio(total(0), total(1))
   shapes = {e.shape for e, *_ in found}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from fedjax_llm import tree
 from fedjax_llm.aggregators import low_rank
+from fedjax_llm.aggregators.weights import by_weight, counted, equal
 from fedjax_llm.types import (
   Aggregate,
   Aggregator,
@@ -22,7 +23,6 @@ from fedjax_llm.types import (
   Key,
   LowRank,
   Traits,
-  Uploads,
 )
 
 NOTHING = LowRank(None, None, None)
@@ -35,13 +35,49 @@ class Seen(NamedTuple):
   weight: jax.Array  # [K], sums to one
   server: LowRank  # what the server has
   update: LowRank  # weighted mean of the updates; None where nothing travels
-  held: jax.Array  # [K, ..., R] bool: the columns that a client holds
+  held: jax.Array  # [K, ..., R] bool: the columns of each client that counts
   key: Key
 
   def served(self) -> LowRank:
     """The server's node once the mean update is added."""
     now = LowRank(self.server.a, self.server.b, self.server.scale)
     return tree.add(now, self.update)
+
+
+class Added(NamedTuple):
+  """What rounds have added to the base at one node, int32."""
+
+  rank: Any  # [...] of all rounds so far
+  factors: Any  # [] bytes of a rank
+  dense: Any  # [] bytes of the whole matrix
+
+  @classmethod
+  def none(cls, node: LowRank) -> 'Added':
+    d, f = node.a.shape[-2], node.b.shape[-1]
+    size = node.a.dtype.itemsize
+    rank = jnp.zeros(node.a.shape[:-2], jnp.int32)
+    return cls(rank, jnp.int32(size * (d + f)), jnp.int32(size * d * f))
+
+  def plus(self, rank: jax.Array) -> 'Added':
+    # Far above any rank that is cheaper than the matrix, and below overflow.
+    return self._replace(rank=jnp.minimum(self.rank + rank, 2**30))
+
+
+def _missed(state: Any, seen: Any) -> tuple[Any, Any]:
+  """Bytes of what was added since a client has `seen` the ranks, and these."""
+  is_added = lambda x: isinstance(x, Added)
+  ranks = jax.tree.map(lambda x: x.rank, state, is_leaf=is_added)
+  before = tree.zeros_like(ranks) if type(seen) is tuple else seen
+
+  def leaf(x, old):
+    new = x.rank - old
+    # Compared as ranks: their bytes could overflow.
+    cheaper = new <= x.dense // x.factors
+    few = jnp.where(cheaper, new, 0) * x.factors
+    return jnp.where(cheaper, few, x.dense).astype(jnp.int32)
+
+  counts = jax.tree.map(leaf, state, before, is_leaf=is_added)
+  return counts, ranks
 
 
 NodeRule = Callable[[Seen], Aggregate]
@@ -59,8 +95,10 @@ def by_node(
   """An aggregator from a rule on single nodes.
 
   `assigns` says that both factors are written, so both have to travel;
-  `rank_down(held [K, ..., R])` is the rank [...] of the residual that goes
-  down, as factors or dense, whichever is less.
+  `rank_down(held [K, ..., R])` is the rank [...] of the residual that a round
+  adds to the base. The state is the rank of all residuals so far, and a client
+  receives what was added since it last took part: as factors of these ranks or
+  as one dense matrix, whichever is less.
   """
 
   def init(params, key):
@@ -74,32 +112,33 @@ def by_node(
     if rank_down is None:
       return ()
     return jax.tree.map(
-      lambda x: (
-        jnp.zeros(x.a.shape[:-2], jnp.int32) if low_rank.is_node(x) else None
-      ),
+      lambda x: Added.none(x) if low_rank.is_node(x) else None,
       params,
       is_leaf=low_rank.is_node,
     )
 
+  weights = by_weight if weighted else equal
+
   def aggregate(uploads, state, params, key):
-    del state
-    weight = _weights(uploads, weighted)
+    counts = counted(uploads)
+    anybody = jnp.any(counts)
+    weight = tree.normalise(weights(uploads))
     mean = tree.weighted_mean(uploads.update, weight)
 
     def leaf(path, p, nodes, update, held):
       if not low_rank.is_node(p):
         return Aggregate(update), None
-      where = jax.tree_util.keystr(path, simple=True, separator='/')
+      where = tree.path_name(path)
       _check(name, where, update, held, assigns)
-      columns = _columns(held.a, nodes.a, uploads.valid)
+      columns = _columns(held.a, nodes.a, counts)
       here = jax.random.fold_in(key, zlib.crc32(where.encode()))
-      delta, assign = rule(Seen(nodes, weight, p, update, columns, here))
+      done = rule(Seen(nodes, weight, p, update, columns, here))
       down = None
       if rank_down is not None:
-        d, f = p.a.shape[-2], p.b.shape[-1]
-        rank = jnp.minimum(rank_down(columns) * (d + f), d * f)
-        down = (p.a.dtype.itemsize * rank).astype(jnp.int32)
-      return Aggregate(_as(delta, p), _as(assign or NOTHING, p)), down
+        rank = jnp.broadcast_to(rank_down(columns), p.a.shape[:-2])
+        down = jnp.where(anybody, rank, 0).astype(jnp.int32)
+      change = done.delta, done.assign or NOTHING
+      return _or_nothing(anybody, *change, p), down
 
     outcome = jax.tree_util.tree_map_with_path(
       leaf,
@@ -113,16 +152,34 @@ def by_node(
       pick, outcome, is_leaf=lambda x: type(x) is tuple
     )
     result = Aggregate(part(lambda x: x[0].delta), part(lambda x: x[0].assign))
-    return result, () if rank_down is None else part(lambda x: x[1])
+    if rank_down is None:
+      return result, state
+    is_added = lambda x: x is None or isinstance(x, Added)
+    more = jax.tree.map(
+      lambda old, rank: None if old is None else old.plus(rank),
+      state,
+      part(lambda x: x[1]),
+      is_leaf=is_added,
+    )
+    return result, more
 
-  num_bytes = None if rank_down is None else lambda state: state
-  return Aggregator(init, aggregate, traits, num_bytes)
+  num_bytes = None if rank_down is None else _missed
+  return Aggregator(init, aggregate, traits, num_bytes, weights)
 
 
-def _weights(uploads: Uploads, weighted: bool) -> jax.Array:
-  given = uploads.weight if weighted else 1.0
-  given = jnp.where(uploads.valid, given, 0.0)
-  return tree.normalise(given.astype(jnp.float32))
+def _or_nothing(
+  anybody: jax.Array, delta: LowRank, assign: LowRank, server: LowRank
+) -> Aggregate:
+  """The outcome in the server's dtypes; no change where nobody counts."""
+  delta, assign = _as(delta, server), _as(assign, server)
+  old = server
+  if server.residual is None and assign.residual is not None:
+    old = server._replace(residual=jnp.zeros_like(assign.residual))
+  keep = lambda new, old: jnp.where(anybody, new, old)
+  return Aggregate(
+    tree.map_present(lambda d: keep(d, jnp.zeros_like(d)), delta),
+    tree.map_present(keep, assign, old),
+  )
 
 
 def _as(new: LowRank, like: LowRank) -> LowRank:
@@ -149,7 +206,7 @@ def _check(
 
 
 def _columns(held: jax.Array | None, a: jax.Array, valid: jax.Array):
-  """The columns of a [K, ..., D, R] that each valid client holds."""
+  """The columns of a [K, ..., D, R] that each client in `valid` holds."""
   shape = (*a.shape[:-2], a.shape[-1])
   mask = jnp.bool_(True) if held is None else tree.rows(held, a)
   mask = jnp.any(jnp.broadcast_to(mask, a.shape), axis=-2)
@@ -165,15 +222,27 @@ def grown(server: LowRank, change: jax.Array) -> jax.Array:
   return change if server.residual is None else server.residual + change
 
 
-def moved_to_mean(seen: Seen, nodes: LowRank, share: jax.Array) -> LowRank:
-  """What brings the server to sum_k share_k of the factors; share [K, ...]."""
+def moved_to_mean(
+  seen: Seen, nodes: LowRank, share: jax.Array, held: jax.Array | None = None
+) -> LowRank:
+  """What brings the server to sum_k share_k of the factors; share [K, ...].
+
+  With `held` [K, ..., R], columns that no client with a share holds stay.
+  """
+  kept = None
+  if held is not None:
+    kept = ~jnp.any(held & (share > 0)[..., None], axis=0)  # [..., R]
   share = share[..., None, None]
 
-  def factor(whole, old, travels):
-    return None if travels is None else jnp.sum(share * whole, axis=0) - old
+  def factor(whole, old, travels, columns):
+    if travels is None:
+      return None
+    delta = jnp.sum(share * whole, axis=0) - old
+    return delta if kept is None else jnp.where(columns(kept), 0.0, delta)
 
+  a, b = seen.server.a, seen.server.b
   return LowRank(
-    factor(nodes.a, seen.server.a, seen.update.a),
-    factor(nodes.b, seen.server.b, seen.update.b),
+    factor(nodes.a, a, seen.update.a, lambda x: x[..., None, :]),
+    factor(nodes.b, b, seen.update.b, lambda x: x[..., :, None]),
     None,
   )

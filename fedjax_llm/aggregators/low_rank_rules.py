@@ -13,6 +13,7 @@ from fedjax_llm.aggregators.low_rank_nodes import (
   moved_to_mean,
   per_client,
 )
+from fedjax_llm.aggregators.weights import by_weight, counted
 from fedjax_llm.types import (
   Aggregate,
   Aggregator,
@@ -32,8 +33,9 @@ def fedex(
 
   so that the effective weights are the mean of the clients' effective weights
   exactly (Singhal et al. 2025, arXiv 2410.09432, section 4). The residual has
-  rank (K - 1) R at most and goes down as factors of that rank, or dense where
-  that is less. Exact while the server adds the mean as it is
+  rank (K - 1) R at most. A client receives the residuals of all rounds since it
+  last took part, as factors of their ranks or as one matrix where that is less;
+  it keeps how far it has come. Exact while the server adds the mean as it is
   (`server.sgd(1.0)`) and clients receive what the server holds.
 
   Args:
@@ -49,7 +51,8 @@ def fedex(
   >>> node = lambda a, b: LowRank(*jnp.float32([[[a]], [[b]]]), jnp.float32(1))
   >>> server, rule = node(1, 0), fedex()
   >>> sent = received(server, [node(1, 2), node(3, 4)])
-  >>> new, _ = rule.aggregate(sent, (), server, jax.random.key(0))
+  >>> key = jax.random.key(0)
+  >>> new, _ = rule.aggregate(sent, rule.init(server, key), server, key)
   >>> tree.add(server, new.delta).a.item(), tree.add(server, new.delta).b.item()
   (2.0, 3.0)
   >>> new.assign.residual.item()  # (1 * 2 + 3 * 4) / 2 - 2 * 3
@@ -86,9 +89,9 @@ def flora() -> Aggregator:
       W0 <- W0 + sum_k w_k s_k a_k b_k,   a ~ U(+-1/sqrt(D)),   b = 0
 
   exact for any mix of ranks (Wang et al. 2024, arXiv 2409.05976, section 3.2).
-  The stack, whose rank is the sum of the clients', goes down to everybody, or
-  the dense change where that is less. The new a is drawn from the round's key,
-  as in `adapters.lora`.
+  The stack, whose rank is the sum of the clients', goes down, with those of the
+  rounds that a client missed, or one dense change where that is less. The new a
+  is drawn from the round's key, as in `adapters.lora`.
 
   Raises:
     Error: from the round, a factor that is frozen or private.
@@ -139,7 +142,8 @@ def lora_fair(*, penalty: float = 0.01) -> Aggregator:
   >>> node = lambda a, b: LowRank(*jnp.float32([[[a]], [[b]]]), jnp.float32(1))
   >>> server, sent = node(1, 0), received(node(1, 0), [node(1, 2), node(3, 4)])
   >>> rule = lora_fair(penalty=1e-6)
-  >>> new, _ = rule.aggregate(sent, (), server, jax.random.key(0))
+  >>> key = jax.random.key(0)
+  >>> new, _ = rule.aggregate(sent, rule.init(server, key), server, key)
   >>> round(new.delta.b.item(), 3)  # a is 2 and the mean product 7
   3.5
   """
@@ -155,7 +159,9 @@ def lora_fair(*, penalty: float = 0.01) -> Aggregator:
   return by_node('lora_fair', rule, Traits())
 
 
-def zero_padding(*, weighted: bool = True) -> Aggregator:
+def zero_padding(
+  *, weighted: bool = True, keep_unheld: bool = True
+) -> Aggregator:
   """The mean of whole factors, in which a client's missing ranks are zeros.
 
       a = sum_k w_k [a_k 0],   b = sum_k w_k [b_k; 0]
@@ -163,6 +169,12 @@ def zero_padding(*, weighted: bool = True) -> Aggregator:
   Unlike `masked_mean('weight')`, where a client without a rank votes for no
   change, it votes here for zero, as in papers that pad. With full ranks it is
   the mean.
+
+  Args:
+    weighted: by the clients' weights; False counts all clients the same.
+    keep_unheld: ranks that no client of the round holds keep the server's
+      value. False is the papers' formula, which sets them to zero in both
+      factors; their gradients are then zero too, so they never come back.
 
   Raises:
     Error: from the round, a private factor.
@@ -177,12 +189,15 @@ def zero_padding(*, weighted: bool = True) -> Aggregator:
 
   def rule(seen: Seen) -> Aggregate:
     share = per_client(seen.weight, seen.nodes.scale)
-    return Aggregate(moved_to_mean(seen, seen.nodes, share))
+    held = seen.held if keep_unheld else None
+    return Aggregate(moved_to_mean(seen, seen.nodes, share, held))
 
   return by_node('zero_padding', rule, Traits(), weighted=weighted)
 
 
-def norm_weighted(*, per: str = 'client') -> Aggregator:
+def norm_weighted(
+  *, per: str = 'client', keep_unheld: bool = True
+) -> Aggregator:
   """HetLoRA's mean: clients weigh as much as the product that they learned.
 
       p_k = ||s_k a_k b_k||_F / sum_j ||s_j a_j b_j||_F,
@@ -192,7 +207,14 @@ def norm_weighted(*, per: str = 'client') -> Aggregator:
   arXiv 2401.06432, section 3.2). The paper does not say over what the norm
   runs: 'client' takes all products of a client together, 'target' each layer of
   each target for itself. Where all products are zero, and with 'target' on
-  leaves outside of `LowRank` nodes, the weights of the round serve.
+  leaves outside of `LowRank` nodes and in metrics, the weights of the round
+  serve.
+
+  Args:
+    per: 'client' or 'target'.
+    keep_unheld: ranks that no client with a share holds keep the server's
+      value. False is the paper's formula, which sets them to zero for good
+      (see `zero_padding`).
 
   Raises:
     Error: `per` is another word; from the round, a private factor.
@@ -201,7 +223,8 @@ def norm_weighted(*, per: str = 'client') -> Aggregator:
   >>> node = lambda a, b: LowRank(*jnp.float32([[[a]], [[b]]]), jnp.float32(1))
   >>> server, sent = node(1, 0), received(node(1, 0), [node(1, 1), node(1, 3)])
   >>> rule = norm_weighted()
-  >>> new, _ = rule.aggregate(sent, (), server, jax.random.key(0))
+  >>> key = jax.random.key(0)
+  >>> new, _ = rule.aggregate(sent, rule.init(server, key), server, key)
   >>> new.delta.b.item()  # 1 / 4 * 1 + 3 / 4 * 3
   2.5
   """
@@ -216,13 +239,14 @@ def norm_weighted(*, per: str = 'client') -> Aggregator:
       total = jnp.sum(norms, axis=0)
       some = total > 0
       share = jnp.where(some, norms / jnp.where(some, total, 1.0), share)
-    return Aggregate(moved_to_mean(seen, nodes, share))
+    held = seen.held if keep_unheld else None
+    return Aggregate(moved_to_mean(seen, nodes, share, held))
 
   inner = by_node('norm_weighted', rule, Traits())
   if per == 'target':
     return inner
 
-  def aggregate(uploads, state, params, key):
+  def weights(uploads):
     nodes = jax.tree.leaves(tree.whole(uploads), is_leaf=low_rank.is_node)
     square = sum(
       jnp.sum(
@@ -231,11 +255,14 @@ def norm_weighted(*, per: str = 'client') -> Aggregator:
       for x in nodes
       if low_rank.is_node(x)
     )
-    norms = jnp.where(uploads.valid, tree.root(jnp.asarray(square)), 0.0)
-    weight = jnp.where(jnp.sum(norms) > 0, norms, uploads.weight)
-    return inner.aggregate(uploads._replace(weight=weight), state, params, key)
+    norms = jnp.where(counted(uploads), tree.root(jnp.asarray(square)), 0.0)
+    return jnp.where(jnp.sum(norms) > 0, norms, by_weight(uploads))
 
-  return inner._replace(aggregate=aggregate)
+  def aggregate(uploads, state, params, key):
+    own = uploads._replace(weight=weights(uploads))
+    return inner.aggregate(own, state, params, key)
+
+  return inner._replace(aggregate=aggregate, weights=weights)
 
 
 def replication(*, weighted: bool = True) -> Aggregator:
@@ -262,7 +289,7 @@ def replication(*, weighted: bool = True) -> Aggregator:
   def rule(seen: Seen) -> Aggregate:
     held = seen.held
     count = jnp.sum(held, axis=-1)  # [K, ...]
-    top = count == jnp.max(count, axis=0)
+    top = count == jnp.max(count, axis=0)  # held is False for those left out
     share = jnp.where(top, per_client(seen.weight, count), 0.0)
     share = share / jnp.maximum(jnp.sum(share, axis=0), 1e-30)
 

@@ -1,8 +1,8 @@
 """Rules that a few corrupted clients cannot move far.
 
-They see the whole stack [K, ...], count every valid client the same, and do
-not look at masks: an entry that a client did not train is a zero among the
-others.
+They see the whole stack [K, ...], count every valid client of positive weight
+the same, and do not look at masks: an entry that a client did not train is a
+zero among the others.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import tree
-from fedjax_llm.types import Aggregate, Aggregator, Error, Traits, known
+from fedjax_llm.aggregators.weights import counted, equal
+from fedjax_llm.types import Aggregate, Aggregator, Error, known
 
 
 @jax.custom_jvp
@@ -45,7 +46,7 @@ def _by_rank(fn: Callable[[jax.Array, jax.Array], jax.Array]) -> Aggregator:
 
   def aggregate(uploads, state, params, key):
     del params, key  # and the weights: every client counts the same
-    valid = uploads.valid
+    valid = counted(uploads)
     num_valid = jnp.sum(valid.astype(jnp.int32))
 
     def leaf(u):
@@ -59,7 +60,7 @@ def _by_rank(fn: Callable[[jax.Array, jax.Array], jax.Array]) -> Aggregator:
 
     return Aggregate(jax.tree.map(leaf, uploads.update)), state
 
-  return Aggregator(init, aggregate, Traits(linear=False, needs_stack=True))
+  return Aggregator(init, aggregate, weights=equal)
 
 
 def median() -> Aggregator:
@@ -167,9 +168,8 @@ def krum(num_byzantine: int, num_selected: int = 1) -> Aggregator:
     del params, key
     return ()
 
-  def aggregate(uploads, state, params, key):
-    del params, key  # and the weights: every client counts the same
-    valid = uploads.valid  # [K]
+  def chosen(uploads):  # every client counts the same
+    valid = counted(uploads)  # [K]
     num_rows = valid.shape[0]
     if num_rows <= 2 * f + 2:
       raise Error(
@@ -186,12 +186,16 @@ def krum(num_byzantine: int, num_selected: int = 1) -> Aggregator:
     distance = tree.squared_distances(uploads.update)  # [K, K]
     other = valid[None, :] & ~jnp.eye(num_rows, dtype=bool)
     nearest = jnp.sort(jnp.where(other, distance, jnp.inf), axis=1)
-    counted = jnp.arange(num_rows) < jnp.clip(n - f - 2, 1, n - 1)
-    score = jnp.sum(jnp.where(counted, nearest, 0.0), axis=1)
+    summed = jnp.arange(num_rows) < jnp.clip(n - f - 2, 1, n - 1)
+    score = jnp.sum(jnp.where(summed, nearest, 0.0), axis=1)
     total = jnp.sum(jnp.where(other, distance, 0.0), axis=1)
     order = jnp.lexsort((total, jnp.where(valid, score, jnp.inf), ~valid))
     best = jnp.arange(num_rows) < jnp.minimum(m, jnp.clip(n - f, 1, n))
-    chosen = jnp.zeros(num_rows).at[order].set(best.astype(jnp.float32))
-    return Aggregate(tree.weighted_mean(uploads.update, chosen)), state
+    best &= n > 0
+    return jnp.zeros(num_rows).at[order].set(best.astype(jnp.float32))
 
-  return Aggregator(init, aggregate, Traits(linear=False, needs_stack=True))
+  def aggregate(uploads, state, params, key):
+    del params, key
+    return Aggregate(tree.weighted_mean(uploads.update, chosen(uploads))), state
+
+  return Aggregator(init, aggregate, weights=chosen)

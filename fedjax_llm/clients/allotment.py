@@ -22,17 +22,18 @@ def allotted(inner: Scope | None = None) -> Scope:
     Error: from `labels`, a factor that `inner` freezes; from `mask`, clients
       without ranks in their profile.
 
+  >>> from fedjax_llm.types import Context
   >>> node = LowRank(jnp.ones((2, 5, 4)), jnp.ones((2, 4, 3)), jnp.ones(2))
   >>> profile = {'ranks': jnp.array([1, 3])}
-  >>> masks = allotted().mask({'q': node}, profile, None, 0, None)
+  >>> masks = allotted().mask({'q': node}, None, Context(profile=profile))
   >>> masks.trained['q'].a[:, 0].astype(int).tolist()
   [[1, 0, 0, 0], [1, 1, 1, 0]]
   """
   inner = everything() if inner is None else inner
 
-  def mask(start, profile, state, round, key):
-    ranks = of_profile(profile, 'ranks', 'rank of every weight')
-    masks = inner.mask(start, profile, state, round, key)
+  def mask(start, state, context):
+    ranks = of_profile(context.profile, 'ranks', 'rank of every weight')
+    masks = inner.mask(start, state, context)
     at = 0
 
     def node(x, m):

@@ -31,11 +31,12 @@ def assigned() -> Scope:
   Raises:
     Error: from `mask`, clients without experts in their profile.
 
+  >>> from fedjax_llm.types import Context
   >>> two = lambda *lead: LowRank(
   ...   jnp.ones((*lead, 5, 4)), jnp.ones((*lead, 4, 3)), jnp.ones(lead))
   >>> node = Experts(two(2), two(2, 3), jnp.ones((2, 5, 4)), None)
   >>> profile = {'experts': jnp.array([[1, 1, 0], [0, 1, 1]], bool)}
-  >>> masks = assigned().mask({'q': node}, profile, None, 0, None)
+  >>> masks = assigned().mask({'q': node}, None, Context(profile=profile))
   >>> masks.held['q'].pool.b[:, :, 0, 0].astype(int).tolist()
   [[1, 1, 0], [0, 1, 1]]
   """
@@ -45,9 +46,9 @@ def assigned() -> Scope:
     own = lambda x: x._replace(held=Private) if _is_node(x) else x
     return jax.tree.map(own, inner.labels(params), is_leaf=_is_node)
 
-  def mask(start, profile, state, round, key) -> Masks:
-    given = of_profile(profile, 'experts', 'experts of every weight')
-    masks = inner.mask(start, profile, state, round, key)
+  def mask(start, state, context) -> Masks:
+    given = of_profile(context.profile, 'experts', 'experts of every weight')
+    masks = inner.mask(start, state, context)
 
     def narrow(masks, note):
       at = 0

@@ -5,17 +5,20 @@ never holds texts of two clients, and what a client trains on depends on the
 seed, the round and its id, not on who else takes part.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from fedjax_llm.types import Batch, Cohort, Draw, Error, Example
+from fedjax_llm import batching
+from fedjax_llm.data import collate as collates
+from fedjax_llm.types import Cohort, Draw, Error, Example
 
 _ORDER = 201  # purpose of the random stream: the order of a client's examples
 
-Examples = Sequence[Sequence[Example]]  # [N] clients, each any number of texts
+Examples = Sequence[Sequence[Any]]  # [N] clients, each any number of examples
 
 
 def cohorts(
@@ -30,6 +33,8 @@ def cohorts(
   pad_id: int = 0,
   seed: int = 0,
   profiles: Any = None,
+  collate: collates.Collate = collates.by_kind,
+  length: Callable[[Any], int] = batching.length,
 ) -> Callable[[Draw, int], Cohort]:
   """How a draw becomes a cohort: `(draw, round) -> Cohort` in NumPy.
 
@@ -52,7 +57,8 @@ def cohorts(
     'uniform'   1
   Padding and clients that drop out are not valid, weigh 0, and their batches
   are zero. Of texts with labels 'tokens' counts the labels; a label of -1 is
-  padding.
+  padding. Of pairs it counts pairs, of images their labels: what the kind of
+  batch says is learned.
 
   Args:
     examples: the training examples of each of N clients.
@@ -66,11 +72,14 @@ def cohorts(
     seed: of the order.
     profiles: capacities, a pytree of [N, ...], carried to `Cohort.profiles` as
       [K, ...]; a row of padding has client 0's.
+    collate: rows of examples to arrays, the task's.
+    length: of an example in a packed row, the task's.
 
   Raises:
     Error: a number below 1, an unknown `weight_by`, a client without an
       example, an example without tokens or longer than `max_length`, some
-      examples with labels and some without, labels with packing.
+      examples with labels and some without, packing of other examples than
+      texts without labels.
 
   >>> text = Example(np.arange(3, dtype=np.int32), np.array([0, 1, 1], bool))
   >>> build = cohorts([[text], [text, text]], num_steps=2, batch_size=1,
@@ -91,22 +100,25 @@ def cohorts(
     raise Error(
       f'weight_by is {weight_by!r}: it is one of examples, tokens, uniform.'
     )
-  _check(examples, T)
+  collates.check(examples, T)
   for client, own in enumerate(examples):
     if not own:
       raise Error(f'client {client} has no example to train on.')
-  kind = _kind(examples)
-  if packing and kind.labels:
+  everything = [example for own in examples for example in own]
+  assemble = collate(everything, T, pad_id)
+  if packing and not all(map(_may_be_packed, everything)):
     raise Error('packing puts several texts in a row; a row has one label.')
+  limits = bounds(
+    examples, batch_size=B, max_length=T, epochs=epochs, packing=packing
+  )
 
-  def fill(batch: Batch, client: int, round: int) -> None:
-    """The steps of one client, written into views [S, B, T]."""
+  def fill(client: int, round: int) -> list[list[Any]]:
+    """The rows of one client, [S * B]."""
     stream = _stream(examples[client], epochs, (seed, _ORDER, round, client))
     if packing:
-      _fill_packed(batch, stream)
-    else:
-      for slot, example in zip(np.ndindex(S, B), stream):
-        _write(batch, slot, 0, 1, example)
+      return _packed(stream, (S, B, T), length)
+    rows = [[example] for example in itertools.islice(stream, S * B)]
+    return rows + [[] for _ in range(S * B - len(rows))]
 
   def build(draw: Draw, round: int) -> Cohort:
     ids = np.asarray(draw.ids, np.int32)
@@ -115,18 +127,20 @@ def cohorts(
         f'client {ids.max()} was drawn from a population of {len(examples)}.'
       )
     valid = np.asarray(draw.reports, bool) & (ids >= 0)
-    batches = _empty((len(ids), S, B, T), pad_id, kind)
+    rows: list[list[Any]] = []
+    for k, client in enumerate(ids):
+      rows += fill(int(client), int(round)) if valid[k] else [[]] * (S * B)
+    batches = jax.tree.map(
+      lambda x: x.reshape(len(ids), S, B, *x.shape[1:]), assemble(rows)
+    )
+    batches = _bounded(batches, limits)
     weight = np.zeros(len(ids), np.float32)
-    for k in np.flatnonzero(valid):
-      row = jax.tree.map(lambda x, k=k: x[k], batches)
-      fill(row, int(ids[k]), int(round))
-      if weight_by == 'examples':
-        weight[k] = len(examples[ids[k]])
-      elif weight_by == 'tokens':
-        learned = row.loss_mask if row.label is None else row.label >= 0
-        weight[k] = np.count_nonzero(learned)
-      else:
-        weight[k] = 1
+    if weight_by == 'examples':
+      weight[valid] = [len(examples[i]) for i in ids[valid]]
+    elif weight_by == 'tokens':
+      weight[valid] = _learned(batches)[valid]
+    else:
+      weight[valid] = 1
     held = () if profiles is None else profiles
     return Cohort(
       ids=ids,
@@ -134,6 +148,7 @@ def cohorts(
       weight=weight,
       valid=valid,
       profiles=jax.tree.map(lambda x: np.asarray(x)[np.maximum(ids, 0)], held),
+      started=None if draw.started is None else np.asarray(draw.started),
     )
 
   return build
@@ -145,10 +160,10 @@ def by_size(
   """The same clients, those with most to compute first.
 
   Blocks of neighbours are then alike, and end together: a block runs the steps
-  and the width of its largest client. Clients are ordered by steps with a text,
-  then by their longest row, and dealt out to `num_rows` rows of devices in
-  turn, so that all rows have about as much to do. Which client stands where
-  changes nothing but rounding.
+  and the width of its largest client. Clients are ordered by steps that hold
+  anything, then by their longest row, and dealt out to `num_rows` rows of
+  devices in turn, so that all rows have about as much to do. Which client
+  stands where changes nothing but rounding.
 
   >>> text = Example(np.arange(3, dtype=np.int32), np.array([0, 1, 1], bool))
   >>> build = cohorts([[text], [text, text]], num_steps=2, batch_size=1,
@@ -158,9 +173,13 @@ def by_size(
   [1, 0, -1]
   """
   num = len(draw.ids)
-  used = np.asarray(cohort.batches.segments) > 0  # [K, S, B, T]
   last = lambda some: np.max(some * (np.arange(some.shape[1]) + 1), axis=1)
-  steps, width = last(used.any((2, 3))), last(used.any((1, 2)))
+  real = batching.real(cohort.batches)  # [K, S]
+  steps = np.zeros(num) if real is None else last(np.asarray(real))
+  width = np.zeros(num)
+  for text in batching.texts(cohort.batches):
+    there = np.asarray(text.segments) > 0  # [K, S, B, T]
+    width = np.maximum(width, last(there.any((1, 2))))
   order = np.lexsort((np.arange(num), -width, -steps))
   each = -(-num // num_rows)
   dealt = np.append(order, np.full(each * num_rows - num, -1))
@@ -198,7 +217,7 @@ def max_targets(
   2
   """
   _at_least_one('batch_size', batch_size)
-  _check(examples, max_length)
+  collates.check(examples, max_length)
   B, T = batch_size, max_length
   largest = 0
   for own in examples:
@@ -220,6 +239,32 @@ def max_targets(
   return largest
 
 
+def bounds(examples: Examples, **sizes: Any) -> tuple[int | None, ...]:
+  """Returns `max_targets` for each text of an example, of a pair for two.
+
+  None where no token is learned, as in texts that are classified.
+
+  >>> text = Example(np.arange(4, dtype=np.int32), np.array([0, 0, 1, 1], bool))
+  >>> bounds([[text]], batch_size=3, max_length=8)
+  (6,)
+  """
+  texts = [[batching.texts_of(example) for example in own] for own in examples]
+  numbers = {len(some) for own in texts for some in own}
+  if not numbers:
+    return ()
+  if len(numbers) != 1:
+    raise Error(
+      'the examples of a run hold the same number of texts each, not '
+      f'{", ".join(map(str, sorted(numbers)))}.'
+    )
+  sides = range(numbers.pop())
+  found = (
+    max_targets([[some[i] for some in own] for own in texts], **sizes)
+    for i in sides
+  )
+  return tuple(number or None for number in found)
+
+
 class Rows(NamedTuple):
   """Batches of one width, and whose each row is.
 
@@ -227,7 +272,7 @@ class Rows(NamedTuple):
   (1, 3)
   """
 
-  batches: Batch  # [M, B, T]
+  batches: Any  # Batch [M, B, T], or another kind
   owners: np.ndarray  # [M, B] int32 client ids, -1 on padding
 
 
@@ -239,6 +284,9 @@ def rows(
   owners: Sequence[int] | np.ndarray | None = None,
   buckets: Sequence[int] = (),
   pad_id: int = 0,
+  collate: collates.Collate = collates.by_kind,
+  length: Callable[[Any], int] = batching.length,
+  limits: Sequence[int | None] | None = None,
 ) -> list[Rows]:
   """Every example once, one a row, in batches for evaluation.
 
@@ -254,9 +302,13 @@ def rows(
     owners: the id to write for each client; its place by default.
     buckets: widths below `max_length`.
     pad_id: token on padding.
+    collate: rows of examples to arrays, the task's.
+    length: of an example, the task's.
+    limits: the bound of each text of a batch (`bounds`); by default none.
 
   Raises:
-    Error: as `cohorts`, or `owners` of another length than `examples`.
+    Error: as `cohorts`, a batch above its bound, or `owners` of another length
+      than `examples`.
 
   >>> text = Example(np.arange(3, dtype=np.int32), np.array([0, 1, 1], bool))
   >>> short = Example(text.tokens[:2], text.loss_mask[:2])
@@ -266,27 +318,32 @@ def rows(
   [((1, 2, 2), [[1, -1]]), ((1, 2, 4), [[0, 1]])]
   """
   _at_least_one('batch_size', batch_size)
-  _check(examples, max_length)
+  collates.check(examples, max_length)
   names = range(len(examples)) if owners is None else owners
   if len(names) != len(examples):
     raise Error(f'{len(names)} owners are given for {len(examples)} clients.')
   widths = sorted({b for b in buckets if 0 < b < max_length} | {max_length})
-  grouped: dict[int, list[tuple[int, Example]]] = {w: [] for w in widths}
+  grouped: dict[int, list[tuple[int, Any]]] = {w: [] for w in widths}
   pairs = [(o, x) for o, own in zip(names, examples) for x in own]
-  for owner, example in sorted(pairs, key=lambda p: len(p[1].tokens)):
-    width = next(w for w in widths if len(example.tokens) <= w)
+  for owner, example in sorted(pairs, key=lambda p: length(p[1])):
+    width = next(w for w in widths if length(example) <= w)
     grouped[width].append((owner, example))
-  groups, kind = [], _kind(examples)
+  groups, everything = [], [example for _, example in pairs]
   for width, members in grouped.items():
     if not members:
       continue
     num = -(-len(members) // batch_size)
-    batches = _empty((num, batch_size, width), pad_id, kind)
-    owner = np.full((num, batch_size), -1, np.int32)
-    for slot, (name, example) in zip(np.ndindex(num, batch_size), members):
-      _write(batches, slot, 0, 1, example)
-      owner[slot] = name
-    groups.append(Rows(batches, owner))
+    missing = num * batch_size - len(members)
+    filled = [[example] for _, example in members] + [[]] * missing
+    batches = jax.tree.map(
+      lambda x, num=num: x.reshape(num, batch_size, *x.shape[1:]),
+      collate(everything, width, pad_id)(filled),
+    )
+    if limits is not None:
+      batches = _bounded(batches, limits)
+    owner = np.full(num * batch_size, -1, np.int32)
+    owner[: len(members)] = [name for name, _ in members]
+    groups.append(Rows(batches, owner.reshape(num, batch_size)))
   return groups
 
 
@@ -294,8 +351,8 @@ def rows(
 
 
 def _stream(
-  own: Sequence[Example], epochs: int | None, key: tuple[int, ...]
-) -> Iterator[Example]:
+  own: Sequence[Any], epochs: int | None, key: tuple[int, ...]
+) -> Iterator[Any]:
   rng = np.random.default_rng(key)
   done = 0
   while epochs is None or done < epochs:
@@ -304,85 +361,49 @@ def _stream(
     done += 1
 
 
-def _fill_packed(batch: Batch, stream: Iterator[Example]) -> None:
+def _packed(
+  stream: Iterator[Any],
+  shape: tuple[int, int, int],
+  length: Callable[[Any], int],
+) -> list[list[Any]]:
   """First-fit of a stream into the rows [B, T] of one step after another."""
-  S, B, T = batch.tokens.shape
-  step, used, texts = 0, [0] * B, [0] * B
+  S, B, T = shape
+  rows: list[list[Any]] = [[] for _ in range(S * B)]
+  step, used = 0, [0] * B
   for example in stream:
-    length = len(example.tokens)
-    row = next((b for b in range(B) if used[b] + length <= T), None)
+    size = length(example)
+    row = next((b for b in range(B) if used[b] + size <= T), None)
     if row is None:
-      step, used, texts, row = step + 1, [0] * B, [0] * B, 0
+      step, used, row = step + 1, [0] * B, 0
       if step == S:
-        return
-    texts[row] += 1
-    _write(batch, (step, row), used[row], texts[row], example)
-    used[row] += length
+        break
+    rows[step * B + row].append(example)
+    used[row] += size
+  return rows
 
 
-def _write(
-  batch: Batch,
-  slot: tuple[int, ...],
-  start: int,
-  segment: int,
-  example: Example,
-) -> None:
-  length = len(example.tokens)
-  at = (*slot, slice(start, start + length))
-  batch.tokens[at] = example.tokens
-  batch.loss_mask[at] = example.loss_mask
-  # Nothing of its own text stands before the first token.
-  batch.loss_mask[(*slot, start)] = False
-  batch.segments[at] = segment
-  batch.positions[at] = np.arange(length)
-  if batch.label is not None:
-    batch.label[slot] = example.label
-  if batch.types is not None and example.types is not None:
-    batch.types[at] = example.types
+def _bounded(batches: Any, limits: Sequence[int | None]) -> Any:
+  """`batching.bounded`, where a batch has the texts that its examples have."""
+  if len(batching.texts(batches)) != len(limits):
+    return batches
+  return batching.bounded(batches, limits)
 
 
-class _Kind(NamedTuple):
-  """Which of the optional fields of `Batch` the examples need."""
-
-  labels: bool
-  types: bool
+def _may_be_packed(example: Any) -> bool:
+  return isinstance(example, Example) and example.label is None
 
 
-def _kind(examples: Examples) -> _Kind:
-  have = {example.label is not None for own in examples for example in own}
-  if len(have) > 1:
-    raise Error('some examples have a label and some have none.')
-  types = any(x.types is not None for own in examples for x in own)
-  return _Kind(have == {True}, types)
-
-
-def _empty(shape: tuple[int, ...], pad_id: int, kind: _Kind) -> Batch:
-  return Batch(
-    tokens=np.full(shape, pad_id, np.int32),
-    loss_mask=np.zeros(shape, bool),
-    segments=np.zeros(shape, np.int32),
-    positions=np.zeros(shape, np.int32),
-    label=np.full(shape[:-1], -1, np.int32) if kind.labels else None,
-    types=np.zeros(shape, np.int32) if kind.types else None,
-  )
+def _learned(batches: Any) -> np.ndarray:
+  """Terms of the loss of each client, [K]."""
+  found = batching.learned(batches)
+  if found is None:
+    raise Error(
+      "cohort.weight_by='tokens': this kind of batch does not tell what is "
+      "learned; choose 'examples' or 'uniform'."
+    )
+  return np.asarray(found).sum(-1)
 
 
 def _at_least_one(name: str, value: int) -> None:
   if value < 1:
     raise Error(f'{name} is {value}: it is a whole number of at least 1.')
-
-
-def _check(examples: Examples, max_length: int) -> None:
-  for client, own in enumerate(examples):
-    for i, example in enumerate(own):
-      length = len(example.tokens)
-      if not 1 <= length <= max_length:
-        raise Error(
-          f'example {i} of client {client} has {length} tokens: at least 1 and '
-          f'at most max_length={max_length} are allowed.'
-        )
-      if len(example.loss_mask) != length:
-        raise Error(
-          f'example {i} of client {client} has {length} tokens, but a loss '
-          f'mask of {len(example.loss_mask)}.'
-        )

@@ -44,10 +44,7 @@ def leaf_paths(params: Params) -> list[str]:
   >>> leaf_paths({'q': LowRank(a=1, b=2, scale=3), 'bias': [4, 5]})
   ['bias/0', 'bias/1', 'q/a', 'q/b', 'q/scale']
   """
-  return [
-    jax.tree_util.keystr(path, simple=True, separator='/')
-    for path, _ in jax.tree_util.tree_leaves_with_path(params)
-  ]
+  return list(tree.named(params))
 
 
 def _everything_labels(params: Params) -> Any:
@@ -76,8 +73,8 @@ def _dtype(x: Any) -> Any:
 
 
 def _scope(labels) -> Scope:
-  def mask(start, profile, state, round, key):
-    del profile, state, round, key  # every client holds everything, always
+  def mask(start, state, context):
+    del state, context  # every client holds everything, always
     return tree.full_masks(start, labels(start))
 
   return Scope(labels=labels, mask=mask)
@@ -207,8 +204,9 @@ def alternating(*patterns: str) -> Scope:
     Error: fewer than two patterns, or one that is no regular expression; from
       `mask`, a pattern that matches no leaf that can be trained.
 
+  >>> from fedjax_llm.types import Context
   >>> scope, params = alternating('b$', 'a$'), {'a': 1.0, 'b': 2.0, 'c': 3.0}
-  >>> trained = scope.mask(params, (), None, jnp.int32(3), None).trained
+  >>> trained = scope.mask(params, None, Context(round=3)).trained
   >>> [name for name in params if trained[name]]
   ['a', 'c']
   """
@@ -217,19 +215,19 @@ def alternating(*patterns: str) -> Scope:
   turns = [_compiled(p) for p in patterns]
   labels = _everything_labels
 
-  def mask(start, profile, state, round, key):
-    del profile, state, key
+  def mask(start, state, context):
+    del state
     masks = tree.full_masks(start, labels(start))
     names = leaf_paths(masks.trained)
     for turn in turns:
       _check_match(turn, names)
 
     def leaf(path, m):
-      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      name = tree.path_name(path)
       mine = [i for i, turn in enumerate(turns) if turn.search(name)]
       if not mine:
         return m
-      return m & jnp.any(round % len(turns) == jnp.array(mine))
+      return m & jnp.any(context.round % len(turns) == jnp.array(mine))
 
     trained = jax.tree_util.tree_map_with_path(leaf, masks.trained)
     return masks._replace(trained=trained)
@@ -248,8 +246,9 @@ def in_turn(pattern: str) -> Scope:
     Error: a pattern that is no regular expression, or without one group; from
       `mask`, one that matches no leaf that can be trained.
 
+  >>> from fedjax_llm.types import Context
   >>> scope, params = in_turn('([0-9])$'), {'c0': 1.0, 'c1': 2.0}
-  >>> trained = scope.mask(params, (), None, jnp.int32(2), None).trained
+  >>> trained = scope.mask(params, None, Context(round=2)).trained
   >>> [name for name in params if trained[name]]
   ['c1']
   """
@@ -257,8 +256,8 @@ def in_turn(pattern: str) -> Scope:
   if regex.groups != 1:
     raise Error(f'the pattern {pattern!r} needs one group, that of a number.')
 
-  def mask(start, profile, state, round, key):
-    del profile, state, key
+  def mask(start, state, context):
+    del state
     masks = tree.full_masks(start, _everything_labels(start))
     names = leaf_paths(masks.trained)
     _check_match(regex, names)
@@ -266,10 +265,10 @@ def in_turn(pattern: str) -> Scope:
     num = 1 + max(places.values())
 
     def leaf(path, m):
-      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      name = tree.path_name(path)
       if name not in places:
         return m
-      return m & (round % num == num - 1 - places[name])
+      return m & (context.round % num == num - 1 - places[name])
 
     trained = jax.tree_util.tree_map_with_path(leaf, masks.trained)
     return masks._replace(trained=trained)
@@ -288,22 +287,23 @@ def layers(inner: Scope | None = None) -> Scope:
     Error: from `mask`, clients without that number in their profile, or nothing
       that is stacked over layers.
 
+  >>> from fedjax_llm.types import Context
   >>> params = {'layers': {'a': jnp.ones((3, 2))}, 'head': jnp.ones(2)}
-  >>> key = jax.random.key(0)
-  >>> held = layers().mask(params, jnp.int32(2), None, 0, key).held
+  >>> mine = Context(key=jax.random.key(0), profile=jnp.int32(2))
+  >>> held = layers().mask(params, None, mine).held
   >>> held['layers']['a'].shape, int(held['layers']['a'].sum())
   ((3, 1), 2)
   """
   inner = everything() if inner is None else inner
 
-  def mask(start, profile, state, round, key):
-    size = of_profile(profile, 'layers', 'number of layers')
-    masks = inner.mask(start, profile, state, round, key)
+  def mask(start, state, context):
+    size = of_profile(context.profile, 'layers', 'number of layers')
+    masks = inner.mask(start, state, context)
     below = jax.tree.leaves(start.get('layers', ()))
     if not below:
       raise Error('this method needs leaves that are stacked over layers.')
     num = below[0].shape[0]
-    order = jnp.argsort(jax.random.uniform(key, (num,)))
+    order = jnp.argsort(jax.random.uniform(context.key, (num,)))
     keep = jnp.argsort(order) < size
 
     def narrow(masks):
@@ -327,19 +327,19 @@ def untrained(pattern: str) -> Scope:
     Error: a pattern that is no regular expression; from `mask`, one that
       matches no leaf that can be trained.
 
-  >>> masks = untrained('a$').mask({'a': 1.0, 'b': 2.0}, (), None, 0, None)
+  >>> masks = untrained('a$').mask({'a': 1.0, 'b': 2.0}, None, None)
   >>> bool(masks.held['a']), bool(masks.trained['a'])
   (True, False)
   """
   regex = _compiled(pattern)
 
-  def mask(start, profile, state, round, key):
-    del profile, state, round, key
+  def mask(start, state, context):
+    del state, context
     masks = tree.full_masks(start, _everything_labels(start))
     _check_match(regex, leaf_paths(masks.trained))
 
     def leaf(path, m):
-      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      name = tree.path_name(path)
       return jnp.bool_(False) if regex.search(name) else m
 
     trained = jax.tree_util.tree_map_with_path(leaf, masks.trained)
@@ -370,19 +370,20 @@ def ranks(inner: Scope | None = None) -> Scope:
     Error: from `labels`, a factor that `inner` freezes; from `mask`, clients
       without a rank in their profile, or parameters without low-rank factors.
 
+  >>> from fedjax_llm.types import Context
   >>> node = LowRank(jnp.ones((5, 4)), jnp.ones((4, 3)), jnp.ones(()))
-  >>> masks = ranks().mask({'q': node}, jnp.int32(2), None, 0, None)
+  >>> masks = ranks().mask({'q': node}, None, Context(profile=jnp.int32(2)))
   >>> masks.held['q'].a.tolist(), masks.held['q'].b.shape
   ([True, True, False, False], (4, 1))
   """
   inner = everything() if inner is None else inner
 
-  def mask(start, profile, state, round, key):
-    rank = rank_of(profile)
+  def mask(start, state, context):
+    rank = rank_of(context.profile)
     is_node = lambda x: isinstance(x, LowRank)
     if not any(map(is_node, jax.tree.leaves(start, is_leaf=is_node))):
       raise Error('ranks of clients need low-rank factors: adapter.name=lora.')
-    masks = inner.mask(start, profile, state, round, key)
+    masks = inner.mask(start, state, context)
     return hold_columns(
       masks, start, lambda node: jnp.arange(node.a.shape[-1]) < rank
     )
@@ -406,7 +407,7 @@ def both_trained(inner: Scope) -> Callable[[Params], Any]:
         continue
       for name, label in (('a', node.a), ('b', node.b)):
         if label is Frozen:
-          where = jax.tree_util.keystr(path, simple=True, separator='/')
+          where = tree.path_name(path)
           raise Error(
             f'{where}/{name} is frozen, so it cannot be masked: ranks that '
             'differ between clients need both factors trained.'

@@ -1,6 +1,15 @@
 """Text of clients: sources, tokenizers, templates, partitions, populations."""
 
-from fedjax_llm.data import partition, population, sources, text, tokenizers
+from fedjax_llm.data import (
+  collate,
+  encoding,
+  partition,
+  population,
+  sources,
+  text,
+  tokenizers,
+)
+from fedjax_llm.data.encoding import Encoding
 from fedjax_llm.data.partition import (
   Partition,
   dirichlet,
@@ -12,18 +21,22 @@ from fedjax_llm.data.partition import (
 )
 from fedjax_llm.data.population import build
 from fedjax_llm.data.sources import Record, hf, jsonl, packaged
-from fedjax_llm.data.text import TEMPLATES, encode, prompt
+from fedjax_llm.data.text import TEMPLATES, Encoded, encode, prompt
 from fedjax_llm.data.tokenizers import Tokenizer, bytes, pretrained
 
 __all__ = [
+  'Encoded',
+  'Encoding',
   'Partition',
   'Record',
   'TEMPLATES',
   'Tokenizer',
   'build',
   'bytes',
+  'collate',
   'dirichlet',
   'encode',
+  'encoding',
   'hf',
   'histogram',
   'iid',

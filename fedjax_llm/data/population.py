@@ -6,18 +6,20 @@ the order of the records or on which other clients there are.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from fedjax_llm.data import text
+from fedjax_llm import batching
+from fedjax_llm.data import encoding, text
+from fedjax_llm.data.encoding import content
 from fedjax_llm.data.partition import Partition, histogram, keyed, natural
 from fedjax_llm.data.sources import Record
 from fedjax_llm.data.tokenizers import Tokenizer
-from fedjax_llm.types import Error, Example, Population
+from fedjax_llm.types import Error, Population
 
 _NUM_NAMED = 5  # clients named in the report; the rest is only counted
 
-Unit = list[Example]  # examples that are never torn apart: those of one record
+Unit = list[Any]  # examples that are never torn apart: those of one record
 
 
 def build(
@@ -35,18 +37,20 @@ def build(
   labels: Sequence[str] | None = None,
   labelled: float = 1.0,
   seed: int = 0,
+  encode: encoding.Encode | None = None,
 ) -> Population:
   """The population of a federation.
 
-  `partition` says who holds which record; `template`, `max_length` and
-  `long_replies` go to `text.encode`. Of each client's records a
+  `partition` says who holds which record. `encode` makes examples of a record,
+  with `template`, `max_length` and `long_replies` among its settings; it is the
+  task's, by default `encoding.texts`. Of each client's records a
   `heldout_fraction` is held out: at least one if there are two, never all.
   Copies of a text stay together, and what equals a training example of anybody
   is not held out. (A client with one long text holds out some of its chunks.)
   `new_clients` clients (a number below 1 is a fraction) never train at all.
   Clients with fewer than `min_examples` usable examples are left out;
   `max_clients` keeps at most so many, new ones included. With `labels` the
-  texts are to be classified: `text.classified` instead of `text.encode`. Then
+  examples are to be classified: the default is then `encoding.labelled`, and
   each client keeps the labels of a share `labelled` of its training examples,
   one at least; the others' become -1, for methods that label texts themselves.
 
@@ -77,6 +81,9 @@ def build(
       f'population.labelled is {labelled}: it is a share from 0 to 1 of texts '
       'that are classified (task.name=classification).'
     )
+  if encode is None:
+    encode = encoding.texts if labels is None else encoding.labelled
+  how = encoding.Encoding(tokenizer, template, max_length, long_replies, labels)
   holdings: dict[str, list[Record]] = {}
   for name, record in zip(partition(records, seed), records, strict=True):
     holdings.setdefault(name, []).append(record)
@@ -86,12 +93,7 @@ def build(
     name = waiting.pop()
     units = []
     for record in holdings[name]:
-      if labels is None:
-        encoded = text.encode_counted(
-          record, tokenizer, template, max_length, long_replies
-        )
-      else:
-        encoded = text.classified(record, tokenizer, labels, max_length)
+      encoded = encode(record, how)
       counts['prompts_truncated'] += encoded.prompts_truncated
       counts['replies_left_out'] += encoded.replies_left_out
       counts['replies_cut'] += encoded.replies_cut
@@ -119,7 +121,7 @@ def build(
     tuple(_some_labelled(n, one, labelled, seed))
     for n, (one, _) in zip(names, splits, strict=True)
   )
-  known = {_content(example) for one in train for example in one}
+  known = {content(example) for one in train for example in one}
   heldout = tuple(_without(known, two, counts) for _, two in splits)
   new = tuple(
     _without(known, _split(n, clients[n], 0, seed)[0], counts)
@@ -142,11 +144,11 @@ def build(
     'train_examples': len(owners),
     'heldout_examples': sum(map(len, heldout)),
     'new_examples': sum(map(len, new)),
-    'tokens': sum(len(e.tokens) for one in train for e in one),
-    'loss_tokens': sum(int(e.loss_mask.sum()) for one in train for e in one),
+    'tokens': sum(_tokens(one) for one in train),
+    'loss_tokens': sum(_loss_tokens(one) for one in train),
     'histogram': histogram(owners),
     'texts_cut': counts['texts_cut'],
-    'unlabelled': sum(e.label == -1 for one in train for e in one),
+    'unlabelled': sum(_label(e) == -1 for one in train for e in one),
   }
   if labels is not None:
     report |= _labels(labels, train, (*heldout, *new))
@@ -157,8 +159,8 @@ def _labels(
   labels: Sequence[str], train: Sequence[Unit | Any], tested: Sequence[Any]
 ) -> dict[str, dict[str, int]]:
   """How many examples of each label train, and what nobody can have learned."""
-  trained = Counter(example.label for own in train for example in own)
-  asked = Counter(example.label for own in tested for example in own)
+  trained = Counter(_label(example) for own in train for example in own)
+  asked = Counter(_label(example) for own in tested for example in own)
   return {
     'labels': {name: trained[i] for i, name in enumerate(labels)},
     'labels_untrained': {
@@ -169,15 +171,34 @@ def _labels(
   }
 
 
-def longest(
-  population: Population, *, vocab_size: int, max_positions: int
-) -> int:
-  """The length of the longest text, of all that a model is to read.
+def _label(example: Any) -> Any:
+  return getattr(example, 'label', None)
 
-  Raises `Error` if the model cannot: its vocabulary or its positions are too
-  few.
+
+def _tokens(examples: Iterable[Any]) -> int:
+  """Tokens in all texts of the examples."""
+  return sum(len(x.tokens) for e in examples for x in batching.texts_of(e))
+
+
+def _loss_tokens(examples: Iterable[Any]) -> int:
+  texts = (x for e in examples for x in batching.texts_of(e))
+  return sum(int(x.loss_mask.sum()) for x in texts)
+
+
+def longest(
+  population: Population,
+  *,
+  vocab_size: int,
+  max_positions: int,
+  length: Callable[[Any], int] = batching.length,
+) -> int:
+  """The length of the longest example, of all that a model is to read.
+
+  `length` is the task's. Raises `Error` if the model cannot read a text: its
+  vocabulary or its positions are too few.
 
   >>> import numpy as np
+  >>> from fedjax_llm.types import Example
   >>> text = Example(np.arange(5, dtype=np.int32), np.ones(5, bool))
   >>> people = Population(('ann',), train=((text,),), heldout=((),))
   >>> longest(people, vocab_size=8, max_positions=16)
@@ -185,43 +206,44 @@ def longest(
   """
   parts = (population.train, population.heldout, population.new)
   examples = [example for part in parts for own in part for example in own]
-  length = max(len(example.tokens) for example in examples)
-  token = max(int(example.tokens.max()) for example in examples)
-  if length > max_positions:
+  texts = [x for example in examples for x in batching.texts_of(example)]
+  positions = max((len(x.tokens) for x in texts), default=0)
+  token = max((int(x.tokens.max()) for x in texts), default=-1)
+  if positions > max_positions:
     raise Error(
-      f'population.max_length: a text has {length} tokens, but the model has '
-      f'only {max_positions} positions.'
+      f'population.max_length: a text has {positions} tokens, but the model has'
+      f' only {max_positions} positions.'
     )
   if token >= vocab_size:
     raise Error(
       f'the tokenizer gives token {token}, but the model has only {vocab_size} '
       'tokens: they do not belong together.'
     )
-  return length
+  return max(map(length, examples))
 
 
 def sizes(population: Population) -> dict[str, dict[str, dict[str, int]]]:
   """What each client holds, by name: `clients` that train, and `new` ones.
 
   `examples` and `tokens` of a client that trains are those it trains on,
-  `heldout` are its other texts.
+  `heldout` are its other examples; examples without texts have no tokens.
 
   >>> import numpy as np
+  >>> from fedjax_llm.types import Example
   >>> text = Example(np.arange(5, dtype=np.int32), np.ones(5, bool))
   >>> people = Population(('ann',), train=((text, text),), heldout=((),))
   >>> sizes(people)['clients']['ann']
   {'examples': 2, 'tokens': 10, 'heldout': 0}
   """
-  length = lambda own: sum(len(example.tokens) for example in own)
   return {
     'clients': {
-      name: {'examples': len(a), 'tokens': length(a), 'heldout': len(b)}
+      name: {'examples': len(a), 'tokens': _tokens(a), 'heldout': len(b)}
       for name, a, b in zip(
         population.names, population.train, population.heldout, strict=True
       )
     },
     'new': {
-      name: {'examples': len(own), 'tokens': length(own)}
+      name: {'examples': len(own), 'tokens': _tokens(own)}
       for name, own in zip(population.new_names, population.new, strict=True)
     },
   }
@@ -231,6 +253,7 @@ def digest(population: Population) -> str:
   """A checksum of who holds which texts: a run goes on with the same alone.
 
   >>> import numpy as np
+  >>> from fedjax_llm.types import Example
   >>> text = Example(np.arange(5, dtype=np.int32), np.ones(5, bool))
   >>> ann = Population(('ann',), train=((text,),), heldout=((),))
   >>> len(digest(ann)), digest(ann) == digest(ann._replace(names=('bob',)))
@@ -246,9 +269,11 @@ def digest(population: Population) -> str:
     for name, own in zip(names, part, strict=True):
       found.update(repr((name, len(own))).encode())
       for example in own:
-        found.update(repr(len(example.tokens)).encode() + _content(example))
-        if example.label is not None:
-          found.update(repr(example.label).encode())
+        texts = batching.texts_of(example)
+        lengths = ' '.join(repr(len(text.tokens)) for text in texts)
+        found.update(lengths.encode() + content(example))
+        if _label(example) is not None:
+          found.update(repr(_label(example)).encode())
   return found.hexdigest()
 
 
@@ -288,15 +313,11 @@ def _new(names: list[str], new_clients: float, seed: int) -> tuple[str, ...]:
   return tuple(sorted(drawn[:count]))
 
 
-def _content(example: Example) -> bytes:
-  return example.tokens.tobytes() + example.loss_mask.tobytes()
-
-
 def _distinct(units: Iterable[Unit]) -> dict[tuple[bytes, ...], Unit]:
   """Copies of a unit become one unit, that holds them all."""
   distinct: dict[tuple[bytes, ...], Unit] = {}
   for unit in units:
-    distinct.setdefault(tuple(map(_content, unit)), []).extend(unit)
+    distinct.setdefault(tuple(map(content, unit)), []).extend(unit)
   return distinct
 
 
@@ -324,7 +345,7 @@ def _some_labelled(name: str, examples: Unit, share: float, seed: int) -> Unit:
     return examples
   order = sorted(
     range(len(examples)),
-    key=lambda i: keyed(seed, 'labelled', name, i, _content(examples[i])),
+    key=lambda i: keyed(seed, 'labelled', name, i, content(examples[i])),
   )
   kept = set(order[: max(1, round(share * len(examples)))])
   return [
@@ -333,9 +354,9 @@ def _some_labelled(name: str, examples: Unit, share: float, seed: int) -> Unit:
 
 
 def _without(
-  known: set[bytes], examples: Sequence[Example], counts: Counter
-) -> tuple[Example, ...]:
+  known: set[bytes], examples: Sequence[Any], counts: Counter
+) -> tuple[Any, ...]:
   """The examples that nobody trains on; the others are counted."""
-  kept = tuple(e for e in examples if _content(e) not in known)
+  kept = tuple(e for e in examples if content(e) not in known)
   counts['heldout_duplicates'] += len(examples) - len(kept)
   return kept

@@ -25,8 +25,10 @@ Message = Mapping[str, str]  # {'role': ..., 'content': ...}
 class Record(NamedTuple):
   """One text of one client, before any tokenizer has seen it.
 
-  Exactly one form is there: `prompt` with `response`, `text`, or `messages`.
-  `where` says where it stands ('file:line'), for error messages.
+  Exactly one form is there: `prompt` with `response`, `text`, or `messages`;
+  or `prompt` with `chosen` and `rejected`, or an `image` [H, W, C] with or
+  without a text, for tasks that read them. `where` says where it stands
+  ('file:line'), for error messages.
 
   >>> Record(client='ann', prompt='2+2', response='4').text is None
   True
@@ -40,6 +42,9 @@ class Record(NamedTuple):
   label: str | None = None
   where: str = ''
   pair: str | None = None  # a second text, beside `text`
+  chosen: str | None = None  # the reply that a client prefers
+  rejected: str | None = None  # to this one
+  image: Any = None  # an array [H, W, C]
 
 
 class _Keys(NamedTuple):

@@ -6,7 +6,7 @@ which that reply is generated later (`prompt`).
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Encoded(NamedTuple):
   0
   """
 
-  examples: list[Example]
+  examples: list[Any]  # of the task's kind, `Example` of texts
   prompts_truncated: int = 0
   replies_left_out: int = 0
   replies_cut: int = 0

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm.types import Base, Batch, Error, Key, Loss, LossSum, Params
+from fedjax_llm.types import Base, Error, Key, Loss, LossSum, Params
 
-Group = tuple[Batch, np.ndarray]  # [M, B, T], owner [M, B]
+Group = tuple[Any, np.ndarray]  # batches [M, B, ...], owner [M, B]
 
 
 class ClientSums(NamedTuple):
@@ -94,6 +94,7 @@ def likelihood(loss: Loss, *, worst: float = 0.1) -> Callable[..., Report]:
   >>> def loss(base, params, batch, key):
   ...   n = jnp.sum(batch.loss_mask, -1, dtype=jnp.float32)
   ...   return LossSum(n * params, n, n)
+  >>> from fedjax_llm.types import Batch
   >>> full = np.ones((1, 2, 4), np.int32)
   >>> group = Batch(full, full > 0, full, full), np.array([[7, -1]])
   >>> evaluate = likelihood(loss)
@@ -146,6 +147,7 @@ def personal(
   >>> def loss(base, params, batch, key):
   ...   n = jnp.sum(batch.loss_mask, -1, dtype=jnp.float32)
   ...   return LossSum(n * params, n, n)
+  >>> from fedjax_llm.types import Batch
   >>> full = np.ones((1, 2, 4), np.int32)
   >>> own = [(Batch(full, full > 0, full, full), np.array([[7, 9]]))]
   >>> models, key = jnp.array([1.0, 5.0]), jax.random.key(0)  # of 7 and 9
@@ -226,8 +228,8 @@ def personal(
   return evaluate
 
 
-def _per_row(sums: LossSum, batch: Batch) -> LossSum:
-  want = batch.tokens.shape[:-1]
+def _per_row(sums: LossSum, batch: Any) -> LossSum:
+  want = jax.tree.leaves(batch)[0].shape[:1]
   if sums.total.shape != want:
     raise ValueError(
       f'evals need a loss for each row, {want}, not {sums.total.shape}: build'
@@ -276,9 +278,9 @@ def _chunks(num: int, chunk_size: int) -> list[np.ndarray]:
 
 
 def _deal(
-  batch: Batch, owner: np.ndarray, ids: np.ndarray, chunks: list[np.ndarray]
-) -> tuple[Batch, np.ndarray]:
-  """Rows [M, B, T] sorted into chunks of clients: [chunks, M', B, T].
+  batch: Any, owner: np.ndarray, ids: np.ndarray, chunks: list[np.ndarray]
+) -> tuple[Any, np.ndarray]:
+  """Rows [M, B, ...] sorted into chunks of clients: [chunks, M', B, ...].
 
   Returns also the place of each row's owner within its chunk, -1 on padding.
   """
@@ -298,7 +300,7 @@ def _deal(
   def deal(x):
     x = np.asarray(x).reshape(num_rows, *np.shape(x)[2:])
     empty = (index < 0).reshape(*index.shape, *(1,) * (x.ndim - 1))
-    # Zeros, in `segments` too: nothing counts a row without a text.
+    # Zeros, in `segments` too: nothing counts a row without an example.
     return np.where(empty, np.zeros_like(x[:1]), x[index])
 
   dealt = jax.tree.map(deal, batch)

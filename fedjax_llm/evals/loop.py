@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_llm import batching
 from fedjax_llm.evals.likelihood import (
   Group,
   Report,
@@ -17,7 +18,6 @@ from fedjax_llm.evals.likelihood import (
 from fedjax_llm.types import (
   Base,
   ClientState,
-  Example,
   FederatedAlgorithm,
   Key,
   Loss,
@@ -145,11 +145,10 @@ def told_of(
   return told
 
 
-def in_turn(
-  heldout: Sequence[Sequence[Example]], num: int
-) -> list[list[Example]]:
+def in_turn(heldout: Sequence[Sequence[Any]], num: int) -> list[list[Any]]:
   """Each client's share of `num` texts: one of each, a second of each, ...
 
+  >>> from fedjax_llm.types import Example
   >>> text = Example(np.ones(1, np.int32), np.ones(1, bool))
   >>> [len(own) for own in in_turn([[text] * 3, [text], []], 3)]
   [2, 1, 0]
@@ -161,7 +160,7 @@ def in_turn(
     for k, own in enumerate(heldout)
     if i < len(own)
   ]
-  shares: list[list[Example]] = [[] for _ in heldout]
+  shares: list[list[Any]] = [[] for _ in heldout]
   for i, k in turns[:num]:
     shares[k].append(heldout[k][i])
   return shares
@@ -180,16 +179,18 @@ class Question(NamedTuple):
 
 
 def questions(
-  heldout: Sequence[Sequence[Example]],
+  heldout: Sequence[Sequence[Any]],
   num: int,
   *,
   max_prompt: int | None = None,
 ) -> list[Question]:
   """The first held-out texts of the first `num` clients that have any.
 
-  A text that is learned from its start is cut in half; of prompts above
+  Of a pair it is the chosen text. One that is learned from its start is cut in
+  half; of prompts above
   `max_prompt` tokens the end is kept.
 
+  >>> from fedjax_llm.types import Example
   >>> tokens, learned = np.arange(4), np.array([False, False, True, True])
   >>> questions([[], [Example(tokens, learned)]], 1)
   [Question(client=1, prompt=[0, 1], reply=[2, 3])]
@@ -200,7 +201,7 @@ def questions(
   for client, own in enumerate(heldout):
     if len(found) == num:
       break
-    for example in own[:1]:
+    for example in batching.texts_of(own[0])[:1] if own else ():
       start = int(np.argmax(example.loss_mask))
       if start < 2:
         start = max(1, len(example.tokens) // 2)

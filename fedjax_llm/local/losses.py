@@ -1,14 +1,18 @@
 """What a client minimises."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fedjax_llm.local.observed import observed
 from fedjax_llm.types import (
   Base,
   Batch,
   Error,
+  Images,
   Key,
   Loss,
   LossSum,
@@ -20,20 +24,18 @@ from fedjax_llm.types import (
 def causal_lm(
   model: Model,
   *,
-  max_targets: int | None = None,
   chunk_size: int = 512,
   per_row: bool = False,
 ) -> Loss:
   """Next-token cross-entropy: -sum_t log p(x_t | x_<t) over the loss mask.
 
-  Logits are computed only where the loss mask is set, `chunk_size` positions
-  at a time, so an array of [B, T, V] never exists. With several chunks each is
-  recomputed in the backward pass.
+  Logits are computed only where the loss mask is set, at as many positions as
+  the batch's `bound` allows, `chunk_size` of them at a time, so an array of
+  [B, T, V] never exists. With several chunks each is recomputed in the backward
+  pass. The bound is checked where the batch is made (`batching.bounded`).
 
   Args:
     model: hidden states and output head.
-    max_targets: a bound on the loss tokens of one [B, T] batch; the default is
-      every position. A batch with more gives NaN, never a wrong loss.
     chunk_size: positions whose logits exist at the same time.
     per_row: sums for each row of the batch, [B], instead of for all of it.
 
@@ -59,36 +61,33 @@ def causal_lm(
     targets = batch.tokens[:, 1:].reshape(-1)
     mask = batch.loss_mask[:, 1:].reshape(-1)
     row = jnp.repeat(jnp.arange(num_rows), length - 1)
-    overflow = jnp.bool_(False)
-    if max_targets is not None and max_targets < mask.size:
-      index = jnp.nonzero(mask, size=max_targets, fill_value=0)[0]
+    if batch.bound is not None and batch.bound < mask.size:
+      most = int(batch.bound)
+      index = jnp.nonzero(mask, size=most, fill_value=0)[0]
       count = jnp.sum(mask)
-      overflow = count > max_targets
       hidden, targets, row = hidden[index], targets[index], row[index]
-      mask = jnp.arange(max_targets) < count
+      mask = jnp.arange(most) < count
 
     nats, correct = _cross_entropy(
       lambda h: model.logits(base, params, h), hidden, targets, mask, chunk_size
     )
-    parts = (
-      jnp.where(overflow, jnp.nan, nats),
-      mask.astype(jnp.float32),
-      correct,
-    )
+    parts = (nats, mask.astype(jnp.float32), correct)
     if per_row:
       return LossSum(
         *(jax.ops.segment_sum(x, row, num_segments=num_rows) for x in parts)
       )
     return LossSum(*(jnp.sum(x) for x in parts))
 
-  return loss
+  build = functools.partial(causal_lm, chunk_size=chunk_size, per_row=per_row)
+  return observed(lambda other: loss if other is model else build(other), model)
 
 
 def classification(model: Model, *, per_row: bool = False) -> Loss:
-  """Cross-entropy of a text's class: -log p(y | x), one term a row.
+  """Cross-entropy of the class of a text or an image: -log p(y | x), a row.
 
   The classifier reads the state of a row's first token, so a row holds one
-  text. Rows without a label (-1) are padding. A label may also be a
+  text; of images, and of networks that give one state a row, that state. Rows
+  without a label (-1) are padding. A label may also be a
   distribution q over the classes, labels [B, classes]: the term is then
   -sum_y q_y log p(y | x), and a row of zeros is padding.
 
@@ -112,14 +111,18 @@ def classification(model: Model, *, per_row: bool = False) -> Loss:
   (1.3863, 1.0)
   """
 
-  def loss(base: Base, params: Params, batch: Batch, key: Key) -> LossSum:
+  def loss(
+    base: Base, params: Params, batch: Batch | Images, key: Key
+  ) -> LossSum:
     del key  # no dropout
     if batch.label is None:
       raise Error('these texts have no labels, so nothing can classify them.')
-    first = model.hidden(base, params, batch)[:, 0]  # [B, D]
-    soft = batch.label.ndim == batch.tokens.ndim
+    hidden: Any = model.hidden  # that of texts, or of images
+    first = _first(hidden(base, params, batch))  # [B, D]
+    soft = batch.label.ndim == 2  # [B, classes]
     told = jnp.any(batch.label > 0, -1) if soft else batch.label >= 0
-    real = told & (batch.segments[:, 0] > 0)
+    here = batch.present if isinstance(batch, Images) else batch.segments[:, 0]
+    real = told & (here > 0)
     first = jnp.where(real[:, None], first, 0)  # else NaN leaks backwards
     head = lambda h: model.logits(base, params, h)
     if soft:
@@ -130,7 +133,8 @@ def classification(model: Model, *, per_row: bool = False) -> Loss:
     sums = LossSum(parts[0], real.astype(jnp.float32), parts[1])
     return sums if per_row else LossSum(*(jnp.sum(x) for x in sums))
 
-  return loss
+  build = functools.partial(classification, per_row=per_row)
+  return observed(lambda other: loss if other is model else build(other), model)
 
 
 def class_logits(model: Model) -> Callable[[Base, Params, Batch], jax.Array]:
@@ -146,10 +150,15 @@ def class_logits(model: Model) -> Callable[[Base, Params, Batch], jax.Array]:
   """
 
   def predict(base: Base, params: Params, batch: Batch) -> jax.Array:
-    first = model.hidden(base, params, batch)[:, 0]
+    first = _first(model.hidden(base, params, batch))
     return model.logits(base, params, first).astype(jnp.float32)
 
   return predict
+
+
+def _first(hidden: jax.Array) -> jax.Array:
+  """States [B, D]: of the first token, where there is one a token."""
+  return hidden[:, 0] if hidden.ndim == 3 else hidden
 
 
 def _distance(logits, q, mask):

@@ -29,6 +29,7 @@ class LocalOptimizer(NamedTuple):
   name: str
   keywords: Mapping[str, Any]
   differentiable: bool = False  # local training then has a gradient
+  clip_norm: float | None = None  # of a step's gradient over the whole tree
 
 
 def names() -> tuple[str, ...]:
@@ -89,6 +90,7 @@ def optimizer(
   schedule: Mapping[str, Any] | None = None,
   b_ratio: float = 1.0,
   differentiable: bool = False,
+  clip_norm: float | None = None,
   **keywords: Any,
 ) -> LocalOptimizer:
   """An optax optimizer by name; `keywords` are that optimizer's own.
@@ -104,18 +106,22 @@ def optimizer(
       through a round, see `differentiable.rounds`). All S steps are then
       computed, those of padding too, and steps are computed again on the way
       back instead of being kept. The outcome is the same.
+    clip_norm: a step's gradient over all that is trained is scaled to this
+      norm where it is longer; penalties and corrections come after.
 
   Raises:
-    Error: an unknown optimizer, schedule or keyword; a ratio that is not
-      positive; `differentiable` without `eps_root` where the optimizer takes
-      one: it divides by the root of squared gradients, which has no gradient
-      where these are zero, as those of LoRA's a are at first.
+    Error: an unknown optimizer, schedule or keyword; a ratio or clip_norm
+      that is not positive; `differentiable` without `eps_root` where the
+      optimizer takes one: it divides by the root of squared gradients, which
+      has no gradient where these are zero, as those of LoRA's a are at first.
 
   >>> sgd = optimizer('sgd', 0.5)
   >>> state = sgd.init({'w': jnp.ones(2)})
   >>> sgd.update({'w': jnp.ones(2)}, state, {'w': jnp.ones(2)}, 0)[0]
   {'w': Array([-0.5, -0.5], dtype=float32)}
   """
+  if clip_norm is not None and known(clip_norm) and not clip_norm > 0:
+    raise Error(f'local.clip_norm is {clip_norm}; it must be above 0.')
   build = _lookup('local.name', name, names())
   _check('local', name, build, keywords)
   rate = optax.constant_schedule(learning_rate)
@@ -147,7 +153,7 @@ def optimizer(
     return inner.update(grads, state, params)
 
   found = LocalOptimizer(
-    inner.init, update, rate, name, keywords, differentiable
+    inner.init, update, rate, name, keywords, differentiable, clip_norm
   )
   plain = known(b_ratio) and b_ratio == 1
   return found if plain else lora_plus(found, b_ratio)

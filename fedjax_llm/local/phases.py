@@ -16,6 +16,7 @@ from fedjax_llm.types import (
   Private,
   Scope,
   Shared,
+  Work,
 )
 
 
@@ -54,17 +55,18 @@ def phases(*parts: Phase, steps: Sequence[int] | None = None) -> LocalUpdate:
     Error: no phase, a number of steps that is not positive or one missing;
       from the round, no batch left for the last phase.
 
-  >>> from fedjax_llm.types import ClientOutput
+  >>> from fedjax_llm.types import ClientOutput, Context
   >>> everything = Scope(lambda p: {name: Shared for name in p}, None)
   >>> def add(by):
-  ...   def run(base, start, state, batches, masks, round, key):
+  ...   def run(base, start, state, batches, masks, context):
   ...     update = {name: jnp.float32(by) for name in start}
-  ...     return ClientOutput(update, masks, (), {'tokens': 1.0, 'loss': by})
+  ...     return ClientOutput(
+  ...       update, masks, work=Work(tokens=1.0), metrics={'loss': by})
   ...   return LocalUpdate(lambda params: (), run)
   >>> both = phases(*(Phase(add(by), everything) for by in (1.0, 3.0)))
   >>> start, masks = {'w': jnp.float32(0)}, Masks(*[{'w': jnp.bool_(True)}] * 2)
-  >>> out = both.run(None, start, both.init(start), jnp.ones(2), masks, 0,
-  ...                jax.random.key(0))
+  >>> out = both.run(None, start, both.init(start), jnp.ones(2), masks,
+  ...                Context(key=jax.random.key(0)))
   >>> float(out.update['w']), float(out.metrics['loss'])
   (4.0, 2.0)
   """
@@ -81,7 +83,7 @@ def phases(*parts: Phase, steps: Sequence[int] | None = None) -> LocalUpdate:
   def init(trainable: Params) -> Any:
     return tuple(p.local.init(_own(trainable, trainable, p)) for p in parts)
 
-  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
+  def run(base, start, state, batches, masks, context) -> ClientOutput:
     num = jax.tree.leaves(batches)[0].shape[0]
     ends = [num] * len(parts)
     begins = [0] * len(parts)
@@ -93,7 +95,7 @@ def phases(*parts: Phase, steps: Sequence[int] | None = None) -> LocalUpdate:
           f'phases: the first phases take {begins[-1]} steps, but a client has '
           f'{num}: raise cohort.num_steps.'
         )
-    now, told, states = start, [], []
+    now, outs, states = start, [], []
     update = tree.zeros_like(tree.like(start, masks.trained))
     for i, part in enumerate(parts):
       mine = Masks(*(_own(m, start, part) for m in masks))
@@ -101,15 +103,18 @@ def phases(*parts: Phase, steps: Sequence[int] | None = None) -> LocalUpdate:
         states.append(state[i])
         continue
       rows = jax.tree.map(lambda x, i=i: x[begins[i] : ends[i]], batches)
-      out = _run(
-        part, base, now, state[i], rows, mine, round, jax.random.fold_in(key, i)
-      )
+      key = jax.random.fold_in(context.key, i)
+      here = context._replace(key=key)
+      out = _run(part, base, now, state[i], rows, mine, here)
       now = tree.add(now, out.update)
       update = tree.merge(tree.map_present(jnp.add, update, out.update), update)
       masks = Masks(*(tree.merge(*pair) for pair in zip(out.masks, masks)))
       states.append(out.state)
-      told.append(out.metrics)
-    return ClientOutput(update, masks, tuple(states), _together(told))
+      outs.append(out)
+    work, metrics = _together(outs)
+    return ClientOutput(
+      update, masks, tuple(states), work=work, metrics=metrics
+    )
 
   return LocalUpdate(init, run)
 
@@ -118,9 +123,9 @@ def _own(x: Any, params: Params, part: Phase) -> Any:
   return tree.select(x, part.scope.labels(params), Shared, Private)
 
 
-def _run(part: Phase, base, start, state, rows, masks, round, key):
+def _run(part: Phase, base, start, state, rows, masks, context):
   def train(start, state):
-    return part.local.run(base, start, state, rows, masks, round, key)
+    return part.local.run(base, start, state, rows, masks, context)
 
   if part.when is None:
     return train(start, state)
@@ -138,26 +143,25 @@ def _run(part: Phase, base, start, state, rows, masks, round, key):
       zeros(shape.update),
       none._replace(held=held),
       state,
-      zeros(shape.metrics),
+      work=zeros(shape.work),
+      metrics=zeros(shape.metrics),
     )
 
   # The round is the same for all clients: under `vmap` this stays a branch.
-  return jax.lax.cond(part.when(round), train, skip, start, state)
+  return jax.lax.cond(part.when(context.round), train, skip, start, state)
 
 
-def _together(told: list[Any]) -> dict[str, Any]:
-  if not told:
+def _together(outs: list[ClientOutput]) -> tuple[Work, dict[str, Any]]:
+  """Returns the sum of the phases' work, and token means of their metrics."""
+  if not outs:
     raise Error('phases: no phase trains a leaf of the parameters.')
-  tokens: Any = sum(m['tokens'] for m in told)
+  work = jax.tree.map(lambda *xs: sum(xs), *(out.work for out in outs))
   mean = lambda name: (
-    sum(m[name] * m['tokens'] for m in told) / jnp.maximum(tokens, 1.0)
+    sum(out.metrics[name] * out.work.tokens for out in outs)
+    / jnp.maximum(work.tokens, 1.0)
   )
-  sums = (
-    *('tokens', 'steps', 'learning_rate_sum'),
-    *('text_tokens', 'loop_steps'),
-  )
-  names = [n for n in told[0] if all(n in m for m in told)]
-  return {n: sum(m[n] for m in told) if n in sums else mean(n) for n in names}
+  shared = [n for n in outs[0].metrics if all(n in o.metrics for o in outs)]
+  return work, {name: mean(name) for name in shared}
 
 
 class Counted(NamedTuple):
@@ -174,10 +178,11 @@ class Counted(NamedTuple):
 def counted(inner: LocalUpdate) -> LocalUpdate:
   """The local update, whose state also counts the client's rounds.
 
+  >>> from fedjax_llm.types import Context
   >>> still = LocalUpdate(lambda p: (), lambda *rest: ClientOutput(
-  ...   None, None, (), {}))
+  ...   None, None))
   >>> update = counted(still)
-  >>> out = update.run(None, None, update.init(None), None, None, 0, None)
+  >>> out = update.run(None, None, update.init(None), None, None, Context())
   >>> int(out.state.rounds)
   1
   """
@@ -185,8 +190,8 @@ def counted(inner: LocalUpdate) -> LocalUpdate:
   def init(trainable):
     return Counted(jnp.int32(0), inner.init(trainable))
 
-  def run(base, start, state, batches, masks, round, key):
-    out = inner.run(base, start, state.inner, batches, masks, round, key)
+  def run(base, start, state, batches, masks, context):
+    out = inner.run(base, start, state.inner, batches, masks, context)
     return out._replace(state=Counted(state.rounds + 1, out.state))
 
   return LocalUpdate(init, run)

@@ -6,16 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import asides
+from fedjax_llm.local.observed import with_statistics
+from fedjax_llm.nodes import Experts, Routing
 from fedjax_llm.types import (
   ClientOutput,
   Error,
-  Experts,
   LocalUpdate,
   Loss,
   Masks,
   Params,
-  Routing,
 )
 
 
@@ -27,23 +26,24 @@ def balanced(loss: Loss, strength: float) -> Loss:
   sum is over weights and layers; for their mean divide the strength.
 
   Raises:
-    Error: a negative strength; from the loss, a network without experts.
+    Error: a negative strength; from the loss, a network without experts, or a
+      loss that gives no statistics (`local.Observed` does).
 
+  >>> from fedjax_llm.local.observed import Observed
   >>> from fedjax_llm.types import LossSum
-  >>> def loss(base, params, batch, key):
-  ...   told = Routing(jnp.array([1.0, 3.0]), None, None, None)
-  ...   asides.pass_on({'layers': told})  # as a network of two layers does
-  ...   return LossSum(jnp.float32(10), jnp.float32(2), jnp.float32(0))
-  >>> float(balanced(loss, 0.5)(None, {}, None, None).total)  # 10 + 2 * 0.5 * 4
+  >>> def both(base, params, batch, key):  # of a network of two layers
+  ...   routing = Routing(jnp.array([1.0, 3.0]), None, None, None)
+  ...   return LossSum(*jnp.float32([10, 2, 0])), {'layers': routing}
+  >>> loss = balanced(Observed(None, both), 0.5)
+  >>> float(loss(None, {}, None, None).total)  # 10 + 2 * 0.5 * 4
   14.0
   """
   if strength < 0:
     raise Error(f'balanced: strength={strength} must not be negative.')
 
   def penalised(base, params, batch, key):
-    with asides.listening() as found:
-      sums = loss(base, params, batch, key)
-    term = sum(jnp.sum(told.balance) for told in _routings(found))
+    sums, statistics = with_statistics(loss)(base, params, batch, key)
+    term = sum(jnp.sum(x.balance) for x in _routings(statistics))
     return sums._replace(total=sums.total + sums.count * strength * term)
 
   return loss if strength == 0 else penalised
@@ -61,12 +61,13 @@ def embeddings(loss: Loss) -> Callable[..., Any]:
   of each of M weights, in the order of `clients.assignment`; the client's
   tokens are those of all its batches of the round.
 
-  >>> from fedjax_llm.types import LossSum, LowRank
-  >>> def loss(base, params, batch, key):
-  ...   told = Routing(None, batch * jnp.ones((1, 2, 1)), batch * jnp.ones(
+  >>> from fedjax_llm.local.observed import Observed
+  >>> from fedjax_llm.types import LossSum
+  >>> def both(base, params, batch, key):  # one token, and one layer
+  ...   routing = Routing(None, batch * jnp.ones((1, 2, 1)), batch * jnp.ones(
   ...     (1, 1)), jnp.ones(1))
-  ...   asides.pass_on({'q': told})  # one token, of a network of one layer
-  ...   return LossSum(batch, batch, batch)
+  ...   return LossSum(batch, batch, batch), {'q': routing}
+  >>> loss = Observed(None, both)
   >>> node = Experts(None, None, None, held=jnp.array([[0, 1]], jnp.uint8))
   >>> batches = jnp.array([1.0, 3.0])
   >>> told = embeddings(loss)(None, {'q': node}, None, batches, None)
@@ -78,9 +79,8 @@ def embeddings(loss: Loss) -> Callable[..., Any]:
     del held  # which experts are is in the nodes
 
     def one(batch) -> Any:
-      with asides.listening() as found:
-        loss(base, params, batch, key)
-      rows = [told._replace(balance=None) for told in _routings(found)]
+      _, statistics = with_statistics(loss)(base, params, batch, key)
+      rows = [x._replace(balance=None) for x in _routings(statistics)]
       return jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
 
     each = jax.lax.map(one, batches)
@@ -101,40 +101,41 @@ def routed(inner: LocalUpdate) -> LocalUpdate:
   """`inner`, in which tokens use the experts that the client holds.
 
   `Experts.held` is what the masks hold of the pool while `inner` trains, which
-  does not train it; the client's update brings it, so a scope that makes it
-  private (`clients.assignment.assigned`) keeps it.
+  does not train it; the client keeps it (`ClientOutput.private`) where the
+  scope makes it private (`clients.assignment.assigned`).
 
-  >>> from fedjax_llm.types import LowRank
+  >>> from fedjax_llm.types import Context, LowRank
   >>> seen = []
-  >>> def run(base, start, state, batches, masks, round, key):
+  >>> def run(base, start, state, batches, masks, context):
   ...   seen.append(start['q'].held.tolist())
-  ...   return ClientOutput(start, masks, (), {})
+  ...   return ClientOutput(start, masks)
   >>> node = Experts(None, LowRank(jnp.ones((1, 3, 1, 1)), None, None), None,
   ...                jnp.zeros((1, 3), jnp.uint8))
   >>> mine = jnp.array([True, False, True]).reshape(1, 3, 1, 1)
   >>> mask = {'q': Experts(None, LowRank(mine, None, None), None, True)}
   >>> update = routed(LocalUpdate(lambda trainable: (), run))
-  >>> out = update.run(None, {'q': node}, (), None, Masks(mask, mask), 0, None)
-  >>> seen, out.update['q'].held.tolist()
+  >>> both = Masks(mask, mask)
+  >>> out = update.run(None, {'q': node}, (), None, both, Context())
+  >>> seen, out.private['q'].held.tolist()
   ([[[1, 0, 1]]], [[1, 0, 1]])
   """
 
   def without(masks: Any) -> Any:
     return _each(lambda m: m._replace(held=None), masks)
 
-  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
+  def run(base, start, state, batches, masks, context) -> ClientOutput:
     def given(x, m):
       mine = jnp.broadcast_to(m.pool.a[..., 0, 0], x.held.shape)
       return x._replace(held=mine.astype(x.held.dtype))
 
     begin = _each(given, start, masks.held)
     out = inner.run(
-      base, begin, state, batches, Masks(*map(without, masks)), round, key
+      base, begin, state, batches, Masks(*map(without, masks)), context
     )
-    note = lambda u, new, old: u._replace(held=new.held - old.held)
+    mine = lambda x, new: x._replace(held=new.held)
     both = lambda mine, all: mine._replace(held=all.held)
     return out._replace(
-      update=_each(note, out.update, begin, start),
+      private=_each(mine, jax.tree.map(lambda _: None, start), begin),
       masks=Masks(*(_each(both, x, y) for x, y in zip(out.masks, masks))),
     )
 
@@ -159,13 +160,10 @@ def _each(change: Callable[..., Any], first: Any, *rest: Any) -> Any:
   return jax.tree.map(node, first, *rest, is_leaf=is_leaf)
 
 
-def _routings(found: list[Any]) -> list[Routing]:
-  is_told = lambda x: isinstance(x, Routing)
-  told = filter(is_told, jax.tree.leaves(found, is_leaf=is_told))
-  told = list(told)
-  if not told:
-    raise Error(
-      'the network told nothing of experts: it has none, or is not one of '
-      'models that walk over layers.'
-    )
-  return told
+def _routings(statistics: Any) -> list[Routing]:
+  is_routing = lambda x: isinstance(x, Routing)
+  leaves = jax.tree.leaves(statistics, is_leaf=is_routing)
+  routings = list(filter(is_routing, leaves))
+  if not routings:
+    raise Error('the network has no experts, so it has no statistics of them.')
+  return routings

@@ -1,22 +1,28 @@
 """Local training: a scan of optimizer steps on one client's batches."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import tree
+from fedjax_llm import batching, tree
+from fedjax_llm.local.gradients import backprop
+from fedjax_llm.local.one_way import one_way
 from fedjax_llm.local.optimizers import LocalOptimizer
 from fedjax_llm.types import (
+  Base,
   Batch,
   ClientOutput,
+  Context,
   Error,
+  Gradient,
   LocalUpdate,
   Loss,
   LossSum,
   Masks,
   Params,
+  Work,
   known,
 )
 
@@ -26,8 +32,8 @@ def sgd(
   optimizer: LocalOptimizer,
   *,
   prox: float = 0.0,
-  clip_norm: float | None = None,
   keep_optimizer: bool = False,
+  gradient: Gradient = backprop,
 ) -> LocalUpdate:
   """S steps of an optimizer on loss + prox / 2 * ||p - start||^2.
 
@@ -40,53 +46,51 @@ def sgd(
       token mean.
     optimizer: from `optimizer(...)`.
     prox: mu of FedProx.
-    clip_norm: bound on the gradient's norm over the whole adapter.
     keep_optimizer: the client keeps its optimizer state between rounds; by
       default it starts afresh, as in federated averaging.
+    gradient: how the gradient of a step is estimated (`local.gradients`).
 
   Raises:
-    Error: a negative prox or a clip_norm that is not positive.
+    Error: a negative prox.
 
+  >>> from fedjax_llm.types import Context
   >>> from fedjax_llm.local.optimizers import optimizer
   >>> slope = lambda base, p, x, key: LossSum(p['w'] * x, *jnp.float32([1, 0]))
   >>> update = sgd(slope, optimizer('sgd', 0.1))
   >>> masks = Masks(*[{'w': jnp.bool_(True)}] * 2)
   >>> out = update.run(None, {'w': jnp.float32(1)}, (), jnp.array([2.0, 3.0]),
-  ...                  masks, 0, jax.random.key(0))
+  ...                  masks, Context(key=jax.random.key(0)))
   >>> round(float(out.update['w']), 4)  # two steps: -0.1 * (2 + 3)
   -0.5
   """
   if known(prox) and prox < 0:
     raise Error(f'prox is {prox}; it must be 0 or more.')
-  if clip_norm is not None and known(clip_norm) and clip_norm <= 0:
-    raise Error(f'clip_norm is {clip_norm}; it must be above 0.')
 
-  def adjust(grads, trained, start):
-    if clip_norm is not None:
-      grads = clip(grads, clip_norm)
-    if not known(prox) or prox:
-      # A sum of squares: the gradient of a norm at zero would be NaN. Added
-      # after clipping, which bounds what the data say.
-      grads = tree.map_present(
-        lambda g, p, s: g + prox * (p - s), grads, trained, start
-      )
-    return grads
+  def pull(grads, now, start):
+    # A sum of squares: the gradient of a norm at zero would be NaN.
+    return tree.map_present(
+      lambda g, p, s: g + prox * (p - s), grads, now, start
+    )
 
   def init(trainable: Params) -> Any:
     return optimizer.init(trainable) if keep_optimizer else ()
 
-  def run(base, start, state, batches, masks, round, key) -> ClientOutput:
+  def run(base, start, state, batches, masks, context) -> ClientOutput:
     trained = tree.like(start, masks.trained)
-    optimizer_state = state if keep_optimizer else optimizer.init(trained)
-    end, optimizer_state, metrics = descend(
-      loss, optimizer, base, start, optimizer_state, batches, masks, round, key,
-      lambda grads, now: adjust(grads, now, trained),
+    adjust = None
+    if not known(prox) or prox:
+      adjust = lambda grads, now: pull(grads, now, trained)
+    moments = state if keep_optimizer else optimizer.init(trained)
+    out = descend(
+      loss, optimizer, base, start, moments, batches, masks, context, adjust,
+      gradient,
     )  # fmt: skip
     return ClientOutput(
-      update=tree.sub(end, trained),
+      update=tree.sub(out.end, trained),
       masks=masks,
-      state=optimizer_state if keep_optimizer else (),
-      metrics=metrics,
+      state=out.optimizer if keep_optimizer else (),
+      work=out.work,
+      metrics=out.metrics,
     )
 
   return LocalUpdate(init, run)
@@ -98,37 +102,48 @@ def clip(grads: Params, clip_norm: float) -> Params:
   return tree.scale(grads, jnp.minimum(1.0, clip_norm / (norm + 1e-12)))
 
 
+class Descent(NamedTuple):
+  """The end of a scan over steps."""
+
+  end: Params  # trained leaves
+  optimizer: Any  # its state
+  rates: Any  # [] float32, the sum of the learning rates of the steps taken
+  work: Work
+  metrics: dict[str, jax.Array]
+
+
 def descend(
   loss: Loss,
   optimizer: LocalOptimizer,
-  base: Any,
+  base: Base,
   start: Params,
   optimizer_state: Any,
   batches: Any,
   masks: Masks,
-  round: jax.Array,
-  key: jax.Array,
-  adjust: Callable[[Params, Params], Params],
-) -> tuple[Params, Any, dict[str, jax.Array]]:
+  context: Context,
+  adjust: Callable[[Params, Params], Params] | None = None,
+  gradient: Gradient = backprop,
+) -> Descent:
   """The scan over steps that every gradient-based local update shares.
 
-  `adjust(grads, now) -> grads` is where they differ. Returns the trained
-  leaves at the end, the optimizer state and the metrics.
+  A step clips what the data say to `optimizer.clip_norm`, then applies
+  `adjust(grads, now) -> grads`, which is where the updates differ.
   """
   num_steps = jax.tree.leaves(batches)[0].shape[0]
   texts, needed = _contents(batches, num_steps)
-
-  def mean_loss(trained, batch, key):
-    sums = loss(base, tree.merge(trained, start), batch, key)
-    return sums.total / jnp.maximum(sums.count, 1.0), sums
+  round, key = context.round, context.key
 
   def step(index, carry):
-    trained, optimizer_state, told = carry
+    trained, optimizer_state, totals = carry
     batch = jax.tree.map(lambda x: jnp.asarray(x)[index], batches)
-    grads, sums = jax.grad(mean_loss, has_aux=True)(
-      trained, batch, jax.random.fold_in(key, index)
+    grads, sums = gradient(
+      loss, base, trained, start, batch, jax.random.fold_in(key, index)
     )
-    grads = tree.apply_mask(adjust(grads, trained), masks.trained)
+    if optimizer.clip_norm is not None:
+      grads = clip(grads, optimizer.clip_norm)
+    if adjust is not None:
+      grads = adjust(grads, trained)
+    grads = tree.apply_mask(grads, masks.trained)
     count = round * num_steps + index
     updates, new_state = optimizer.update(
       grads, optimizer_state, trained, count
@@ -146,48 +161,46 @@ def descend(
     return (
       tree.map_present(keep, new, trained),
       jax.tree.map(keep, new_state, optimizer_state),
-      jax.tree.map(lambda t, x: t + jnp.where(real, x, 0), told, now),
+      jax.tree.map(lambda t, x: t + jnp.where(real, x, 0), totals, now),
     )
 
   trained = tree.like(start, masks.trained)
   zero = jnp.float32(0)
-  told = (LossSum(zero, zero, zero), jnp.int32(0), zero, zero)
+  totals = (LossSum(zero, zero, zero), jnp.int32(0), zero, zero)
   # Steps of padding at the end are not computed: under `vmap` the loop ends
   # with the client that needs most. A loop whose end depends on data has no
   # gradient in reverse; one of all steps is a scan, and has.
   if optimizer.differentiable:
     needed, step = num_steps, jax.checkpoint(step, prevent_cse=False)
-  end, optimizer_state, told = jax.lax.fori_loop(
-    0, needed, step, (trained, optimizer_state, told)
+  end, optimizer_state, totals = jax.lax.fori_loop(
+    0, needed, step, (trained, optimizer_state, totals)
   )
-  sums, taken, rate, norm = told
+  if texts and not optimizer.differentiable:
+    end = one_way(
+      end,
+      'local training has no gradient in reverse: build its optimizer with '
+      'differentiable=True.',
+    )
+  sums, taken, rates, norm = totals
+  work = Work(tokens=sums.count, steps=taken)
+  if texts:
+    used = sum(jnp.sum(x.segments > 0, dtype=jnp.float32) for x in texts)
+    work = work._replace(used=used, turns=jnp.int32(needed))
   metrics = {
     'loss': sums.total / jnp.maximum(sums.count, 1.0),
     'accuracy': sums.correct / jnp.maximum(sums.count, 1.0),
-    'tokens': sums.count,
-    'steps': taken,
-    'learning_rate_sum': rate,
     'grad_norm': norm / jnp.maximum(taken, 1),
   }
-  if texts:
-    metrics['text_tokens'] = sum(
-      jnp.sum(x.segments > 0, dtype=jnp.float32) for x in texts
-    )
-    metrics['loop_steps'] = needed
-  return end, optimizer_state, metrics
+  return Descent(end, optimizer_state, rates, work, metrics)
 
 
 def _contents(batches: Any, num_steps: int) -> tuple[list[Batch], Any]:
-  """The texts of [S, ...] batches, and up to which step there are any.
+  """The texts of [S, ...] batches, and up to which step they hold anything.
 
-  Batches of something else than texts are taken to fill every step.
+  Batches of an unknown kind are taken to fill every step.
   """
-  is_text = lambda x: isinstance(x, Batch)
-  leaves = jax.tree.leaves(batches, is_leaf=is_text)
-  texts = [x for x in leaves if is_text(x)]
-  if len(texts) < len(leaves):
+  some = batching.real(batches)
+  if some is None:
     return [], num_steps
-  some = jnp.zeros(num_steps, bool)
-  for x in texts:
-    some |= jnp.any(x.segments > 0, axis=tuple(range(1, x.segments.ndim)))
-  return texts, jnp.max(jnp.where(some, jnp.arange(num_steps) + 1, 0))
+  last = jnp.max(jnp.where(some, jnp.arange(num_steps) + 1, 0))
+  return batching.texts(batches), last

@@ -34,15 +34,20 @@ class Places(NamedTuple):
   segments: Any
 
 
-def visible(queries: Places, keys: Places, window, causal: bool) -> jax.Array:
+def visible(
+  queries: Places, keys: Places, window, causal: bool, shared: int = 0
+) -> jax.Array:
   """Which keys a query may read, bool [B, T, S].
 
   The same text, no later place, and fewer than `window` places back (0: the
-  whole text). It reads places, not indices, so a cache may have gaps.
+  whole text). It reads places, not indices, so a cache may have gaps. The first
+  `shared` keys are of every text.
   """
   same = queries.segments[:, :, None] == keys.segments[:, None, :]
   distance = queries.positions[:, :, None] - keys.positions[:, None, :]
   seen = same & (keys.segments > 0)[:, None, :]
+  if shared:
+    seen |= np.arange(keys.segments.shape[1]) < shared
   if causal:
     seen &= distance >= 0
   if window is not None:
@@ -112,6 +117,8 @@ def attention(
   softcap: float = 0.0,
   implementation: str = 'blocked',
   block: int = 128,
+  shared: int = 0,
+  ahead: int = 0,
 ) -> jax.Array:
   """softmax(cap(scale * q k^T)) v over the visible keys.
 
@@ -129,6 +136,10 @@ def attention(
   texts stand in the order of their places. Rows of up to `block` tokens are
   one block.
 
+  The first `shared` keys are prompt rows, which every text sees, in the
+  segment 0 where each query should see them once; the first `ahead` of them
+  have no query, so that S = ahead + T where texts are compared with themselves.
+
   >>> x = jnp.ones([1, 3, 2, 4])
   >>> places = Places(jnp.arange(3)[None], jnp.ones([1, 3], jnp.int32))
   >>> attention(x, x, x, places, places, implementation='xla').shape
@@ -137,33 +148,39 @@ def attention(
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   same = {'window': window, 'causal': causal, 'scale': scale}
   if implementation == 'blocked':
-    return _blocked(
-      q, k, v, queries, keys, softcap=softcap, block=block, **same
-    )
+    same = {**same, 'softcap': softcap, 'shared': shared}
+    return _blocked(q, k, v, queries, keys, block=block, ahead=ahead, **same)
   if implementation == 'splash':
+    if shared:
+      raise Error(
+        "attention='splash' has no prompt rows that several texts see: use "
+        'auto.'
+      )
     return splash(q, k, v, queries, keys, softcap=softcap, **same)
   if implementation not in IMPLEMENTATIONS or softcap:
     raise Error(f'attention={implementation!r} cannot do this ({softcap=}).')
-  seen = visible(queries, keys, window, causal)[:, None]
+  seen = visible(queries, keys, window, causal, shared)[:, None]
   fused: Any = implementation
   return jax.nn.dot_product_attention(
     q, k, v, mask=seen, scale=scale, implementation=fused
   )
 
 
-def plain(q, k, v, queries, keys, *, window, causal, scale, softcap):
+def plain(q, k, v, queries, keys, *, window, causal, scale, softcap, shared=0):
   """The formula as it stands: all scores at once, [B, KV, T, H / KV, S]."""
   groups = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
   scores = jnp.einsum(
     'btkgd,bskd->bktgs', groups, k, preferred_element_type=jnp.float32
   )
-  seen = visible(queries, keys, window, causal)[:, None, :, None, :]
+  seen = visible(queries, keys, window, causal, shared)[:, None, :, None, :]
   scores = jnp.where(seen, softcapped(scores * scale, softcap), MASKED)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   return jnp.einsum('bktgs,bskd->btkgd', weights, v).reshape(q.shape)
 
 
-def _heads_first(q, k, v, queries, keys, *, window, causal, scale, softcap):
+def _heads_first(
+  q, k, v, queries, keys, *, window, causal, scale, softcap, shared
+):
   """`plain` on q [B, KV, G, T, D] and k, v [B, KV, S, D].
 
   Divides by the sum of the weights after the product, so that of all T x S
@@ -172,7 +189,7 @@ def _heads_first(q, k, v, queries, keys, *, window, causal, scale, softcap):
   scores = jnp.einsum(
     'bkgtd,bksd->bkgts', q * scale, k, preferred_element_type=jnp.float32
   )
-  seen = visible(queries, keys, window, causal)[:, None, None]
+  seen = visible(queries, keys, window, causal, shared)[:, None, None]
   scores = jnp.where(seen, softcapped(scores, softcap), MASKED)
   largest = scores.max(-1, keepdims=True)
   # The weights do not depend on what is subtracted.
@@ -198,15 +215,14 @@ _again = functools.partial(
 )
 
 
-def _blocked(q, k, v, queries, keys, *, window, block, causal, **settings):
+def _blocked(
+  q, k, v, queries, keys, *, window, block, causal, shared, ahead, **settings
+):
   length, size, heads = q.shape[1], k.shape[1], k.shape[2]
-  if length <= block and length < size:  # a cache stays as it lies
-    return plain(
-      q, k, v, queries, keys, window=window, causal=causal, **settings
-    )
-  attend = functools.partial(
-    _heads_first, window=window, causal=causal, **settings
-  )
+  settings.update(window=window, causal=causal, shared=shared)
+  if length <= block and length < size - ahead:  # a cache stays as it lies
+    return plain(q, k, v, queries, keys, **settings)
+  attend = functools.partial(_heads_first, **settings)
   q = jnp.moveaxis(q.reshape(*q.shape[:2], heads, -1, q.shape[-1]), 1, 3)
   k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
 
@@ -227,14 +243,21 @@ def _blocked(q, k, v, queries, keys, *, window, block, causal, **settings):
 
   blocks = split(q, 3), jax.tree.map(lambda x: split(x, 1), queries)
   # The slots of a cache may hold tokens in any order.
-  ordered = causal and length == size
+  ordered = causal and length == size - ahead
   back = int(window) if ordered and isinstance(window, int | np.integer) else 0
   reach = min(block + back - 1, size) if back else size
 
   def near(index, block_of_q, places):
-    """One block against the keys of its window."""
-    start = jnp.clip(index * block - back + 1, 0, size - reach)
-    cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, reach, axis)
+    """One block against the keys of its window, and those of every text."""
+    start = jnp.clip(ahead + index * block - back + 1, 0, size - reach)
+
+    def cut(x, axis):
+      part = jax.lax.dynamic_slice_in_dim(x, start, reach, axis)
+      if not shared:
+        return part
+      front = jax.lax.slice_in_dim(x, 0, shared, axis=axis)
+      return jnp.concatenate([front, part], axis)
+
     own = jax.tree.map(lambda x: cut(x, 1), keys)
     return attend(block_of_q, cut(k, 2), cut(v, 2), places, own)
 
@@ -253,7 +276,7 @@ def _blocked(q, k, v, queries, keys, *, window, block, causal, **settings):
   out = []
   for group in range(groups):
     part = slice(num * group // groups, num * (group + 1) // groups)
-    end = min(part.stop * block, size) if ordered else size
+    end = min(ahead + part.stop * block, size) if ordered else size
     body = _again(near if reach < size else upto(end))
     xs = jax.tree.map(lambda x, part=part: x[part], blocks)
     out.append(

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from fedjax_llm.models import layers, rope
-from fedjax_llm.models.attention import attention
+from fedjax_llm.models.attention import Places, attention
 from fedjax_llm.models.config import Config
+from fedjax_llm.nodes.protocol import Record
 
 
 class Layer(NamedTuple):
@@ -28,7 +30,23 @@ def child(params: Any, name: str) -> Any:
   return params.get(name) if isinstance(params, Mapping) else None
 
 
-def block(config: Config, implementation: str, x, layer: Layer, context):
+class Context(NamedTuple):
+  """What all layers share."""
+
+  queries: Places  # of the rows, [B, T]
+  keys: Places  # of what they are compared with, [B, S]
+  slot: Any = 0  # of the cache, where the first row goes
+  shared: int = 0  # keys in front that every text sees
+
+
+def block(
+  config: Config,
+  implementation: str,
+  x,
+  layer: Layer,
+  context: Context,
+  record: Record | None = None,
+):
   """One layer, [B, T, D] -> [B, T, D], and its keys and values."""
   w = layer.base
   p: Mapping[str, Any] = layer.params or {}
@@ -37,10 +55,11 @@ def block(config: Config, implementation: str, x, layer: Layer, context):
     return layers.norm(x, w[name], p.get(name), config.norm, config.norm_eps)
 
   def attend(y):
-    return _attention(config, implementation, y, layer, context)
+    return _attention(config, implementation, y, layer, context, record)
 
   def mlp(y):
-    return layers.mlp(y, w['mlp'], p.get('mlp') or {}, config.activation)
+    own = p.get('mlp') or {}
+    return layers.mlp(y, w['mlp'], own, config.activation, record)
 
   if config.residual == 'post':
     y, kv = attend(x)
@@ -60,12 +79,19 @@ def block(config: Config, implementation: str, x, layer: Layer, context):
   return x + mlp(norm(x, 'post_attention_layernorm')), kv
 
 
-def _attention(config: Config, implementation: str, y, layer: Layer, context):
-  queries, keys, slot = context
+def _attention(
+  config: Config,
+  implementation: str,
+  y,
+  layer: Layer,
+  context: Context,
+  record: Record | None,
+):
   w, p = layer.base['self_attn'], child(layer.params, 'self_attn') or {}
 
   def heads(name, num):
-    x = layers.linear(y, w[f'{name}_proj'], p.get(f'{name}_proj'))
+    leaf = p.get(f'{name}_proj')
+    x = layers.linear(y, w[f'{name}_proj'], leaf, record=record)
     x = x.reshape(*x.shape[:2], num, config.head_dim)
     if config.qk_norm and name != 'v':
       name = f'{name}_norm'
@@ -77,16 +103,25 @@ def _attention(config: Config, implementation: str, y, layer: Layer, context):
   v = heads('v', config.num_kv_heads)
   if layer.angles is not None:
     q, k = rope.rotate(q, layer.angles), rope.rotate(k, layer.angles)
+  ahead = 0
   if layer.keys is not None:
     put = jax.lax.dynamic_update_slice_in_dim
-    k = put(layer.keys, k, slot, axis=1)
-    v = put(layer.values, v, slot, axis=1)
+    k = put(layer.keys, k, context.slot, axis=1)
+    v = put(layer.values, v, context.slot, axis=1)
+  elif p.get('prefix') is not None:  # a cache has it already
+    front = p['prefix'].before(k)
+    ahead = front[0].shape[1]
+    k, v = (
+      jnp.concatenate(pair, axis=1) for pair in zip(front, (k, v), strict=True)
+    )
   y = attention(
     q,
     k,
     v,
-    queries,
-    keys,
+    context.queries,
+    context.keys,
+    shared=context.shared,
+    ahead=ahead,
     window=layer.window,
     causal=config.causal,
     scale=config.score_scale,
@@ -94,4 +129,5 @@ def _attention(config: Config, implementation: str, y, layer: Layer, context):
     implementation=implementation,
   )
   y = y.reshape(*y.shape[:2], -1)
-  return layers.linear(y, w['o_proj'], p.get('o_proj')), (k, v)
+  y = layers.linear(y, w['o_proj'], p.get('o_proj'), record=record)
+  return y, (k, v)

@@ -16,6 +16,7 @@ import numpy as np
 
 from fedjax_llm.models import requests, tenants
 from fedjax_llm.models.load import LoadedModel
+from fedjax_llm.models.prompts import front
 from fedjax_llm.models.transformer import Decoder
 from fedjax_llm.types import Base, Batch, Error, Key, Model, Params
 
@@ -51,6 +52,10 @@ def generate(
   is empty. A `LoadedModel` keeps keys and values in a cache; a bare `Model`
   reads the whole text again for each token, to the same end.
 
+  A soft prompt or a prefix in `params` (`nodes.Prompt`, `nodes.Prefix`) stands
+  in front of every text and takes as many of the model's positions as it has
+  rows; adapters that share a batch have none.
+
   Raises `Error` for an empty prompt, a token outside the vocabulary, a text
   longer than the model's positions, a temperature without key and seeds, and
   adapters that are not of this base.
@@ -74,7 +79,8 @@ def generate(
   if batch_size < 1:
     raise Error(f'{batch_size=} must be at least 1.')
   config = model.config if isinstance(model, LoadedModel) else None
-  requests.check(config, prompts, max_new_tokens)
+  length = front(params).length
+  requests.check(config, prompts, max_new_tokens, length)
   draws = requests.seeds(seeds, len(prompts))
   owners = requests.owners(which, params, adapters, len(prompts))
   if owners is not None:
@@ -143,7 +149,7 @@ def _cached(decoder: Decoder, base, params, tokens, lengths, num_new):
   rows, width = tokens.shape
 
   def start():
-    cache = decoder.empty(rows, width + num_new)
+    cache = decoder.begin(base, params, rows, width + num_new)
     batch = _texts(tokens, lengths)
     hidden, cache = decoder.extend(base, params, batch, cache, 0)
     return _at(hidden, lengths - 1), cache

@@ -12,96 +12,66 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm.adapters import experts
-from fedjax_llm.adapters.changes import Amended, Dora, factors, gain, is_node
-from fedjax_llm.models import quantised
 from fedjax_llm.models.attention import Places as Places
 from fedjax_llm.models.attention import attention as attention
 from fedjax_llm.models.attention import softcapped as softcapped
-from fedjax_llm.types import Error, Experts
+from fedjax_llm.nodes import protocol
+from fedjax_llm.nodes.dense import times
+from fedjax_llm.nodes.protocol import Record
 
 # ---------------------------------------------------------------- weights --
 
 
-def linear(x, w: Mapping[str, Any], leaf=None, out_dtype=None) -> jax.Array:
-  """x @ W (+ bias) + what the adapter adds, [..., D] -> [..., F].
+def linear(
+  x,
+  w: Mapping[str, Any],
+  leaf: Any = None,
+  out_dtype: Any = None,
+  record: Record | None = None,
+) -> jax.Array:
+  """Returns x @ W (+ bias) as the adapter changes it, [..., D] -> [..., F].
 
-  The one place where an adapter acts:
-
-      LowRank(a, b, scale)    y += scale * (x @ a) @ b
-      an array [D, F]         y += x @ delta
-      Dora(direction, m)      y = gain * (x @ W + the direction's change)
-      Experts                 y += what its experts say of x
-      {'kernel': leaf, 'bias': array}     both, or one of them
-      None                    nothing
-
-  Another node with `factors()` acts as those factors.
+  The one place where an adapter acts. `leaf` is a node on W, or a dict of what
+  stands at 'kernel', 'bias', 'input' and 'output'; a node says itself what it
+  does there (`nodes.protocol`), and `record` gathers the statistics of those
+  that have any.
 
   The change stays a product of its own, so that under `vmap` over adapters
   the base product is one unbatched matmul with the rows of all clients. A
   quantised kernel is written out for that product alone; what was folded into
-  it is a product of its own (`Amended`).
+  it is a product of its own (`nodes.Amended`).
 
-  >>> from fedjax_llm.types import LowRank
+  >>> from fedjax_llm.nodes import LowRank
   >>> x = jnp.ones([1, 2])
   >>> w = {'kernel': jnp.eye(2)}
   >>> leaf = LowRank(jnp.ones([2, 1]), jnp.ones([1, 2]), scale=0.5)
   >>> linear(x, w, leaf).tolist()
   [[2.0, 2.0]]
   """
-  dtype = x.dtype if out_dtype is None else out_dtype
-
-  def dot(x, kernel):
-    if isinstance(kernel, Amended):
-      return dot(x, kernel.weight) + dot(x, kernel.change)
-    kernel = quantised.dense(kernel, x.dtype)
-    return jnp.matmul(x, kernel, preferred_element_type=dtype)
-
-  def plain(kernel):
-    if isinstance(kernel, Amended):
-      return plain(kernel.weight) + kernel.change
-    return quantised.dense(kernel, jnp.float32)
-
-  change = change_of(leaf, 'kernel', 'kernel')
-  if isinstance(change, Dora):
-    y = linear(x, {'kernel': w['kernel']}, change.direction, dtype)
-    y = y * gain(plain(w['kernel']), change).astype(dtype)
-  else:
-    y = dot(x, w['kernel'])
+  on = lambda name: protocol.at(leaf, name)
+  kernel = w['kernel']
+  x = protocol.act(on('input'), x, x, None, record)
+  y = times(x, kernel, x.dtype if out_dtype is None else out_dtype)
+  y = protocol.act(on('kernel'), x, y, kernel, record)
   if 'bias' in w:
-    y = y + changed(w, leaf, 'bias').astype(dtype)
-  if change is None or isinstance(change, Dora):
-    return y
-  if isinstance(change, Experts):
-    return y + experts.added(x, change).astype(dtype)
-  node = factors(change)
-  if node is None:
-    return y + dot(x, change)
-  scale = jnp.asarray(node.scale, x.dtype)
-  y = y + dot((x @ node.a.astype(x.dtype)) * scale, node.b)
-  return y if node.residual is None else y + dot(x, node.residual)
-
-
-def change_of(leaf: Any, name: str, main: str) -> Any:
-  """What an adapter's leaf says about the weight `name` of a module.
-
-  A leaf that is no dict is about the module's `main` weight.
-  """
-  if isinstance(leaf, Mapping):
-    return leaf.get(name)
-  return leaf if name == main else None
+    y = y + changed(w, leaf, 'bias').astype(y.dtype)
+  return protocol.act(on('output'), x, y, None, record)
 
 
 def changed(w: Mapping[str, Any], leaf: Any, name: str, main: str = 'kernel'):
-  """The weight `name` with the adapter's dense change, if there is one."""
-  change = change_of(leaf, name, main)
-  return w[name] if change is None else w[name] + change
+  """Returns the vector `name` of a module as the adapter changes it."""
+  change = protocol.at(leaf, name, main)
+  if change is None:
+    return w[name]
+  if protocol.is_node(change):
+    return protocol.write(change, w[name])
+  return w[name] + change  # not rounded to the weight's dtype
 
 
 def embed(tokens, w: Mapping[str, Any], leaf, dtype) -> jax.Array:
   """Rows of the embedding (+ those of a dense change), [...] -> [..., D]."""
   rows = jnp.take(w['embedding'], tokens, axis=0).astype(dtype)
-  leaf = change_of(leaf, 'embedding', 'embedding')
+  leaf = protocol.at(leaf, 'embedding', 'embedding')
   if leaf is None:
     return rows
   return rows + jnp.take(leaf, tokens, axis=0).astype(dtype)
@@ -128,34 +98,6 @@ def norm(x, w: Mapping[str, Any], leaf, kind: str, eps: float) -> jax.Array:
   return wide.astype(x.dtype)
 
 
-def check_adapter(base: Any, params: Any, path: tuple[str, ...] = ()) -> None:
-  """Raises `Error` where an adapter names a weight that the base lacks."""
-  if params is None:
-    return
-  where = '/'.join(path) or 'the adapter'
-  if not isinstance(base, Mapping):  # a weight: {'bias': change} of a module
-    if is_node(params) and path[-1] == 'kernel':
-      return
-    if getattr(params, 'shape', None) != base.shape:
-      raise Error(
-        f'The adapter has {where}, which no layer of the model reads.'
-      )
-    return
-  if isinstance(params, Mapping):
-    for name, child in params.items():
-      if name not in base:
-        have = ', '.join(sorted(base))
-        raise Error(
-          f'The adapter has {"/".join((*path, name))}, but the model has only '
-          f'{have} there.'
-        )
-      check_adapter(base[name], child, (*path, name))
-  elif is_node(params) and 'kernel' not in base:
-    raise Error(f'A low-rank adapter cannot act on {where}: it is no matrix.')
-  elif not {'kernel', 'scale', 'embedding'} & set(base):
-    raise Error(f'The adapter has an array at {where}, which is no weight.')
-
-
 # --------------------------------------------------------------------- mlp --
 
 _gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
@@ -170,13 +112,20 @@ ACTIVATIONS = {
 }
 
 
-def mlp(x, w, p: Mapping[str, Any], activation: str) -> jax.Array:
+def mlp(
+  x,
+  w,
+  p: Mapping[str, Any],
+  activation: str,
+  record: Record | None = None,
+) -> jax.Array:
   """down(act(up x)), or down(act(gate x) * up x) where there is a gate
   (arXiv:2002.05202)."""
   act = ACTIVATIONS[activation]
-  inner = linear(x, w['up_proj'], p.get('up_proj'))
+  project = lambda x, name: linear(x, w[name], p.get(name), record=record)
+  inner = project(x, 'up_proj')
   if 'gate_proj' in w:
-    inner = act(linear(x, w['gate_proj'], p.get('gate_proj'))) * inner
+    inner = act(project(x, 'gate_proj')) * inner
   else:
     inner = act(inner)
-  return linear(inner, w['down_proj'], p.get('down_proj'))
+  return project(inner, 'down_proj')

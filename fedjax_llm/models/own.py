@@ -6,11 +6,13 @@
 targets ('hidden', 'layers/0/up', '.*'); `bind` gives the network with a
 client's adapter in it, and `loss` or `model` make of it what a recipe takes.
 
-LoRA on a matrix [D, F] of `nnx.Linear` and `linen.Dense` is a product of its
-own beside theirs, so that under `vmap` over clients the base is one unbatched
-matmul. Every other change (of layers that a scan stacks, of convolutions, of
-biases, of plain functions) is written into the weights, which costs a copy of
-these weights for each client: fine for small modules.
+Low-rank factors on a matrix [D, F] of `nnx.Linear` and `linen.Dense` are a
+product of their own beside theirs, so that under `vmap` over clients the base
+is one unbatched matmul. Every other change (of layers that a scan stacks, of
+convolutions, of biases, of plain functions) is written into the weights, which
+costs a copy of these weights for each client: fine for small modules. A node
+that no weight can hold (experts, bottlenecks, prompts) is refused with its
+reason, and there are no statistics of nodes.
 """
 
 import functools
@@ -21,9 +23,10 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm.adapters import changes
-from fedjax_llm.models import families, layers
+from fedjax_llm.models import families
 from fedjax_llm.models.config import Config
 from fedjax_llm.models.load import LoadedModel
+from fedjax_llm.nodes import LowRank, protocol
 from fedjax_llm.types import (
   Base,
   Batch,
@@ -31,7 +34,6 @@ from fedjax_llm.types import (
   Key,
   Loss,
   LossSum,
-  LowRank,
   Model,
   Params,
 )
@@ -113,8 +115,8 @@ def own(network: Any, weights: Any = None) -> Own:
   ...   ids=jnp.arange(5), batches={'x': x, 'y': jnp.argmax(x[..., :3], -1)},
   ...   weight=jnp.ones(5), valid=jnp.ones(5, bool))
   >>> state = algorithm.init(jax.random.key(2), params)
-  >>> state, _, told = jax.jit(algorithm.round)(state, cohort, mine.base)
-  >>> bool(told['local/loss'] > 0)
+  >>> state, _, info = jax.jit(algorithm.round)(state, cohort, mine.base)
+  >>> bool(info.metrics['local/loss'] > 0)
   True
   """
   homes = [c.__module__.split('.') for c in type(network).__mro__]
@@ -147,7 +149,7 @@ def _door(base: Base, assemble: Callable[..., Network]) -> Own:
 
   def bind(base: Base, params: Params, key: Key | None = None) -> Network:
     base, params = changes.overlay(base, params)
-    layers.check_adapter(base, params)
+    changes.check(base, params)
     return assemble(base, params, key)
 
   def loss(score: Callable[[Network, Any], Any]) -> Loss:
@@ -220,10 +222,12 @@ def _apart(
   params: Any, beside: Callable[[Path], bool], path: Path = ()
 ) -> tuple[dict[Path, LowRank], Any]:
   """(LoRA that acts beside its matrix, the changes to write into weights)."""
-  matrix = isinstance(params, LowRank) and jnp.ndim(params.a) == 2
-  if matrix and beside(path[:-1] if path[-1] == 'kernel' else path):
-    return {path[:-1] if path[-1] == 'kernel' else path: params}, None
   if not isinstance(params, Mapping):
+    node = protocol.factors(params)
+    if node is not None and jnp.ndim(node.a) == 2:
+      module = path[:-1] if path[-1] == 'kernel' else path
+      if beside(module):
+        return {module: node}, None
     return {}, params
   acting, written = {}, {}
   for name, child in params.items():
@@ -233,13 +237,8 @@ def _apart(
 
 
 def _added(y: jax.Array, x: jax.Array, node: LowRank) -> jax.Array:
-  """y + scale * (x a) b, in y's dtype."""
-  scale = jnp.asarray(node.scale, y.dtype)
-  a, b = (jnp.asarray(leaf, y.dtype) for leaf in (node.a, node.b))
-  y = y + ((x.astype(y.dtype) @ a) * scale) @ b
-  if node.residual is None:
-    return y
-  return y + x.astype(y.dtype) @ node.residual.astype(y.dtype)
+  """y with the change of a node, in y's dtype."""
+  return node.act(x.astype(y.dtype), y)
 
 
 # --------------------------------------------------------------------- nnx --

@@ -19,10 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm.adapters.changes import Amended
+from fedjax_llm.nodes import dense as dense_lib
 from fedjax_llm.types import Base, Error
 
 KINDS = ('int8', 'int4', 'nf4')
+dense = dense_lib.values
 BLOCK = 64  # inputs that share a scale, where 64 divides their number
 
 
@@ -58,16 +59,6 @@ def _quantise(kernel, kind, block):
 
   # One layer after another: nf4 compares every weight with 16 levels.
   return jax.lax.map(one, kernel) if kernel.ndim > 2 else one(kernel)
-
-
-def dense(kernel: Any, dtype: Any) -> jax.Array:
-  """The kernel as an array: what it stands for if it is quantised."""
-  if isinstance(kernel, Amended):
-    whole = dense(kernel.weight, jnp.float32) + kernel.change
-    return whole.astype(dtype)
-  if hasattr(kernel, 'qvalue'):
-    kernel = _qwix().dequantize(kernel)
-  return kernel.astype(dtype)
 
 
 def leaf(path: Sequence[str], value: jax.Array, kind: str | None) -> Any:

@@ -52,8 +52,12 @@ def check(
   config: Config | None,
   prompts: Sequence[Sequence[int]],
   max_new_tokens: int,
+  num_rows: int = 0,
 ) -> None:
-  """Raises `Error` for a prompt that cannot be read, or not be gone on with."""
+  """Raises `Error` for a prompt that cannot be read, or not be gone on with.
+
+  `num_rows` is the number of places that an adapter takes in front of it.
+  """
   if config is not None and not config.causal:
     raise Error(f'A {config.family} model is an encoder: it writes no text.')
   for index, prompt in enumerate(prompts):
@@ -67,10 +71,11 @@ def check(
         f'{config.vocab_size}.'
       )
     total = len(prompt) + max_new_tokens
-    if total > longest_text(config):
+    if num_rows + total > longest_text(config):
+      rows = f' behind {num_rows} prompt rows' if num_rows else ''
       raise Error(
-        f'Prompt {index} and {max_new_tokens} new tokens are {total} tokens; '
-        f'the model has {longest_text(config)} positions.'
+        f'Prompt {index} and {max_new_tokens} new tokens are {total} tokens'
+        f'{rows}; the model has {longest_text(config)} positions.'
       )
 
 

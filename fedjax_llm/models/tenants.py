@@ -14,16 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm.adapters import Dense, Dora, as_low_rank, overlay
-from fedjax_llm.models import layers
+from fedjax_llm import adapters as adapters_lib
+from fedjax_llm.adapters import as_low_rank
 from fedjax_llm.models.layers import Places
 from fedjax_llm.models.transformer import Cache, Decoder
-from fedjax_llm.types import Base, Error, LowRank, Model, Params
+from fedjax_llm.nodes import Dense, LowRank, protocol
+from fedjax_llm.types import Base, Error, Model, Params
 
 Path = tuple[str, ...]
-
-# The weight of a module that a leaf on the module itself is about.
-_MAIN = ('kernel', 'scale', 'embedding')
 
 
 def check(base: Base, params: Params, name: str) -> None:
@@ -36,33 +34,12 @@ def check(base: Base, params: Params, name: str) -> None:
   fedjax_llm.types.Error: ann is of another base: its q_proj is [4, 5], that \
 of the model is [4, 6].
   """
+  who = f'{name} is of another base'
   try:
-    layers.check_adapter(*overlay(base, params))
+    over = adapters_lib.overlay(base, params)
   except Error as error:
-    raise Error(f'{name} is of another base: {error}') from error
-
-  def walk(weights, leaf, path):
-    if leaf is None or isinstance(leaf, Dense):  # overlaid: it fits
-      return
-    if isinstance(leaf, Mapping):
-      for child in leaf:
-        walk(weights[child], leaf[child], (*path, child))
-      return
-    if isinstance(weights, Mapping):  # a leaf on a module: on its main weight
-      weights = weights[next(x for x in _MAIN if x in weights)]
-    there = tuple(weights.shape)
-    leaf = as_low_rank(leaf.direction if isinstance(leaf, Dora) else leaf)
-    if isinstance(leaf, LowRank):
-      here = (*jnp.shape(leaf.a)[:-1], jnp.shape(leaf.b)[-1])
-    else:
-      here = tuple(jnp.shape(leaf))
-    if here != there:
-      raise Error(
-        f'{name} is of another base: its {"/".join(path)} is {list(here)}, '
-        f'that of the model is {list(there)}.'
-      )
-
-  walk(base, params, ())
+    raise Error(f'{who}: {error}') from error
+  adapters_lib.check(*over, places=protocol.BESIDE, who=who)
 
 
 def stack(base: Base, adapters: Sequence[Params]) -> Params:
@@ -83,13 +60,13 @@ def stack(base: Base, adapters: Sequence[Params]) -> Params:
   >>> both['layers']['q'].a.shape
   (1, 3, 4, 3)
   """
-  is_dora = lambda x: isinstance(x, Dora)
-  if any(map(is_dora, jax.tree.leaves(list(adapters), is_leaf=is_dora))):
-    raise Error(
-      'a DoRA gives the weights of the base other lengths, so it shares no '
-      'batch with others: merge it into a base of its own.'
-    )
   plain = [as_low_rank(adapter) for adapter in adapters]
+  for leaf in jax.tree.leaves(plain, is_leaf=protocol.is_node):
+    if protocol.is_node(leaf) and not isinstance(leaf, LowRank | Dense):
+      raise Error(
+        f'a {protocol.kind(leaf)} node is no sum of factors, so it shares no '
+        'batch with others: read it alone, or merge it into a base of its own.'
+      )
   return _join(base, [*plain, None], ()) or {}
 
 
@@ -212,4 +189,8 @@ def decoder(plain: Decoder) -> Decoder:
       one, in_axes=(_axes(params), 0, of_cache), out_axes=(0, of_cache)
     )(params, batch, cache)
 
-  return Decoder(plain.empty, extend)
+  def begin(base, params, batch_size, slots):
+    del base, params  # stacks have no prompts
+    return plain.empty(batch_size, slots)
+
+  return Decoder(plain.empty, extend, begin)

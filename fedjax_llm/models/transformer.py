@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm import adapters, asides
-from fedjax_llm.models import blocks, layers, rope
+from fedjax_llm import adapters
+from fedjax_llm.models import blocks, layers, prompts, rope
 from fedjax_llm.models.attention import Places, choose
 from fedjax_llm.models.config import Config, longest_text
+from fedjax_llm.nodes import protocol
 from fedjax_llm.types import Base, Batch, Error, Model, Params
 
 # ------------------------------------------------------------------- cache --
@@ -35,13 +36,16 @@ class Cache(NamedTuple):
 class Decoder(NamedTuple):
   """A network that goes on where it stopped.
 
-  `empty(batch_size, slots) -> Cache`;
+  `empty(batch_size, slots) -> Cache` for tokens without a prompt in front;
   `extend(base, params, batch, cache, slot) -> (hidden [B, T, D], Cache)` reads
-  the batch's T tokens into the slots from `slot` on.
+  the batch's T tokens into the slots from `slot` on;
+  `begin(base, params, batch_size, slots) -> Cache` for as many tokens behind
+  the adapter's prompt, which it holds in front of the slots.
   """
 
   empty: Callable[[int, int], Cache]
   extend: Callable[..., tuple[jax.Array, Cache]]
+  begin: Callable[..., Cache]
 
 
 # ----------------------------------------------------------------- network --
@@ -60,13 +64,19 @@ def _rematerialised(block: Callable, remat: str, unroll: int) -> Callable:
   raise Error(f'remat={remat!r} is not one of none, full, dots.')
 
 
-def _embed(config: Config, base, params, batch: Batch, dtype):
-  """Tokens, places and types as vectors, [B, T, D]."""
+def _embed(config: Config, base, params, batch: Batch, dtype, num_rows=0):
+  """Tokens, places and types as vectors, [B, T, D].
+
+  The first `num_rows` tokens are those of the adapter's prompt.
+  """
 
   def rows(index, name):
     return layers.embed(index, base[name], blocks.child(params, name), dtype)
 
-  x = rows(batch.tokens, 'embed_tokens')
+  tokens = batch.tokens[:, num_rows:] if num_rows else batch.tokens
+  x = rows(tokens, 'embed_tokens')
+  if num_rows:
+    x = jnp.concatenate([params['inputs'].before(x), x], axis=1)
   if config.embedding_scale != 1:
     x = x * jnp.asarray(config.embedding_scale, dtype)
   if config.num_learned_positions:
@@ -115,39 +125,48 @@ def _walk(config, implementation, dtype, remat, unroll):
   mixed_ropes = ropes is not None and ropes[0].ndim > 1
   stretched = config.rope.kind in ('dynamic', 'longrope')
 
-  def walk(base, params, batch, cache=None, slot=0):
+  def walk(
+    base, params, batch, cache=None, slot=0, with_rows=True, record=False
+  ):
+    """Hidden states [B, T, D], keys and values, and statistics of nodes."""
     base, params = adapters.overlay(base, params)
-    layers.check_adapter(base, adapters.gates.without(params))
+    adapters.check(base, adapters.gates.without(params), places=protocol.BESIDE)
+    front = prompts.front(params)
     length = jnp.shape(batch.tokens)[-1]
+    prompts.check(config, front, length)
     if stretched and cache is None and length > longest_text(config):
       raise Error(
         f'Rows of {length} tokens are longer than the {longest_text(config)} '
         f'up to which the rope type {config.rope.kind!r} is supported.'
       )
+    mixed = prompts.refuse_packing(config, batch) if front.length else None
+    num_rows = front.rows if with_rows else 0
     queries = Places(batch.positions, batch.segments)
-    keys = queries if cache is None else cache.places
-    x = _embed(config, base, params, batch, dtype)
+    if front.length:
+      batch, queries = prompts.whole(config, front, batch, with_rows)
+    keys = prompts.before(front, queries) if cache is None else cache.places
+    x = _embed(config, base, params, batch, dtype, num_rows)
 
     def angles(table):
       return rope.rope_angles(batch.positions, *table)
 
     common = None if mixed_ropes or ropes is None else angles(ropes)
+    context = blocks.Context(queries, keys, slot, front.length)
+    real = batch.segments > 0
+    if num_rows:
+      real &= np.arange(real.shape[-1]) >= num_rows
 
     def body(x, layer):
       layer = layer._replace(
         window=layer.window if mixed_windows else windows,
         angles=angles(layer.angles) if mixed_ropes else common,
       )
-      (y, kv), told = asides.heard(
-        lambda: blocks.block(
-          config, implementation, x, layer, (queries, keys, slot)
-        ),
-        layer.params,
-        batch.segments > 0,
-      )
+      seen = protocol.Record(real, {}) if record else None
+      y, kv = blocks.block(config, implementation, x, layer, context, seen)
       gate = blocks.child(layer.params, adapters.gates.NAME)
       x = y if gate is None else jnp.where(gate > 0, y, x)
-      return x, (None if cache is None else kv, told)
+      statistics = protocol.statistics_of(layer.params, seen)
+      return x, (None if cache is None else kv, statistics)
 
     xs = blocks.Layer(
       base['layers'],
@@ -157,13 +176,14 @@ def _walk(config, implementation, dtype, remat, unroll):
       None if cache is None else cache.keys,
       None if cache is None else cache.values,
     )
-    x, (kv, told) = jax.lax.scan(
+    x, (kv, statistics) = jax.lax.scan(
       _rematerialised(body, remat, unroll), x, xs, unroll=unroll
     )
-    asides.pass_on({'layers': told})
-    return _norm(
-      config, base, params, x, 'norm'
-    ) if config.final_norm else x, kv
+    if config.final_norm:
+      x = _norm(config, base, params, x, 'norm')
+    if mixed is not None:
+      x = jnp.where(mixed[:, None, None], jnp.nan, x)
+    return x[:, num_rows:] if num_rows else x, kv, {'layers': statistics}
 
   return walk
 
@@ -189,9 +209,9 @@ def _head(config: Config, base, params, x, dtype):
   w, leaf = base.get('lm_head', {}), blocks.child(params, 'lm_head')
   if config.tied:
     rows = blocks.child(params, 'embed_tokens')
-    rows = layers.change_of(rows, 'embedding', 'embedding')
+    rows = protocol.at(rows, 'embedding', 'embedding')
     w = {**w, 'kernel': base['embed_tokens']['embedding'].T}
-    bias = layers.change_of(leaf, 'bias', 'bias')
+    bias = protocol.at(leaf, 'bias', 'bias')
     leaf = {'kernel': None if rows is None else rows.T, 'bias': bias}
   logits = layers.linear(x, w, leaf, out_dtype=dtype)
   return layers.softcapped(logits, config.logit_cap)
@@ -238,7 +258,11 @@ def build(
     hidden = hidden.astype(compute_dtype)
     return _head(config, base, params, hidden, logits_dtype)
 
-  return Model(hidden, logits)
+  def hidden_with_statistics(base: Base, params: Params, batch: Batch):
+    hidden, _, statistics = walk(base, params, batch, record=True)
+    return hidden, {**dict.fromkeys(params or {}), **statistics}
+
+  return Model(hidden, logits, hidden_with_statistics)
 
 
 def decoder(
@@ -262,12 +286,37 @@ def decoder(
     if not config.causal:
       raise Error(f'A {config.family} model is an encoder: it writes no text.')
     put = jax.lax.dynamic_update_slice_in_dim
+    length = prompts.front(params).length
+    slot = slot + length
     places = Places(
-      put(cache.places.positions, batch.positions, slot, axis=1),
+      put(cache.places.positions, batch.positions + length, slot, axis=1),
       put(cache.places.segments, batch.segments, slot, axis=1),
     )
     cache = cache._replace(places=places)
-    hidden, (keys, values) = walk(base, params, batch, cache, slot)
+    hidden, (keys, values), _ = walk(
+      base, params, batch, cache, slot, with_rows=False
+    )
     return hidden, Cache(keys, values, places)
 
-  return Decoder(empty, extend)
+  def begin(base, params, batch_size: int, slots: int) -> Cache:
+    front = prompts.front(params)
+    cache = empty(batch_size, front.length + slots)
+    if not front.length:
+      return cache
+    prompts.check(config, front, slots)
+    keys, values, places = cache
+    at = places.positions.at[:, : front.length].set(np.arange(front.length))
+    places = places._replace(positions=at)
+    if front.prefix:
+      node = params['layers']['self_attn']['prefix']
+      ends = jax.vmap(lambda one, like: one.before(like))(node, keys)
+      keys = keys.at[:, :, : front.prefix].set(ends[0])
+      values = values.at[:, :, : front.prefix].set(ends[1])
+    if front.rows:  # they see no text, so they are computed once and kept
+      none = jnp.zeros((batch_size, 0), jnp.int32)
+      batch = Batch(none, none > 0, none, none)
+      cache = Cache(keys, values, places)
+      _, (keys, values), _ = walk(base, params, batch, cache, front.prefix)
+    return Cache(keys, values, places)
+
+  return Decoder(empty, extend, begin)

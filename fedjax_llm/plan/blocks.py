@@ -1,12 +1,12 @@
 """How many clients train at once: what `block_size='auto'` means."""
 
-import math
 import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from fedjax_llm import batching
 from fedjax_llm.plan import costs
 from fedjax_llm.types import Cohort, Error, FederatedAlgorithm
 
@@ -121,19 +121,19 @@ def auto(
   `num_model` are the axes of its mesh.
   """
   num_clients = -(-len(cohort.ids) // num_rows)
-  shape = cohort.batches.tokens.shape
+  all_clients, steps, places = batching.axes(cohort.batches)
 
   def work(m):
     algorithm = method(m)
     state = jax.eval_shape(algorithm.init, jax.random.key(0), params)
     newcomer = jax.eval_shape(algorithm.init_client, state.params)
-    several = lambda x: jax.ShapeDtypeStruct((shape[0], *x.shape), x.dtype)
+    several = lambda x: jax.ShapeDtypeStruct((all_clients, *x.shape), x.dtype)
     states = jax.tree.map(several, newcomer)
     return algorithm.round, state, cohort._replace(states=states)
 
   def guess(m):
     round, state, full = work(m)
-    found = costs.of(jax.make_jaxpr(round)(state, full, base), trips=shape[1])
+    found = costs.of(jax.make_jaxpr(round)(state, full, base), trips=steps)
     split = costs.num_bytes(base) // num_model
     split += costs.num_bytes(full) // num_rows
     return split + costs.num_bytes(state) + found.temporary
@@ -150,7 +150,7 @@ def auto(
   return choose(
     needs,
     guess,
-    rows=math.prod(shape[2:]),
+    rows=places,
     num_clients=num_clients,
     limit=memory(),
   )

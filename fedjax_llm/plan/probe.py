@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm.plan import work
-from fedjax_llm.types import Batch
 
 
 def seconds(planned: work.Work, read: Callable[..., work.Work]) -> float:
@@ -44,19 +43,11 @@ def _step(small: work.Work) -> float:
     return jnp.zeros(x.shape, x.dtype)
 
   state, base = jax.tree.map(fill, (small.state, small.base))
-  K, S, _, T = shape = small.cohort.batches.tokens.shape
-  vocabulary = small.model.config.vocab_size
-  ones = np.ones(shape, np.int32)
+  K, S, B, T = small.sizes.clients, *small.sizes[2:]
   filled = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), small.cohort)
-  batches: Batch = filled.batches._replace(
-    tokens=rng.integers(0, vocabulary, shape).astype(np.int32),
-    loss_mask=ones > 0,
-    segments=ones,
-    positions=np.broadcast_to(np.arange(T, dtype=np.int32), shape),
-  )
   cohort = filled._replace(
     ids=np.arange(K, dtype=np.int32),
-    batches=batches,
+    batches=small.filled(K, S, B, T),
     weight=np.ones(K, np.float32),
     valid=np.ones(K, bool),
   )

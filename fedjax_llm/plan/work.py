@@ -4,19 +4,28 @@ import json
 import math
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm import adapters, asides, builders, config, models, tasks, tree
+from fedjax_llm import (
+  adapters,
+  batching,
+  builders,
+  config,
+  local,
+  models,
+  tasks,
+  tree,
+)
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.models import families, load, quantised
 from fedjax_llm.plan import costs, published
 from fedjax_llm.sections import SPEC
-from fedjax_llm.types import Batch, Cohort, Error, FederatedAlgorithm, LossSum
+from fedjax_llm.types import Cohort, Error, FederatedAlgorithm, LossSum
 
 
 class Sizes(NamedTuple):
@@ -45,6 +54,7 @@ class Work(NamedTuple):
   profiles: Any  # of the first clients
   model: load.LoadedModel
   light: FederatedAlgorithm  # the same method on a loss without a model
+  filled: Callable[[int, int, int, int], Any]  # K, S, B, T -> full batches
 
   @property
   def arguments(self) -> int:
@@ -162,7 +172,7 @@ def read(
   )
   task = build('task') if conf.get('task') else tasks.causal_lm()
   labels = None
-  if task.peft_type == 'SEQ_CLS':
+  if task.labels is not tasks.no_labels:
     labels = full['task'].get('labels') or ('0', '1')
   loaded = network(conf['model'], model, labels, num_layers)
 
@@ -208,17 +218,23 @@ def read(
     fold=adapter.fold,
     **given,
   )
-  algorithm = method(task.loss(loaded, max_targets=B * (T - 1)))
+  algorithm = method(task.loss(loaded))
   params = jax.eval_shape(adapter.init, jax.random.key(0), loaded.base)
   state = jax.eval_shape(algorithm.init, jax.random.key(0), params)
   newcomer = jax.eval_shape(algorithm.init_client, state.params)
   profiles: Any = ()
   if conf.get('profiles'):
     profiles = build('profiles', num_clients=N, seed=settings.seed)
+
+  def filled(K: int, S: int, B: int, T: int) -> Any:
+    return batches_of(task, (K, S, B, T), loaded.config.vocab_size)
+
   stacked = lambda x: jax.ShapeDtypeStruct((K, *x.shape), x.dtype)
   cohort = Cohort(
     ids=jax.ShapeDtypeStruct((K,), np.int32),
-    batches=batch_shapes((K, S, B, T), labels is not None),
+    batches=jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), filled(K, S, B, T)
+    ),
     weight=jax.ShapeDtypeStruct((K,), np.float32),
     valid=jax.ShapeDtypeStruct((K,), bool),
     profiles=jax.tree.map(lambda x: stacked(np.asarray(x)[0]), profiles),
@@ -235,22 +251,44 @@ def read(
     profiles,
     loaded,
     method(_no_loss),
+    filled,
   )
 
 
-def batch_shapes(shape: tuple[int, ...], labelled: bool = False) -> Batch:
-  of = lambda dtype, shape=shape: jax.ShapeDtypeStruct(shape, dtype)
-  batch = Batch(of(np.int32), of(bool), of(np.int32), of(np.int32))
-  return batch._replace(label=of(np.int32, shape[:-1])) if labelled else batch
+def batches_of(
+  task: tasks.Task, shape: tuple[int, int, int, int], vocab_size: int
+) -> Any:
+  """Batches [K, S, B, ...] of made-up examples as long as T allows, in NumPy.
+
+  Raises:
+    Error: the task makes up no example.
+  """
+  K, S, B, T = shape
+  if task.example is None:
+    raise Error(
+      'task.name: this task has no `example(length, vocab_size)`, so nobody '
+      'knows the shapes of its batches before a run.'
+    )
+  one = task.example(T, vocab_size)
+  step = batching.bounded(task.collate([one], T, 0)([[one]] * B))
+  return jax.tree.map(lambda x: np.broadcast_to(x, (K, S, *x.shape)), step)
 
 
-def _no_loss(base: Any, params: Any, batch: Any, key: Any) -> LossSum:
+def _nothing(base: Any, params: Any, batch: Any, key: Any) -> LossSum:
   del base, batch, key
-  asides.pass_on(adapters.experts.untold(params))
   total = jnp.float32(0)
   for x in jax.tree.leaves(_floats(params)):
     total += 0.0 * jnp.sum(x)
   return LossSum(total, jnp.float32(1), jnp.float32(0))
+
+
+_no_loss = local.Observed(
+  _nothing,
+  lambda base, params, batch, key: (
+    _nothing(base, params, batch, key),
+    adapters.experts.no_statistics(params),
+  ),
+)
 
 
 def _floats(params: Any) -> Any:
@@ -290,14 +328,9 @@ def travel(work: Work) -> tuple[float, float]:
   )
   if algorithm.plan is not None:  # what clients get is part of what travels
     state = algorithm.plan(state)
-  labelled = work.cohort.batches.label is not None
-  ones = jax.tree.map(
-    lambda x: jnp.ones(x.shape, x.dtype),
-    batch_shapes((k, S, 1, 2), labelled),
-  )
   cohort = Cohort(
     ids=jnp.arange(k, dtype=jnp.int32),
-    batches=ones,
+    batches=jax.tree.map(jnp.asarray, work.filled(k, S, 1, 2)),
     weight=jnp.ones(k),
     valid=jnp.ones(k, bool),
     profiles=jax.tree.map(lambda x: np.asarray(x)[:k], work.profiles),
@@ -307,10 +340,9 @@ def travel(work: Work) -> tuple[float, float]:
   total = np.zeros(2)
   step = jax.jit(algorithm.round)
   for _ in range(2):
-    state, states, told = step(state, cohort, base)
+    state, states, info = step(state, cohort, base)
     cohort = cohort._replace(states=states)
-    for i, way in enumerate(('uploads', 'downloads')):
-      parts = np.asarray(told[f'{way}/bytes'], np.float64)
-      total[i] += parts.sum() / 2
+    for i, counts in enumerate((info.bytes_up, info.bytes_down)):
+      total[i] += np.asarray(counts, np.float64).sum() / 2
   up, down = (math.ceil(x) * K / k for x in total)
   return up, down

@@ -1,15 +1,27 @@
-"""Methods on a shared and a personal part: `fed_opt` for `Dual` parameters."""
+"""Methods on a shared and a personal part: `fed_opt` for `Dual` parameters.
 
+The server averages the shared part, every client keeps its own personal one
+(`clients/store.py`), and `FederatedAlgorithm.personal` is the view of both that
+a client is served. A client never trained on is served the shared part.
+Recipes make both parts of the adapter that they are given, so configs name
+`lora` as ever.
+
+Where a phase trains nothing of the other part, `private_steps` says how many of
+a client's S batches the private part takes, and the shared one takes the rest;
+without it both walk over all S, which doubles a round's computation.
+"""
+
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import aggregators, local, tree
+from fedjax_llm import aggregators, local, server, tree
 from fedjax_llm.adapters import multi
 from fedjax_llm.clients import scopes
-from fedjax_llm.recipes import averaging
+from fedjax_llm.recipes import composing
 from fedjax_llm.types import (
   Dual,
   FederatedAlgorithm,
@@ -39,34 +51,37 @@ def compose(
   """
   parts = dict(parts)
   fold = parts.pop('fold', None)
-  if fold is not None:  # residuals are the server's: the base has them once
-    parts['fold'] = lambda base, p: (
-      (done := fold(base, p.shared))[0],
-      Dual(done[1], multi.without_residuals(p.personal)),
-    )
   rule = parts.pop('aggregator', None) or aggregators.mean()
   inner = parts.pop('scope', None) or scopes.everything()
-  algorithm = averaging.compose(
-    update,
-    scope=_at_home(inner),
-    aggregator=aggregators.on_shared(rule),
-    **parts,
-  )
 
-  def init(key, params):
+  def wrap(key, params):
     both = split(jax.random.fold_in(key, 1), params)
     # Two buffers: a state that is donated may hold none twice.
     own = jax.tree.map(jnp.copy, both.personal)
-    return algorithm.init(key, both._replace(personal=own))
+    return both._replace(personal=own)
 
-  def personal(params, state):
+  def served(params, state):
     if state is None:
       return serve(params, jnp.bool_(False))
     count = state.local
     count = count if isinstance(count, local.Counted) else count[0]
-    return serve(algorithm.personal(params, state), count.rounds > 0)
+    return serve(params, count.rounds > 0)
 
-  return algorithm._replace(init=init, personal=personal)
+  return server.on_part(
+    functools.partial(
+      composing.compose,
+      update,
+      scope=_at_home(inner),
+      aggregator=aggregators.on_shared(rule),
+      **parts,
+    ),
+    wrap=wrap,
+    get=shared,
+    # Residuals are the server's: the base has them once.
+    put=lambda both, part: Dual(part, multi.without_residuals(both.personal)),
+    serve=served,
+    fold=fold,
+  )
 
 
 def _at_home(inner: Scope) -> Scope:
@@ -106,3 +121,8 @@ def weighed(weight: float) -> Callable[[Dual, Any], Params]:
 
 def where(seen: Any, one: Params, other: Params) -> Params:
   return tree.map_present(lambda x, y: jnp.where(seen, x, y), one, other)
+
+
+def first_steps(steps: int | None) -> tuple[int, ...] | None:
+  """The steps of the first of two phases, as `local.phases` takes them."""
+  return None if steps is None else (steps,)

@@ -14,7 +14,6 @@ from fedjax_llm import (
   clients,
   compilation,
   config,
-  data,
   experiment,
   metrics,
   rebuild,
@@ -30,6 +29,7 @@ from fedjax_llm.types import (
   Error,
   FederatedAlgorithm,
   Params,
+  RoundInfo,
   ServerState,
 )
 
@@ -95,7 +95,7 @@ def before(path: str, number: int) -> Moment:
     return clients.store.open(states, newcomer, at_round=at, read_only=True)
 
   def check(restored: checkpoint.Restored) -> None:
-    digest = data.population.digest(built.population)
+    digest = built.digest
     if restored.meta.get('data', digest) != digest:
       raise Error(f'{path} holds a run on other texts or clients.')
 
@@ -125,22 +125,20 @@ def before(path: str, number: int) -> Moment:
       )
   for passed in range(begun + 1, number):
     draw, cohort = moment.people(passed)
-    state, states, told = play(moment, cohort)
-    moment.store.scatter(draw.ids, told['clients/reported'], states)
+    state, states, info = play(moment, cohort)
+    moment.store.scatter(draw.ids, info.reported, states)
     moment = moment._replace(state=state)
   return moment
 
 
-def play(
-  moment: Moment, cohort: Cohort
-) -> tuple[ServerState, Any, dict[str, Any]]:
-  """One round from the moment: the server's state, clients' states, numbers."""
+def play(moment: Moment, cohort: Cohort) -> tuple[ServerState, Any, RoundInfo]:
+  """One round from the moment: the server's state, clients' states, info."""
   state = jax.tree.map(jnp.copy, moment.state)  # the step consumes its own
   cohort = sharding.joined(cohort, moment.built.mesh)  # as `train` does
-  state, states, told = moment.step(state, cohort, moment.built.base)
+  state, states, info = moment.step(state, cohort, moment.built.base)
   if moment.algorithm.plan is not None:
     state = moment.algorithm.plan(state)
-  return state, sharding.held(states), metrics.summarise(told)
+  return state, sharding.held(states), jax.device_get(info)
 
 
 def without(cohort: Cohort, row: int) -> Cohort:
@@ -182,9 +180,7 @@ def heldout_score(
     raise Error(
       'nothing is held out, so clients have no value: evals.per_client.'
     )
-  loss = built.task.loss(
-    built.loaded, per_row=True, max_targets=tests.max_targets
-  )
+  loss = built.task.loss(built.loaded, per_row=True)
 
   def score(base, params):
     rows = lambda batch: loss(base, params, batch, built.round_key)

@@ -53,9 +53,11 @@ def _run(args: argparse.Namespace) -> None:
   tested = any(x.startswith('evals/') for x in moment.record)
 
   def replayed(cohort: Cohort, test: bool) -> dict[str, Any]:
-    state, states, told = play(moment, cohort)
-    told, _ = narration.left_out(told, draw, built.names, moment.round)
-    moment.store.scatter(draw.ids, told.pop('clients/reported'), states)
+    state, states, info = play(moment, cohort)
+    told, _ = narration.left_out(
+      metrics.summarise(info), info, draw, built.names, moment.round
+    )
+    moment.store.scatter(draw.ids, info.reported, states)
     told |= rates_of(moment.round, rates.num_steps(cohort.batches))
     if test:
       served = state.params

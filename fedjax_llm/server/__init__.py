@@ -1,6 +1,8 @@
 """The server: one round, and optimizers that see its pseudo-gradient."""
 
 from fedjax_llm.server.algorithm import fed_opt as fed_opt
+from fedjax_llm.server.lens import on_part as on_part
+from fedjax_llm.server.optimizers import adamw as adamw
 from fedjax_llm.server.optimizers import fed_adagrad as fed_adagrad
 from fedjax_llm.server.optimizers import fed_adam as fed_adam
 from fedjax_llm.server.optimizers import fed_avgm as fed_avgm
@@ -8,4 +10,11 @@ from fedjax_llm.server.optimizers import fed_yogi as fed_yogi
 from fedjax_llm.server.optimizers import sgd as sgd
 from fedjax_llm.server.planning import planned as planned
 
-__all__ = ['fed_adagrad', 'fed_adam', 'fed_avgm', 'fed_yogi', 'sgd']
+__all__ = [
+  'adamw',
+  'fed_adagrad',
+  'fed_adam',
+  'fed_avgm',
+  'fed_yogi',
+  'sgd',
+]

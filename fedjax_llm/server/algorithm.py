@@ -2,8 +2,9 @@
 
     broadcast -> local training -> uploads -> aggregation -> server step
 
-Clients run as `vmap` inside blocks and blocks as a `lax.scan`, so memory is
-that of one block; the frozen base is an argument that no client axis touches.
+`client.py` is one client's round, `round.py` runs all of them, and here their
+uploads meet the rule and the server. The frozen base is an argument that no
+client axis touches.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,15 +13,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import sharding, tree
+from fedjax_llm import tree
 from fedjax_llm.clients import scopes
-from fedjax_llm.server.widths import narrowed
+from fedjax_llm.server import combinations, metrics, step
+from fedjax_llm.server.client import Broadcast, initial, one_round
+from fedjax_llm.server.round import Layout, Sums, Trained, train
 from fedjax_llm.types import (
-  Aggregate,
+  Adversary,
+  After,
+  Aggregator,
   AnyAggregator,
   Base,
   ClientState,
   Cohort,
+  Context,
   Download,
   Error,
   FederatedAlgorithm,
@@ -30,7 +36,7 @@ from fedjax_llm.types import (
   Masks,
   Metrics,
   Params,
-  Private,
+  RoundInfo,
   Scope,
   ServerOptimizer,
   ServerState,
@@ -39,11 +45,6 @@ from fedjax_llm.types import (
   Upload,
   Uploads,
 )
-
-# What a client may weigh. Clients can tell their weight themselves: one outside
-# of this range is left out like one whose update is not finite. Sums of weights
-# and weighted updates stay far below the largest float32.
-MAX_WEIGHT = 1e12
 
 
 def fed_opt(
@@ -56,6 +57,9 @@ def fed_opt(
   download: Download | None = None,
   fold: Callable[[Base, Params], tuple[Base, Params]] | None = None,
   measure: Callable[[Uploads, Params, Params], Metrics] | None = None,
+  adversary: Adversary | None = None,
+  after: After | None = None,
+  history: int = 1,
   block_size: int | None = None,
   widths: Sequence[int] = (),
   mesh: jax.sharding.Mesh | None = None,
@@ -69,9 +73,15 @@ def fed_opt(
   server optimizer.
 
   A client is left out, and its state unchanged, if it is padding, dropped out,
-  sent a value that is not finite, or weighs less than 0 or more than
-  `MAX_WEIGHT`. A round that nobody reports to changes
-  nothing but its number.
+  sent a value that is not finite, an update beyond `step.LARGEST_NORM` or a
+  weight outside of [0, `step.LARGEST_WEIGHT`]. If an aggregate is not finite
+  all the same, the whole cohort is left out. A round that nobody reports to, or
+  only clients of weight zero, changes nothing but its number, unless the rule
+  acts `always`. Entries that nobody trained keep their value and their moments,
+  whatever the optimizer.
+
+  `round` equals `aggregate` of what `train` returns, but a streaming rule adds
+  up blocks and never holds the stack.
 
   Args:
     local: training on one client.
@@ -85,6 +95,12 @@ def fed_opt(
     measure: `(uploads, old, new) -> metrics` of a round, told beside the
       others wherever the whole stack of uploads is at hand (a streaming rule
       in blocks keeps none).
+    adversary: `(uploads, key) -> uploads`, clients that lie; it sees the whole
+      stack, so blocks and additive uploads are refused.
+    after: a traced phase of the server after the rule, `(state, base, data,
+      key) -> state`, where `data` is what `round` is given.
+    history: V, how many versions of the parameters the server keeps for
+      clients that started before (`Cohort.started`); older ones are left out.
     block_size: clients in one `vmap`; the whole cohort if None. Changes
       nothing but rounding, memory and speed.
     widths: a block's rows are cut to the smallest of these that holds its
@@ -99,7 +115,9 @@ def fed_opt(
     Error: a block size or a width below one; a server optimizer with moments
       over a rule that changes the basis of the factors (moments of the old
       basis would be applied to the new one); a rule that writes residuals
-      without `fold`.
+      without `fold`, or with a history; an additive upload under a rule that
+      is not linear; an adversary with blocks. From `round` and `train`: a
+      cohort with `started` where history is 1.
 
   >>> from fedjax_llm import aggregators, local, uploads
   >>> from fedjax_llm.server.optimizers import sgd
@@ -116,23 +134,13 @@ def fed_opt(
   2.0
   """
   scope = scope or scopes.everything()
-  if block_size is not None and block_size < 1:
-    raise Error(f'block_size is {block_size}; it must be at least 1.')
-  if min(widths, default=1) < 1:
-    raise Error(f'widths are {tuple(widths)}; each must be at least 1.')
-  kept = jax.tree.leaves(jax.eval_shape(server.init, jnp.zeros(1)))
-  # A count of rounds, as a schedule keeps it, is no moment.
-  moments = [x for x in kept if jnp.issubdtype(x.dtype, jnp.inexact)]
-  if aggregator.traits.changes_basis and moments:
-    raise Error(
-      'this aggregator changes the basis of the factors every round, so the '
-      'server optimizer must keep no moments: use server.name=sgd.'
-    )
-  if aggregator.traits.writes_residual and fold is None:
-    raise Error(
-      'this aggregator writes what the factors miss into the base, so it needs '
-      'fold, that of the adapter: fold=adapter.fold.'
-    )
+  aggregator = step.watched(aggregator)
+  combinations.check(
+    upload, aggregator, server, fold, adversary, history, block_size, widths
+  )
+  layout = Layout(block_size, widths, mesh, execution)
+  client = one_round(local, scope, upload, download, aggregator)
+  sums = _sums(aggregator, upload)
 
   def init(key: Key, params: Params) -> ServerState:
     if aggregator.traits.writes_residual:
@@ -144,241 +152,209 @@ def fed_opt(
       optimizer=server.init(tree.select(params, labels, Shared)),
       aggregator=aggregator.init(params, key),
       key=key,
+      history=() if history == 1 else tree.broadcast(params, history),
     )
 
-  def init_client(params: Params) -> ClientState:
-    labels = scope.labels(params)
-    shared = tree.select(params, labels, Shared)
-    return ClientState(
-      private=_present(tree.select(params, labels, Private)),
-      local=local.init(tree.select(params, labels, Shared, Private)),
-      upload=upload.init(shared),
-    )
+  def keys(state: ServerState) -> jax.Array:
+    """Keys of clients, rule, adversary, the phase after, and of everybody."""
+    key = jax.random.fold_in(state.key, state.round)
+    clients, rule = jax.random.split(key)
+    more = lambda name: jax.random.fold_in(key, name)
+    return jnp.stack([clients, rule, more(2), more(3), more(4)])
 
-  def personal(params: Params, state: ClientState | None) -> Params:
-    return params if state is None else tree.merge(state.private, params)
-
-  def client(base, params, labels, round, key, extra, row: Cohort):
-    """One client's round, without a leading axis (`row` is a cohort's row)."""
-    keys = jax.random.split(jax.random.fold_in(key, row.ids), 4)
-    state = row.states
-    full = tree.full_masks(params, labels)
-    down_bytes: Any = ()
-    received = params
-    shared = tree.select(params, labels, Shared)
-    if download is not None:
-      message, _ = download.encode(shared, full, download.init(shared), keys[0])
-      received = tree.merge(download.decode(message, params, keys[0]), params)
-      down_bytes = download.num_bytes(message, _only(full, labels))
-    start = tree.merge(state.private, received)
-    masks = scope.mask(start, row.profiles, state, round, keys[1])
-    start = tree.apply_mask(start, masks.held)
-    if download is None:
-      down_bytes = _dense_bytes(shared, masks.held)
-
-    out = local.run(
-      base, start, state.local, row.batches, masks, round, keys[2]
-    )
-    update = tree.apply_mask(out.update, out.masks.trained)
-    shared_masks = _only(out.masks, labels)
-    message, upload_state = upload.encode(
-      tree.select(update, labels, Shared), shared_masks, state.upload, keys[3]
-    )
-    sent = upload.decode(message, start, keys[3])
-    up_bytes = upload.num_bytes(message, shared_masks)
-    private = tree.select(tree.add(start, update), labels, Private)
-    states = ClientState(_present(private), out.state, upload_state)
-    finite = tree.all_finite((update, sent, out.metrics, states))
-    told = {
-      **{f'local/{name}': value for name, value in out.metrics.items()},
-      'local/update_norm': tree.norm(_floating(update)),
-      'uploads/bytes': _flat(up_bytes),
-      'downloads/bytes': _flat((down_bytes, extra)),
-    }
-    return sent, start, out.masks, states, finite, told
-
-  def run_block(base, params, labels, round, key, extra, block: Cohort):
-    def run(batches):
-      return jax.vmap(
-        lambda row: client(base, params, labels, round, key, extra, row)
-      )(block._replace(batches=batches))
-
-    outs, places = narrowed(run, block.batches, widths)
-    sent, start, masks, states, finite, told = outs
-    if 'local/loop_steps' in told:
-      # Of the whole block, told by its first client.
-      steps = jnp.max(told.pop('local/loop_steps')) * len(block.ids)
-      first = jnp.arange(len(block.ids)) == 0
-      told['clients/places'] = jnp.where(first, steps * places, 0)
-    weight = told.pop('local/weight', block.weight)
-    finite &= (weight >= 0) & (weight <= MAX_WEIGHT)  # NaN is neither
-    valid = block.valid & finite
-    uploads = Uploads(
-      update=tree.where(valid, sent, tree.zeros_like(sent)),
-      start=start,
-      masks=masks,
-      weight=jnp.where(valid, weight, 0.0).astype(jnp.float32),
-      valid=valid,
-    )
-    states = tree.where(valid, states, block.states)
-    told['clients/non_finite'] = block.valid & ~finite
-    told['clients/reported'] = valid
-    return uploads, states, told
-
-  def round_fn(
-    state: ServerState, cohort: Cohort, base: Base = None
-  ) -> tuple[ServerState, ClientState, Metrics]:
-    num_clients = cohort.ids.shape[0]
+  def trained(state, cohort, base, *, stream: bool) -> tuple[Trained, Uploads]:
     params = state.params
     if fold is not None:
       base, params = fold(base, params)
     labels = scope.labels(params)
-    key = jax.random.fold_in(state.key, state.round)
-    client_key, server_key = jax.random.split(key)
-    extra = aggregator.num_bytes and aggregator.num_bytes(state.aggregator)
-    shared = (base, params, state.aggregator, state.round, client_key, extra)
-
-    def train(shared, cohort):
-      """The clients of one device row, block by block."""
-      base, params, rule_state, round, key, extra = shared
-      run = lambda block: run_block(
-        base, params, labels, round, key, extra, block
+    rule = state.aggregator
+    started = cohort.started
+    if started is not None and history == 1:
+      raise Error(
+        'this cohort has clients that started in earlier rounds '
+        '(Draw.started), and the server keeps no versions: set history.'
       )
-      num = cohort.ids.shape[0]
-      size = min(block_size or num, num)
-      zero = None
-      if isinstance(aggregator, StreamingAggregator):
-        zero = aggregator.zero(params)
-      if size == num:
-        uploads, states, told = run(cohort)
-        if isinstance(aggregator, StreamingAggregator):
-          sums = aggregator.accumulate(zero, uploads, rule_state, params)
-          if measure is None or mesh is not None:
-            uploads = None  # eaten: nothing of it crosses devices
-        else:
-          sums = None
-        return sums, (uploads, states, told)
+    if started is None and history > 1:
+      started = jnp.broadcast_to(state.round, cohort.ids.shape)
+    common = Broadcast(
+      base=base,
+      params=params,
+      history=state.history if history > 1 else None,
+      rule=rule,
+      round=state.round,
+      key=keys(state)[0],
+      news=aggregator.broadcast and aggregator.broadcast(rule),
+      peers=jnp.asarray(cohort.ids) if upload.additive else None,
+      round_key=keys(state)[4],
+    )
+    out = train(
+      client,
+      labels,
+      common,
+      cohort._replace(started=started),
+      layout,
+      sums=sums if stream else None,
+      keep=measure is not None and mesh is None,
+    )
+    uploads: Any = out.uploads
+    if adversary is not None:
+      uploads = adversary(uploads, keys(state)[2])
+    return out, uploads
 
-      def body(sums, block):
-        uploads, states, told = run(block)
-        if isinstance(aggregator, StreamingAggregator):
-          sums = aggregator.accumulate(sums, uploads, rule_state, params)
-          uploads = None  # eaten
-        return sums, (uploads, states, told)
+  def served(state, total, uploads, base, data, ids, reported, weight):
+    """The rule, the server's step, and the phase after.
 
-      blocks = jax.tree.map(
-        lambda x: x.reshape(-1, size, *x.shape[1:]), _pad(cohort, size)
+    The last value returned is whether the rule's outcome is finite.
+    """
+    received, anybody = uploads, jnp.any(reported & (weight > 0))
+    labels = scope.labels(state.params)
+    _, key, _, _, round_key = keys(state)
+    if upload.additive:
+      context = Context(
+        round=state.round,
+        key=key,
+        peers=ids,
+        reported=reported,
+        round_key=round_key,
       )
-      sums, outs = jax.lax.scan(body, zero, blocks)
-      return sums, jax.tree.map(
-        lambda x: x.reshape(-1, *x.shape[2:])[:num], outs
-      )
-
-    if mesh is None:
-      sums, rows = train(shared, cohort)
-    else:
-      rows_of = mesh.shape[sharding.CLIENTS]
-      sums, rows = sharding.over_clients(train, mesh, execution)(
-        shared, _pad(cohort, rows_of)
-      )
-      rows = jax.tree.map(lambda x: x[:num_clients], rows)
-    uploads: Any
-    uploads, states, told = rows
-
+      uploads = _decoded(upload, total, state, anybody, context)
+      total = None
     if isinstance(aggregator, StreamingAggregator):
-      aggregate, aggregator_state = aggregator.finalize(
-        sums, state.aggregator, state.params, server_key
+      if total is None:
+        zero = aggregator.zero(state.params)
+        total = aggregator.accumulate(
+          zero, uploads, state.aggregator, state.params
+        )
+      result, rule = aggregator.finalize(
+        total, state.aggregator, state.params, key
       )
     else:
-      aggregate, aggregator_state = aggregator.aggregate(
-        uploads, state.aggregator, state.params, server_key
+      result, rule = aggregator.aggregate(
+        uploads, state.aggregator, state.params, key
       )
-    new = _server_step(state, aggregate, aggregator_state, server, labels)
-    anybody = jnp.any(told['clients/reported'])
+    new = step.stepped(state, result, rule, server, labels)
+    sound = tree.all_finite((result.delta, result.assign))
+    acts = sound if aggregator.traits.always else sound & anybody
+    keep = lambda n, o: jnp.where(acts, n, o)
     new = jax.tree.map(
-      lambda n, o: jnp.where(anybody, n, o),
-      new._replace(key=None, round=None),
-      state._replace(key=None, round=None),
-    )._replace(key=state.key, round=state.round + 1)
-    metrics = _tell(told, cohort, aggregate, state.params, new.params)
-    if measure is not None and uploads is not None:
-      metrics |= measure(uploads, state.params, new.params)
-    return new, states, metrics
+      keep,
+      new._replace(key=None, round=None, history=None),
+      state._replace(key=None, round=None, history=None),
+    )
+    new = new._replace(key=state.key, round=state.round + 1)
+    more = metrics.of_server(result, state.params, new.params)
+    if measure is not None and received is not None and not upload.additive:
+      if aggregator.weights is not None:
+        received = received._replace(weight=aggregator.weights(received))
+      more |= measure(received, state.params, new.params)
+    if after is not None:
+      new = after(new._replace(history=()), base, data, keys(state)[3])
+    past = state.history
+    if history > 1:
+      push = lambda new, old: jnp.concatenate([new[None], old[:-1]])
+      past = jax.tree.map(push, new.params, past)
+    return new._replace(history=past), more, sound
 
-  return FederatedAlgorithm(init, init_client, round_fn, personal)
+  def halves_train(state: ServerState, cohort: Cohort, base: Base = None):
+    out, uploads = trained(state, cohort, base, stream=False)
+    return uploads, out.states, metrics.of_clients(out.rows, cohort)
 
+  def halves_aggregate(
+    state: ServerState, uploads: Uploads, base: Base = None, data: Any = None
+  ) -> tuple[ServerState, Metrics]:
+    total = None
+    if upload.additive and sums is not None:
+      total = sums.add(sums.zero(None), uploads, None)
+    ids, valid, weight = uploads.ids, uploads.valid, uploads.weight
+    state, more, _ = served(
+      state, total, uploads, base, data, ids, valid, weight
+    )
+    return state, more
 
-def _server_step(
-  state: ServerState,
-  aggregate: Aggregate,
-  aggregator_state: Any,
-  server: ServerOptimizer,
-  labels: Any,
-) -> ServerState:
-  """The only place where an update changes its sign."""
-  shared = tree.select(state.params, labels, Shared)
-  # A shared leaf that the rule assigns has no gradient; others have no update.
-  delta = tree.merge(
-    tree.like(aggregate.delta, shared), tree.zeros_like(shared)
+  def round_fn(
+    state: ServerState, cohort: Cohort, base: Base = None, data: Any = None
+  ) -> tuple[ServerState, ClientState, RoundInfo]:
+    stream = sums is not None and adversary is None
+    out, uploads = trained(state, cohort, base, stream=stream)
+    info = metrics.of_clients(out.rows, cohort)
+    reported = info.reported
+    new, more, sound = served(
+      state, out.sums, uploads, base, data, cohort.ids, reported,
+      out.rows.weight,
+    )  # fmt: skip
+    # Nobody counts where the rule made no finite outcome of them.
+    info = info._replace(
+      reported=reported & sound,
+      finite=info.finite & (sound | ~reported),
+      metrics={**info.metrics, **more},
+    )
+    keep = lambda new, old: jnp.where(sound, new, old)
+    states = tree.map_present(keep, out.states, cohort.states)
+    return new, states, info
+
+  def personal(params: Params, state: ClientState | None) -> Params:
+    return params if state is None else tree.merge(state.private, params)
+
+  return FederatedAlgorithm(
+    init=init,
+    init_client=lambda params: initial(
+      params, local, scope, upload, aggregator
+    ),
+    round=round_fn,
+    personal=personal,
+    train=halves_train,
+    aggregate=halves_aggregate,
   )
-  pseudo_gradient = tree.scale(delta, -1.0)
-  step, optimizer = server.update(pseudo_gradient, state.optimizer, shared)
-  params = tree.add(state.params, step)
-  if aggregate.assign is not None:
-    params = tree.merge(aggregate.assign, params)
-  return state._replace(
-    params=params, optimizer=optimizer, aggregator=aggregator_state
+
+
+def _sums(aggregator: AnyAggregator, upload: Upload) -> Sums | None:
+  """Returns what blocks are added up to, None for a rule on the stack."""
+  if upload.additive:
+    # The shape of a message is known once there is one: zero until then.
+    def add(total, uploads, common):
+      del common
+      ones = uploads.valid.astype(jnp.float32)
+      sums = tree.weighted_sum(uploads.update, ones), jnp.sum(uploads.weight)
+      return sums if total is None else tree.add(total, sums)
+
+    def begun(total, uploads, common):
+      del total
+      shapes = jax.eval_shape(lambda x: add(None, x, common), uploads)
+      return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    return Sums(lambda common: None, begun, add)
+  if isinstance(aggregator, Aggregator):
+    return None
+  rule: StreamingAggregator = aggregator
+
+  def zero(common):
+    return rule.zero(common.params)
+
+  def accumulate(total, uploads, common):
+    return rule.accumulate(total, uploads, common.rule, common.params)
+
+  def begun(total, uploads, common):
+    del common
+    return step.begun(total, uploads)
+
+  return Sums(zero, begun, accumulate)
+
+
+def _decoded(upload, total, state, anybody, context: Context) -> Uploads:
+  """Returns the decoded sum of messages as the upload of a single client."""
+  message, weight = total
+  update = upload.decode(message, state.params, context)
+  each = tree.scale(update, 1 / jnp.where(weight > 0, weight, 1.0))
+  row = lambda x: jax.tree.map(lambda leaf: leaf[None], x)
+  ones = jax.tree.map(lambda x: jnp.ones((1,) * (1 + x.ndim), bool), each)
+  return Uploads(
+    update=row(each),
+    start=row(state.params),
+    masks=Masks(ones, ones),
+    weight=weight[None],
+    valid=jnp.atleast_1d(anybody),
+    ids=jnp.full(1, -1, jnp.int32),
   )
-
-
-def _tell(told, cohort, aggregate, old, new) -> dict[str, jax.Array]:
-  """Cohort metrics: means over the clients that count, [K] where it matters."""
-  valid = told['clients/reported']
-  clean = lambda x: jnp.where(valid, x, 0.0)
-  tokens = clean(told['local/tokens'])
-  by_tokens = tree.normalise(tokens)
-  by_client = tree.normalise(valid.astype(jnp.float32))
-  mean = lambda name, weight: jnp.sum(weight * clean(told[name]))
-  received = cohort.ids >= 0
-  rows = lambda keep, x: jnp.where(keep[:, None], x, 0)
-  metrics = {
-    'local/loss': mean('local/loss', by_tokens),
-    'local/tokens': jnp.sum(tokens),
-    'local/steps': jnp.sum(clean(told['local/steps'])),
-    'local/update_norm': mean('local/update_norm', by_client),
-    'uploads/bytes': rows(cohort.valid, told['uploads/bytes']),
-    'downloads/bytes': rows(received, told['downloads/bytes']),
-    'aggregators/norm': tree.norm(aggregate.delta),
-    'server/step_norm': tree.norm(tree.sub(new, old)),
-    'clients/non_finite': told['clients/non_finite'],
-    'clients/reported': valid,
-  }
-  if 'clients/places' in told:
-    places = jnp.sum(told['clients/places'].astype(jnp.float32))
-    texts = jnp.sum(clean(told['local/text_tokens']))
-    metrics['clients/useful_tokens'] = texts / jnp.maximum(places, 1)
-  if 'local/report' in told:
-    metrics['clients/reports'] = told['local/report']  # for `server.planned`
-  for name in ('local/grad_norm', 'local/rank', 'local/accuracy'):
-    if name in told:
-      weight = by_tokens if name == 'local/accuracy' else by_client
-      metrics[name] = mean(name, weight)
-  return metrics
-
-
-def _pad(cohort: Cohort, multiple: int) -> Cohort:
-  """[K, ...] to the next multiple of clients; rows added are not valid."""
-  num = cohort.ids.shape[0]
-  pad = -num % multiple
-
-  def leaf(x):
-    x = jnp.asarray(x)
-    # The last client again, so nothing can overflow on made-up data.
-    return jnp.concatenate([x, jnp.repeat(x[-1:], pad, axis=0)]) if pad else x
-
-  padded = jax.tree.map(leaf, cohort)
-  real = jnp.arange(num + pad) < num
-  return padded._replace(valid=padded.valid & real)
 
 
 def _with_residuals(params: Params) -> Params:
@@ -391,34 +367,3 @@ def _with_residuals(params: Params) -> Params:
     return x._replace(residual=jnp.zeros(shape, jnp.float32))
 
   return jax.tree.map(node, params, is_leaf=lambda x: isinstance(x, LowRank))
-
-
-def _floating(update: Any) -> Any:
-  """What a client moved; notes that it keeps in whole numbers are no step."""
-  is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
-  return jax.tree.map(lambda x: x if is_float(x) else None, update)
-
-
-def _present(part: Any) -> Any:
-  """`None` for a tree without a leaf: clients without state store nothing."""
-  return part if jax.tree.leaves(part) else None
-
-
-def _only(masks: Masks, labels: Any) -> Masks:
-  """The masks of what is shared."""
-  return Masks(*(tree.select(m, labels, Shared) for m in masks))
-
-
-def _dense_bytes(params: Params, mask: Any) -> Any:
-  """Bytes of the entries held, one int32 count a leaf."""
-
-  def leaf(p, m):
-    entries = jnp.broadcast_to(m, p.shape) if m.ndim else m * p.size
-    return jnp.sum(entries, dtype=jnp.int32) * p.dtype.itemsize
-
-  return tree.map_present(leaf, params, mask)
-
-
-def _flat(counts: Any) -> jax.Array:
-  leaves = [jnp.ravel(x) for x in jax.tree.leaves(counts)]
-  return jnp.concatenate(leaves) if leaves else jnp.zeros(1, jnp.int32)

@@ -195,6 +195,54 @@ def fed_adam(
   )  # fmt: skip
 
 
+def adamw(
+  learning_rate: optax.ScalarOrSchedule = 1e-3,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: float = 0.01,
+) -> ServerOptimizer:
+  """AdamW on the server, with bias correction, as torch's optimizer:
+
+      m <- b1 m + (1 - b1) delta,   v <- b2 v + (1 - b2) delta^2
+      x <- (1 - eta weight_decay) x
+           + eta (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+  Loshchilov and Hutter 2019 (arXiv 1711.05101), with the defaults of
+  `torch.optim.AdamW`, which is the server of the code of FLASC (arXiv
+  2406.05233). Not the FedAdam of Reddi et al., which is `fed_adam`. Unlike the
+  others it needs the delta of every leaf.
+
+  Raises:
+    Error: `learning_rate` or `eps` is not positive, a decay not in [0, 1), or a
+      negative `weight_decay`.
+
+  >>> server, x = adamw(0.1, weight_decay=0.25), jnp.float32(2)
+  >>> step, _ = server.update(jnp.float32(-3.0), server.init(x), x)
+  >>> round(float(step), 4)  # 0.1 * (1 - 0.25 * 2)
+  0.05
+  """
+  _check_rate('adamw', learning_rate)
+  _check_decay('adamw', 'b1', b1)
+  _check_decay('adamw', 'b2', b2)
+  if known(eps) and not eps > 0:
+    raise Error(f'adamw: eps={eps} must be positive.')
+  if known(weight_decay) and not weight_decay >= 0:
+    raise Error(f'adamw: weight_decay={weight_decay} must not be negative.')
+  inner = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
+  wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+  def update(updates, state, params=None):
+    if params is None:
+      raise Error('adamw: weight decay needs the parameters.')
+    step, state = inner.update(wide(updates), state, wide(params))
+    return _steps(step, updates), state
+
+  return optax.GradientTransformation(
+    lambda params: inner.init(wide(params)), update
+  )
+
+
 def fed_yogi(
   learning_rate: optax.ScalarOrSchedule = 1e-2,
   b1: float = 0.9,

@@ -9,10 +9,12 @@ import numpy as np
 
 from fedjax_llm import tree
 from fedjax_llm.types import (
+  Cohort,
   FederatedAlgorithm,
   Key,
   Params,
   Reports,
+  RoundInfo,
   ServerState,
 )
 
@@ -38,11 +40,11 @@ def planned(
 ) -> FederatedAlgorithm:
   """The algorithm, with a plan that a policy makes for every client.
 
-  What a client tells (`metrics['report']` of its local update) is kept by its
-  id; after every round `plan(state)` hands all of it to the policy, and the
-  next round finds its decisions in `Cohort.profiles`, beside what is there
-  already. Both lie in the server's state, so a checkpoint holds them and a
-  resumed run goes on with the same plan. A report counts in 'uploads/bytes',
+  A client's report (`ClientOutput.report`) is kept by its id; after every round
+  `plan(state)` hands all reports to the policy, and the next round finds its
+  decisions in `Cohort.profiles`, beside what is there already. Both lie in the
+  server's state, so a checkpoint holds them and a resumed run goes on with the
+  same plan. A report counts in 'uploads/bytes',
   the client's row of the plan in 'downloads/bytes'.
 
   Args:
@@ -56,13 +58,11 @@ def planned(
       booleans in the shape of the report, broadcast from the right; all if
       None.
 
-  >>> from fedjax_llm.types import Cohort
   >>> none = jnp.zeros((2, 1), jnp.int32)
-  >>> def round(state, cohort, base=None):  # clients report what they got
-  ...   told = {'clients/reports': cohort.profiles['size'],
-  ...           'clients/reported': cohort.ids >= 0,
-  ...           'uploads/bytes': none, 'downloads/bytes': none}
-  ...   return state._replace(round=state.round + 1), (), told
+  >>> def round(state, cohort, base, data):  # clients report what they got
+  ...   who = cohort.ids >= 0
+  ...   info = RoundInfo(who, who, none, none, {}, cohort.profiles['size'])
+  ...   return state._replace(round=state.round + 1), (), info
   >>> init = lambda key, params: ServerState(jnp.int32(0), params, (), (), key)
   >>> def policy(params):
   ...   return lambda round, reports, plan: {
@@ -72,7 +72,7 @@ def planned(
   ...   first=lambda params: ({'size': np.ones(3)}, np.float32(0)))
   >>> state = method.init(None, {})
   >>> cohort = Cohort(jnp.array([2, 0]), None, None, None)
-  >>> state, _, told = method.round(state, cohort)
+  >>> state, _, info = method.round(state, cohort)
   >>> method.plan(state).aggregator.profiles['size'].tolist()
   [11.0, 1.0, 11.0]
   """
@@ -87,36 +87,58 @@ def planned(
     kept = jax.tree.map(jnp.asarray, (dict(profiles), reports))
     return state._replace(aggregator=Planned(state.aggregator, *kept))
 
-  def round(state, cohort, base=None):
-    inner, profiles, reports = state.aggregator
+  def bare(state: ServerState) -> ServerState:
+    return state._replace(aggregator=state.aggregator.inner)
+
+  def rows_of(state: ServerState, cohort: Cohort) -> dict[str, Any]:
+    """The clients' rows of the plan, [K, ...]."""
     at = jnp.maximum(cohort.ids, 0)
-    mine = {name: x[at] for name, x in profiles.items()}
-    given = cohort.profiles if isinstance(cohort.profiles, Mapping) else {}
-    new, states, metrics = algorithm.round(
-      state._replace(aggregator=inner),
-      cohort._replace(profiles={**given, **mine}),
-      base,
-    )
-    told = dict(metrics)
-    report = told.pop('clients/reports')
+    return {name: x[at] for name, x in state.aggregator.profiles.items()}
+
+  def beside(cohort: Cohort, rows: dict[str, Any]) -> Cohort:
+    present = cohort.profiles if isinstance(cohort.profiles, Mapping) else {}
+    return cohort._replace(profiles={**present, **rows})
+
+  def billed(info: RoundInfo, cohort: Cohort, rows: Any) -> RoundInfo:
+    some = None if sent is None else jax.vmap(sent)(rows)
+    up = _beside(info.bytes_up, info.reports, info.reported, some)
+    down = _beside(info.bytes_down, rows, cohort.ids >= 0)
+    return info._replace(bytes_up=up, bytes_down=down, reports=None)
+
+  def kept(state, new, ids, reported, report) -> ServerState:
+    """The new state, with the reports of the round beside earlier ones."""
+    _, profiles, reports = state.aggregator
     # Rows of nobody are written beyond the end, which drops them.
-    to = jnp.where(told['clients/reported'], cohort.ids, num_clients)
+    to = jnp.where(reported, ids, num_clients)
     write = lambda old, row: old.at[to].set(row, mode='drop')
     reports = Reports(
       jax.tree.map(write, reports.values, report),
       write(reports.round, new.round),
     )
-    told['uploads/bytes'] = _beside(
-      told['uploads/bytes'],
-      report,
-      told['clients/reported'],
-      None if sent is None else jax.vmap(sent)(mine),
+    return new._replace(aggregator=Planned(new.aggregator, profiles, reports))
+
+  def train(state, cohort, base=None):
+    assert algorithm.train is not None
+    rows = rows_of(state, cohort)
+    uploads, states, info = algorithm.train(
+      bare(state), beside(cohort, rows), base
     )
-    told['downloads/bytes'] = _beside(
-      told['downloads/bytes'], mine, cohort.ids >= 0
+    return uploads, states, billed(info, cohort, rows)
+
+  def aggregate(state, uploads, base=None, data=None):
+    assert algorithm.aggregate is not None
+    new, metrics = algorithm.aggregate(bare(state), uploads, base, data)
+    return kept(
+      state, new, uploads.ids, uploads.valid, uploads.reports
+    ), metrics
+
+  def round(state, cohort, base=None, data=None):
+    rows = rows_of(state, cohort)
+    new, states, info = algorithm.round(
+      bare(state), beside(cohort, rows), base, data
     )
-    kept = Planned(new.aggregator, profiles, reports)
-    return new._replace(aggregator=kept), states, told
+    state = kept(state, new, cohort.ids, info.reported, info.reports)
+    return state, states, billed(info, cohort, rows)
 
   def plan(state: ServerState) -> ServerState:
     inner, profiles, reports = state.aggregator
@@ -136,7 +158,14 @@ def planned(
     profiles = jax.tree.map(put, dict(decided), profiles)
     return state._replace(aggregator=Planned(inner, profiles, reports))
 
-  return algorithm._replace(init=init, round=round, plan=plan)
+  halves = algorithm.train is not None
+  return algorithm._replace(
+    init=init,
+    round=round,
+    train=train if halves else None,
+    aggregate=aggregate if halves else None,
+    plan=plan,
+  )
 
 
 def _beside(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm.types import Batch
+from fedjax_llm import batching
 
 
 def narrowed(
@@ -23,19 +23,18 @@ def narrowed(
   Returns:
     What `run` gives, and the token places [B, T] of a step that it was given.
 
+  >>> from fedjax_llm.types import Batch
   >>> ones = jnp.ones([2, 8], jnp.int32)
   >>> batch = Batch(ones, ones > 0, jnp.where(jnp.arange(8) < 3, ones, 0), ones)
   >>> narrowed(lambda batch: batch.segments.sum(), batch, (4, 6))
   (Array(6, dtype=int32), Array(8, dtype=int32))
   """
-  is_text = lambda x: isinstance(x, Batch)
-  leaves = jax.tree.leaves(batches, is_leaf=is_text)
-  texts = [x for x in leaves if is_text(x)]
-  if len(texts) < len(leaves) or not texts:
+  texts = batching.texts(batches)
+  if not batching.kinds(batches) or not texts:
     return run(batches), jnp.int32(0)
-  longest = max(x.tokens.shape[-1] for x in texts)
+  longest = batching.width(batches)
   widths = sorted({w for w in widths if w < longest} | {longest})
-  rows = sum(x.tokens.shape[-2] for x in texts)
+  rows = sum(x.segments.shape[-2] for x in texts)
   places = jnp.asarray(np.asarray(widths, np.int32) * rows)
   if len(widths) == 1:
     return run(batches), places[0]
@@ -48,12 +47,6 @@ def narrowed(
   index = jnp.searchsorted(jnp.asarray(widths), used)
 
   def at(width):
-    def cut(batch):
-      along = batch.tokens.ndim  # a label has no places
-      return jax.tree.map(
-        lambda x: x[..., :width] if x.ndim == along else x, batch
-      )
-
-    return lambda batches: run(jax.tree.map(cut, batches, is_leaf=is_text))
+    return lambda batches: run(batching.narrowed(batches, width))
 
   return jax.lax.switch(index, [at(w) for w in widths], batches), places[index]

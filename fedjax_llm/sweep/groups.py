@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedjax_llm import builders, experiment
+from fedjax_llm import batching, builders, experiment
 from fedjax_llm.experiment import Experiment
 from fedjax_llm.sections import SPEC
 from fedjax_llm.sweep.grid import Run
@@ -107,12 +107,9 @@ def lead(found: Sequence[Member]) -> Experiment:
   computed.
   """
   first = found[0].built
-  targets = [m.built.max_targets for m in found]
-  known = [x for x in targets if x is not None]
   return first._replace(
     conf=found[0].run.conf,
     settings=first.settings._replace(widths=()),
-    max_targets=max(known) if len(known) == len(targets) else None,
   )
 
 
@@ -133,10 +130,8 @@ def _form(member: Member, numbers: Sequence[str]) -> Any:
   left = {f: '#' for f in numbers if _is_number(value(run, f))}
   text = _text(run._replace(resolved=put(run.resolved, left)), kept)
   # Rows of texts may be filled up, so their length does not count.
-  shapes = [
-    x.shape[:3] if x.ndim == 4 else x.shape
-    for x in map(np.asarray, jax.tree.leaves(member.cohort.batches))
-  ]
+  batches = batching.narrowed(member.cohort.batches, 0)
+  shapes = [np.shape(x) for x in jax.tree.leaves(batches)]
   shapes += [np.shape(x) for x in jax.tree.leaves(member.cohort.profiles)]
   shapes += [(x.shape, x.dtype) for x in jax.tree.leaves(built.initial)]
   recipe = builders.resolve_builder(

@@ -7,7 +7,6 @@ P members of a population, each with its own seed, clients and settings: one
 members, so its products stay one GEMM over members and clients.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedjax_llm import data, metrics, narration, rates, tree
+from fedjax_llm import batching, data, metrics, narration, rates, tree
 from fedjax_llm.experiment import Experiment
 from fedjax_llm.plan import blocks, costs
 from fedjax_llm.sweep import folder as folders
@@ -36,6 +35,7 @@ class Population(NamedTuple):
   parts: Sequence[Sequence[groups.Member]]
   num_kinds: int  # U: members of a part on different texts, at most
   length: int  # T of all cohorts
+  bounds: Sequence[int | None]  # of all cohorts: `batching.bounded`
   block_size: int | None
   step: Step
   examine: Mapping[int, Callable[..., dict[str, Any]]]  # by id of `built`
@@ -63,9 +63,9 @@ def ready(
   builds = list({id(m.built): m.built for m in members}.values())
   width = max(built.width for built in builds)
   tests = texts.alike([b._replace(width=width).tests() for b in builds])
-  key = (id(lead.loaded), tests[0].max_targets)
+  key = id(lead.loaded)
   if key not in likelihoods:
-    likelihoods[key] = lead.likelihood(tests[0].max_targets)
+    likelihoods[key] = lead.likelihood()
   examine = {
     id(built): built.examiner(
       lead.method(), tests=test, together=likelihoods[key]
@@ -77,7 +77,8 @@ def ready(
     fields=group.fields,
     parts=parts,
     num_kinds=max(len({id(m.built) for m in part}) for part in parts),
-    length=max(texts.length(m.cohort) for m in members),
+    length=max(batching.width(m.cohort.batches) for m in members),
+    bounds=batching.most([m.cohort.batches for m in members]),
     block_size=block_size,
     step=program(lead, block_size),
     examine=examine,
@@ -87,7 +88,7 @@ def ready(
 def program(lead: Experiment, block_size: int | None) -> Step:
   """The round of all members, compiled once.
 
-  `step(values, states, cohorts, kind, base) -> (states, metrics)`: `values` are
+  `step(values, states, cohorts, kind, base) -> (states, info)`: `values` are
   numbers [P] by field, and member p trains on row `kind[p]` of `cohorts`.
   """
 
@@ -95,8 +96,8 @@ def program(lead: Experiment, block_size: int | None) -> Step:
     def member(values, state, at):
       # Built while it is traced: the numbers are then inputs of the program.
       method = lead.method(block_size, conf=groups.put(lead.conf, values))
-      state, _, told = method.round(state, tree.take(cohorts, at), base)
-      return state, told
+      state, _, info = method.round(state, tree.take(cohorts, at), base)
+      return state, info
 
     return jax.vmap(member)(values, states, kind)
 
@@ -116,9 +117,9 @@ def num_at_once(
   first, num = group.members[0], len(group.members)
   if groups.writes_base(first):
     return 1  # or every member would need a base of its own
-  num_clients, steps, *rows = first.cohort.batches.tokens.shape
+  num_clients, steps, places = batching.axes(first.cohort.batches)
   together = min(block_size or num_clients, num_clients)
-  size = blocks.rule(together * math.prod(rows), num)
+  size = blocks.rule(together * places, num)
   limit = blocks.memory()
   if limit is None or size == 1:
     return size
@@ -172,7 +173,10 @@ def train(
   def assembled(number: int) -> tuple[list[Draw], Any]:
     pairs = [built.assemble(number) for built in builds]
     stack = texts.stacked(
-      [cohort for _, cohort in pairs], population.num_kinds, population.length
+      [cohort for _, cohort in pairs],
+      population.num_kinds,
+      population.length,
+      population.bounds,
     )
     return [draw for draw, _ in pairs], jax.device_put(stack)
 
@@ -202,10 +206,11 @@ def train(
     for i, member in enumerate(part):
       if i in ended:
         continue
-      one = metrics.summarise({k: v[i] for k, v in on_host.items()})
+      info = tree.take(on_host, i)
+      one = metrics.summarise(info)
       draw, names = draws[kind[i]], member.built.names
       try:
-        one, note = narration.left_out(one, draw, names, number)
+        one, note = narration.left_out(one, info, draw, names, number)
         if not sound[i]:
           raise narration.Diverged(narration.not_finite(number))
       except narration.Diverged as diverged:
@@ -214,7 +219,6 @@ def train(
         continue
       if note:
         bar.write(f'{member.run.name}: {note}')
-      one.pop('clients/reported')
       one |= rates_of[i](number, rates.num_steps(cohorts.batches, 2))
       losses.append(one['local/loss'])
       tokens += one['local/tokens']

@@ -63,12 +63,12 @@ def identity(entries: str = 'trained', bitmap: bool = False) -> Codec:
     del update
     return ()
 
-  def encode(update, masks, state, key):
-    del key
+  def encode(update, masks, state, context):
+    del context
     return tree.apply_mask(update, getattr(masks, entries)), state
 
-  def decode(message, start, key):
-    del start, key
+  def decode(message, start, context):
+    del start, context
     return message
 
   def count(leaf, mask):
@@ -99,12 +99,12 @@ def known() -> Codec:
   [1.0, 1.0, 1.0]
   """
 
-  def encode(update, masks, state, key):
-    del update, masks, key
+  def encode(update, masks, state, context):
+    del update, masks, context
     return (), state
 
-  def decode(message, start, key):
-    del message, key
+  def decode(message, start, context):
+    del message, context
     return start
 
   return Codec(lambda _: (), encode, decode, lambda message, masks: ())
@@ -130,15 +130,15 @@ def from_optax(transform: optax.GradientTransformation) -> Codec:
   [0.20000000298023224, 0.5]
   """
 
-  def encode(update, masks, state, key):
-    del key
+  def encode(update, masks, state, context):
+    del context
     inside = tree.apply_mask(update, masks.trained)
     message, state = transform.update(inside, state)
     message = jax.tree.map(lambda m, u: m.astype(u.dtype), message, inside)
     return tree.apply_mask(message, masks.trained), state
 
-  def decode(message, start, key):
-    del start, key
+  def decode(message, start, context):
+    del start, context
     return message
 
   def num_bytes(message, masks):

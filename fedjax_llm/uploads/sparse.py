@@ -56,8 +56,8 @@ def top_k(density: float = 0.25, per: str = 'tree') -> Codec:
   if per not in ('tree', 'leaf'):
     raise Error(f"top_k: per={per!r} is neither 'tree' nor 'leaf'.")
 
-  def encode(update, masks, state, key):
-    del key
+  def encode(update, masks, state, context):
+    del context
     inside = tree.apply_mask(update, masks.trained)
     if per == 'leaf':
       return jax.tree.map(lambda x: _largest(x.ravel(), density), inside), state
@@ -65,8 +65,8 @@ def top_k(density: float = 0.25, per: str = 'tree') -> Codec:
     empty = jax.tree.map(lambda x: jnp.zeros((0,), x.dtype), inside)
     return SparseTree(_largest(flat, density), empty), state
 
-  def decode(message, start, key):
-    del key
+  def decode(message, start, context):
+    del context
     if per == 'leaf':
       return jax.tree.map(
         lambda m, x: None if m is None else _dense(m, x.size).reshape(x.shape),
@@ -76,12 +76,11 @@ def top_k(density: float = 0.25, per: str = 'tree') -> Codec:
       )
     like = tree.like(start, message.shape)
     leaves, treedef = jax.tree.flatten(like)
-    sizes = [x.size for x in leaves]
-    flat, at, parts = _dense(message.entries, sum(sizes)), 0, []
-    for x, size in zip(leaves, sizes, strict=True):
-      parts.append(flat[at : at + size].reshape(x.shape).astype(x.dtype))
-      at += size
-    filled = jax.tree.unflatten(treedef, parts)
+    flat = _dense(message.entries, sum(x.size for x in leaves))
+    parts = tree.split_flat(flat, leaves)
+    filled = jax.tree.unflatten(
+      treedef, [part.astype(x.dtype) for part, x in zip(parts, leaves)]
+    )
     return tree.like(tree.merge(filled, start), message.shape)
 
   def num_bytes(message, masks):
@@ -96,8 +95,7 @@ def _largest(flat: jax.Array, density: float) -> Sparse:
   k = min(size, math.ceil(density * size))
   if k == size:
     return Sparse(flat, jnp.zeros((0,), jnp.int32))
-  _, places = jax.lax.top_k(jnp.abs(flat), k)
-  places = jnp.sort(places)
+  places = tree.largest_places(jnp.abs(flat), k)
   values = flat[places]
   if 4 * k <= -(-size // 8):
     return Sparse(values, places.astype(jnp.int32))

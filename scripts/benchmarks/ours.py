@@ -13,7 +13,7 @@ import numpy as np
 import peer
 
 import fedjax_llm as fl
-from fedjax_llm import models, recipes, sharding
+from fedjax_llm import batching, models, recipes, sharding
 from fedjax_llm.adapters import peft
 from fedjax_llm.models import families
 from fedjax_llm.plan import blocks
@@ -28,19 +28,17 @@ def setting(args, **model_settings):
     path_of=lambda name: families.our_path(name, loaded.config),
   )
   tokens, mask = peer.data(args.work)
-  k, _, b, t = tokens.shape
+  k, _, _, t = tokens.shape
   ones = np.ones_like(tokens)
   batches = Batch(tokens, mask, ones, ones * np.arange(t, dtype=np.int32))
+  batches = batching.bounded(batches)
   cohort = Cohort(
     ids=jnp.arange(k, dtype=jnp.int32),
     batches=jax.tree.map(jnp.asarray, batches),
     weight=jnp.ones(k),
     valid=jnp.ones(k, bool),
   )
-  loss = fl.local.causal_lm(
-    loaded.model, max_targets=int(mask[0, 0, :, 1:].sum()) if b else None
-  )
-  return loaded, params, cohort, loss
+  return loaded, params, cohort, fl.local.causal_lm(loaded.model)
 
 
 def optimizer(args):

@@ -53,7 +53,7 @@ def run(bench: lab.Bench, seeds) -> Outcome:
       rounds=ROUNDS,
       seed=seed,
     )
-    missed, wanted = told[-1]['missed'], told[-1]['wanted']
+    missed, wanted = told[-1].metrics['missed'], told[-1].metrics['wanted']
     return [float(missed), float(missed / wanted)]
 
   by_steps, by_rank, by_rank_same = [], [], []

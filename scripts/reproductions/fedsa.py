@@ -49,7 +49,7 @@ def run(bench: lab.Bench, seeds) -> Outcome:
       rounds=1,
       seed=seed,
     )
-    loss = float(told[0]['local/loss'])
+    loss = float(told[0].metrics['local/loss'])
     bench.say(f'seed {seed}, {partition}: {loss:.3f} nats a byte in training')
     return jax.tree.map(lambda x: np.asarray(x).tolist(), alike(
       states.private, params

@@ -70,10 +70,7 @@ def run(bench: lab.Bench, seeds) -> Outcome:
       rounds=rounds,
       seed=seed,
     )
-    sent = sum(
-      int(m['uploads/bytes'].sum()) + int(m['downloads/bytes'].sum())
-      for m in told
-    )
+    sent = sum(int(m.bytes_up.sum()) + int(m.bytes_down.sum()) for m in told)
     traffic[name] = sent / 1e6
     return test(state.params, people)
 

@@ -1,0 +1,241 @@
+"""Examples to arrays: one builder for each kind of batch.
+
+A `Collate` looks once at all examples of a run, which decide the fields that
+there are, and returns a function from rows to arrays: `rows` is a list of M
+rows, each a list of the examples in it (none: padding; several: packed texts),
+and every array of the batch that comes back begins with M. All calls give the
+same shapes and the same structure for the same M.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedjax_llm import batching
+from fedjax_llm.types import (
+  Batch,
+  Error,
+  Example,
+  Image,
+  Images,
+  ImagesWithTexts,
+  ImageWithText,
+  Pair,
+  Pairs,
+)
+
+Rows = Sequence[Sequence[Any]]  # [M] rows of examples
+# (all examples, width T, pad_id) -> (rows -> batch of [M, ...])
+Collate = Callable[[Sequence[Any], int, int], Callable[[Rows], Any]]
+
+
+def by_kind(
+  examples: Sequence[Any], width: int, pad_id: int = 0
+) -> Callable[[Rows], Any]:
+  """The `Collate` of `Example`, `Pair`, `Image` and `ImageWithText`.
+
+  Raises:
+    Error: examples of two kinds, or of another kind.
+
+  >>> text = Example(np.arange(2, dtype=np.int32), np.array([0, 1], bool))
+  >>> by_kind([text], 3)([[text], []]).segments.tolist()
+  [[1, 1, 0], [0, 0, 0]]
+  """
+  found = {type(example) for example in examples} or {Example}
+  known = {Example: texts, Pair: pairs, Image: images}
+  known[ImageWithText] = images_with_texts
+  kind = found.pop()
+  if found:
+    names = ' and '.join(sorted(x.__name__ for x in {kind, *found}))
+    raise Error(f'examples are of different kinds, {names}; use one a run.')
+  if kind not in known:
+    names = ', '.join(x.__name__ for x in known)
+    raise Error(
+      f'examples of the kind {kind.__name__} need a collate of their task; '
+      f'without one they are {names}.'
+    )
+  return known[kind](examples, width, pad_id)
+
+
+def texts(
+  examples: Sequence[Example], width: int, pad_id: int = 0
+) -> Callable[[Rows], Batch]:
+  """The `Collate` of texts: `Batch` [M, T], with labels where they have some.
+
+  Raises:
+    Error: some examples have a label and some have none.
+
+  >>> text = Example(np.arange(2, dtype=np.int32), np.array([0, 1], bool))
+  >>> texts([text], 5)([[text, text]]).segments.tolist()
+  [[1, 1, 2, 2, 0]]
+  """
+  have = {example.label is not None for example in examples}
+  if len(have) > 1:
+    raise Error('some examples have a label and some have none.')
+  labels = have == {True}
+  types = any(example.types is not None for example in examples)
+
+  def build(rows: Rows) -> Batch:
+    shape = (len(rows), width)
+    batch = Batch(
+      tokens=np.full(shape, pad_id, np.int32),
+      loss_mask=np.zeros(shape, bool),
+      segments=np.zeros(shape, np.int32),
+      positions=np.zeros(shape, np.int32),
+      label=np.full(shape[:1], -1, np.int32) if labels else None,
+      types=np.zeros(shape, np.int32) if types else None,
+    )
+    for place, row in enumerate(rows):
+      start = 0
+      for segment, example in enumerate(row, 1):
+        _write(batch, place, start, segment, example)
+        start += len(example.tokens)
+    return batch
+
+  return build
+
+
+def pairs(
+  examples: Sequence[Pair], width: int, pad_id: int = 0
+) -> Callable[[Rows], Pairs]:
+  """The `Collate` of preferences: `Pairs` of two batches [M, T].
+
+  >>> text = Example(np.arange(2, dtype=np.int32), np.array([0, 1], bool))
+  >>> pair = Pair(text, text, reference_chosen=-0.5)
+  >>> pairs([pair], 3)([[pair], []]).reference_chosen.tolist()
+  [-0.5, 0.0]
+  """
+  chosen = texts([pair.chosen for pair in examples], width, pad_id)
+  rejected = texts([pair.rejected for pair in examples], width, pad_id)
+
+  def build(rows: Rows) -> Pairs:
+    of = lambda name: [[getattr(pair, name) for pair in row] for row in rows]
+    number = lambda name: _stacked(of(name), np.float32(0))
+    return Pairs(
+      chosen=chosen(of('chosen')),
+      rejected=rejected(of('rejected')),
+      reference_chosen=number('reference_chosen'),
+      reference_rejected=number('reference_rejected'),
+    )
+
+  return build
+
+
+def images(
+  examples: Sequence[Image], width: int = 0, pad_id: int = 0
+) -> Callable[[Rows], Images]:
+  """The `Collate` of pictures: `Images` [M, H, W, C].
+
+  Raises:
+    Error: pictures of different shapes.
+
+  >>> picture = Image(np.ones((2, 2, 1), np.float32), label=3)
+  >>> batch = images([picture])([[picture], []])
+  >>> batch.pixels.shape, batch.label.tolist(), batch.present.tolist()
+  ((2, 2, 2, 1), [3, -1], [True, False])
+  """
+  del width, pad_id  # of texts
+  empty = _empty_pixels(examples)
+
+  def build(rows: Rows) -> Images:
+    label = lambda image: -1 if image.label is None else image.label
+    labels = [[label(image) for image in row] for row in rows]
+    return Images(
+      pixels=_stacked([[image.pixels for image in row] for row in rows], empty),
+      label=_stacked(labels, np.int32(-1)),
+      present=np.array([len(row) > 0 for row in rows], bool),
+    )
+
+  return build
+
+
+def images_with_texts(
+  examples: Sequence[ImageWithText], width: int, pad_id: int = 0
+) -> Callable[[Rows], ImagesWithTexts]:
+  """The `Collate` of pictures with texts: `ImagesWithTexts`.
+
+  Raises:
+    Error: pictures of different shapes.
+
+  >>> text = Example(np.arange(2, dtype=np.int32), np.array([0, 1], bool))
+  >>> seen = ImageWithText(np.ones((2, 2, 1), np.float32), text)
+  >>> batch = images_with_texts([seen], 3)([[seen]])
+  >>> batch.pixels.shape, batch.text.tokens.shape
+  ((1, 2, 2, 1), (1, 3))
+  """
+  empty = _empty_pixels(examples)
+  text = texts([example.text for example in examples], width, pad_id)
+
+  def build(rows: Rows) -> ImagesWithTexts:
+    return ImagesWithTexts(
+      pixels=_stacked([[x.pixels for x in row] for row in rows], empty),
+      text=text([[x.text for x in row] for row in rows]),
+    )
+
+  return build
+
+
+def check(examples: Sequence[Sequence[Any]], max_length: int) -> None:
+  """Checks that the texts of every client's examples fit into T columns.
+
+  Raises:
+    Error: a text without tokens or longer than `max_length`, or a loss mask of
+      another length.
+
+  >>> text = Example(np.arange(2, dtype=np.int32), np.array([0, 1], bool))
+  >>> check([[text]], max_length=2)
+  """
+  for client, own in enumerate(examples):
+    for i, example in enumerate(own):
+      for text in batching.texts_of(example):
+        length = len(text.tokens)
+        if not 1 <= length <= max_length:
+          raise Error(
+            f'example {i} of client {client} has {length} tokens: at least 1 '
+            f'and at most max_length={max_length} are allowed.'
+          )
+        if len(text.loss_mask) != length:
+          raise Error(
+            f'example {i} of client {client} has {length} tokens, but a loss '
+            f'mask of {len(text.loss_mask)}.'
+          )
+
+
+def _write(
+  batch: Batch, row: int, start: int, segment: int, example: Example
+) -> None:
+  length = len(example.tokens)
+  at = (row, slice(start, start + length))
+  batch.tokens[at] = example.tokens
+  batch.loss_mask[at] = example.loss_mask
+  # Nothing of its own text stands before the first token.
+  batch.loss_mask[row, start] = False
+  batch.segments[at] = segment
+  batch.positions[at] = np.arange(length)
+  if batch.label is not None:
+    batch.label[row] = example.label
+  if batch.types is not None and example.types is not None:
+    batch.types[at] = example.types
+
+
+def _empty_pixels(examples: Sequence[Any]) -> np.ndarray:
+  """Zeros of the one shape that all pictures have."""
+  shapes = sorted({np.shape(example.pixels) for example in examples})
+  if len(shapes) != 1:
+    raise Error(
+      'pictures need one shape [H, W, C] for all of a run; there are '
+      f'{", ".join(map(str, shapes)) or "none"}.'
+    )
+  return np.zeros(shapes[0], np.asarray(examples[0].pixels).dtype)
+
+
+def _stacked(rows: Rows, empty: Any) -> np.ndarray:
+  """The only value of each row, `empty` in rows without one: [M, ...]."""
+  out = np.broadcast_to(empty, (len(rows), *np.shape(empty))).copy()
+  for place, row in enumerate(rows):
+    if len(row) > 1:
+      raise Error('only texts without labels can be packed into one row.')
+    if row:
+      out[place] = row[0]
+  return out

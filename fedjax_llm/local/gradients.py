@@ -1,0 +1,43 @@
+"""Gradients of one step: the slot that `local.sgd` and its relatives fill.
+
+A `Gradient` is `(loss, base, trained, start, batch, key) -> (grads, LossSum)`:
+an estimate of the gradient of the token mean with respect to `trained`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm import tree
+from fedjax_llm.types import Base, Key, Loss, LossSum, Params
+
+
+def mean_loss(
+  loss: Loss, base: Base, trained: Params, start: Params, batch: Any, key: Key
+) -> tuple[jax.Array, LossSum]:
+  """Returns the token mean of the loss, and its sums.
+
+  `trained` holds the leaves that are trained, `start` all others.
+
+  >>> loss = lambda base, p, batch, key: LossSum(p['w'], jnp.float32(2), 0.0)
+  >>> start = {'w': jnp.float32(1)}
+  >>> float(mean_loss(loss, None, {'w': jnp.float32(6)}, start, None, None)[0])
+  3.0
+  """
+  sums = loss(base, tree.merge(trained, start), batch, key)
+  return sums.total / jnp.maximum(sums.count, 1.0), sums
+
+
+def backprop(
+  loss: Loss, base: Base, trained: Params, start: Params, batch: Any, key: Key
+) -> tuple[Params, LossSum]:
+  """Returns the gradient by reverse-mode differentiation.
+
+  >>> loss = lambda base, p, batch, key: LossSum(p['w'] ** 2, *jnp.ones(2))
+  >>> start = {'w': jnp.float32(3)}
+  >>> float(backprop(loss, None, start, start, None, None)[0]['w'])
+  6.0
+  """
+  of = lambda trained: mean_loss(loss, base, trained, start, batch, key)
+  return jax.grad(of, has_aux=True)(trained)

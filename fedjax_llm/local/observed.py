@@ -1,0 +1,85 @@
+"""Losses that also give the statistics of a network's nodes."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from fedjax_llm.types import Base, Error, Key, Loss, LossSum, Model, Params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Observed:
+  """A `Loss`, and the same with what the nodes of its network counted.
+
+  `loss(base, params, batch, key) -> LossSum`, which calling it gives as well;
+  `with_statistics(base, params, batch, key) -> (LossSum, statistics)`, where
+  `statistics` is that of `Model.hidden_with_statistics`. It is no tuple, since
+  `jax.jit` refers weakly to what it compiles.
+
+  >>> def both(base, params, batch, key):
+  ...   return LossSum(batch, 1.0, 0.0), {'layers': None}
+  >>> loss = Observed(lambda *given: both(*given)[0], both)
+  >>> loss(None, {}, 2.0, None)
+  LossSum(total=2.0, count=1.0, correct=0.0)
+  """
+
+  loss: Loss
+  with_statistics: Callable[..., tuple[LossSum, Any]]
+
+  def __call__(self, base: Base, params: Params, batch: Any, key: Key):
+    return self.loss(base, params, batch, key)
+
+
+def observed(build: Callable[[Model], Loss], model: Model) -> Loss:
+  """Returns the loss of a model, as an `Observed` where the model allows it.
+
+  `build(model)` is a loss that takes the hidden states of `model` once, outside
+  of loops and of functions that are computed again in the backward pass.
+
+  >>> import jax.numpy as jnp
+  >>> model = Model(
+  ...   hidden=lambda base, params, batch: batch,
+  ...   logits=lambda base, params, hidden: hidden,
+  ...   hidden_with_statistics=lambda base, params, batch: (batch, 'counts'))
+  >>> build = lambda model: lambda base, params, batch, key: LossSum(
+  ...   model.hidden(base, params, batch), batch, batch)
+  >>> loss = observed(build, model)
+  >>> loss.with_statistics(None, {}, 3.0, None)
+  (LossSum(total=3.0, count=3.0, correct=3.0), 'counts')
+  """
+  plain, states = build(model), model.hidden_with_statistics
+  if states is None:
+    return plain
+
+  def with_statistics(base: Base, params: Params, batch: Any, key: Key):
+    seen = []
+
+    def hidden(base, params, batch):
+      states_of_batch, statistics = states(base, params, batch)
+      seen.append(statistics)
+      return states_of_batch
+
+    sums = build(Model(hidden, model.logits))(base, params, batch, key)
+    if len(seen) != 1:
+      raise Error(
+        f'observed: the loss reads the hidden states {len(seen)} times; it has '
+        'to read them once.'
+      )
+    return sums, seen[0]
+
+  return Observed(plain, with_statistics)
+
+
+def with_statistics(loss: Loss) -> Callable[..., tuple[LossSum, Any]]:
+  """Returns the function of a loss that also gives statistics.
+
+  Raises:
+    Error: a loss without it, of a network that cannot give any.
+  """
+  if isinstance(loss, Observed):
+    return loss.with_statistics
+  raise Error(
+    'this loss gives no statistics of experts: it has to be an '
+    '`local.Observed`, as the losses of the models here are; a network of '
+    "one's own has no experts."
+  )

@@ -1,0 +1,49 @@
+"""Values that may be computed with, but not differentiated in reverse."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from fedjax_llm.types import Error
+
+_same = Primitive('one_way')  # the identity, whose transpose is refused
+_same.def_impl(lambda x, *, sentence: x)
+_same.def_abstract_eval(lambda x, *, sentence: x)
+mlir.register_lowering(_same, lambda ctx, x, *, sentence: [x])
+
+
+def _refuse(cotangent, x, *, sentence):
+  raise Error(sentence)
+
+
+def _batched(args, axes, *, sentence):
+  return _same.bind(args[0], sentence=sentence), axes[0]
+
+
+ad.deflinear2(_same, _refuse)
+batching.primitive_batchers[_same] = _batched
+
+
+def one_way(values: Any, sentence: str) -> Any:
+  """Returns the arrays; their gradient in reverse raises an `Error`.
+
+  A loop whose number of steps is known only while it runs has no gradient in
+  reverse, and JAX's own message does not say which setting gives it one.
+  Derivatives in forward mode (`jax.jvp`) pass.
+
+  >>> try:
+  ...   jax.grad(lambda x: one_way(x, 'no gradient here.'))(jnp.float32(1))
+  ... except Error as error:
+  ...   print(error)
+  no gradient here.
+  """
+
+  def leaf(x):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      return x
+    return _same.bind(x, sentence=sentence)
+
+  return jax.tree.map(leaf, values)

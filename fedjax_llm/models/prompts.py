@@ -1,0 +1,118 @@
+"""Prompt rows in front of texts: how many, where they stand, who sees them.
+
+`nodes.prompt` has the nodes and the conventions; here is what the network does
+with them.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_llm.models.attention import Places
+from fedjax_llm.models.config import Config, longest_text
+from fedjax_llm.types import Batch, Error, Params, known
+
+
+class Front(NamedTuple):
+  """What an adapter puts in front of every text."""
+
+  prompt: Any  # a node at 'inputs', or None
+  prefix: int  # places of the node at 'layers/self_attn/prefix'
+  rows: int  # places of the prompt
+
+  @property
+  def length(self) -> int:
+    return self.prefix + self.rows
+
+
+def front(params: Params) -> Front:
+  """Returns the prompt nodes of an adapter.
+
+  >>> front({})
+  Front(prompt=None, prefix=0, rows=0)
+  """
+
+  def child(tree, name):
+    return tree.get(name) if isinstance(tree, Mapping) else None
+
+  prompt = child(params, 'inputs')
+  prefix = child(child(child(params, 'layers'), 'self_attn'), 'prefix')
+  length = lambda node: 0 if node is None else node.length()
+  return Front(prompt, length(prefix), length(prompt))
+
+
+def check(config: Config, own: Front, length: int) -> None:
+  """Raises `Error` where rows of `length` tokens leave no room for a prompt."""
+  most = longest_text(config)
+  if own.length and own.length + length > most:
+    raise Error(
+      f'A prompt of {own.length} rows in front of {length} tokens is longer '
+      f'than the {most} positions of the {config.family} model.'
+    )
+
+
+def refuse_packing(config: Config, batch: Batch) -> Any:
+  """Refuses several texts in a row of an encoder, whose prompt sees its text.
+
+  Returns the rows that hold several, [B] bool, where they are not known before
+  the program runs; the network makes them NaN.
+  """
+  if config.causal:
+    return None
+  if not known(batch.segments):
+    return jnp.any(batch.segments > 1, axis=-1)
+  if np.max(batch.segments, initial=0) > 1:
+    raise Error(
+      f'A {config.family} model is an encoder: its prompt sees the text behind '
+      'it, so a row holds one text; set packing to False.'
+    )
+  return None
+
+
+def whole(
+  config: Config, own: Front, batch: Batch, with_rows: bool
+) -> tuple[Batch, Places]:
+  """Returns the batch with its prompt rows, and where its rows stand.
+
+  Tokens of prompt rows are 0 and never read. In the places of a causal model
+  prompt rows are of segment 0, and every text sees them all the same
+  (`attention`, `shared`); in an encoder they are of the row's only text.
+  """
+  wide = lambda x: jnp.broadcast_to(x, jnp.shape(batch.tokens))
+  positions = wide(batch.positions + own.length)
+  batch = batch._replace(positions=positions, segments=wide(batch.segments))
+  if not (with_rows and own.rows):
+    return batch, Places(positions, batch.segments)
+
+  def put(x, value, dtype=jnp.int32):
+    if x is None:
+      return None
+    x = jnp.asarray(x)
+    new = jnp.broadcast_to(jnp.asarray(value, dtype), (x.shape[0], own.rows))
+    return jnp.concatenate([new.astype(x.dtype), x], axis=1)
+
+  at = own.prefix + jnp.arange(own.rows)
+  extended = batch._replace(
+    tokens=put(batch.tokens, 0),
+    loss_mask=put(batch.loss_mask, False, bool),
+    segments=put(batch.segments, 1),
+    positions=put(positions, at),
+    types=put(batch.types, 0),
+  )
+  segments = put(batch.segments, 0) if config.causal else extended.segments
+  return extended, Places(extended.positions, segments)
+
+
+def before(own: Front, places: Places) -> Places:
+  """Returns the places of keys: the prefix, and then the rows."""
+  if not own.prefix:
+    return places
+  rows = places.segments.shape[0]
+  wide = lambda x: jnp.broadcast_to(x, (rows, own.prefix))
+  join = lambda x, y: jnp.concatenate([wide(x), y], axis=1)
+  return Places(
+    join(jnp.arange(own.prefix), places.positions),
+    join(jnp.zeros((), jnp.int32), places.segments),
+  )

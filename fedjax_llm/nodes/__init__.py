@@ -1,0 +1,23 @@
+"""Nodes: what a change of a network can be, behind one small protocol.
+
+`protocol` says what a node can do; a file a kind. A user's own `NamedTuple`
+with these methods works wherever the nodes here do.
+"""
+
+from fedjax_llm.nodes import protocol as protocol
+from fedjax_llm.nodes.bottleneck import Activation as Activation
+from fedjax_llm.nodes.bottleneck import Bottleneck as Bottleneck
+from fedjax_llm.nodes.core import Core as Core
+from fedjax_llm.nodes.dense import Added as Added
+from fedjax_llm.nodes.dense import Amended as Amended
+from fedjax_llm.nodes.dense import Dense as Dense
+from fedjax_llm.nodes.dora import Dora as Dora
+from fedjax_llm.nodes.experts import Experts as Experts
+from fedjax_llm.nodes.experts import Routing as Routing
+from fedjax_llm.nodes.low_rank import LowRank as LowRank
+from fedjax_llm.nodes.prompt import Prefix as Prefix
+from fedjax_llm.nodes.prompt import Prompt as Prompt
+from fedjax_llm.nodes.protocol import is_node as is_node
+from fedjax_llm.nodes.scaled import Scaled as Scaled
+from fedjax_llm.nodes.tensor_train import TensorTrain as TensorTrain
+from fedjax_llm.nodes.vera import Vera as Vera

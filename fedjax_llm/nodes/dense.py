@@ -1,0 +1,117 @@
+"""Dense changes of a weight, and weights that nothing can be written into.
+
+Dense(value)              W' = value: a weight that is trained whole
+Added(delta)              W' = W + delta: what a plain array stands for
+Amended(weight, change)   in the base: a quantised W with a change beside it
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm.types import Error
+
+
+class Dense(NamedTuple):
+  """A node that takes the place of its weight: the head of a classifier.
+
+  >>> Dense(jnp.ones(2)).value.shape
+  (2,)
+  """
+
+  value: Any
+
+  def replacement(self) -> Any:
+    """The weight that the network reads; None leaves it as it is."""
+    return self.value
+
+  def write(self, weight: Any) -> Any:
+    value = self.value
+    return weight if value is None else value.astype(weight.dtype)
+
+
+class Added(NamedTuple):
+  """A node that adds an array to its weight: W' = W + delta.
+
+  A plain array among the parameters means this node.
+
+  >>> Added(jnp.ones((2, 2))).act(jnp.ones((1, 2)), jnp.zeros((1, 2))).tolist()
+  [[2.0, 2.0]]
+  """
+
+  delta: Any  # of the shape of the weight
+
+  def act(self, x, y, weight=None) -> jax.Array:
+    del weight
+    return y + times(x, self.delta, y.dtype)
+
+  def write(self, weight: Any) -> Any:
+    return add(weight, self.delta)
+
+  def weight_shape(self) -> tuple[int, ...]:
+    return jnp.shape(self.delta)
+
+
+class Amended(NamedTuple):
+  """A quantised weight of the base, and the dense change that belongs to it.
+
+  Nothing can be written into the integers of a quantised weight, so the change
+  stays a matrix of its own: x @ weight + x @ change.
+  """
+
+  weight: Any  # has a `qvalue`
+  change: Any
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.weight.shape
+
+
+def add(weight: Any, delta: Any) -> Any:
+  """Returns the weight with a dense change in it, or beside it if quantised."""
+  if isinstance(weight, Amended):
+    return weight._replace(change=weight.change + delta)
+  if is_quantised(weight):
+    return Amended(weight, jnp.asarray(delta))
+  return (weight + delta).astype(weight.dtype)
+
+
+def times(x: jax.Array, weight: Any, dtype: Any) -> jax.Array:
+  """Multiplies x [..., D] by a weight [D, F] of any kind, in x's precision.
+
+  `dtype` is that of the result. A quantised weight is written out for this
+  product alone.
+
+  >>> times(jnp.ones((1, 2)), jnp.eye(2), jnp.float32).tolist()
+  [[1.0, 1.0]]
+  """
+  if isinstance(weight, Amended):
+    return times(x, weight.weight, dtype) + times(x, weight.change, dtype)
+  weight = values(weight, x.dtype)
+  return jnp.matmul(x, weight, preferred_element_type=dtype)
+
+
+def values(weight: Any, dtype: Any) -> jax.Array:
+  """Returns a weight as an array: what it stands for if it is quantised."""
+  if isinstance(weight, Amended):
+    whole = values(weight.weight, jnp.float32) + weight.change
+    return whole.astype(dtype)
+  if is_quantised(weight):
+    weight = _qwix().dequantize(weight)
+  return weight.astype(dtype)
+
+
+def is_quantised(weight: Any) -> bool:
+  """Whether a weight holds integers, with or without a change beside them."""
+  return isinstance(weight, Amended) or hasattr(weight, 'qvalue')
+
+
+def _qwix() -> Any:
+  try:
+    import qwix
+  except ImportError as error:
+    raise Error(
+      "quantisation needs the package 'qwix': pip install 'fedjax_llm[quant]'."
+    ) from error
+  return qwix

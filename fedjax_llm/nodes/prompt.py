@@ -1,0 +1,117 @@
+"""Nodes at places that are no weight: rows and keys in front of every text.
+
+    params['inputs'] = Prompt(rows)                       before the first layer
+    params['layers']['self_attn']['prefix'] = Prefix(keys, values)   in each
+
+The network owns these places. A text of T tokens still gives T hidden states:
+those of prompt rows are computed and cut off. With P rows in front the tokens
+stand at the places P, P + 1, ..., as in PEFT's prompt and prefix tuning, where
+the rows count as tokens; sliding windows count them too. Several texts packed
+in one causal row share the rows: each sees them as if they stood directly in
+front of it. Where both nodes are present, the prefix comes first.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm.nodes.protocol import mismatch
+from fedjax_llm.types import Error
+
+
+class Prompt(NamedTuple):
+  """A soft prompt: P rows in the place of rows of `embed_tokens`.
+
+  Lester et al. 2021, arXiv 2104.08691. The network treats the rows as it treats
+  embedded tokens: it scales them, adds learned positions and token type 0, and
+  normalises them where the family does so.
+
+  >>> node = Prompt(jnp.ones((3, 4)))
+  >>> node.length(), node.before(jnp.zeros((2, 5, 4))).shape
+  (3, (2, 3, 4))
+  """
+
+  rows: Any  # [P, D]
+
+  PLACES = ('inputs',)
+
+  def length(self) -> int:
+    return jnp.shape(self.rows)[-2]
+
+  def before(self, x: jax.Array) -> jax.Array:
+    """Returns the rows in front of embedded tokens x [B, T, D], [B, P, D]."""
+    rows = self.rows.astype(x.dtype)
+    return jnp.broadcast_to(rows, (x.shape[0], *rows.shape))
+
+  def write(self, weight: Any) -> Any:
+    del weight
+    raise Error(
+      'a soft prompt stands in front of the text, so it cannot be written into '
+      'a weight: serve it beside the base.'
+    )
+
+  def check(self, shape: tuple[int, ...], path: tuple[str, ...]) -> None:
+    here = jnp.shape(self.rows)
+    want = (*here[:1], *shape) if here and here[0] else (1, *shape)
+    if here != want:
+      raise mismatch(path, here, want)
+
+  def peft(self) -> Any:
+    raise Error('a soft prompt is not written as PEFT files yet.')
+
+
+class Prefix(NamedTuple):
+  """Keys and values of P places in front of the text, in every layer.
+
+  Li and Liang 2021, arXiv 2101.00190. The keys are compared as they are: they
+  are neither normalised nor rotated by the network.
+
+  >>> node = Prefix(jnp.ones((3, 2, 4)), jnp.ones((3, 2, 4)))
+  >>> keys, values = node.before(jnp.zeros((5, 7, 2, 4)))
+  >>> node.length(), keys.shape
+  (3, (5, 3, 2, 4))
+  """
+
+  keys: Any  # [L, P, KV, head_dim]
+  values: Any  # [L, P, KV, head_dim]
+
+  PLACES = ('prefix',)
+
+  def length(self) -> int:
+    return jnp.shape(self.keys)[-3]
+
+  def before(self, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns what stands in front of keys [B, T, KV, head_dim] of a layer."""
+    if self.keys.shape[-2:] != keys.shape[-2:]:
+      raise mismatch(
+        ('layers', 'self_attn', 'prefix'),
+        self.keys.shape,
+        (*self.keys.shape[:-2], *keys.shape[-2:]),
+      )
+    whole = lambda x: jnp.broadcast_to(
+      x.astype(keys.dtype), (keys.shape[0], *x.shape)
+    )
+    return whole(self.keys), whole(self.values)
+
+  def write(self, weight: Any) -> Any:
+    del weight
+    raise Error(
+      'a prefix is keys and values in front of the text, so it cannot be '
+      'written into a weight: serve it beside the base.'
+    )
+
+  def check(self, shape: tuple[int, ...], path: tuple[str, ...]) -> None:
+    """`shape` is that of the keys of one place, [L, KV * head_dim]."""
+    for name, value in (('keys', self.keys), ('values', self.values)):
+      here = jnp.shape(value)
+      fits = len(here) == len(shape) + 2 and here[-3] == self.length() > 0
+      if not fits or (*here[:-3], here[-2] * here[-1]) != shape:
+        raise Error(
+          f'its {"/".join((*path, name))} is {list(here)}, and '
+          f'{[*shape[:-1], "P", "KV", "head_dim"]} with KV * head_dim = '
+          f'{shape[-1]} is needed.'
+        )
+
+  def peft(self) -> Any:
+    raise Error('a prefix is not written as PEFT files yet.')

@@ -1,0 +1,196 @@
+"""What a change of a network can do: the methods of a node.
+
+A node is a `NamedTuple` of arrays that stands in an adapter's tree beside a
+weight. It has methods, of which only the first is needed:
+
+    act(x, y, weight) -> y'     how it acts: x [..., D] are the module's inputs,
+                                y [..., F] is x @ weight before the bias
+    write(weight) -> weight'    the weight with the node in it; raises `Error`
+                                with the reason where that cannot be
+    check(shape, path)          raises `Error` where it does not fit a weight
+                                [L, D, F] at `path`, which ends in 'kernel'
+    fold(weight) -> (weight', node')   moves what is frozen and dense into the
+                                weight, once a round
+    peft() -> Peft              how it leaves as PEFT, or `Error` with a reason
+    act_with_statistics(x, y, weight, real) -> (y', statistics)
+    no_statistics() -> statistics of no token
+
+and class attributes `FROZEN`, the names of fields that nobody trains, and
+`PLACES`, where it may stand: ('kernel',) if it says nothing. Over layers all
+arrays have a leading L axis; `act` sees one layer, the others all of them.
+
+A node with a method `factors() -> LowRank` needs nothing else: it does what its
+factors do. `weight_shape() -> tuple` is enough in the place of `check`. A
+method `replacement() -> weight` in the place of `act` takes the weight's place
+before anything else is computed. A plain array means `Added`.
+
+Other places than weights:
+
+    {'input': node}, {'output': node}   of a module: y is the module's input,
+                                        or its output with the bias
+    params['inputs']                    prompt rows: `nodes.Prompt`
+    params['layers']['self_attn']['prefix']     `nodes.Prefix`
+
+where the last two have `length() -> P` and `before(x)` instead of `act`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from fedjax_llm.nodes.dense import Added, add
+from fedjax_llm.types import Error
+
+# Of a module, the weight that a leaf without a name is about.
+MAIN = ('kernel', 'scale', 'embedding')
+# Places of a network that are no weights.
+BESIDE = ('input', 'output', 'inputs', 'prefix')
+
+_METHODS = ('act', 'factors', 'replacement', 'before')
+
+
+class Peft(NamedTuple):
+  """How a node leaves as PEFT: its factors, and a magnitude if it is a DoRA."""
+
+  factors: Any  # a `LowRank`
+  magnitude: Any = None  # [L, F]
+
+
+class Record(NamedTuple):
+  """Statistics of the nodes of one layer, gathered while it is traced.
+
+  `real` marks the tokens that count, [B, T]; `statistics` has them by the
+  identity of the node, with the node, so that no other takes its identity.
+  """
+
+  real: Any
+  statistics: dict[int, tuple[Any, Any]]
+
+
+def is_node(leaf: Any) -> bool:
+  """Whether a leaf of an adapter has one of the methods of a node."""
+  return any(callable(getattr(leaf, name, None)) for name in _METHODS)
+
+
+def kind(leaf: Any) -> str:
+  return type(leaf).__name__ if is_node(leaf) else 'array'
+
+
+def at(leaf: Any, name: str, main: str = 'kernel') -> Any:
+  """Returns what an adapter's leaf says about the place `name` of a module.
+
+  A leaf that is no dict is about the module's `main` weight.
+  """
+  if isinstance(leaf, Mapping):
+    return leaf.get(name)
+  return leaf if name == main else None
+
+
+def factors(leaf: Any) -> Any:
+  """The `LowRank` that a leaf acts as, None where it is no low-rank change."""
+  method = getattr(leaf, 'factors', None)
+  return method() if callable(method) else None
+
+
+def act(
+  leaf: Any, x: Any, y: jax.Array, weight: Any, record: Record | None = None
+) -> jax.Array:
+  """Returns y as the leaf changes it, in y's dtype; None changes nothing."""
+  if leaf is None:
+    return y
+  if not hasattr(leaf, 'act'):
+    leaf = factors(leaf) or Added(leaf)
+  if record is not None and hasattr(leaf, 'act_with_statistics'):
+    y, statistics = leaf.act_with_statistics(x, y, weight, record.real)
+    record.statistics[id(leaf)] = leaf, statistics
+    return y
+  return leaf.act(x, y, weight).astype(y.dtype)
+
+
+def statistics_of(params: Any, record: Record | None) -> Any:
+  """Returns the tree of what a record holds, with None at other leaves."""
+  if record is None:
+    return None
+  kept = record.statistics
+  return jax.tree.map(
+    lambda leaf: kept[id(leaf)][1] if id(leaf) in kept else None,
+    params,
+    is_leaf=lambda x: id(x) in kept or is_node(x),
+  )
+
+
+def write(leaf: Any, weight: Any) -> Any:
+  """Returns the weight with the leaf written into it."""
+  if hasattr(leaf, 'write'):
+    return leaf.write(weight)
+  node = factors(leaf)
+  if node is not None:
+    return node.write(weight)
+  if is_node(leaf):
+    raise Error(f'a {kind(leaf)} node cannot be written into a weight.')
+  return add(weight, leaf)
+
+
+def fold(leaf: Any, weight: Any) -> tuple[Any, Any]:
+  """Returns (weight, leaf) with what is frozen and dense in the weight."""
+  return leaf.fold(weight) if hasattr(leaf, 'fold') else (weight, leaf)
+
+
+def check(leaf: Any, shape: tuple[int, ...], path: tuple[str, ...]) -> None:
+  """Raises `Error` where a leaf does not fit a place of this shape.
+
+  `path` ends in the name of the place.
+  """
+  module, place = '/'.join(path[:-1]), path[-1]
+  if not is_node(leaf):
+    here = getattr(leaf, 'shape', None)
+    if place in BESIDE:
+      raise Error(f'it has an array at {"/".join(path)}, which is no weight.')
+    if here != shape:
+      raise mismatch(path, here or (), shape)
+    return
+  places = getattr(leaf, 'PLACES', ('kernel',))
+  if place not in places:
+    raise Error(
+      f'a {kind(leaf)} node cannot act on {place} of {module or "the model"}, '
+      f'only on: {", ".join(places)}.'
+    )
+  if hasattr(leaf, 'check'):
+    leaf.check(shape, path)
+    return
+  if not hasattr(leaf, 'weight_shape'):
+    leaf = factors(leaf)
+  if leaf is not None and leaf.weight_shape() != shape:
+    raise mismatch(path, leaf.weight_shape(), shape)
+
+
+def mismatch(path: tuple[str, ...], here: Any, there: Any) -> Error:
+  """The error of a leaf at `path` whose shape is not that of the model."""
+  where = '/'.join(path[:-1] if path[-1] in MAIN else path)
+  return Error(
+    f'its {where} is {list(here)}, that of the model is {list(there)}.'
+  )
+
+
+def replacement(leaf: Any) -> tuple[bool, Any]:
+  """Whether a leaf takes its weight's place, and with what (or None)."""
+  if not hasattr(leaf, 'replacement'):
+    return False, None
+  return True, leaf.replacement()
+
+
+def peft(leaf: Any) -> Peft | None:
+  """How a leaf leaves as PEFT; None for an array, which has no form there.
+
+  Raises:
+    Error: the node's reason, or that it has no form.
+  """
+  if hasattr(leaf, 'peft'):
+    return leaf.peft()
+  node = factors(leaf)
+  if node is not None:
+    return Peft(node)
+  if is_node(leaf):
+    raise Error(f'a {kind(leaf)} node has no form in PEFT.')
+  return None

@@ -1,0 +1,56 @@
+"""The node of (IA)3: a vector that scales features."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm.nodes.dense import is_quantised
+from fedjax_llm.nodes.protocol import mismatch
+from fedjax_llm.types import Error
+
+
+class Scaled(NamedTuple):
+  """Scales each feature: y' = y * scale.
+
+  Liu et al. 2022, arXiv 2205.05638, equation 1. At a weight ('kernel') y is
+  x @ W before the bias, so W' = W diag(scale); at 'output' it is what the
+  module gives, bias included; at 'input' the module's inputs are scaled, as the
+  paper does between the two matrices of a perceptron. A norm's 'scale' is
+  scaled too.
+
+  >>> node = Scaled(jnp.array([2.0, 0.5]))
+  >>> node.act(None, jnp.ones((1, 2))).tolist()
+  [[2.0, 0.5]]
+  >>> node.write(jnp.ones((3, 2)))[0].tolist()
+  [2.0, 0.5]
+  """
+
+  scale: Any  # [L, F]
+
+  PLACES = ('kernel', 'input', 'output', 'scale')
+
+  def act(self, x, y, weight=None) -> jax.Array:
+    del x, weight
+    return y * self.scale.astype(y.dtype)
+
+  def write(self, weight: Any) -> Any:
+    """Returns a weight [L, D, F] or a vector [L, F] with scaled features."""
+    if is_quantised(weight):
+      raise Error(
+        'a quantised weight holds integers, so its features cannot be scaled: '
+        'leave model.quantisation out.'
+      )
+    scale = self.scale
+    if weight.ndim > scale.ndim:
+      scale = scale[..., None, :]
+    return (weight * scale).astype(weight.dtype)
+
+  def check(self, shape: tuple[int, ...], path: tuple[str, ...]) -> None:
+    if path[-1] == 'kernel':
+      shape = (*shape[:-2], shape[-1])
+    if jnp.shape(self.scale) != shape:
+      raise mismatch(path, jnp.shape(self.scale), shape)
+
+  def peft(self) -> Any:
+    raise Error('a scaled feature, (IA)3, is not written as PEFT files yet.')

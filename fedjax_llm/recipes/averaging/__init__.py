@@ -1,0 +1,1 @@
+"""Federated averaging, its server optimizers and the two baselines."""

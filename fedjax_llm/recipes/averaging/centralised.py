@@ -1,0 +1,39 @@
+"""One client holds everybody's data: the bound without federation."""
+
+from typing import Any
+
+from fedjax_llm.local import LocalOptimizer
+from fedjax_llm.recipes.averaging.fed_avg import fed_avg
+from fedjax_llm.types import FederatedAlgorithm, Loss
+
+# What the config of each method changes.
+NEEDS = {
+  'centralised': {},
+}
+
+
+def centralised(
+  loss: Loss,
+  optimizer: LocalOptimizer,
+  *,
+  keep_optimizer: bool = True,
+  **parts: Any,
+) -> FederatedAlgorithm:
+  """One client holds everybody's data: the bound without federation.
+
+  The launcher pools the clients' texts and gives that client the steps of a
+  whole cohort, so the token budget is that of the federated run beside it.
+
+  >>> from jax import numpy as jnp
+  >>> from fedjax_llm import local
+  >>> method = centralised(None, local.optimizer('sgd', momentum=0.9))
+  >>> kept = method.init_client({'w': jnp.ones(2)}).local
+  >>> kept.inner_state[0].trace['w'].tolist()  # momentum goes on over rounds
+  [0.0, 0.0]
+  """
+  return fed_avg(
+    loss,
+    optimizer,
+    keep_optimizer=keep_optimizer,
+    **parts,
+  )

@@ -1,0 +1,1 @@
+"""LoRA with one rank for all clients, and its structured relatives."""

@@ -1,0 +1,1 @@
+"""Personalised LoRA: a part of the parameters stays with each client."""

@@ -1,0 +1,1 @@
+"""LoRA whose clients hold different ranks, layers or weights."""

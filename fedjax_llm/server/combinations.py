@@ -1,0 +1,67 @@
+"""Combinations of parts that make no sense, refused when they are built."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm.types import (
+  Adversary,
+  AnyAggregator,
+  Error,
+  ServerOptimizer,
+  Upload,
+)
+
+
+def check(
+  upload: Upload,
+  aggregator: AnyAggregator,
+  server: ServerOptimizer,
+  fold: Callable[..., Any] | None,
+  adversary: Adversary | None,
+  history: int,
+  block_size: int | None,
+  widths: Sequence[int],
+) -> None:
+  """Raises an `Error` if parts of `fed_opt` do not go together."""
+  traits = aggregator.traits
+  if block_size is not None and block_size < 1:
+    raise Error(f'block_size is {block_size}; it must be at least 1.')
+  if min(widths, default=1) < 1:
+    raise Error(f'widths are {tuple(widths)}; each must be at least 1.')
+  if history < 1:
+    raise Error(f'history is {history}; it must be at least 1.')
+  kept = jax.tree.leaves(jax.eval_shape(server.init, jnp.zeros(1)))
+  # A count of rounds, as a schedule keeps it, is no moment.
+  moments = [x for x in kept if jnp.issubdtype(x.dtype, jnp.inexact)]
+  if traits.changes_basis and moments:
+    raise Error(
+      'this aggregator changes the basis of the factors every round, so the '
+      'server optimizer must keep no moments: use server.name=sgd.'
+    )
+  if traits.writes_residual and fold is None:
+    raise Error(
+      'this aggregator writes what the factors miss into the base, so it needs '
+      'fold, that of the adapter: fold=adapter.fold.'
+    )
+  if traits.writes_residual and history > 1:
+    raise Error(
+      'this aggregator writes into the base, of which the server keeps one '
+      'version: it needs history=1, and no clients that started earlier.'
+    )
+  if upload.additive and not traits.linear:
+    raise Error(
+      'this upload is decoded after the sum, so the aggregator sees no single '
+      'client: use one that is linear in the updates, such as mean.'
+    )
+  if adversary is not None and block_size is not None:
+    raise Error(
+      'an adversary sees the whole stack of uploads: leave block_size out.'
+    )
+  if adversary is not None and upload.additive:
+    raise Error(
+      'an adversary acts on single uploads, and this upload is decoded after '
+      'the sum: use another upload.'
+    )
