@@ -1,4 +1,4 @@
-"""What a run made, for other tools.
+"""Writes the result of a run as a PEFT adapter or as a whole model.
 
     python -m fedjax_llm.export --workdir DIR --to peft|merged --out DIR
         [--client NAME] [--rank R] [--round N|best] [--trust-code]
@@ -27,7 +27,16 @@ from typing import Any
 
 import numpy as np
 
-from fedjax_llm import adapters, command, experiment, models, rebuild, workdir
+from fedjax_llm import (
+  adapters,
+  command,
+  data,
+  ends,
+  experiment,
+  models,
+  rebuild,
+  workdir,
+)
 from fedjax_llm.adapters import peft_dora
 from fedjax_llm.types import Error, LowRank, Params
 
@@ -116,7 +125,21 @@ def _merged(folder: pathlib.Path, made: rebuild.Made) -> str:
       for file in loaded.directory.glob(pattern):
         if file.is_file():
           shutil.copyfile(file, folder / file.name)
+    _hand_on_ends(folder, made)
   return f'a merged {loaded.config.family} model{missing}'
+
+
+def _hand_on_ends(folder: pathlib.Path, made: rebuild.Made) -> None:
+  """Says by which tokens replies end, where they are written as chats."""
+  loaded, template = made.loaded, made.config['population'].get('template')
+  if loaded.directory is None or not loaded.config.causal:
+    return
+  if template in ('chat', None):
+    try:
+      tokenizer = data.tokenizers.pretrained(str(loaded.directory))
+    except Error:
+      return  # a model without a tokenizer that can be used has no chats
+    ends.hand_on(folder, loaded, tokenizer, 'chat')
 
 
 # ----------------------------------------------------------------- adapter --
@@ -149,6 +172,7 @@ def _adapter(
     base_model=base_model,
     use_rslora=plain_scale and made.config['adapter']['name'] == 'rslora',
   )
+  _hand_on_ends(folder, made)
   ranks = sorted({node.a.shape[-1] for _, node in low_rank(params)})
   told = ' and '.join(map(str, ranks)) or '0'
   nearest = ''

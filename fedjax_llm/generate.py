@@ -1,4 +1,4 @@
-"""Text from a model and any number of adapters, side by side.
+"""Generates replies of a model with any number of adapters, side by side.
 
     python -m fedjax_llm.generate --model DIR [--adapter DIR ...]
         --prompt "..." [--prompt "..." ...] [--chat]
@@ -9,17 +9,14 @@ is. The same `--seed` draws the same reply, whatever else is asked.
 """
 
 import argparse
-import json
 import pathlib
 import sys
-from collections.abc import Sequence
 
 from fedjax_llm import command, data, models, rebuild, workdir
 from fedjax_llm.data.sources import Record
 from fedjax_llm.data.tokenizers import Tokenizer
-from fedjax_llm.models import LoadedModel
+from fedjax_llm.ends import ends
 from fedjax_llm.models.load import DTYPES
-from fedjax_llm.types import Error
 
 _NONE = 'none'
 
@@ -47,7 +44,7 @@ def run(argv: list[str]) -> None:
     max_new_tokens=args.max_new_tokens,
     temperature=args.temperature,
     top_p=args.top_p,
-    eos_id=_ends(loaded, tokenizer),
+    eos_id=ends(loaded, tokenizer, template),
     # Of one prompt every adapter gets the same luck.
     seeds=[(args.seed + i) % 2**32 for i, _ in asked],
     adapters=adapters,
@@ -94,22 +91,7 @@ def _encode(text: str, tokenizer: Tokenizer, template: str | None) -> list[int]:
   if template is not None:
     record = Record(messages=({'role': 'user', 'content': text},))
     return data.text.prompt(record, tokenizer, template)
-  ids = tokenizer.encode(text)
-  bos = tokenizer.bos_id
-  return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-
-
-def _ends(loaded: LoadedModel, tokenizer: Tokenizer) -> Sequence[int]:
-  """Every token that ends a reply: of model, tokenizer and generation."""
-  ends = {tokenizer.eos_id, *loaded.config.eos_ids}
-  file = (loaded.directory or pathlib.Path()) / 'generation_config.json'
-  if file.is_file():
-    try:
-      found = json.loads(file.read_text()).get('eos_token_id')
-    except (ValueError, AttributeError) as error:
-      raise Error(f'{file} cannot be read: {error}.') from error
-    ends |= set(found if isinstance(found, list) else [found]) - {None}
-  return sorted(ends)
+  return data.text.with_start(tokenizer.encode(text), tokenizer)
 
 
 def _row(title: str, text: str, width: int) -> str:

@@ -63,6 +63,11 @@ def describe(population: Population) -> str:
     lines.append(f'cut at the end: {report["texts_cut"]} texts')
   if report.get('replies_cut'):
     lines.append(f'cut: {report["replies_cut"]} replies, as asked')
+  if report.get('replies_rewritten'):
+    lines.append(
+      f'changed: {report["replies_rewritten"]} replies, of which the chat '
+      'template leaves something out; that part is not learned'
+    )
   if report.get('prompts_truncated'):
     lines.append(
       f'cut on the left: {report["prompts_truncated"]} prompts that did not fit'

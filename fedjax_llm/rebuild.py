@@ -262,7 +262,7 @@ def read_config(folder: pathlib.Path) -> Any:
     raise Error(f'{file} is damaged ({error}).') from error
   if not isinstance(found, Mapping):
     raise Error(f'{file} is damaged (it holds no object).')
-  return found
+  return workdir.upgraded(found)
 
 
 def _finished(room: workdir.Workdir, loaded: LoadedModel) -> Params:

@@ -1,4 +1,4 @@
-"""Federated fine-tuning, from a config to an adapter.
+"""Trains one federated run: from a config to a workdir with an adapter.
 
     python -m fedjax_llm.train --config configs/NAME.py --workdir DIR
         [--config.section.field=value ...]
@@ -37,7 +37,8 @@ from fedjax_llm import (
   tree,
   workdir,
 )
-from fedjax_llm.adapters import complete
+from fedjax_llm.adapters import complete, peft
+from fedjax_llm.ends import ends
 from fedjax_llm.sections import SPEC
 from fedjax_llm.types import Cohort, Draw, Error, FederatedAlgorithm
 
@@ -269,7 +270,9 @@ def train(args: config.Arguments) -> None:
       params,
       [question.prompt for question in questions],
       max_new_tokens=test.sample_tokens,
-      eos_id=tokenizer.eos_id,
+      eos_id=ends(
+        loaded, tokenizer, conf['population'].get('template', 'chat')
+      ),
     )
 
   asked = evals.questions(
@@ -277,6 +280,7 @@ def train(args: config.Arguments) -> None:
     # A classifier writes nothing, nor a network that has no cache.
     test.samples if built.task.writes and loaded.decoder is not None else 0,
     max_prompt=loaded.config.max_positions - test.sample_tokens,
+    begin=data.tokenizers.start(tokenizer),
   )
   served = algorithm.personal(state.params, None)
   said = {'before': say(before, asked)}
@@ -298,14 +302,23 @@ def train(args: config.Arguments) -> None:
     return
   if keep_base:
     models.save(room.base, loaded.config, base)
-  experiment.save_adapter(
-    room.adapter,
-    final,
-    loaded._replace(base=base),
-    built.task,
-    base_model=str(room.base) if keep_base else loaded.name,
-    use_rslora=conf['adapter']['name'] == 'rslora',
-  )
+  if reason := peft.refusal(final):
+    note = (
+      f'{room.adapter} holds no PEFT adapter: {reason} '
+      'python -m fedjax_llm.export --to merged writes the whole model.'
+    )
+    room.adapter.mkdir(exist_ok=True)
+    workdir.replace(room.adapter / 'no_adapter.txt', f'{note}\n')
+    print(note)
+  else:
+    experiment.save_adapter(
+      room.adapter,
+      final,
+      loaded._replace(base=base),
+      built.task,
+      base_model=str(room.base) if keep_base else loaded.name,
+      use_rslora=conf['adapter']['name'] == 'rslora',
+    )
   shown = evals.samples(asked, said, tokenizer.decode, population.names)
   room.keep('samples.json', {'round': number, 'samples': shown})
   told = '\n'.join(

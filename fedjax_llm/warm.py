@@ -160,6 +160,46 @@ def _node(initial: LowRank, found: LowRank, where: str) -> LowRank:
   return initial._replace(a=a, b=b)
 
 
+_EMBEDDING = ('embed_tokens', 'embedding')
+
+
+def _saved_whole(
+  tensors: Mapping[str, np.ndarray], loaded: LoadedModel
+) -> Mapping[tuple[str, ...], np.ndarray]:
+  """Leaves of what an adapter saves whole, where that means the same here."""
+  leaves = families.from_checkpoint(tensors, loaded.config)
+  if loaded.config.tied and _EMBEDDING in leaves:
+    raise Error(
+      f'it saves the embedding whole ({min(tensors)}), which is also the '
+      'output head of this model (tie_word_embeddings): PEFT changes the '
+      'embedding alone, which a tied model cannot do.'
+    )
+  return leaves
+
+
+def _is_of_base(tensors: Mapping[str, np.ndarray], loaded: LoadedModel) -> bool:
+  """Whether these are an embedding or an output head as the base has them."""
+  again = families.copies(loaded.config)
+  named = {t.path: t.name for t in families.tensors(loaded.config)}
+  table = {again.get(name, name): value for name, value in tensors.items()}
+  if not set(table) <= {
+    named.get(path) for path in (_EMBEDDING, ('lm_head', 'kernel'))
+  }:
+    return False
+  for path, value in families.from_checkpoint(table, loaded.config).items():
+    leaf: Any = loaded.base
+    for name in path:
+      leaf = leaf[name]
+    if not np.array_equal(
+      np.asarray(leaf, np.float32), np.asarray(value, np.float32)
+    ):
+      raise Error(
+        f'{min(tensors)} beside the adapter differs from the base, which '
+        'modules_to_save does not say.'
+      )
+  return True
+
+
 def load_adapter(directory: pathlib.Path, loaded: LoadedModel) -> Params:
   """Reads a PEFT directory as an adapter of this model.
 
@@ -176,7 +216,9 @@ def load_adapter(directory: pathlib.Path, loaded: LoadedModel) -> Params:
     directory,
     path_of=lambda name: families.our_paths(name, loaded.config),
     fused=lambda path: families.fused_rows(loaded.config, path),
-    from_tensors=lambda found: families.from_checkpoint(found, loaded.config),
+    from_tensors=lambda found: _saved_whole(found, loaded),
+    of_base=lambda found: _is_of_base(found, loaded),
+    num_layers=loaded.config.num_layers,
   )
   tenants.check(loaded.base, params, str(directory))
   return params

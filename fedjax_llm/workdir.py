@@ -130,7 +130,7 @@ def open(
     raise Error(f'--workdir {path} is a file, not a folder.')
   if file.exists():
     try:
-      before = json.loads(file.read_text())
+      before = upgraded(json.loads(file.read_text()))
       free = (*_FREE, *_sizes(resolved))
       # A field that an older version did not know has its default.
       differ = [
@@ -283,6 +283,27 @@ def _sizes(resolved: Mapping[str, Any]) -> tuple[str, ...]:
   # There the size says how many steps a round takes.
   free &= _get(resolved, 'algorithm.name') != 'centralised'
   return ('clients.cohort_size',) if free else ()
+
+
+# Fields that earlier versions had elsewhere.
+_MOVED = {'algorithm.clip_norm': 'local.clip_norm'}
+
+
+def upgraded(raw: Any) -> Any:
+  """A config.json as this version writes it, whatever version has written it.
+
+  >>> raw = {'algorithm': {'clip_norm': 1.0}, 'local': {'name': 'sgd'}}
+  >>> upgraded(raw)
+  {'algorithm': {}, 'local': {'name': 'sgd', 'clip_norm': 1.0}}
+  """
+  for old, new in _MOVED.items():
+    (above, field), (section, name) = old.split('.'), new.split('.')
+    value = _get(raw, old)
+    if value is _ABSENT or not isinstance(raw.get(section), Mapping):
+      continue
+    rest = {k: v for k, v in raw[above].items() if k != field}
+    raw = {**raw, above: rest, section: {**raw[section], name: value}}
+  return raw
 
 
 def settings_of(

@@ -15,7 +15,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from fedjax_llm import data
+from fedjax_llm import data, evals
 from fedjax_llm.data import population, sources, text, tokenizers
 from fedjax_llm.data.sources import Record
 from fedjax_llm.types import Error
@@ -170,10 +170,10 @@ def test_jsonl_reads_each_form_plain_or_gz_one_file_or_many(tmp_path):
   assert data.jsonl(listed, 'u', 'q', 'a') == both[::-1]
   (note,) = data.jsonl(pairs, None, text_key='q')
   assert note.text == 'why' and note.client is None
-  turns = [user('hi'), assistant('yo') | {'extra': 1}]
+  turns = [user('hi'), assistant('yo') | {'extra': 1, 'none': None}]
   chats = write(tmp_path / 'c.jsonl', {'messages': turns})
   (chat,) = data.jsonl(chats, None)  # `messages` is the default form
-  assert chat.messages == (user('hi'), assistant('yo'))
+  assert chat.messages == (user('hi'), assistant('yo') | {'extra': 1})
 
 
 def test_a_context_is_part_of_the_prompt_where_there_is_one(tmp_path):
@@ -286,7 +286,7 @@ def test_hf_reads_files_and_directories(tmp_path, monkeypatch):
   for name in ('x.parquet', 'x.csv'):
     records = data.hf(str(tmp_path / name), client_key='who', text_key='q')
     assert [(r.client, r.text) for r in records] == [('1', 'a'), ('2', 'b')]
-  with pytest.raises(Error, match=r"row 0: there is no 'z'; there is 'who'"):
+  with pytest.raises(Error, match=r"csv:2: there is no 'z'; there is 'who'"):
     data.hf(str(tmp_path / 'x.csv'), client_key='z', text_key='q')
   with pytest.raises(Error, match='there is no such file'):
     data.hf(str(tmp_path / 'y.csv'), text_key='q')
@@ -586,7 +586,38 @@ def test_a_long_text_becomes_chunks_in_which_each_token_is_learned_once(
   assert [t for e in examples for t in learned(e)] == whole[1:]
   assert tokens_of(examples[0]) == whole[:max_length]
   for one, two in itertools.pairwise(examples):
-    assert len(one.tokens) == max_length and one.tokens[-1] == two.tokens[0]
+    assert len(one.tokens) == max_length
+    before, *rest = tokens_of(two)[0 if bos is None else 1 :]
+    if bos is not None:
+      assert two.tokens[0] == bos
+    if rest:  # two tokens have no place for the last one of the row before
+      assert one.tokens[-1] == before and not two.loss_mask[-len(rest) - 1]
+
+
+def test_rows_begin_with_all_that_a_tokenizer_puts_in_front():
+  """Some tokenizers begin a text with more than one token."""
+  tokenizer = BYTES._replace(bos_id=7, begin=(7, 8))
+  rows = data.encode(Record(text='abcdefgh'), tokenizer, max_length=5)
+  assert [tokens_of(row) for row in rows] == [
+    [7, 8, *b'abc'], [7, 8, *b'cde'], [7, 8, *b'efg'], [7, 8, *b'gh', 258]
+  ]  # fmt: skip
+  assert [learned(row) for row in rows] == [
+    [8, *b'abc'], [*b'de'], [*b'fg'], [*b'h', 258]
+  ]  # fmt: skip
+  record = Record(prompt='abcdefgh', response='x')
+  cut = data.prompt(record, tokenizer, 'plain', max_length=5)
+  assert cut == [7, 8, *b'gh\n']
+
+
+def test_samples_that_are_cut_keep_the_beginning_of_their_text():
+  record = Record(prompt='abcdefgh', response='xyz')
+  (example,) = data.encode(record, BYTES, 'plain')
+  ask = lambda **more: evals.questions([[example]], 1, max_prompt=4, **more)
+  assert ask(begin=[257])[0].prompt == [257, *b'gh\n']
+  assert ask()[0].prompt == [*b'fgh\n']
+  (_, row, *_) = data.encode(Record(text='abcdefghij'), BYTES, max_length=6)
+  (question,) = evals.questions([[row]], 1, begin=[257])
+  assert question.prompt == [257, *b'ef']  # half of the row
 
 
 def test_the_prompt_of_a_text_is_how_it_begins():

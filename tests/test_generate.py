@@ -359,19 +359,6 @@ def test_a_template_is_that_of_the_training():
   assert generate._encode('2+2', tokenizer, None) == [257, *b'2+2']
 
 
-def test_every_kind_of_end_ends_a_reply(folders, tmp_path):
-  _, loaded, _ = folders
-  loaded = loaded._replace(directory=tmp_path)
-  file = tmp_path / 'generation_config.json'
-  tokenizer = data.tokenizers.bytes()._replace(eos_id=256)
-  for given, more in [(None, []), (7, [7]), ([7, 8], [7, 8])]:
-    file.write_text(json.dumps({'eos_token_id': given}))
-    assert generate._ends(loaded, tokenizer) == [*more, 256, 258]
-  file.write_text('[')
-  with pytest.raises(Error, match=r'generation_config\.json cannot be read'):
-    generate._ends(loaded, tokenizer)
-
-
 def test_what_the_program_cannot_do_is_one_sentence(folders, tmp_path):
   room, _, _ = folders
   other = models.random(vocab_size=259, hidden_size=64, intermediate_size=48)

@@ -1,5 +1,7 @@
 """The halves of a round, and the memory that a streaming round needs."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -46,6 +48,7 @@ def test_the_halves_take_turns_with_a_phase_after_and_an_adversary():
   params, cohort = tiny.lora(), tiny.cohort()
   state, received, _ = tiny.received(algorithm, params, cohort)
   data = jnp.float32(0.1)
+  assert algorithm.aggregate is not None
   new, _ = jax.jit(algorithm.aggregate)(state, received, tiny.base(), data)
   whole, _, _ = tiny.run(algorithm, params, cohort, data=data)
   plain = lambda x: x._replace(key=None)
@@ -69,7 +72,7 @@ def bytes_of(half, num, width=4096):
   ones = jnp.ones((num, 1, 1))
   cohort = Cohort(ids, ones, ones[:, 0, 0], ids >= 0)
   program = jax.jit(getattr(algorithm, half)).lower(state, cohort).compile()
-  memory = program.memory_analysis()
+  memory: Any = program.memory_analysis()
   return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
 

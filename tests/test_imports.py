@@ -19,10 +19,12 @@ TABLE = {
   'linalg': (),
   'checks': ('types', 'tree'),
   'batching': ('types',),
-  'data': ('types', 'batching'),
+  'reading': ('types',),
+  'patterns': ('types',),
+  'data': ('types', 'batching', 'reading'),
   'clients': ('types', 'tree', 'batching', 'data'),
-  'adapters': ('types', 'tree', 'nodes', 'linalg'),
-  'models': ('types', 'nodes', 'adapters'),
+  'adapters': ('types', 'tree', 'nodes', 'linalg', 'reading', 'patterns'),
+  'models': ('types', 'nodes', 'adapters', 'reading'),
   'local': ('types', 'tree', 'batching', 'nodes'),
   'uploads': ('types', 'tree'),
   'aggregators': ('types', 'tree', 'linalg', 'checks'),
@@ -58,9 +60,9 @@ TABLE = {
 }
 # Programs, and the front door, know the whole house.
 PROGRAMS = (
-  *('__init__', 'sections', 'tasks', 'train', 'plan'),
+  *('__init__', '__main__', 'sections', 'tasks', 'train', 'plan'),
   *('experiment', 'viewing', 'rebuild', 'export', 'generate', 'warm', 'rates'),
-  *('replay', 'sweep'),
+  *('replay', 'sweep', 'ends'),
 )
 # What the language of the house itself may need.
 OUTSIDE = {

@@ -3,6 +3,7 @@
 import functools
 import pathlib
 import runpy
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,9 @@ N = 10  # clients
 @functools.cache
 def network(labels):
   """The smallest models of the configs: of two layers, as `fed_ra` wants."""
-  sizes = dict(hidden_size=64, intermediate_size=16, vocab_size=29)
+  sizes: dict[str, Any] = dict(
+    hidden_size=64, intermediate_size=16, vocab_size=29
+  )
   if labels:
     return models.random_encoder(labels=('a', 'b'), **sizes)
   return models.random(**sizes)
@@ -135,14 +138,15 @@ def small(name):
 def check_halves(name):
   """Asserts that a round of a method is `aggregate` of `train`."""
   algorithm, params, cohort, base = small(name)
-  assert algorithm.train is not None and algorithm.aggregate is not None
+  train, aggregate = algorithm.train, algorithm.aggregate
+  assert train is not None and aggregate is not None
   state = algorithm.init(tiny.KEY, params)
   cohort = cohort._replace(states=tiny.fresh(algorithm, state, 3))
 
   @jax.jit
   def both(state, cohort, base):
-    uploads, states, info = algorithm.train(state, cohort, base)
-    new, metrics = algorithm.aggregate(state, uploads, base)
+    uploads, states, info = train(state, cohort, base)
+    new, metrics = aggregate(state, uploads, base)
     info = info._replace(metrics={**info.metrics, **metrics}, reports=None)
     whole = algorithm.round(state, cohort, base)
     return whole, (new, states, info)

@@ -264,7 +264,7 @@ def test_what_a_plain_adapter_cannot_say_is_not_written(
     ({'init_lora_weights': 'pissa'}, "'pissa', which changes the base"),
     ({'some_new_switch': 1}, 'some_new_switch = 1'),
     ({'r': 3}, 'rank 3'),
-    ({'lora_alpha': None}, 'lora_alpha must be a number, got None'),
+    ({'lora_alpha': None}, 'lora_alpha is None, but must be a finite'),
     ({'rank_pattern': {'(': 4}}, 'no regular expression'),
   ],
 )

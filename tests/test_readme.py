@@ -1,13 +1,8 @@
-"""The README's Python is run, and what it names is there."""
+"""Tests the front page: its round runs, and it stays short."""
 
+import json
 import pathlib
 import re
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from fedjax_llm import data, recipes
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / 'README.md').read_text()
@@ -26,45 +21,24 @@ def test_the_round_of_the_readme_runs_and_learns(capsys):
   assert losses[-1] < losses[0]
 
 
-def test_the_rule_of_the_readme_is_an_aggregator():
-  block = next(b for b in BLOCKS if 'from_rule' in b)
-  names: dict = {}
-  exec(compile(block, 'README.md', 'exec'), names)
-  rule = names['by_norm']()
-  update = {'w': jnp.array([[1.0, 0.0], [0.0, 10.0]])}
-  uploads = names['fl'].types.Uploads(
-    update, None, None, jnp.ones(2), jnp.array([True, True])
-  )
-  got, _ = rule.aggregate(uploads, (), {'w': jnp.zeros(2)}, jax.random.key(0))
-  # w / ||u||: 1 and 1/10, so both clients move the mean by 1/1.1.
-  assert jnp.allclose(got.delta['w'], jnp.array([1.0, 1.0]) / 1.1, rtol=1e-5)
+def test_the_readme_is_short_and_leads_to_the_other_pages():
+  assert len(TEXT.encode()) <= 8192
+  table = TEXT.split('## I want to ...')[1].split('\n## ')[0]
+  rows = [line for line in table.splitlines() if line.startswith('|')][2:]
+  assert len(rows) == 10
+  assert all(re.search(r'\]\([\w/]+\.md', row) for row in rows)
 
 
-def test_the_task_of_the_readme_makes_batches_of_pictures():
-  block = next(b for b in BLOCKS if 'tasks.Task' in b)
-  names: dict = {}
-  exec(compile(block, 'README.md', 'exec'), names)
-  task = names['pictures']()
-  records = [
-    data.Record(image=np.full((2, 2, 1), i, np.float32), label=label)
-    for i, label in enumerate('ba')
-  ]
-  how = data.Encoding(data.bytes(), labels=task.labels(records))
-  examples = [x for r in records for x in task.encode(r, how).examples]
-  batch = task.collate(examples, 1, 0)([[x] for x in examples])
-  assert batch.label.tolist() == [1, 0]
-  assert batch.pixels[:, 0, 0, 0].tolist() == [0, 1]
-
-
-def test_every_recipe_has_its_row():
-  missing = [name for name in recipes.__all__ if f'`{name}`' not in TEXT]
-  assert not missing
-
-
-def test_files_that_the_readme_names_are_there():
-  named = set(
-    re.findall(r'`((?:scripts|configs|tests|fedjax_llm)/[\w/.]+)`', TEXT)
-  )
-  assert named
-  for path in named:
-    assert (ROOT / path).exists(), path
+def test_the_comparison_is_that_of_the_committed_results():
+  path = ROOT / 'scripts/benchmarks/results.json'
+  many = json.loads(path.read_text())['regimes']['many']
+  results = {k: v for k, v in many.items() if 'tokens_per_second' in str(v)}
+  ours = [name for name in results if name.startswith('ours')]
+  speed = {k: results[k]['tokens_per_second'] for k in results}
+  best = max(speed[name] for name in ours)
+  ratios = [best / speed[name] for name in results if name not in ours]
+  plain = ' '.join(TEXT.split())
+  assert f'{min(ratios):.1f} to {max(ratios):.0f} times as many' in plain
+  loop = results['p0+']['peak_mb']  # the eager loop that computes our logits
+  memory = [results[name]['peak_mb'] / loop for name in ours]
+  assert f'in {min(memory):.1f} to {max(memory):.1f} times the memory' in plain

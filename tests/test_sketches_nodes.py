@@ -33,7 +33,7 @@ def trained(params, cohort, loss=tiny.loss):
 @functools.partial(jax.jit, static_argnums=3)
 def _whole(base, params, batches, loss):
   def one(batch):
-    of = lambda base: mean_loss(loss, base, params, params, batch, None)
+    of = lambda base: mean_loss(loss, base, params, params, batch, tiny.KEY)
     return jax.value_and_grad(of, has_aux=True)(base)
 
   (_, sums), grads = jax.vmap(one)(batches)

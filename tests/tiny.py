@@ -2,6 +2,7 @@
 
 import functools
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,13 +57,14 @@ def lora(*targets, seed=1):
   return params
 
 
-def texts(*shape, seed=0, tokens=(1, 20), length=T):
+def texts(*shape, seed=0, tokens: Any = (1, 20), length=T):
   """Texts of random tokens: the first row whole, the others of any length."""
   rng = np.random.default_rng(seed)
   ends = rng.integers(3, length + 1, (*shape, 1))
   ends[..., 0, :] = length
   here = np.arange(length) < ends
-  draw = rng.integers(*tokens, (*shape, length)).astype(np.int32)
+  low, high = tokens
+  draw = rng.integers(low, high, (*shape, length)).astype(np.int32)
   return Batch(
     tokens=np.where(here, draw, 0),
     loss_mask=here & (np.arange(length) > 0),
@@ -71,7 +73,7 @@ def texts(*shape, seed=0, tokens=(1, 20), length=T):
   )
 
 
-def cohort(steps=S, batches=None, ids=IDS, weight=(3.0, 1.0, 2.0)):
+def cohort(steps=S, batches=None, ids: Any = IDS, weight=(3.0, 1.0, 2.0)):
   return Cohort(
     ids=np.asarray(ids),
     batches=texts(len(ids), steps, B) if batches is None else batches,

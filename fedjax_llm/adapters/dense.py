@@ -1,12 +1,12 @@
 """Modules that are trained whole beside an adapter: heads, norms."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fedjax_llm import patterns
 from fedjax_llm.adapters.changes import fold, merge
 from fedjax_llm.nodes import Dense, protocol
 from fedjax_llm.types import Adapter, Base, Error, Key, Params
@@ -108,13 +108,10 @@ def find(base: Base, modules: str | Sequence[str]) -> list[Path]:
   there = _modules(base, ())
   chosen: set[Path] = set()
   for name in (modules,) if isinstance(modules, str) else tuple(modules):
-    try:
-      pattern = re.compile(f'(.*/)?({name})')
-    except re.error as error:
-      raise Error(
-        f'adapter.modules_to_save: {name!r} is no regular expression ({error}).'
-      ) from error
-    hits = {p for p in there if pattern.fullmatch('/'.join(p))}
+    matches = patterns.matcher(
+      name, 'adapter.modules_to_save', within=r'(.*/)?({})'
+    )
+    hits = {p for p in there if matches('/'.join(p))}
     if not hits:
       have = ', '.join('/'.join(p) for p in there)
       raise Error(

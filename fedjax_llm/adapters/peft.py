@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm.adapters import fused as fused_lib
-from fedjax_llm.adapters import peft_dora, peft_whole
+from fedjax_llm.adapters import peft_config, peft_dora, peft_whole
 from fedjax_llm.adapters.fused import Factors
 from fedjax_llm.adapters.peft_whole import FromTensors, ToTensors
 from fedjax_llm.nodes import LowRank
@@ -45,28 +45,27 @@ Path = tuple[str, ...]
 ModuleName = Callable[[Path, int | None], str]
 PathOf = Callable[[str], tuple[Path | tuple[Path, ...], int | None]]
 Fused = Callable[[Path], tuple[np.ndarray, int] | None]
+# (tensors) -> whether they are an embedding or a head as the base has it
+OfBase = Callable[[Mapping[str, np.ndarray]], bool]
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 _PREFIX = 'base_model.model.'
 
-# Fields of a config that do not change what the adapter computes, or that are
-# read below. Any other field must be unset: its meaning would be lost.
-_UNDERSTOOD = frozenset(
-  [
-    'alpha_pattern', 'auto_mapping', 'base_model_name_or_path',
-    'exclude_modules', 'fan_in_fan_out', 'inference_mode', 'layers_pattern',
-    'layers_to_transform', 'lora_alpha', 'lora_dropout', 'megatron_config',
-    'megatron_core', 'modules_to_save', 'peft_type', 'peft_version',
-    'qalora_group_size', 'r',
-    'rank_pattern', 'revision', 'target_modules', 'task_type', 'use_dora',
-    'use_rslora',
-  ]
-)  # fmt: skip
-# Ways to start that leave the base as it is; the others rewrite it.
-_STARTS = (None, True, False, 'gaussian', 'eva', 'orthogonal')
-
-
 # -------------------------------------------------------------------- save --
+
+
+def refusal(params: Params) -> str | None:
+  """Returns the reason why PEFT has no form for a node of an adapter, or None.
+
+  >>> from fedjax_llm.nodes import Scaled
+  >>> print(refusal({'q': Scaled(np.ones(2))}))
+  q: a scaled feature, (IA)3, is not written as PEFT files yet.
+  """
+  try:
+    peft_dora.split(peft_whole.split(params)[0])
+  except Error as error:
+    return str(error)
+  return None
 
 
 def save(
@@ -278,6 +277,8 @@ def load(
   path_of: PathOf,
   fused: Fused = lambda path: None,
   from_tensors: FromTensors | None = None,
+  of_base: OfBase | None = None,
+  num_layers: int | None = None,
   template: Params | None = None,
 ) -> Params:
   """Reads a PEFT LoRA directory as nested dicts of `LowRank`, in float32.
@@ -286,8 +287,12 @@ def load(
   DoRA are `Dora`.
 
   Layers of one target whose ranks differ are padded with zeros to the largest
-  rank, which computes the same. With a `template` (say, of `Adapter.init`, or
-  its shapes) targets, layers and shapes must be those of the template.
+  rank, which computes the same; layers that the config leaves out get zeros.
+  `num_layers` is that of the model, by default as many as any target has. An
+  embedding or a head that PEFT wrote beside an adapter of its own accord is
+  left out where it is `of_base(tensors)`, as it nearly always is. With a
+  `template` (say, of `Adapter.init`, or its shapes) targets, layers and shapes
+  must be those of the template.
 
   Raises:
     Error: a file is missing or cannot be read, the adapter is of another kind
@@ -295,24 +300,26 @@ def load(
       missing, superfluous or of a wrong shape, or it does not fit the template.
   """
   directory = pathlib.Path(directory)
-  config = _read_config(directory / CONFIG)
+  config = peft_config.read(directory / CONFIG)
+  rank_of = peft_config.by_pattern(config, 'rank_pattern', 'r')
+  alpha_of = peft_config.by_pattern(config, 'alpha_pattern', 'lora_alpha')
   modules, beside, vectors = _read_modules(
     directory / WEIGHTS,
     config.get('modules_to_save') or (),
     bool(config.get('use_dora')),
+    of_base,
   )
   whole = peft_whole.read(beside, from_tensors, directory)
   layers: dict[Any, dict[int | None, Any]] = collections.defaultdict(dict)
   for name, pair in modules.items():
     a, b = pair['A'], pair['B']
-    rank = _by_pattern(config, 'rank_pattern', 'r', name)
+    rank = rank_of(name)
     if a.ndim != 2 or b.ndim != 2 or {a.shape[0], b.shape[1]} != {rank}:
       raise Error(
         f'{directory / WEIGHTS}: {name} has A {a.shape} and B {b.shape}, but '
         f'{CONFIG} says rank {rank}.'
       )
-    alpha = _by_pattern(config, 'alpha_pattern', 'lora_alpha', name)
-    scale = alpha / _divisor(rank, config.get('use_rslora', False))
+    scale = alpha_of(name) / _divisor(rank, config.get('use_rslora', False))
     path, layer = path_of(name)
     path = path if isinstance(path[0], tuple) else (path,)
     if layer in layers[path]:
@@ -324,11 +331,17 @@ def load(
   wanted = {} if template is None else dict(_nodes(bare))
   layers = _split(layers, fused, wanted)
   params: dict[str, Any] = {}
+  known = [k for rows in layers.values() for k in rows if k is not None]
+  num = num_layers or 1 + max(known, default=0)
+  if vectors and any(
+    None not in rows and len(rows) < num for rows in layers.values()
+  ):
+    raise Error(f'{directory}: a DoRA of some layers only is not supported.')
   for path in sorted(layers):
     node = params
     for name in path[:-1]:
       node = node.setdefault(name, {})
-    node[path[-1]] = _stack(layers[path], path, layers, directory)
+    node[path[-1]] = _stack(layers[path], path, num, config, directory)
   if template is not None:
     _check_template(params, bare, directory)
     peft_whole.check(whole, wanted_whole, directory)
@@ -379,46 +392,11 @@ def _split(
   return found
 
 
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    config = json.loads(path.read_text(encoding='utf-8'))
-  except OSError as error:
-    raise Error(f'{path} cannot be read ({error.strerror}).') from error
-  except ValueError as error:
-    raise Error(f'{path} is not valid JSON ({error}).') from error
-  if not isinstance(config, dict):
-    raise Error(f'{path} must hold a JSON object.')
-  if config.get('peft_type') != 'LORA':
-    raise Error(
-      f"{path}: peft_type is {config.get('peft_type')!r}; supported is 'LORA'."
-    )
-  for field in ('r', 'lora_alpha'):
-    value = config.get(field)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-      raise Error(f'{path}: {field} must be a number, got {value!r}.')
-  for field in ('rank_pattern', 'alpha_pattern'):
-    if not isinstance(config.get(field) or {}, dict):
-      raise Error(f'{path}: {field} must be an object, got {config[field]!r}.')
-  start = config.get('init_lora_weights')
-  if start not in _STARTS:
-    raise Error(
-      f'{path}: init_lora_weights is {start!r}, which changes the base model '
-      'too; convert the adapter to a plain LoRA first.'
-    )
-  others = {k: v for k, v in config.items() if k not in _UNDERSTOOD}
-  others.pop('init_lora_weights', None)
-  if others.get('bias') == 'none':
-    del others['bias']
-  for field, value in others.items():
-    # A configuration block whose entries are all unset says nothing.
-    entries = value.values() if isinstance(value, dict) else [value]
-    if any(entries):
-      raise Error(f'{path}: {field} = {value!r} is not supported.')
-  return config
-
-
 def _read_modules(
-  path: pathlib.Path, saved: Iterable[str], dora: bool
+  path: pathlib.Path,
+  saved: Iterable[str],
+  dora: bool,
+  of_base: OfBase | None,
 ) -> tuple[
   dict[str, dict[str, np.ndarray]],
   dict[str, np.ndarray],
@@ -440,8 +418,13 @@ def _read_modules(
     raise Error(
       f'{path} cannot be read ({error.strerror or "no such file"}).'
     ) from error
-  except safetensors.SafetensorError as error:
+  except (safetensors.SafetensorError, TypeError, ValueError) as error:
     raise Error(f'{path} is not a safetensors file ({error}).') from error
+  for key, tensor in tensors.items():
+    if tensor.dtype.kind != 'f' and tensor.dtype.name != 'bfloat16':
+      raise Error(f'{path}: {key} is stored as {tensor.dtype.name}.')
+    if not np.isfinite(tensor.astype(np.float32)).all():
+      raise Error(f'{path}: {key} holds values that are not finite.')
   modules: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
   beside, vectors = {}, {}
   for key in sorted(tensors):
@@ -450,6 +433,10 @@ def _read_modules(
     if match is None and peft_whole.is_saved(name, saved) and name != key:
       beside[name] = tensors[key].astype(np.float32)
       continue
+    if match is None and of_base is not None and name != key:
+      plain = name.replace('.base_layer.', '.')
+      if of_base({plain: tensors[key]}):
+        continue  # PEFT writes embeddings beside adapters of its own accord
     module, _, last = name.rpartition('.')
     if dora and last == peft_dora.SUFFIX:
       vectors[module] = tensors[key].astype(np.float32)
@@ -480,57 +467,38 @@ def _read_modules(
   return modules, beside, vectors
 
 
-def _by_pattern(
-  config: Mapping[str, Any], patterns: str, default: str, name: str
-) -> Any:
-  """The first pattern that matches the end of a module's name, as in PEFT."""
-  for pattern, value in (config.get(patterns) or {}).items():
-    try:
-      if re.match(rf'(.*\.)?({pattern})$', name):
-        return value
-    except re.error as error:
-      raise Error(
-        f'{CONFIG}: {pattern!r} in {patterns} is no regular expression '
-        f'({error}).'
-      ) from error
-  return config[default]
-
-
 def _stack(
   layers: Mapping[int | None, Any],
   path: Path,
-  everything: Mapping[Path, Mapping[int | None, Any]],
+  num_layers: int,
+  config: Mapping[str, Any],
   directory: pathlib.Path,
 ) -> LowRank:
-  """One target's layers as one node, ranks padded to the largest."""
+  """One target's layers as one node, ranks padded to the largest.
+
+  A layer without an adapter has factors of zeros.
+  """
   if None in layers:
     return LowRank(*layers[None])
-  # As many layers as any target has.
-  num = 1 + max(
-    k for found in everything.values() for k in found if k is not None
-  )
-  missing = [layer for layer in range(num) if layer not in layers]
-  if missing:
-    raise Error(
-      f'{directory / WEIGHTS}: {"/".join(path)} has no adapter in the layers '
-      f'{missing}; every one of the {num} layers must have one.'
-    )
-  shapes = {(a.shape[0], b.shape[1]) for a, b, _ in layers.values()}
+  rows = {layer: x for layer, x in layers.items() if layer is not None}
+  peft_config.check_layers(config, path, rows, num_layers, directory / WEIGHTS)
+  shapes = {(a.shape[0], b.shape[1]) for a, b, _ in rows.values()}
   if len(shapes) > 1:
     raise Error(
       f'{directory / WEIGHTS}: the layers of {"/".join(path)} differ in '
       f'shape: {sorted(shapes)}.'
     )
-  rank = max(a.shape[1] for a, _, _ in layers.values())
-  pad = lambda x, axis: np.pad(
-    x, [(0, rank - n if i == axis else 0) for i, n in enumerate(x.shape)]
-  )
-  ordered = [layers[layer] for layer in range(num)]
-  return LowRank(
-    a=np.stack([pad(a, 1) for a, _, _ in ordered]),
-    b=np.stack([pad(b, 0) for _, b, _ in ordered]),
-    scale=np.stack([scale for _, _, scale in ordered]),
-  )
+  ((d, f),) = shapes
+  rank = max(a.shape[1] for a, _, _ in rows.values())
+  some_scale = next(iter(rows.values())).scale
+  a = np.zeros((num_layers, d, rank), np.float32)
+  b = np.zeros((num_layers, rank, f), np.float32)
+  scale = np.full(num_layers, some_scale, np.float32)
+  for layer, one in rows.items():
+    a[layer, :, : one.a.shape[1]] = one.a
+    b[layer, : one.b.shape[0]] = one.b
+    scale[layer] = one.scale
+  return LowRank(a, b, scale)
 
 
 def _check_template(

@@ -1,12 +1,12 @@
 """Which weights of the base an adapter acts on."""
 
-import re
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
+from fedjax_llm import patterns
 from fedjax_llm.types import Base, Error, Key, Params
 
 Path = tuple[str, ...]
@@ -56,13 +56,10 @@ def find(base: Base, targets: str | Sequence[str]) -> list[Path]:
     if target == ALL_LINEAR:
       hits = {p for p in paths if p[0] == 'layers'}
     else:
-      try:
-        pattern = re.compile(f'(.*/)?({target})')
-      except re.error as error:
-        raise Error(
-          f'adapter.targets: {target!r} is no regular expression ({error}).'
-        ) from error
-      hits = {p for p in paths if pattern.fullmatch('/'.join(p))}
+      matches = patterns.matcher(
+        target, 'adapter.targets', within=r'(.*/)?({})'
+      )
+      hits = {p for p in paths if matches('/'.join(p))}
     if not hits:
       names = ', '.join('/'.join(p) for p in paths) or 'none'
       raise Error(

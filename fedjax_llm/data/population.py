@@ -57,7 +57,8 @@ def build(
   `report` has `num_records`, `num_clients`, `num_new_clients`,
   `clients_left_out` (with `clients_left_out_names`, the first few),
   `clients_not_drawn`, `empty_records`, `replies_left_out`, `replies_cut`,
-  `prompts_truncated`, `heldout_duplicates`, `clients_without_heldout`,
+  `prompts_truncated`, `replies_rewritten` (of which the chat template left
+  something out), `heldout_duplicates`, `clients_without_heldout`,
   `train_examples`, `heldout_examples`, `new_examples`, `tokens` (of training
   examples), `loss_tokens` (of those, learned), `histogram` (examples a client,
   as text), `texts_cut`, `unlabelled` and, of texts to be classified, `labels`
@@ -98,6 +99,7 @@ def build(
       counts['replies_left_out'] += encoded.replies_left_out
       counts['replies_cut'] += encoded.replies_cut
       counts['texts_cut'] += encoded.texts_cut
+      counts['replies_rewritten'] += encoded.replies_rewritten
       if encoded.examples:
         units.append(encoded.examples)
       elif not encoded.replies_left_out:
@@ -139,6 +141,7 @@ def build(
     'replies_left_out': counts['replies_left_out'],
     'replies_cut': counts['replies_cut'],
     'prompts_truncated': counts['prompts_truncated'],
+    'replies_rewritten': counts['replies_rewritten'],
     'heldout_duplicates': counts['heldout_duplicates'],
     'clients_without_heldout': sum(not two for two in heldout),
     'train_examples': len(owners),

@@ -4,31 +4,31 @@ A record is in one of three forms: a prompt with its response, a plain text, or
 a chat (a list of messages in the OpenAI form).
 """
 
-import glob
-import gzip
-import json
 import os
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedjax_llm import reading
+from fedjax_llm.data import files, hub
+from fedjax_llm.data import messages as messages_lib
+from fedjax_llm.data.messages import Message as Message
+from fedjax_llm.reading import short
 from fedjax_llm.types import Error
 
 PACKAGED = Path(__file__).parent / 'packaged'
 
 __all__ = ['hf', 'jsonl', 'packaged']
 
-Message = Mapping[str, str]  # {'role': ..., 'content': ...}
-
 
 class Record(NamedTuple):
   """One text of one client, before any tokenizer has seen it.
 
-  Exactly one form is there: `prompt` with `response`, `text`, or `messages`;
-  or `prompt` with `chosen` and `rejected`, or an `image` [H, W, C] with or
-  without a text, for tasks that read them. `where` says where it stands
-  ('file:line'), for error messages.
+  Exactly one form is there: `prompt` with `response`, `text`, or `messages`,
+  with the `tools` that the assistant of a chat may call; or `prompt` with
+  `chosen` and `rejected`, or an `image` [H, W, C] with or without a text, for
+  tasks that read them. `where` says where it stands ('file:line'), for error
+  messages.
 
   >>> Record(client='ann', prompt='2+2', response='4').text is None
   True
@@ -45,6 +45,7 @@ class Record(NamedTuple):
   chosen: str | None = None  # the reply that a client prefers
   rejected: str | None = None  # to this one
   image: Any = None  # an array [H, W, C]
+  tools: tuple[Any, ...] | None = None
 
 
 class _Keys(NamedTuple):
@@ -108,9 +109,12 @@ def jsonl(
   None the records belong to nobody and only the partitions that need no
   natural client can be used. The text is given by `prompt_key` with
   `response_key`, or by `text_key`, or by `messages_key` (the default,
-  'messages': a list of `{"role": ..., "content": ...}`). `context_key` may name
-  a field that is appended to the prompt after a blank line where it holds
-  something. `label_key` names the field with the class of the text, a string or
+  'messages': a list of `{"role": ..., "content": ...}`, or of ShareGPT's
+  `{"from": ..., "value": ...}`). A message may have more fields (reasoning,
+  tool calls, a `weight` of 0 or 1), and its record a list `tools`; they are
+  passed on to the chat template. `context_key` may name a field that is
+  appended to the prompt after a blank line where it holds something.
+  `label_key` names the field with the class of the text, a string or
   an integer, for label partitions and for classification; `text_pair_key` one
   with a second text beside `text_key`, to be classified together. Blank lines
   are skipped.
@@ -136,23 +140,11 @@ def jsonl(
     text_pair_key,
     source='jsonl',
   )
-  records = []
-  for file in _files(path):
-    before = len(records)
-    for number, line in enumerate(_lines(file), 1):
-      if not line.strip():
-        continue
-      where = f'{file}:{number}'
-      try:
-        row = json.loads(line)
-      except ValueError:
-        raise Error(
-          f'{where}: this line is no JSON object: {_short(line.strip())}.'
-        ) from None
-      records.append(_record(row, keys, where))
-    if len(records) == before:
-      raise Error(f'{file}: the file is empty; each line is to be a record.')
-  return records
+  return [
+    _record(row, keys, where)
+    for file in files.matching(path)
+    for where, row in files.rows(file, 'jsonl')
+  ]
 
 
 def hf(
@@ -171,9 +163,10 @@ def hf(
   """Records from anything that the `datasets` library reads.
 
   `path` is a name on the hub, a directory written by `save_to_disk`, a folder
-  of data files, or files (.parquet, .csv, .json, .jsonl, also .gz). Columns are
-  named as in `jsonl`; a column of class numbers gives the class names, and -1
-  says that there is none.
+  of data files, or files (.parquet, .csv, .tsv, .json, .jsonl, also .gz, which
+  are read here line by line). Columns are named as in `jsonl`; a field of a CSV
+  file is a string, as it is written; a column of class numbers gives the class
+  names, and -1 says that there is none.
 
   Raises `Error` if the data set, its split or a column cannot be had.
 
@@ -196,26 +189,58 @@ def hf(
     text_pair_key,
     source='hf',
   )
-  data = _load_hf(path, subset, split)
+  paths = _paths(path)
+  if all(files.format_of(p) for p in paths) and not os.path.isdir(paths[0]):
+    records = []
+    for file in files.matching(paths):
+      format = files.format_of(file) or ''
+      if format == 'parquet':
+        data = hub.parquet([file], split)
+        records += _records(data, keys, f'{file}[{split}]')
+      else:
+        records += [
+          _record(row, keys, where) for where, row in files.rows(file, format)
+        ]
+    return records
+  if len(paths) > 1 or os.path.isfile(paths[0]):
+    unknown = next(p for p in paths if not files.format_of(p))
+    if not os.path.exists(unknown):
+      raise Error(f'{unknown}: there is no such file.')
+    raise Error(
+      f'{unknown}: cannot tell the format; files end in '
+      f'{", ".join(files.FORMATS)}, also with .gz.'
+    )
+  data = hub.load(paths[0], subset, split, [key for key in keys if key])
+  return _records(data, keys, f'{paths[0]}[{split}]')
+
+
+def _paths(path: str | Sequence[str]) -> list[str]:
+  if not path:
+    raise Error(f'hf: path is {path!r}; it must name a data set.')
+  paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+  return [
+    os.path.expanduser(p) if p.startswith('~') else p for p in map(str, paths)
+  ]
+
+
+def _records(data: Any, keys: '_Keys', name: str) -> list[Record]:
+  """Records from a data set of the `datasets` library."""
   classes = {
-    key: data.features[key].int2str
-    for key in (client_key, label_key)
+    key: data.features[key]
+    for key in (keys.client, keys.label)
     if key is not None and hasattr(data.features.get(key), 'int2str')
   }
-  name = path if isinstance(path, str) else path[0]
   records = []
-  for number, row in enumerate(data):
-    row = dict(row)
-    for key, to_name in classes.items():
-      if isinstance(row[key], int) and row[key] >= 0:
-        row[key] = to_name(row[key])
-    where = f'{name}[{split}], row {number}'
+  for number, row in hub.rows(data, name):
+    where = f'{name}, row {number}'
     # Test sets hide their classes so.
-    hidden = label_key in classes and row[label_key] in (-1, None)
+    hidden = keys.label in classes and row[keys.label] in (-1, None)
+    for key, feature in classes.items():
+      row[key] = hub.class_name(feature, row[key], where)
     record = _record(row, keys._replace(label=None) if hidden else keys, where)
     records.append(record)
   if not records:
-    raise Error(f'{name}: the split {split!r} is empty.')
+    raise Error(f'{name}: this data set is empty.')
   return records
 
 
@@ -256,8 +281,8 @@ def _keys(
 
 def _record(row: Any, keys: _Keys, where: str) -> Record:
   if not isinstance(row, dict):
-    raise Error(f'{where}: this line is no JSON object: {_short(row)}.')
-  client = label = prompt = response = text = messages = pair = None
+    raise Error(f'{where}: this line is no JSON object: {short(row)}.')
+  client = label = prompt = response = text = messages = pair = tools = None
   if keys.client:
     client = _string(row, keys.client, where, numbers=True)
     if not client:
@@ -275,8 +300,12 @@ def _record(row: Any, keys: _Keys, where: str) -> Record:
     text = _string(row, keys.text, where)
     pair = _string(row, keys.pair, where) if keys.pair else None
   else:
-    messages = _messages(row, keys.messages, where)
-  return Record(client, prompt, response, text, messages, label, where, pair)
+    key = keys.messages or ''
+    messages = messages_lib.read(_value(row, key, where), key, where)
+    tools = messages_lib.tools(row.get('tools'), where)
+  return Record(
+    client, prompt, response, text, messages, label, where, pair, tools=tools
+  )
 
 
 def _value(row: dict, key: str, where: str) -> Any:
@@ -292,133 +321,10 @@ def _string(row: dict, key, where: str, *, numbers: bool = False) -> str:
     return str(value)
   if not isinstance(value, str):
     allowed = 'a string or an integer' if numbers else 'a string'
-    raise Error(f'{where}: {key!r} is {_short(value)}, but must be {allowed}.')
-  if not value.isascii():
-    try:
-      value.encode()
-    except UnicodeEncodeError:
-      raise Error(
-        f'{where}: {key!r} holds half a character (a lone surrogate): '
-        f'{_short(value)}.'
-      ) from None
+    raise Error(f'{where}: {key!r} is {short(value)}, but must be {allowed}.')
+  if not reading.is_unicode(value):
+    raise Error(
+      f'{where}: {key!r} holds half a character (a lone surrogate): '
+      f'{short(value)}.'
+    )
   return value
-
-
-def _messages(row: dict, key, where: str) -> tuple[Message, ...]:
-  value = _value(row, key, where)
-  if not isinstance(value, (list, tuple)) or not value:
-    raise Error(
-      f'{where}: {key!r} is {_short(value)}, but must be a list of messages '
-      'with a role and a content.'
-    )
-  messages = []
-  for number, message in enumerate(value):
-    place = f'{where}, message {number}'
-    if not isinstance(message, dict):
-      raise Error(f'{place}: {_short(message)} is no JSON object.')
-    messages.append(
-      {name: _string(message, name, place) for name in ('role', 'content')}
-    )
-  return tuple(messages)
-
-
-def _short(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= 60 else f'{text[:57]}...'
-
-
-# ------------------------------------------------------------------ files --
-
-
-def _files(path: str | Sequence[str]) -> list[str]:
-  if not path:
-    raise Error(f'jsonl: path is {path!r}; it must name a file.')
-  patterns = [path] if isinstance(path, (str, os.PathLike)) else list(path)
-  files = []
-  for pattern in map(os.path.expanduser, patterns):
-    if os.path.isdir(pattern):
-      raise Error(
-        f'{pattern}: this is a directory; name its files, for example '
-        f'{os.path.join(pattern, "*.jsonl")}.'
-      )
-    found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-    if not found:
-      raise Error(f'{pattern}: there is no such file.')
-    files += found
-  return files
-
-
-def _lines(file: str) -> Iterator[str]:
-  opener = gzip.open if file.endswith('.gz') else open
-  try:
-    with opener(file, 'rt', encoding='utf-8-sig') as lines:
-      yield from lines
-  except (EOFError, gzip.BadGzipFile, zlib.error):
-    raise Error(f'{file}: the file is no gzip file, or is cut off.') from None
-  except UnicodeDecodeError as error:
-    raise Error(f'{file}: the file is not UTF-8 text ({error}).') from None
-  except OSError as error:
-    raise Error(f'{file}: cannot be read ({error.strerror}).') from None
-
-
-_FORMATS = {'parquet': 'parquet', 'csv': 'csv', 'json': 'json', 'jsonl': 'json'}
-
-
-def _load_hf(path: str | Sequence[str], subset: str | None, split: str) -> Any:
-  try:
-    import datasets
-  except ImportError:
-    raise Error(
-      'hf: the package `datasets` is not installed; `pip install datasets`, '
-      'or use the source jsonl.'
-    ) from None
-  if not path:
-    raise Error(f'hf: path is {path!r}; it must name a data set.')
-  paths = [path] if isinstance(path, str) else list(path)
-  paths = [
-    os.path.expanduser(p) if p.startswith('~') else p for p in map(str, paths)
-  ]
-  first = paths[0]
-  suffix = first.removesuffix('.gz').rsplit('.', 1)[-1]
-  is_file = suffix in _FORMATS
-  if is_file or len(paths) > 1:
-    missing = [p for p in paths if not glob.glob(p) and not os.path.exists(p)]
-    if missing:
-      raise Error(f'{missing[0]}: there is no such file.')
-    if not is_file:
-      raise Error(
-        f'{first}: cannot tell the format; files end in '
-        f'{", ".join(_FORMATS)}, also with .gz.'
-      )
-  try:
-    if is_file:
-      data = datasets.load_dataset(
-        _FORMATS[suffix], data_files={split: paths}, split=split
-      )
-    elif any(
-      os.path.exists(os.path.join(first, name))
-      for name in ('state.json', 'dataset_dict.json')
-    ):
-      data = datasets.load_from_disk(first)
-      if isinstance(data, datasets.DatasetDict):
-        if split not in data:
-          raise Error(
-            f'{first}: there is no split {split!r}; there is '
-            f'{", ".join(map(str, data))}.'
-          )
-        data = data[split]
-    else:
-      data = datasets.load_dataset(first, subset, split=split)
-  except Error:
-    raise
-  except Exception as error:  # whatever the library or the network raises
-    reason = ' '.join(str(error).split())
-    raise Error(
-      f'hf: the data set {first!r} (subset {subset!r}, split {split!r}) cannot '
-      f'be loaded: {type(error).__name__}: {_cut(reason)}'
-    ) from error
-  return data
-
-
-def _cut(reason: str) -> str:
-  return reason if len(reason) <= 300 else f'{reason[:297]}...'

@@ -10,23 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedjax_llm.data.sources import Message, Record
+from fedjax_llm.data import chat as chat_lib
+from fedjax_llm.data import messages as messages_lib
+from fedjax_llm.data import tokenizers
+from fedjax_llm.data.chat import Piece as Piece
+from fedjax_llm.data.chat import Template as Template
+from fedjax_llm.data.chat import chat as chat
+from fedjax_llm.data.messages import Message
+from fedjax_llm.data.sources import Record
 from fedjax_llm.data.tokenizers import Tokenizer
 from fedjax_llm.types import Error, Example
-
-
-class Piece(NamedTuple):
-  """A stretch of text that is learned as a whole or not at all.
-
-  With `end` the end token follows, as an id: the text does not contain it.
-
-  >>> Piece('Hello.', learned=True).end
-  False
-  """
-
-  text: str
-  learned: bool = False
-  end: bool = False
 
 
 class Encoded(NamedTuple):
@@ -41,74 +34,11 @@ class Encoded(NamedTuple):
   replies_left_out: int = 0
   replies_cut: int = 0
   texts_cut: int = 0
-
-
-# (messages, tokenizer) -> dialogues, each a list of pieces that ends in a reply
-Template = Callable[[Sequence[Message], Tokenizer], list[list[Piece]]]
-
-
-def chat() -> Template:
-  """The tokenizer's own chat template.
-
-  The learned part of a turn is what the template writes after its generation
-  prompt, up to and with the marker that ends the turn; where it writes no
-  marker, the end token. If the template rewrites earlier turns (some leave old
-  reasoning out), each reply becomes a dialogue of its own.
-
-  >>> from fedjax_llm.data import tokenizers
-  >>> def render(messages, add_generation_prompt):
-  ...   said = ''.join(f'<{m["role"]}>{m["content"]}' for m in messages)
-  ...   return said + '<assistant>' * add_generation_prompt
-  >>> spell = tokenizers.bytes()._replace(chat=render)
-  >>> asked = {'role': 'user', 'content': 'Hi'}
-  >>> ((prompt, reply),) = chat()(
-  ...   [asked, {'role': 'assistant', 'content': 'Ho'}], spell)
-  >>> prompt.text, reply.text
-  ('<user>Hi<assistant>', 'Ho')
-  """
-
-  def render(tokenizer, messages, add_generation_prompt):
-    try:
-      text = tokenizer.chat(messages, add_generation_prompt)
-    except Exception as error:  # templates raise whatever they like
-      raise Error(
-        f'the chat template of {tokenizer.name} refuses the messages: {error}'
-      ) from error
-    if text is None:
-      raise Error(
-        f'the tokenizer {tokenizer.name} has no chat template; choose the '
-        'template alpaca, vicuna or plain.'
-      )
-    return text
-
-  def pieces(messages, tokenizer):
-    whole, one_by_one, so_far = [], [], ''
-    nested = True
-    for i, message in enumerate(messages):
-      if message['role'] != 'assistant':
-        continue
-      before = render(tokenizer, messages[:i], True)
-      after = render(tokenizer, messages[: i + 1], False)
-      if not after.startswith(before):
-        raise Error(
-          f'the chat template of {tokenizer.name} does not begin a reply with '
-          'its own generation prompt; choose alpaca, vicuna or plain.'
-        )
-      content = message['content'].strip()
-      said = after[len(before) :].rstrip()
-      # Nothing is written after the reply: the end token has to be added.
-      end = bool(content) and said.endswith(content)
-      reply = Piece(said, learned=bool(content), end=end)
-      one_by_one.append([Piece(before), reply])
-      nested = nested and before.startswith(so_far)
-      whole += [Piece(before[len(so_far) :]), reply]
-      so_far = before + said
-    return [whole] if nested and whole else one_by_one
-
-  return pieces
+  replies_rewritten: int = 0
 
 
 def _fixed(
+  name: str,
   user: Callable[[str], str],
   *,
   preamble: str = '',
@@ -123,13 +53,14 @@ def _fixed(
 
   def pieces(messages, tokenizer):
     del tokenizer  # the end token is an id, the rest is plain text
+    messages_lib.check_plain(messages, name)
     start = reply.rstrip(' ')
     context, dialogue = preamble, []
     for i, message in enumerate(messages):
       role, content = message['role'], message['content']
       if role == 'assistant':
         said = reply[len(start) :] + content
-        learned = bool(content.strip())
+        learned = bool(content.strip()) and messages_lib.weight(message)
         dialogue += [Piece(context + start), Piece(said, learned, end=True)]
         context = gap
       elif role == 'system' and i == 0:
@@ -152,6 +83,7 @@ def alpaca() -> Template:
   (['### Instruction:', 'Hi', '', '### Response:'], 'Ho')
   """
   return _fixed(
+    'alpaca',
     lambda content: f'### Instruction:\n{content}\n\n',
     preamble='Below is an instruction that describes a task. '
     'Write a response that appropriately completes the request.\n\n',
@@ -171,6 +103,7 @@ def vicuna() -> Template:
   ('USER: Hi ASSISTANT:', ' Ho')
   """
   return _fixed(
+    'vicuna',
     lambda content: f'USER: {content} ',
     preamble='A chat between a curious user and an artificial intelligence '
     'assistant. The assistant gives helpful, detailed, and polite answers to '
@@ -188,7 +121,9 @@ def plain() -> Template:
   >>> prompt.text.splitlines(), reply.text
   (['Hi'], 'Ho')
   """
-  return _fixed(lambda content: f'{content}\n' if content else '', gap='\n')
+  return _fixed(
+    'plain', lambda content: f'{content}\n' if content else '', gap='\n'
+  )
 
 
 TEMPLATES: dict[str, Callable[[], Template]] = {
@@ -220,8 +155,8 @@ def encode(
   with as much as fits of what came before. A reply that does not fit (with one
   token before it) is left out with `long_replies='drop'`; with 'cut' it loses
   its end, and its prompt is cut to half of `max_length`. A long text is split
-  into consecutive chunks that overlap by one token, so that each token is
-  learned once.
+  into consecutive rows, each with bos, that overlap by one token, so that each
+  token is learned once.
 
   Raises `Error` for an unknown template or option.
 
@@ -259,17 +194,19 @@ def encode_counted(
     raise Error(
       f"long_replies is {long_replies!r}, but must be 'drop' or 'cut'."
     )
-  template = _template(template)  # a misspelt one, though texts need none
+  _template(template)  # refuses a misspelt one, though texts need none
   if record.text is not None:
     return Encoded(_chunks(record.text, tokenizer, max_length))
-  parts = []
+  parts, rewritten = [], 0
   for dialogue in _dialogues(record, _messages(record), tokenizer, template):
+    rewritten += sum(piece.rewritten for piece in dialogue)
     ids, spans = _lay(dialogue, tokenizer)
-    keep = ids[:1] if ids[:1] == [tokenizer.bos_id] else []
+    keep = _start(ids, tokenizer)
     parts.append(_windows(ids, spans, keep, max_length, long_replies == 'cut'))
   return Encoded(
     [example for part in parts for example in part.examples],
-    *(sum(counts) for counts in zip(*(part[1:] for part in parts))),
+    *(sum(counts) for counts in zip(*(part[1:5] for part in parts))),
+    replies_rewritten=rewritten,
   )
 
 
@@ -350,7 +287,7 @@ def prompt(
   """
   if record.text is not None:
     ids = tokenizer.encode(record.text)
-    ids = _with_bos(ids[: min(32, max(1, len(ids) // 2))], tokenizer)
+    ids = with_start(ids[: min(32, max(1, len(ids) // 2))], tokenizer)
   else:
     messages = list(_messages(record))
     if messages[-1]['role'] != 'assistant':
@@ -358,7 +295,7 @@ def prompt(
     dialogue = _dialogues(record, messages, tokenizer, template)[-1]
     ids, _ = _lay(dialogue[:-1], tokenizer)
   if max_length is not None and len(ids) > max_length:
-    keep = ids[:1] if ids[:1] == [tokenizer.bos_id] else []
+    keep = _start(ids, tokenizer)[: max_length - 1]
     ids = keep + ids[len(ids) - max_length + len(keep) :]
   return ids
 
@@ -382,6 +319,9 @@ def _messages(record: Record) -> Sequence[Message]:
 
 def _dialogues(record, messages, tokenizer, template) -> list[list[Piece]]:
   try:
+    if record.tools and template in TEMPLATES and template != 'chat':
+      raise Error(f"the template {template} does not write the record's tools.")
+    tokenizer = chat_lib.with_tools(tokenizer, record.tools, messages)
     return _template(template)(messages, tokenizer)
   except Error as error:
     raise Error(f'{record.where}: {error}' if record.where else error) from None
@@ -397,9 +337,21 @@ def _template(template: str | Template) -> Template:
   return TEMPLATES[template]()
 
 
-def _with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-  bos = tokenizer.bos_id
-  return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+def with_start(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+  """The ids, behind what the tokenizer puts in front of a text by itself.
+
+  >>> from fedjax_llm.data import tokenizers
+  >>> with_start([104, 105], tokenizers.bytes())
+  [257, 104, 105]
+  """
+  start = tokenizers.start(tokenizer)
+  return ids if ids[: len(start)] == start else start + ids
+
+
+def _start(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+  """What stays in front of these ids where they are cut on the left."""
+  start = tokenizers.start(tokenizer)
+  return start if ids[: len(start)] == start else []
 
 
 def _lay(
@@ -426,7 +378,7 @@ def _lay(
       new = [*new, tokenizer.eos_id]
       text, done = '', []
     before = len(ids)
-    ids = ids + new if ids else _with_bos(new, tokenizer)
+    ids = ids + new if ids else with_start(new, tokenizer)
     if piece.learned:
       # A bos that was put in front of a first reply belongs to no one.
       spans.append((before or len(ids) - len(new), len(ids)))
@@ -444,13 +396,20 @@ def _example(
 
 
 def _chunks(text: str, tokenizer: Tokenizer, max_length: int) -> list[Example]:
+  """Rows of a plain text; each begins as the tokenizer begins a text."""
   if not text.strip():
     return []
-  ids = [*_with_bos(tokenizer.encode(text), tokenizer), tokenizer.eos_id]
-  return [
-    _example(ids[start : start + max_length], [(0, max_length)])
-    for start in range(0, len(ids) - 1, max_length - 1)
-  ]
+  start = tokenizers.start(tokenizer)
+  ids = [*with_start(tokenizer.encode(text), tokenizer), tokenizer.eos_id]
+  rows = [_example(ids[:max_length], [(0, max_length)])]
+  lead = start[: max_length - 1]
+  # A later row repeats the last token of the row before it, where both fit.
+  repeats = 1 if len(lead) + 2 <= max_length else 0
+  room = max_length - len(lead) - repeats
+  for first in range(max_length, len(ids), room):
+    row = [*lead, *ids[first - repeats : first + room]]
+    rows.append(_example(row, [(len(lead) + repeats, len(row))]))
+  return rows
 
 
 def _windows(
@@ -462,7 +421,7 @@ def _windows(
 ) -> Encoded:
   """Examples in which each reply is learned once, from the last to the first.
 
-  `keep` is the bos that stays in front of a prompt that is truncated.
+  `keep` (the bos) stays in front of a prompt that is truncated.
   """
   examples = []
   truncated = left_out = num_cut = 0

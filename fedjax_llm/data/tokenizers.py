@@ -1,19 +1,11 @@
 """Text to token ids and back: bytes, or a pretrained tokenizer."""
 
 import builtins
-import datetime
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fedjax_llm.types import Error
-
-# Templates that print the date would make two runs of one config differ.
-_TODAY = datetime.datetime(2024, 7, 26)
-_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
-
-_FILES = ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'vocab.txt')
+from fedjax_llm.data import tokenizer_files
 
 
 class Whole(NamedTuple):
@@ -34,8 +26,10 @@ class Tokenizer(NamedTuple):
   `encode(text) -> ids` adds no special token, but reads those written out in
   the text (chat templates write them). `decode(ids) -> text` leaves special
   tokens out. `chat(messages, add_generation_prompt) -> text` is the tokenizer's
-  own template, None if it has none. `bos_id` is the token that the tokenizer
-  puts in front of a text by itself, None if it does not.
+  own template, None if it has none; where a record has tools, they are its
+  third argument. `bos_id` is the token that the tokenizer puts in front of a
+  text by itself, None if it does not. `special` are the ids of the tokens that
+  are no pieces of words, by their texts.
 
   >>> letters = bytes()
   >>> letters.encode('hi'), letters.decode([104, 105]), letters.vocab_size
@@ -49,10 +43,24 @@ class Tokenizer(NamedTuple):
   bos_id: int | None
   eos_id: int
   pad_id: int
-  chat: Callable[[Sequence[Mapping[str, str]], bool], str | None]
+  chat: Callable[..., str | None]
   # (text, second text or None, max_length) -> tokens and types, with the
   # special tokens of a whole text; cut at the end, of two the longer one first
   whole: Callable[[str, str | None, int], Whole] | None = None
+  # all that is put in front of a text, where that is more than `bos_id`
+  begin: tuple[int, ...] = ()
+  special: Mapping[str, int] = {}
+
+
+def start(tokenizer: Tokenizer) -> list[int]:
+  """The ids that the tokenizer puts in front of a text by itself.
+
+  >>> start(bytes()), start(bytes()._replace(bos_id=None))
+  ([257], [])
+  """
+  if tokenizer.begin or tokenizer.bos_id is None:
+    return list(tokenizer.begin)
+  return [tokenizer.bos_id]
 
 
 def bytes() -> Tokenizer:
@@ -76,7 +84,8 @@ def bytes() -> Tokenizer:
     plain = builtins.bytes(int(i) for i in ids if int(i) < 256)
     return plain.decode('utf-8', errors='replace')
 
-  def chat(messages, add_generation_prompt):
+  def chat(messages, add_generation_prompt, tools=None):
+    del tools  # not told
     lines = [f'{m["role"]}: {m["content"]}\n' for m in messages]
     return ''.join(lines) + ('assistant: ' if add_generation_prompt else '')
 
@@ -106,12 +115,16 @@ def bytes() -> Tokenizer:
 def pretrained(path: str) -> Tokenizer:
   """The tokenizer of a Hugging Face directory or hub name.
 
-  Padding uses the tokenizer's pad token, or its end token where it has none;
-  the end token of an encoder is the one that separates texts.
-  A chat template that asks for today's date gets a fixed one, so that a run
-  that is resumed tomorrow sees the same tokens.
+  Texts are split as `tokenizer.json` says, also where transformers would build
+  the tokenizer anew from its class. Padding uses the tokenizer's pad token, or
+  its end token where it has none; the end token of an encoder is the one that
+  separates texts. A chat template that asks for today's date gets a fixed one,
+  so that a run that is resumed tomorrow sees the same tokens; it runs with
+  limits of time and memory (`rendering`). Python code beside a tokenizer is
+  never run.
 
-  Raises `Error` if it cannot be had or has no end token.
+  Raises `Error` if it cannot be had or has no end token, and if a file of it
+  holds something else than it should.
 
   >>> pretrained('./nowhere')
   Traceback (most recent call last):
@@ -119,45 +132,26 @@ def pretrained(path: str) -> Tokenizer:
   fedjax_llm.types.Error: ./nowhere: there is no such directory.
   """
   where = os.path.expanduser(path)
-  if os.path.isdir(where):
-    if not any(os.path.exists(os.path.join(where, f)) for f in _FILES):
-      raise Error(
-        f'{where}: no tokenizer in this directory; it needs one of '
-        f'{", ".join(_FILES)}.'
-      )
-  elif os.path.isabs(where) or where.startswith('.'):
-    raise Error(f'{where}: there is no such directory.')
-  tokenizer = _load(where)
-  eos = tokenizer.eos_token_id
-  eos = tokenizer.sep_token_id if eos is None else eos
-  if eos is None:
-    raise Error(f'{where}: the tokenizer has no end-of-text token (eos_token).')
-  template = None
-  if tokenizer.chat_template is not None:
-    template = _NOW.sub(
-      lambda match: repr(_TODAY.strftime(match[2])),
-      tokenizer.get_chat_template(),
-    )
+  loaded = tokenizer_files.load(where)
+  tokenizer, guarded = loaded.tokenizer, loaded.guarded
 
+  @guarded
   def encode(text):
     return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
+  @guarded
   def decode(ids):
     ids = [int(i) for i in ids]
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-  def chat(messages, add_generation_prompt):
-    if template is None:
+  def chat(messages, add_generation_prompt, tools=None):
+    if loaded.render is None:
       return None
-    return tokenizer.apply_chat_template(
-      [dict(m) for m in messages],
-      chat_template=template,
-      tokenize=False,
-      add_generation_prompt=add_generation_prompt,
-    )
+    return loaded.render(messages, add_generation_prompt, tools)
 
+  @guarded
   def whole(text, other, max_length):
-    found = tokenizer(
+    result = tokenizer(
       text,
       other,
       truncation=True,
@@ -166,42 +160,22 @@ def pretrained(path: str) -> Tokenizer:
       return_overflowing_tokens=True,
       verbose=False,
     )
-    ids, types = found['input_ids'], found['token_type_ids']
+    ids, types = result['input_ids'], result['token_type_ids']
     if not tokenizer.is_fast:
-      return Whole(list(ids), list(types), bool(found['num_truncated_tokens']))
+      return Whole(list(ids), list(types), bool(result['num_truncated_tokens']))
     return Whole(list(ids[0]), list(types[0]), len(ids) > 1)
 
-  bos = tokenizer.bos_token_id
-  adds_bos = bos is not None and tokenizer.encode('a')[:1] == [bos]
-  pad = tokenizer.pad_token_id
+  begin = loaded.begin
   return Tokenizer(
     name=path,
     encode=encode,
     decode=decode,
     vocab_size=len(tokenizer),
-    bos_id=bos if adds_bos else None,
-    eos_id=eos,
-    pad_id=eos if pad is None else pad,
+    bos_id=begin[0] if begin else None,
+    eos_id=loaded.eos_id,
+    pad_id=loaded.pad_id,
     chat=chat,
     whole=whole,
+    begin=begin if len(begin) > 1 else (),
+    special=loaded.special,
   )
-
-
-def _load(path: str) -> Any:
-  # On import the library advises to install a framework that is not needed.
-  os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
-  try:
-    from transformers import AutoTokenizer
-  except ImportError:
-    raise Error(
-      'the package `transformers` is not installed; `pip install '
-      'transformers`, or use the tokenizer bytes.'
-    ) from None
-  try:
-    return AutoTokenizer.from_pretrained(path)
-  except Exception as error:  # whatever the library or the network raises
-    reason = ' '.join(str(error).split())
-    raise Error(
-      f'the tokenizer {path!r} cannot be loaded: {type(error).__name__}: '
-      f'{reason[:300]}'
-    ) from error

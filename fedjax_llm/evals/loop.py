@@ -183,12 +183,13 @@ def questions(
   num: int,
   *,
   max_prompt: int | None = None,
+  begin: Sequence[int] = (),
 ) -> list[Question]:
   """The first held-out texts of the first `num` clients that have any.
 
   Of a pair it is the chosen text. One that is learned from its start is cut in
-  half; of prompts above
-  `max_prompt` tokens the end is kept.
+  half; of prompts above `max_prompt` tokens the end is kept, and in front of it
+  the tokens `begin` that every text begins with.
 
   >>> from fedjax_llm.types import Example
   >>> tokens, learned = np.arange(4), np.array([False, False, True, True])
@@ -197,17 +198,21 @@ def questions(
   """
   if max_prompt is not None and max_prompt < 1:
     return []
-  found = []
+  found, begin = [], list(begin)
   for client, own in enumerate(heldout):
     if len(found) == num:
       break
     for example in batching.texts_of(own[0])[:1] if own else ():
       start = int(np.argmax(example.loss_mask))
-      if start < 2:
+      if start < max(2, len(begin) + 2):
         start = max(1, len(example.tokens) // 2)
       tokens = [int(t) for t in example.tokens]
-      begin = 0 if max_prompt is None else max(0, start - max_prompt)
-      found.append(Question(client, tokens[begin:start], tokens[start:]))
+      prompt = tokens[:start]
+      if max_prompt is not None and start > max_prompt:
+        lead = begin if tokens[: len(begin)] == begin else []
+        lead = lead[: max_prompt - 1]
+        prompt = lead + tokens[start - max_prompt + len(lead) : start]
+      found.append(Question(client, prompt, tokens[start:]))
   return found
 
 

@@ -135,6 +135,15 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def _is_finite(array: np.ndarray, size: int = 2**24) -> bool:
+  """Whether all values are finite; looks at `size` of them at a time."""
+  flat = array.reshape(-1)
+  return all(
+    bool(np.isfinite(flat[start : start + size]).all())
+    for start in range(0, flat.size, size)
+  )
+
+
 def _sliced(tensor: families.Tensor, bounds: Bounds):
   """What to read of a tensor for these bounds of ours, and how to take it."""
   slices = [slice(*pair) for pair in bounds]
@@ -248,9 +257,13 @@ def read_base(
           row = out[tensor.layer - first]
         if tensor.name in stored:
           slices, tensor = _sliced(tensor, tuple(inner))
-          row[...] = families.ours(
-            tensor, reader.read(stored[tensor.name], slices)
-          )
+          name = stored[tensor.name]
+          with np.errstate(over='ignore'):  # told below
+            row[...] = families.ours(tensor, reader.read(name, slices))
+          if not _is_finite(row):
+            raise Error(
+              f'{files[name]}: {name} holds values that are not finite.'
+            )
         else:
           row[...] = drawn(path, shape)[tuple(slice(*b) for b in inner)]
       return out

@@ -1,4 +1,4 @@
-"""What a run will cost, before it runs: nothing is loaded or downloaded.
+"""Estimates memory, bytes and time of a run, without weights or a download.
 
     python -m fedjax_llm.plan --config C [--config.section.field=value ...]
         [--devices N] [--memory 16GB] [--model DIRECTORY-OR-NAME] [--clients N]

@@ -1,4 +1,4 @@
-"""A round of a run again, exactly; without a client; and what clients gave it.
+"""Computes a recorded round again, also without a client, and client values.
 
     python -m fedjax_llm.replay --workdir DIR --round N
     python -m fedjax_llm.replay --workdir DIR --round N --without CLIENT

@@ -1,4 +1,4 @@
-"""A report of runs: one HTML page, and figures.
+"""Writes one HTML page, and its figures, about one run or several.
 
     python -m fedjax_llm.report WORKDIR [WORKDIR ...] --out report.html
 

@@ -1,4 +1,4 @@
-"""Many runs at once, and what they say together.
+"""Trains every setting of a grid with every seed and prints a table.
 
     python -m fedjax_llm.sweep --config C --workdir DIR
         --grid aggregator.name=mean,trimmed_mean local.learning_rate=1e-4,3e-4

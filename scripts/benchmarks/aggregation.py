@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import records
+import tables
 
 from fedjax_llm import aggregators
 from fedjax_llm.aggregators import low_rank
@@ -211,22 +212,6 @@ def measured(num: int, repeats: int, seed: int) -> dict[str, Any]:
   return told
 
 
-def table(number: Any, told: dict[str, Any]) -> str:
-  lines = [
-    f'| {number} clients | library | ms | GB/s | share of a copy | GFLOP/s |',
-    '|---|---|---|---|---|---|',
-  ]
-  for name, r in told.items():
-    rule, library = name.split(': ')
-    done = r.get('gflop_per_second')
-    lines.append(
-      f'| {rule} | {library} | {1e3 * r["seconds"]:,.1f} | '
-      f'{r["gb_per_second"]:.2f} | {100 * r["share_of_copy"]:.0f} % | '
-      f'{"" if done is None else format(done, ".0f")} |'
-    )
-  return '\n'.join(lines)
-
-
 def main() -> None:
   parser = records.arguments(__doc__, 'aggregation.json')
   parser.add_argument('--clients', type=int, nargs='+')
@@ -239,7 +224,7 @@ def main() -> None:
     told = kept.keep(
       'rules', num, lambda num=num: measured(num, repeats, args.seed)
     )
-    print('\n' + table(num, told), flush=True)
+    print('\n' + tables.aggregation(num, told), flush=True)
 
 
 if __name__ == '__main__':

@@ -19,17 +19,16 @@ import sys
 from typing import Any
 
 import compare
-import numpy as np
 import ours
 import peak
 import peer
 import records
 import regimes
+import tables
 
 from fedjax_llm import sharding
 
 SHARES = ('many', 'middle', 'long')
-BLOCK = 16  # of panel (a)
 
 
 def shape(width: int, layers: int = 4, vocabulary: int = 2048) -> dict:
@@ -81,7 +80,7 @@ def measured(
   for n, regime in points.items():
     name = panel if panel == 'block' else f'{panel}-{n}'
     work = work_of(args.work, name, regime)
-    block = {'cohort': min(BLOCK, n), 'block': n}.get(panel, 0)
+    block = {'cohort': min(tables.BLOCK, n), 'block': n}.get(panel, 0)
     run = ours.ready(work, block)
     calls[f'{n}'] = run.step
     needed = regime.batch * (regime.length // 2)
@@ -113,31 +112,6 @@ def by_torch(name: str, args: Any) -> float | None:
   return 1e3 * statistics.median(found['rounds'][1:])
 
 
-def line(by_number: dict[str, float], least: int) -> tuple[float, float]:
-  """a and b of a + b N, from `least` clients on; all errors count alike."""
-  points = [(int(n), ms) for n, ms in by_number.items() if int(n) >= least]
-  n, ms = np.array(points).T
-  slope, start = np.polyfit(n, ms, 1, w=1 / ms)
-  return float(start), float(slope)
-
-
-def overhead(cohort: dict[str, Any]) -> dict[str, float]:
-  """The line of panel (a), and what of a client's share is no product."""
-  start, slope = line(cohort['ours'], BLOCK)
-  most = max(cohort['ours'], key=int)
-  products = cohort['counted_gflop'][most] / int(most)
-  products *= 1e3 / cohort['gflop_per_second']
-  told = {
-    'a_ms': start,
-    'b_ms': slope,
-    'products_ms': products,
-    'fixed_ms_a_client': slope - products,
-  }
-  if all(cohort['torch'].values()):
-    told['torch_a_ms'], told['torch_b_ms'] = line(cohort['torch'], 1)
-  return told
-
-
 def share(name: str, args: Any) -> dict[str, float]:
   """Of the machine's matrix products, what a round of the regime reaches."""
   regime = regimes.REGIMES[name]
@@ -158,33 +132,6 @@ def share(name: str, args: Any) -> dict[str, float]:
     'share': counted / taken['round'] / best,
     'share_executed': executed / taken['round'] / best,
   }
-
-
-def text(told: dict[str, Any]) -> str:
-  fit = overhead(told['costs']['cohort'])
-  lines = [
-    f'A round of N clients: {fit["a_ms"]:.2f} + {fit["b_ms"]:.3f} N ms, of '
-    f'which products {fit["products_ms"]:.3f} N: fixed cost of a client '
-    f'{fit["fixed_ms_a_client"]:.3f} ms.'
-  ]
-  if 'torch_b_ms' in fit:
-    lines.append(
-      f'Torch, eager: {fit["torch_a_ms"]:.2f} + {fit["torch_b_ms"]:.2f} N ms.'
-    )
-  lines += [
-    '',
-    '| regime | s a round | counted GFLOP | GFLOP/s | products here, GFLOP/s | '
-    'share | with all that is executed |',
-    '|---|---|---|---|---|---|---|',
-  ]
-  for name, r in told['shares'].items():
-    lines.append(
-      f'| {name} | {r["seconds"]:.3f} | {r["counted_gflop"]:.1f} | '
-      f'{r["counted_gflop"] / r["seconds"]:.0f} | '
-      f'{r["peak_gflop_per_second"]:.0f} | {100 * r["share"]:.0f} % | '
-      f'{100 * r["share_executed"]:.0f} % |'
-    )
-  return '\n'.join(lines)
 
 
 def main() -> None:
@@ -210,10 +157,10 @@ def main() -> None:
     print(f'{panel} is measured', flush=True)
   for name in SHARES[:1] if args.quick else SHARES:
     kept.keep('shares', name, lambda name=name: share(name, args))
-  print('\n' + text(kept.told))
+  print('\n' + tables.costs(kept.told))
   from costs_figure import save
 
-  save(args.out.with_suffix('.png'), kept.told, overhead)
+  save(args.out.with_suffix('.png'), kept.told, tables.overhead)
 
 
 if __name__ == '__main__':

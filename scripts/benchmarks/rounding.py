@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import records
+import tables
 
 from fedjax_llm import tree
 from fedjax_llm.aggregators import low_rank
@@ -86,22 +87,6 @@ def measured(case: Case, repeats: int, seed: int) -> dict[str, Any]:
   }
 
 
-def table(told: dict[str, Any]) -> str:
-  lines = [
-    '| `svd_round` of | ours, s | dense SVD, s (jax, numpy) | times faster | '
-    'off the truth | further than it |',
-    '|---|---|---|---|---|---|',
-  ]
-  for name, r in told.items():
-    s = r['seconds']
-    lines.append(
-      f'| {name} | {s["ours"]:.3f} | {s["dense, jax"]:.3f}, '
-      f'{s["dense, numpy"]:.3f} | {r["times_faster"]:.3g} | '
-      f'{r["relative_error"]:.1e} | {r["relative_excess"]:.1e} |'
-    )
-  return '\n'.join(lines)
-
-
 def main() -> None:
   parser = records.arguments(__doc__, 'rounding.json')
   parser.add_argument('--seed', type=int, default=0)
@@ -111,7 +96,7 @@ def main() -> None:
   for case in QUICK if args.quick else CASES:
     measure = lambda case=case: measured(case, repeats, args.seed)
     kept.keep('svd_round', case, measure)
-  print(table(kept.told['svd_round']))
+  print(tables.rounding(kept.told['svd_round']))
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ RUNNERS = {
   'ours': Runner('fedjax_llm', 'ours.py'),
   'oursx2': Runner('fedjax_llm, 2 devices', 'ours.py', ('--devices', '2')),
   'oursx2u': Runner(
-    'fedjax_llm, 2 devices, 4 layers a turn',
+    'fedjax_llm, 2 devices, unroll 4',
     'ours.py',
     ('--devices', '2', '--unroll', '4'),
   ),

@@ -1,11 +1,19 @@
-"""What was measured, as Markdown."""
+"""Writes measured results as Markdown tables.
+
+Imports no measuring code, so that the tables of `scripts/README.md` can be
+compared with the committed JSON files where no peer is installed.
+"""
 
 from typing import Any
 
+import numpy as np
 from runners import RUNNERS
+
+BLOCK = 16  # clients that train at once in the panel `cohort` of `costs.py`
 
 
 def table(told: dict[str, Any]) -> str:
+  """Returns speed, first round and memory: a row a regime and framework."""
   lines = [
     '| regime | framework | tokens/s (spread) | our best / it | '
     'first round, s | peak, MB |',
@@ -29,7 +37,7 @@ def table(told: dict[str, Any]) -> str:
 
 
 def overview(told: dict[str, Any]) -> str:
-  """Frameworks by regimes: tokens/s, and how much faster our best is."""
+  """Returns frameworks by regimes: tokens/s, and our best as a multiple."""
   lines = [
     '| tokens/s (our best / it) | ' + ' | '.join(told) + ' |',
     '|---' * (len(told) + 1) + '|',
@@ -52,4 +60,92 @@ def overview(told: dict[str, Any]) -> str:
       cells.append(f'{it:,.0f}{ratio}' if it else '')
     if any(cells):
       lines.append(f'| {runner.label} | ' + ' | '.join(cells) + ' |')
+  return '\n'.join(lines)
+
+
+def aggregation(number: Any, results: dict[str, Any]) -> str:
+  """Returns the table of `aggregation.py` for one number of clients."""
+  lines = [
+    f'| {number} clients | library | ms | GB/s | share of a copy | GFLOP/s |',
+    '|---|---|---|---|---|---|',
+  ]
+  for name, r in results.items():
+    rule, library = name.split(': ')
+    done = r.get('gflop_per_second')
+    lines.append(
+      f'| {rule} | {library} | {1e3 * r["seconds"]:,.1f} | '
+      f'{r["gb_per_second"]:.2f} | {100 * r["share_of_copy"]:.0f} % | '
+      f'{"" if done is None else format(done, ".0f")} |'
+    )
+  return '\n'.join(lines)
+
+
+def rounding(results: dict[str, Any]) -> str:
+  """Returns the table of `rounding.py`: a row a case."""
+  lines = [
+    '| `svd_round` of | fedjax_llm, s | dense SVD, s (jax, numpy) | '
+    'times faster | relative error | excess distance |',
+    '|---|---|---|---|---|---|',
+  ]
+  for name, r in results.items():
+    s = r['seconds']
+    lines.append(
+      f'| {name} | {s["ours"]:.3f} | {s["dense, jax"]:.3f}, '
+      f'{s["dense, numpy"]:.3f} | {r["times_faster"]:.3g} | '
+      f'{r["relative_error"]:.1e} | {r["relative_excess"]:.1e} |'
+    )
+  return '\n'.join(lines)
+
+
+def line(by_number: dict[str, float], least: int) -> tuple[float, float]:
+  """Fits a + b N from `least` clients on; relative errors count alike."""
+  points = [(int(n), ms) for n, ms in by_number.items() if int(n) >= least]
+  n, ms = np.array(points).T
+  slope, start = np.polyfit(n, ms, 1, w=1 / ms)
+  return float(start), float(slope)
+
+
+def overhead(cohort: dict[str, Any]) -> dict[str, float]:
+  """Splits the cost of a client into matrix products and the rest, in ms."""
+  start, slope = line(cohort['ours'], BLOCK)
+  most = max(cohort['ours'], key=int)
+  products = cohort['counted_gflop'][most] / int(most)
+  products *= 1e3 / cohort['gflop_per_second']
+  result = {
+    'a_ms': start,
+    'b_ms': slope,
+    'products_ms': products,
+    'fixed_ms_a_client': slope - products,
+  }
+  if all(cohort['torch'].values()):
+    result['torch_a_ms'], result['torch_b_ms'] = line(cohort['torch'], 1)
+  return result
+
+
+def costs(results: dict[str, Any]) -> str:
+  """Returns the fitted cost of a round and the table of the regimes' shares."""
+  fit = overhead(results['costs']['cohort'])
+  lines = [
+    f'A round of N clients takes {fit["a_ms"]:.2f} + {fit["b_ms"]:.3f} N ms. '
+    f"Matrix products take {fit['products_ms']:.3f} ms of each client's share "
+    f'and everything else {fit["fixed_ms_a_client"]:.3f} ms.'
+  ]
+  if 'torch_b_ms' in fit:
+    lines.append(
+      f'The eager torch loop takes {fit["torch_a_ms"]:.2f} + '
+      f'{fit["torch_b_ms"]:.2f} N ms.'
+    )
+  lines += [
+    '',
+    '| regime | s a round | counted GFLOP | GFLOP/s | matrix products of this '
+    'machine, GFLOP/s | share, counted | share, executed |',
+    '|---|---|---|---|---|---|---|',
+  ]
+  for name, r in results['shares'].items():
+    lines.append(
+      f'| {name} | {r["seconds"]:.3f} | {r["counted_gflop"]:.1f} | '
+      f'{r["counted_gflop"] / r["seconds"]:.0f} | '
+      f'{r["peak_gflop_per_second"]:.0f} | {100 * r["share"]:.0f} % | '
+      f'{100 * r["share_executed"]:.0f} % |'
+    )
   return '\n'.join(lines)
