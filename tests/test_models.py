@@ -559,7 +559,7 @@ MEASURE = """
 import sys
 import jax
 from transformers import AutoConfig
-from fedjax_llm.models import load
+from fedjax_llm.models.files import load
 
 def memory(kind):
   with open('/proc/self/status') as lines:
