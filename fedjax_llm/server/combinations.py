@@ -1,4 +1,4 @@
-"""Combinations of parts that make no sense, refused when they are built."""
+"""Checks of the combinations of parts that `fed_opt` composes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def check(
   block_size: int | None,
   widths: Sequence[int],
 ) -> None:
-  """Raises an `Error` if parts of `fed_opt` do not go together."""
+  """Raises `Error` if parts of `fed_opt` cannot be combined."""
   traits = aggregator.traits
   if block_size is not None and block_size < 1:
     raise Error(f'block_size is {block_size}; it must be at least 1.')

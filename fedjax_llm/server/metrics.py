@@ -1,4 +1,7 @@
-"""Metrics of a round: means over the clients that count, and what it cost."""
+"""Metrics of a round: means over the clients that count, work and bytes.
+
+`of_clients` returns a `RoundInfo`, `of_server` a dictionary of metrics.
+"""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +15,7 @@ BY_TOKENS = ('loss', 'accuracy')
 
 
 class Rows(NamedTuple):
-  """What each client of a cohort did, [K] of each."""
+  """Results of the clients of a cohort, [K] of each."""
 
   reported: Any  # bool
   finite: Any  # bool
