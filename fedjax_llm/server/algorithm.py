@@ -156,7 +156,7 @@ def fed_opt(
     )
 
   def keys(state: ServerState) -> jax.Array:
-    """Returns keys: clients, rule, adversary, phase after, common randomness."""
+    """Returns keys of clients, rule, adversary, phase after, all in common."""
     key = jax.random.fold_in(state.key, state.round)
     clients, rule = jax.random.split(key)
     more = lambda name: jax.random.fold_in(key, name)
@@ -308,7 +308,7 @@ def fed_opt(
 
 
 def _sums(aggregator: AnyAggregator, upload: Upload) -> Sums | None:
-  """Returns the sums that blocks are added up to; None for a rule on the stack."""
+  """Returns the sums over blocks; None for a rule on the whole stack."""
   if upload.additive:
     # The shape of a message is known once there is one: zero until then.
     def add(total, uploads, common):

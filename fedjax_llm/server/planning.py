@@ -52,9 +52,9 @@ def planned(
 
   Args:
     algorithm: of a local update that reports.
-    policy: `(params) -> policy`, for the shapes of the parameters. The policy is
-      a pure function `(round, reports, profiles) -> profiles` on NumPy arrays,
-      where round counts the rounds done.
+    policy: `(params) -> policy`, for the shapes of the parameters. The policy
+      is a pure function `(round, reports, profiles) -> profiles` on NumPy
+      arrays, where round counts the rounds done.
     first: `(params) -> (profiles [N, ...], report)`: the plan before the first
       report, and zeros in the shape of one client's report.
     num_clients: N.

@@ -18,7 +18,7 @@ from fedjax_llm.types import ClientState, Cohort, Uploads
 
 
 class Layout(NamedTuple):
-  """Blocks, widths and devices; they change rounding, memory and speed alone."""
+  """Blocks, widths and devices: they change only rounding, memory and speed."""
 
   block_size: int | None = None
   widths: Sequence[int] = ()
@@ -66,7 +66,7 @@ def train(
     common: the values that all clients receive.
     cohort: K clients.
     layout: blocks, widths and devices.
-    sums: a sum that is added up block by block; memory is then that of one block.
+    sums: a sum over clients, block by block; memory is then that of one block.
     keep: with sums and a single block, return its uploads as well.
   """
 

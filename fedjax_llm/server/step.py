@@ -123,7 +123,7 @@ def begun(sums: Any, uploads: Uploads) -> Any:
 
 
 def _counts(uploads: Uploads) -> Any:
-  """Counts the clients that trained each entry, float32, of the masks' shapes."""
+  """Counts the clients that trained each entry, float32, in masks' shapes."""
   counts = uploads.valid & (uploads.weight > 0)
 
   def leaf(u, m):
