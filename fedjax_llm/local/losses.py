@@ -91,8 +91,8 @@ def classification(model: Model, *, per_row: bool = False) -> Loss:
   The classifier reads the state of a row's first token, so a row holds one
   text. For images, and networks with one state a row, it reads that state. Rows
   without a label (-1) are padding. A label may also be a distribution q over
-  the classes, labels [B, classes]: the term is then -sum_y q_y log p(y | x), and
-  a row of zeros is padding.
+  the classes, labels [B, classes]: the term is then -sum_y q_y log p(y | x),
+  and a row of zeros is padding.
 
   Args:
     model: hidden states and a classifier's head, [..., D] -> [..., classes].

@@ -21,7 +21,7 @@ from fedjax_llm.types import Aggregate, Aggregator, Error, Traits
 
 
 def flexlora(*, split: str = 'b') -> Aggregator:
-  """Returns FlexLoRA: the best factors of the server's rank for the mean product.
+  """Returns FlexLoRA: the best factors of the server's rank of a mean product.
 
       s a b = SVD_R(sum_k w_k s_k a_k b_k)
 
@@ -105,10 +105,11 @@ def fedrot(*, strength: float = 1.0, first: str = 'a') -> Aggregator:
       a <- sum_k w_k a_k R_k,   b <- sum_k w_k R_k' b_k
 
   where a and b are the server's factors before the round. A client's product
-  a_k b_k stays as it is, and the mean loses less of it (Zhang et al. 2026, arXiv
-  2602.23638). As in the authors' code, rounds alternate between the factors to
-  align, a reflection is made a rotation by the last singular vector, and there
-  is no rotation in the first round, where b was zero. For clients of one rank.
+  a_k b_k stays as it is, and the mean loses less of it (Zhang et al. 2026,
+  arXiv 2602.23638). As in the authors' code, rounds alternate between the
+  factors to align, a reflection is made a rotation by the last singular vector,
+  and there is no rotation in the first round, where b was zero. For clients of
+  one rank.
 
   Args:
     strength: lambda; 0 is the mean of the factors.

@@ -65,10 +65,10 @@ def lifted(
   lift: Callable[[Params], Params],
   settle: Callable[[Params], Params],
 ) -> LocalUpdate:
-  """`inner` on parameters with more leaves, which are gone when it is done.
+  """Returns `inner` on parameters with additional leaves during training.
 
   `lift(start)` fills leaves that are absent, `inner` trains them with the rest,
-  and `settle(end)` puts what they learned into the leaves that were there:
+  and `settle(end)` writes their result into the other leaves and removes them:
   `settle(lift(p)) == p`. The update, the masks and the bytes are those of the
   parameters that travel.
 
