@@ -109,7 +109,7 @@ def trimmed_mean(trim_fraction: float = 0.1) -> Aggregator:
   if known(trim_fraction) and not 0 <= trim_fraction < 0.5:
     raise Error(
       f'trimmed_mean: trim_fraction={trim_fraction} must be at least 0 and '
-      'below 0.5: it is cut on both sides.'
+      'below 0.5: both sides are trimmed.'
     )
 
   def cuts(num_rows):  # b for each n
@@ -179,8 +179,8 @@ def krum(num_byzantine: int, num_selected: int = 1) -> Aggregator:
       )
     if m > num_rows - f:
       raise Error(
-        f'krum: num_selected={m} of K={num_rows} clients would have to take '
-        f'some of the num_byzantine={f}: at most {num_rows - f}.'
+        f'krum: num_selected={m} must be at most K - num_byzantine = '
+        f'{num_rows} - {f} = {num_rows - f}.'
       )
     n = jnp.sum(valid.astype(jnp.int32))
     # Squared distance over the whole update: norms a tensor select others.

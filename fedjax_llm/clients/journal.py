@@ -63,7 +63,7 @@ def read_base(
     if at_round:
       raise Error(
         f'{folder} holds no client state of round {at_round}: the run cannot '
-        'go on without it.'
+        'continue without it.'
       )
     base = Base(0, 0, 0, _ids_sum(b''))
     if create:
@@ -82,9 +82,7 @@ def read_base(
     if any(type(x) is not int or x < 0 for x in numbers):
       raise ValueError
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-    raise Error(
-      f'{path} is damaged: it is no description of a store.'
-    ) from None
+    raise Error(f'{path} is damaged: it does not describe a store.') from None
   if stored != leaves:
     raise Error(
       f'{path} is of client state {stored}, but this run keeps '
@@ -154,8 +152,8 @@ def _mapped(path: pathlib.Path, num_rows: int, row_bytes: int) -> np.ndarray:
   size = path.stat().st_size if path.exists() else 0
   if size < num_rows * row_bytes:
     raise Error(
-      f'{path} is damaged: it has {size} bytes, and {num_rows} rows of '
-      f'{row_bytes} belong there.'
+      f'{path} is damaged: it has {size} bytes, but must hold {num_rows} rows '
+      f'of {row_bytes} bytes.'
     )
   return np.memmap(path, np.uint8, mode='r', shape=(num_rows, row_bytes))
 
@@ -315,7 +313,7 @@ def read(path: pathlib.Path, row_bytes: int, check: bool = True) -> Journal:
         raise ValueError('its rows have another size')
       numbers = [head[x] for x in ('num_rows', 'round', 'previous')]
       if any(type(x) is not int or x < 0 for x in numbers):
-        raise ValueError('its first line has no such numbers')
+        raise ValueError('its first line lacks whole numbers')
       num = numbers[0]
       size = len(line) + num * (8 + row_bytes) + _CHECKSUM
       if path.stat().st_size != size:
@@ -356,8 +354,8 @@ def read_chain(
     journal = read(path, row_bytes)
     if journal.round != round or not base.round <= journal.previous < round:
       raise Error(
-        f'{path} is damaged: it leads from round {journal.previous} to '
-        f'{journal.round}.'
+        f'{path} is damaged: it holds the changes from round '
+        f'{journal.previous} to {journal.round}.'
       )
     chain.append(journal)
     round = journal.previous
@@ -413,13 +411,13 @@ def check_place(opened: Place, journals: Iterable[Journal] = ()) -> None:
     same, missing = False, []
   if not same:
     raise Error(
-      f'{folder} was removed or replaced while this run was at work: what the '
-      'clients keep is lost with it, so the run ends.'
+      f'{folder} was removed or replaced while this run was at work: the state '
+      'of the clients is lost with it, so the run ends.'
     )
   if missing:
     raise Error(
-      f'{missing[0]} was removed while this run was at work: what the clients '
-      'keep is lost with it, so the run ends.'
+      f'{missing[0]} was removed while this run was at work: the state of the '
+      'clients is lost with it, so the run ends.'
     )
 
 

@@ -147,7 +147,7 @@ def open(
     nonlocal committed, journals, newer
     round = int(round)
     if opened is None:
-      raise Error(f'{folder} was opened to be read only.')
+      raise Error(f'{folder} was opened to be read only: it cannot be written.')
     if round == committed and not changed:
       return
     if round <= committed:

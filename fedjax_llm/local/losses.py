@@ -119,7 +119,7 @@ def classification(model: Model, *, per_row: bool = False) -> Loss:
   ) -> LossSum:
     del key  # no dropout
     if batch.label is None:
-      raise Error('these texts have no labels, so nothing can classify them.')
+      raise Error('these texts have no labels: classification needs them.')
     hidden: Any = model.hidden  # on texts or images
     first = _first(hidden(base, params, batch))  # [B, D]
     soft = batch.label.ndim == 2  # [B, classes]

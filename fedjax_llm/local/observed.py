@@ -82,7 +82,6 @@ def with_statistics(loss: Loss) -> Callable[..., tuple[LossSum, Any]]:
   if isinstance(loss, Observed):
     return loss.with_statistics
   raise Error(
-    'this loss gives no statistics of experts: it has to be an '
-    '`local.Observed`, as the losses of the models here are; a network of '
-    "one's own has no experts."
+    'this loss gives no statistics of experts: it must be a `local.Observed`, '
+    'as the losses of the models here are; your own network has no experts.'
   )

@@ -138,7 +138,7 @@ def optimizer(
   roots = 'eps_root' in inspect.signature(build).parameters
   if differentiable and roots and not keywords.get('eps_root'):
     raise Error(
-      f'local.differentiable: {name} has no gradient where its own are zero; '
+      f'local.differentiable: {name} has no derivative at zero gradients; '
       'set local.eps_root above 0, such as 1e-12.'
     )
 

@@ -43,13 +43,13 @@ def check(
     )
   if traits.writes_residual and fold is None:
     raise Error(
-      'this aggregator writes what the factors miss into the base, so it needs '
-      'fold, that of the adapter: fold=adapter.fold.'
+      "this aggregator writes the factors' error into the base, so it needs "
+      "fold, the adapter's function: fold=adapter.fold."
     )
   if traits.writes_residual and history > 1:
     raise Error(
-      'this aggregator writes into the base, of which the server keeps one '
-      'version: it needs history=1, and no clients that started earlier.'
+      'this aggregator writes into the base, and the server keeps one version '
+      'of the base: it needs history=1, and no clients that started earlier.'
     )
   if upload.additive and not traits.linear:
     raise Error(
