@@ -138,8 +138,8 @@ def optimizer(
   roots = 'eps_root' in inspect.signature(build).parameters
   if differentiable and roots and not keywords.get('eps_root'):
     raise Error(
-      f'local.differentiable: {name} has no derivative at zero gradients; '
-      'set local.eps_root above 0, such as 1e-12.'
+      f'local.differentiable: {name} has no gradient where the gradient of a '
+      'step is zero; set local.eps_root above 0, such as 1e-12.'
     )
 
   # The rate is a field of the state: any optimizer then follows our step count
