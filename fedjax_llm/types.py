@@ -266,7 +266,7 @@ class Draw(NamedTuple):
 
   `ids[k] == -1` is padding (fewer clients were available than asked for);
   `reports[k]` is False for padding and for a client that drops out.
-  `started[k]` is the round whose parameters the client trains from, in
+  `started[k]` is the round of the parameters that the client starts from, in
   asynchronous methods (`fed_opt(history=V)`).
   """
 
@@ -386,13 +386,13 @@ class LossSum(NamedTuple):
 
   total: jax.Array  # [] float32, nats
   count: jax.Array  # [] float32, tokens (0 marks a padding step)
-  correct: jax.Array  # [] float32, tokens whose arg max is right
+  correct: jax.Array  # [] float32, tokens with the right arg max
 
 
 Loss = Callable[[Base, Params, Any, Key], LossSum]  # (base, params, batch, key)
 
 
-# The gradient of one step, a slot of `local.sgd`:
+# The gradient of one step, an argument of `local.sgd`:
 # (loss, base, trained, start, batch, key) -> (grads, LossSum), where the grads
 # are those of the token mean and have the structure of `trained`.
 Gradient = Callable[

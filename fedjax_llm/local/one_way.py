@@ -12,7 +12,7 @@ from jax.interpreters import ad, batching, mlir
 
 from fedjax_llm.types import Error
 
-_same = Primitive('one_way')  # the identity, whose transpose is refused
+_same = Primitive('one_way')  # the identity; its transpose raises
 _same.def_impl(lambda x, *, sentence: x)
 _same.def_abstract_eval(lambda x, *, sentence: x)
 mlir.register_lowering(_same, lambda ctx, x, *, sentence: [x])

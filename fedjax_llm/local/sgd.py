@@ -70,7 +70,7 @@ def sgd(
     raise Error(f'prox is {prox}; it must be 0 or more.')
 
   def pull(grads, now, start):
-    # A sum of squares: the gradient of a norm at zero would be NaN.
+    # The gradient of a sum of squares; that of a norm at zero would be NaN.
     return tree.map_present(
       lambda g, p, s: g + prox * (p - s), grads, now, start
     )

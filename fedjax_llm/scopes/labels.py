@@ -1,4 +1,4 @@
-"""Scopes: which leaves a client trains, shares and keeps, as a label a leaf.
+"""Scopes: labels of the leaves that a client trains, shares and keeps.
 
 Builders return a `Scope`. Leaves have names, 'layers/self_attn/q_proj/a':
 dictionary keys, list places and fields joined by '/'. `leaf_paths` lists them,

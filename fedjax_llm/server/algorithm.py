@@ -1,4 +1,4 @@
-"""The one federated round: every named method is a call of `fed_opt`.
+"""One federated round: `fed_opt` composes every named method.
 
     broadcast -> local training -> uploads -> aggregation -> server step
 
@@ -310,7 +310,7 @@ def fed_opt(
 def _sums(aggregator: AnyAggregator, upload: Upload) -> Sums | None:
   """Returns the sums over blocks; None for a rule on the whole stack."""
   if upload.additive:
-    # The shape of a message is known once there is one: zero until then.
+    # The shape of a message is known only with a message: None until then.
     def add(total, uploads, common):
       del common
       ones = uploads.valid.astype(jnp.float32)

@@ -34,7 +34,7 @@ def check(
   if history < 1:
     raise Error(f'history is {history}; it must be at least 1.')
   kept = jax.tree.leaves(jax.eval_shape(server.init, jnp.zeros(1)))
-  # A count of rounds, as a schedule keeps it, is no moment.
+  # A schedule's count of rounds is no moment.
   moments = [x for x in kept if jnp.issubdtype(x.dtype, jnp.inexact)]
   if traits.changes_basis and moments:
     raise Error(

@@ -173,7 +173,7 @@ class Learned(NamedTuple):
   """The clients' weights and the loss before each of n steps and after them."""
 
   weight: jax.Array  # [n + 1, N], mean 1
-  loss: jax.Array  # [n + 1], what was minimised
+  loss: jax.Array  # [n + 1], the held-out loss
 
 
 def learn_client_weights(

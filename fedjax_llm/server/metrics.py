@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from fedjax_llm import tree
 from fedjax_llm.types import Aggregate, Cohort, Error, Params, RoundInfo, Work
 
-# Of a client's metrics, those that are means over its tokens.
+# The metrics of a client that are means over its tokens.
 BY_TOKENS = ('loss', 'accuracy')
 
 

@@ -42,7 +42,7 @@ class Sums(NamedTuple):
 class Trained(NamedTuple):
   """The result of the clients' half of a round."""
 
-  sums: Any  # of `Sums`, None without
+  sums: Any  # the total of `Sums`, None without them
   uploads: Uploads | None  # [K, ...]; None where blocks were added up
   states: ClientState  # [K, ...]
   rows: Rows

@@ -73,7 +73,7 @@ def measure(uploads: Uploads, old: Params, new: Params) -> Metrics:
   if not measured:
     return metrics
   squares = [(jnp.square(e), jnp.square(w)) for e, w, *_ in measured]
-  # Without a weight nothing is wanted, and what is served is no error.
+  # Without a positive weight the wanted product is zero: there is no error.
   squares = [(jnp.where(some_weight, e, 0), w) for e, w in squares]
   total = lambda i: sum(jnp.sum(s[i]) for s in squares)
   metrics['aggregators/error'] = _ratio(total(0), total(1))

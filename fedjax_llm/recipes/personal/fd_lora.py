@@ -1,4 +1,4 @@
-"""FDLoRA: a global adapter by Nesterov momentum, a personal copy, fused.
+"""FDLoRA: a global adapter by Nesterov momentum, fused with a personal copy.
 
 Qi et al. 2024, arXiv 2406.07925.
 """
@@ -42,7 +42,7 @@ def fd_lora(
   fusion: tuple[float, float] = (0.5, 0.5),
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """FDLoRA: a global adapter by Nesterov momentum, a personal copy, fused.
+  """FDLoRA: a global adapter by Nesterov momentum, fused with a personal copy.
 
       round 0:  theta_p,k = local steps,   theta_s = mean theta_p,k
       then:     delta = theta_s - mean_k theta_k,   theta_s <- Nesterov(delta),

@@ -1,4 +1,4 @@
-"""FedDPA-T: a local adapter learned in every round beside the global one.
+"""FedDPA-T and FedDPA-F: a local adapter beside the global one.
 
 Yang et al. 2024, arXiv 2403.19211.
 """

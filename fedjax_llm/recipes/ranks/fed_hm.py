@@ -19,7 +19,7 @@ from fedjax_llm.types import Error, FederatedAlgorithm, Loss
 
 # What the config of each method changes.
 NEEDS = {
-  # Whole weights: exact up to the smaller side.
+  # The smaller side of the weights as the rank, so that means are exact.
   'fed_hm': dict(
     adapter=dict(name='factorised', rank=32),
     profiles=dict(name='ranks', choices=(16, 32)),

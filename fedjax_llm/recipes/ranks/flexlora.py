@@ -1,4 +1,4 @@
-"""FlexLoRA: the mean product, rounded to each client's rank by its SVD.
+"""FlexLoRA and HLoRA: the mean product, rounded to each rank by its SVD.
 
 Bai et al. 2024, arXiv 2402.11505.
 """

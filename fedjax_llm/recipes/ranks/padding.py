@@ -1,6 +1,7 @@
-"""FedIT with ranks: the mean of factors that are padded with zeros.
+"""Means for mixed ranks: zero padding, RBLA and replication padding.
 
-Cho et al. 2024, arXiv 2401.06432.
+Cho et al. 2024, arXiv 2401.06432; Tavallaie et al. 2024, arXiv 2408.08699; Byun
+and Lee 2025, arXiv 2406.17477.
 """
 
 from typing import Any
