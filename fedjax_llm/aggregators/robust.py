@@ -24,9 +24,8 @@ def _sorted(values: jax.Array) -> jax.Array:
   bits of a negative number but its sign are inverted.
   """
   turned = lambda x: jnp.where(x < 0, x ^ jnp.iinfo(jnp.int32).max, x)
-  nan_last = jnp.where(
-    jnp.isnan(values), jnp.nan, values
-  )  # NaNs without a sign
+  # A NaN without a sign is sorted to the end.
+  nan_last = jnp.where(jnp.isnan(values), jnp.nan, values)
   bits = jax.lax.bitcast_convert_type(nan_last, jnp.int32)
   ordered = jnp.sort(turned(bits), axis=-1)
   return jax.lax.bitcast_convert_type(turned(ordered), jnp.float32)
