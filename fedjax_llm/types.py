@@ -31,8 +31,8 @@ import optax
 from jax.core import Tracer
 
 Base = Any  # frozen weights of the model: a pytree, never batched over clients
-Params = Any  # the parameters that the server owns and broadcasts; no base
-Update = Any  # end - start, where start is as this client received it
+Params = Any  # owned and broadcast by the server; never the base
+Update = Any  # end - start, with the start that this client received
 Key = jax.Array  # a typed PRNG key (threefry)
 Metrics = Mapping[str, jax.Array]  # 'room/name' -> array
 
