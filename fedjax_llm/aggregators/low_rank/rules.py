@@ -95,8 +95,10 @@ def flora() -> Aggregator:
 
   >>> from fedjax_llm.aggregators import received
   >>> node = lambda a, b: LowRank(*jnp.float32([[[a]], [[b]]]), jnp.float32(1))
-  >>> server, sent = node(1, 0), received(node(1, 0), [node(1, 2), node(3, 4)])
-  >>> new = flora().aggregate(sent, (), server, jax.random.key(0))[0].assign
+  >>> server, rule, key = node(1, 0), flora(), jax.random.key(0)
+  >>> sent = received(server, [node(1, 2), node(3, 4)])
+  >>> state = rule.init(server, key)
+  >>> new = rule.aggregate(sent, state, server, key)[0].assign
   >>> new.residual.item(), new.b.item()  # (1 * 2 + 3 * 4) / 2
   (7.0, 0.0)
   """
