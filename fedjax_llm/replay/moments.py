@@ -158,11 +158,11 @@ def differences(
   ['b was 2.5, is 2.0']
   """
   fields = sorted(x for x in {*record, *again} if not x.startswith('time/'))
-  told = lambda x, field: json.dumps(x[field]) if field in x else 'absent'
+  text = lambda x, field: json.dumps(x[field]) if field in x else 'absent'
   return [
-    f'{field} was {told(record, field)[:40]}, is {told(again, field)[:40]}'
+    f'{field} was {text(record, field)[:40]}, is {text(again, field)[:40]}'
     for field in fields
-    if told(record, field) != told(again, field)
+    if text(record, field) != text(again, field)
   ]
 
 

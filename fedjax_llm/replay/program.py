@@ -67,8 +67,8 @@ def _run(args: argparse.Namespace) -> None:
   # First without the client: what it keeps is then as it was before the round.
   less = None if row is None else replayed(without(cohort, row), True)
   again = replayed(cohort, tested or less is not None)
-  asked = {x: v for x, v in again.items() if tested or 'evals/' not in x}
-  differ = differences(moment.record, asked)
+  compared = {x: v for x, v in again.items() if tested or 'evals/' not in x}
+  differ = differences(moment.record, compared)
   if not differ:
     print('equal: every number is the one in metrics.jsonl')
   if client is not None and less is not None:
@@ -136,18 +136,18 @@ def _whence(moment: Moment) -> str:
   number, begun = moment.round, moment.begun
   kept = ', '.join(map(str, moment.kept)) or 'no round'
   if begun:
-    told = f'round {number}, from the checkpoint of round {begun}'
+    text = f'round {number}, from the checkpoint of round {begun}'
   else:
-    told = f'round {number}, from the start of the run'
+    text = f'round {number}, from the start of the run'
   if begun + 1 < number:
     passed = f'round {begun + 1}'
     if begun + 2 < number:
       passed = f'rounds {begun + 1} to {number - 1}'
-    told += (
+    text += (
       f', with {passed} again (there are checkpoints of {kept}; a run with a '
       'larger keep_checkpoints keeps more)'
     )
-  return told
+  return text
 
 
 def _compared(
@@ -185,31 +185,31 @@ def _valued(
   )
   present = np.asarray(cohort.valid)
   if args.values == 'shapley':
-    given = {'num_permutations': args.permutations, 'seed': args.seed}
-    given = {k: v for k, v in given.items() if v is not None}
-    found = values.shapley(game, present, **given)
+    keywords = {'num_permutations': args.permutations, 'seed': args.seed}
+    keywords = {k: v for k, v in keywords.items() if v is not None}
+    result = values.shapley(game, present, **keywords)
   else:
-    found = values.leave_one_out(game, present)
+    result = values.leave_one_out(game, present)
   share = cohort.weight / max(float(np.sum(cohort.weight)), 1e-30)
-  order = [k for k in np.argsort(-found.value) if present[k]]
+  order = [k for k in np.argsort(-result.value) if present[k]]
   rows = [
     (
       narration.printable(built.names[int(draw.ids[k])]),
-      f'{found.value[k]:+.6f}',
-      f'+-{found.margin[k]:.6f}' if found.margin[k] else 'exact',
+      f'{result.value[k]:+.6f}',
+      f'+-{result.margin[k]:.6f}' if result.margin[k] else 'exact',
       float(share[k]),
     )
     for k in order
   ]
   header = ('client', 'value', '95 %', 'weight')
-  gain = found.all - found.none
+  gain = result.all - result.none
   return '\n'.join(
     [
       f'{args.values}: how far an update lowered the held-out loss, nats/token '
-      f'({found.num_subsets} subsets of {len(order)} clients)',
+      f'({result.num_subsets} subsets of {len(order)} clients)',
       metrics.table(rows, header),
-      f'together {gain:+.6f}: from {-found.none:.6f} to {-found.all:.6f}; '
-      f'the values add up to {found.value.sum():+.6f}',
+      f'together {gain:+.6f}: from {-result.none:.6f} to {-result.all:.6f}; '
+      f'the values add up to {result.value.sum():+.6f}',
     ]
   )
 

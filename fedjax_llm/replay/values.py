@@ -98,11 +98,11 @@ def of_round(
     num, size = len(masks), min(len(masks), at_most)
     # The last part is filled up, so that all parts are one program.
     parts = [np.arange(at, at + size) % num for at in range(0, num, size)]
-    told = [
+    sums = [
       np.asarray(scores(masks[part], state, cohort, base), np.float64)
       for part in parts
     ]
-    return np.concatenate([x.reshape(size, -1).sum(1) for x in told])[:num]
+    return np.concatenate([x.reshape(size, -1).sum(1) for x in sums])[:num]
 
   return value
 

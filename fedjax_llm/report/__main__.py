@@ -64,8 +64,8 @@ def state(paths: Sequence[str]) -> list[tuple[str, int, int]]:
   """What changes whenever there is something new to report."""
   files = [folder / name for folder in find(paths) for name in FILES]
   files += [pathlib.Path(path) / _TABLE for path in paths]
-  told = [(str(file), file.stat()) for file in files if file.exists()]
-  return [(name, stat.st_mtime_ns, stat.st_size) for name, stat in told]
+  stats = [(str(file), file.stat()) for file in files if file.exists()]
+  return [(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats]
 
 
 def _say(runs: Sequence[Run]) -> None:

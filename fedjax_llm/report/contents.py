@@ -120,5 +120,5 @@ def _aggregation(runs: Sequence[Run]) -> list[Item]:
 
 
 def pictures(runs: Sequence[Run]) -> list[Picture]:
-  found = [item for section in sections(runs) for item in section.items]
-  return [item for item in found if isinstance(item, Picture)]
+  items = [item for section in sections(runs) for item in section.items]
+  return [item for item in items if isinstance(item, Picture)]

@@ -86,16 +86,16 @@ def layers(
   runs: Sequence[Run], *, field: str, name: str, title: str, label: str
 ) -> list[Picture | str]:
   """A field that has a number a layer, as the last round told it."""
-  lines, told = [], set()
+  lines, rounds = [], set()
   for i, run in enumerate(runs):
-    if found := numbers.last_list(run, field):
-      number, values = found
+    if last := numbers.last_list(run, field):
+      number, values = last
       line = Curve([*range(len(values))], values)
       lines.append((run_key(i, run.label), line))
-      told.add(number)
+      rounds.add(number)
   made = []
   if lines:
-    after = f'after round {told.pop()}' if len(told) == 1 else 'at the end'
+    after = f'after round {rounds.pop()}' if len(rounds) == 1 else 'at the end'
     words = 'layer, from the input on'
     whole = f'{title}, {after}'
     made.append(_picture(name, whole, words, label, lines, 'layers'))
@@ -141,13 +141,13 @@ def _picture(
   def place(x: float) -> str:
     return f'{axis[:-1]} {x:.0f}' if axis in _WHOLE else _amount(x, axis)
 
-  told = []
+  parts = []
   for key, (x, y) in lines[:_NAMED]:
     ends = [0, -1] if len(y) > 1 else [0]
     points = ', '.join(f'{y[i]:.4g} at {place(x[i])}' for i in ends)
-    told.append(f'{key.label}: {points}')
+    parts.append(f'{key.label}: {points}')
   more = f'; and {len(lines) - _NAMED} more' if len(lines) > _NAMED else ''
-  alt = f'{title}. {"; ".join(told)}{more}.'
+  alt = f'{title}. {"; ".join(parts)}{more}.'
 
   def draw(axes: Any) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator

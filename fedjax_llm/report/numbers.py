@@ -31,10 +31,10 @@ class Curve(NamedTuple):
 
 def value(record: Mapping[str, Any], field: str) -> float | None:
   """A number that was told, and is finite."""
-  found = record.get(field)
-  if not isinstance(found, int | float) or not math.isfinite(found):
+  number = record.get(field)
+  if not isinstance(number, int | float) or not math.isfinite(number):
     return None
-  return float(found)
+  return float(number)
 
 
 def total(run: Run, *fields: str) -> float:
@@ -67,9 +67,9 @@ def curve(run: Run, field: str, axis: str = 'rounds') -> Curve:
 def last_list(run: Run, field: str) -> tuple[int, list[float]] | None:
   """The last list of numbers a field told, and its round."""
   for record in reversed(run.records):
-    found = record.get(field)
-    if isinstance(found, list) and found and None not in found:
-      return record['round'], found
+    values = record.get(field)
+    if isinstance(values, list) and values and None not in values:
+      return record['round'], values
   return None
 
 
@@ -88,8 +88,8 @@ def clients(run: Run) -> Clients | None:
   before = tested[0]['evals/heldout/clients'] if tested else {}
   for record in reversed(run.records):
     for kind in ('personal/own', 'heldout'):
-      if found := record.get(f'evals/{kind}/clients'):
-        return Clients(kind != 'heldout', before, found, record['round'])
+      if after := record.get(f'evals/{kind}/clients'):
+        return Clients(kind != 'heldout', before, after, record['round'])
   return None
 
 
@@ -108,13 +108,13 @@ class Change(NamedTuple):
 
 def worst(run: Run, num: int | None = None) -> list[Change]:
   """Clients by their loss, the highest first; what is not finite is worst."""
-  found = clients(run)
-  if found is None:
+  losses = clients(run)
+  if losses is None:
     return []
   held = (run.sizes or {}).get('clients', {})
   changes = [
-    Change(name, held.get(name, {}).get('examples'), found.before.get(name), x)
-    for name, x in found.after.items()
+    Change(name, held.get(name, {}).get('examples'), losses.before.get(name), x)
+    for name, x in losses.after.items()
   ]
   order = lambda c: -math.inf if c.after is None else -c.after
   return sorted(changes, key=order)[:num]

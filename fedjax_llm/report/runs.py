@@ -55,26 +55,26 @@ def find(paths: Paths) -> list[pathlib.Path]:
   Raises:
     Error: no such folder, or neither a run nor a sweep.
   """
-  given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-  if not given:
+  folders = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+  if not folders:
     raise Error('a report needs the folder of a run, or of several.')
-  found: list[pathlib.Path] = []
-  for folder in map(pathlib.Path, given):
+  result: list[pathlib.Path] = []
+  for folder in map(pathlib.Path, folders):
     if not folder.exists():
       raise Error(f'{folder}: there is no such folder.')
     if not folder.is_dir():
       raise Error(f'{folder} is a file, not the folder of a run.')
     inside = sorted(path.parent for path in folder.glob('runs/*/config.json'))
     if (folder / 'config.json').is_file():
-      found.append(folder)
+      result.append(folder)
     elif inside:
-      found += inside
+      result += inside
     else:
       raise Error(
         f'{folder} holds no run: there is no config.json in it, nor a sweep '
         'in runs/.'
       )
-  return list({path.resolve(): path for path in found}.values())
+  return list({path.resolve(): path for path in result}.values())
 
 
 def read(paths: Paths) -> list[Run]:
@@ -99,9 +99,9 @@ def labels(folders: Sequence[pathlib.Path]) -> list[str]:
   """
   parts = [folder.absolute().parts for folder in folders]
   for length in range(1, max(map(len, parts)) + 1):
-    found = ['/'.join(part[-length:]) for part in parts]
-    if len(set(found)) == len(found):
-      return found
+    names = ['/'.join(part[-length:]) for part in parts]
+    if len(set(names)) == len(names):
+      return names
   return list(map(str, folders))
 
 
@@ -137,12 +137,12 @@ def _json(file: pathlib.Path) -> Any:
   if not file.is_file():
     return None
   try:
-    found = json.loads(file.read_text(encoding='utf-8'))
+    content = json.loads(file.read_text(encoding='utf-8'))
   except (ValueError, RecursionError) as error:
     raise Error(f'{file} is damaged ({error}).') from error
-  if not isinstance(found, dict):
+  if not isinstance(content, dict):
     raise Error(f'{file} is damaged (it holds no object).')
-  return found
+  return content
 
 
 def _finished(

@@ -83,11 +83,11 @@ def _state(run: Run) -> str:
 
 def _ends(run: Run, field: str) -> tuple[float | None, float | None]:
   """At the start, and after the last round that told it, if any did."""
-  found = numbers.curve(run, field)
-  if not found.x:
+  curve = numbers.curve(run, field)
+  if not curve.x:
     return None, None
-  first = found.y[0] if found.x[0] == 0 else None
-  return first, found.y[-1] if found.x[-1] > 0 else None
+  first = curve.y[0] if curve.x[0] == 0 else None
+  return first, curve.y[-1] if curve.x[-1] > 0 else None
 
 
 def _change(run: Run) -> float | None:
@@ -104,8 +104,8 @@ def _worst_tenth(run: Run) -> float | None:
 
 def _worse_off(run: Run) -> str | None:
   """Clients that are served worse than before training."""
-  found = numbers.clients(run)
-  if found is None or not found.round:
+  losses = numbers.clients(run)
+  if losses is None or not losses.round:
     return None
   changes = [client.change for client in numbers.worst(run)]
   worse = sum(change is not None and change > 0 for change in changes)
@@ -115,8 +115,8 @@ def _worse_off(run: Run) -> str | None:
 def _untrained(run: Run) -> int | None:
   """Clients without a model of their own; they are left out of its tests."""
   field = 'evals/personal/untrained'
-  told = [r[field] for r in run.records if r['round'] and field in r]
-  return told[-1] if told else None
+  counts = [r[field] for r in run.records if r['round'] and field in r]
+  return counts[-1] if counts else None
 
 
 def _learned(run: Run) -> str | None:
@@ -146,7 +146,7 @@ def _clock(seconds: float) -> str | None:
 
 def notices(runs: Sequence[Run]) -> list[str]:
   """What became of clients that did not count, in words."""
-  found = []
+  result = []
   for run in runs:
     names = dict.fromkeys(
       name
@@ -155,11 +155,11 @@ def notices(runs: Sequence[Run]) -> list[str]:
     )
     if names:
       some = ', '.join(list(names)[:5]) + (', ...' if len(names) > 5 else '')
-      found.append(
+      result.append(
         f'{run.label}: updates of {len(names)} clients were not finite and '
         f'were left out: {some}.'
       )
-  return found
+  return result
 
 
 # ----------------------------------------------------------------- clients --
@@ -169,13 +169,13 @@ def worst(runs: Sequence[Run]) -> list[Table]:
   """The clients that are served worst, by name."""
   rows = []
   for run in runs:
-    found = numbers.clients(run)
-    if found is None:
+    losses = numbers.clients(run)
+    if losses is None:
       continue
     for client in numbers.worst(run, _WORST):
       after = 'not finite' if client.after is None else client.after
       row = [run.label, client.name, client.examples, None, after, None]
-      if found.round:
+      if losses.round:
         row[3], row[5] = client.before, client.change
       rows.append(row)
   if not rows:
@@ -202,29 +202,29 @@ def worst(runs: Sequence[Run]) -> list[Table]:
 
 def samples(runs: Sequence[Run]) -> list[Samples | str]:
   """Replies to each prompt; a prompt that several runs share stands once."""
-  asked: dict[tuple[str, str], str] = {}
+  answers: dict[tuple[str, str], str] = {}
   answers: dict[tuple[str, str], dict[str, dict[str, list[str]]]] = {}
   for run in runs:
-    told = run.samples or {}
-    after = f'after round {told.get("round", "?")}'
+    stored = run.samples or {}
+    after = f'after round {stored.get("round", "?")}'
     if len(runs) > 1:
       after = f'{run.label}, {after}'
-    for sample in told.get('samples', ()):
+    for sample in stored.get('samples', ()):
       key = sample['client'], sample['prompt']
-      asked[key] = sample['reply']
+      answers[key] = sample['reply']
       replies = answers.setdefault(key, {'before': {}, 'after': {}})
       for who, title in (('before', run.label), ('after', after)):
         replies[who].setdefault(sample.get(who, ''), []).append(title)
   items: list[Samples | str] = []
   for key, replies in answers.items():
     before = list(replies['before'].items())
-    told = [
+    shown = [
       ([f'{name}, before' for name in names], text) for text, names in before
     ]
     if len(before) == 1:  # the same for all
-      told = [(['before training'], before[0][0])]
-    told += [(names, text) for text, names in replies['after'].items()]
-    items.append(Samples(*key, asked[key], told))
+      shown = [(['before training'], before[0][0])]
+    shown += [(names, text) for text, names in replies['after'].items()]
+    items.append(Samples(*key, answers[key], shown))
   silent = [run for run in runs if not (run.samples or {}).get('samples')]
   for finished, why in ((True, 'none recorded'), (False, 'told at the end')):
     some = [run for run in silent if run.finished == finished]

@@ -82,7 +82,7 @@ class Experiment(NamedTuple):
     mesh: Any = None,
     conf: Mapping[str, Any] | None = None,
   ) -> FederatedAlgorithm:
-    """Returns the algorithm; `conf` may differ from the run's in numbers only."""
+    """Returns the algorithm; `conf` may differ in numbers only."""
     conf = self.conf if conf is None else conf
     return algorithm(
       conf,

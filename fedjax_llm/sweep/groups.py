@@ -47,7 +47,7 @@ def members(runs: Sequence[Run]) -> list[Member]:
   """
   grounds: dict[str, tuple[Experiment, Cohort]] = {}
   models: dict[str, Any] = {}
-  found = []
+  result = []
   for run in runs:
     key, model = _ground(run), _text(run, ('task', 'data', 'model'))
     if key not in grounds:
@@ -55,11 +55,11 @@ def members(runs: Sequence[Run]) -> list[Member]:
       built = experiment.build(run.conf, quiet, model=models.get(model))
       models.setdefault(model, built.loaded)
       grounds[key] = (built, built.assemble(0)[1])
-    found.append(Member(run, *grounds[key]))
-  return found
+    result.append(Member(run, *grounds[key]))
+  return result
 
 
-def together(found: Sequence[Member], grid: Sequence[str]) -> list[Group]:
+def together(members: Sequence[Member], grid: Sequence[str]) -> list[Group]:
   """The groups, in the order of their first run.
 
   Runs belong together if their configs differ only in the seed, in what the
@@ -69,7 +69,7 @@ def together(found: Sequence[Member], grid: Sequence[str]) -> list[Group]:
   """
   numbers = [f for f in grid if f.split('.')[0] in METHOD]
   alike: dict[Any, list[Member]] = {}
-  for member in found:
+  for member in members:
     alike.setdefault(_form(member, numbers), []).append(member)
   groups: list[Group] = []
   for own in alike.values():
@@ -101,15 +101,15 @@ def put(conf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
   return new
 
 
-def lead(found: Sequence[Member]) -> Experiment:
+def lead(members: Sequence[Member]) -> Experiment:
   """The experiment whose method serves all members.
 
   Rows are not cut to widths: under `vmap` over members every width would be
   computed.
   """
-  first = found[0].built
+  first = members[0].built
   return first._replace(
-    conf=found[0].run.conf,
+    conf=members[0].run.conf,
     settings=first.settings._replace(widths=()),
   )
 
@@ -150,10 +150,10 @@ def _text(run: Run, parts: Sequence[str]) -> str:
 
 def value(run: Run, field: str) -> Any:
   """What a field is in a run: a number, or whatever it is as text."""
-  found: Any = run.resolved
+  inner: Any = run.resolved
   for part in field.split('.'):
-    found = found.get(part) if isinstance(found, Mapping) else None
-  return found if _is_number(found) else json.dumps(found, sort_keys=True)
+    inner = inner.get(part) if isinstance(inner, Mapping) else None
+  return inner if _is_number(inner) else json.dumps(inner, sort_keys=True)
 
 
 def _is_number(x: Any) -> bool:
@@ -230,5 +230,5 @@ def _traces(member: Member, fields: Sequence[str]) -> bool:
     jax.errors.JAXTypeError,
   ):
     return False
-  kinds = lambda told: jax.tree.map(lambda x: (x.shape, str(x.dtype)), told)
+  kinds = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
   return kinds(plain) == kinds(traced)

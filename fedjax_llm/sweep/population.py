@@ -160,7 +160,7 @@ def train(
   lead, share = population.lead, len(part)
   settings, test = lead.settings, lead.test
   values, states, builds, kind = _begin(population, part)
-  told: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in part]
+  rounds: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in part]
   ended: dict[int, folders.Outcome] = {}
   rates_of = [member.built.rates(member.run.conf) for member in part]
 
@@ -183,9 +183,9 @@ def train(
   ready = time.monotonic()
   for i in range(share):
     start = time.monotonic()
-    told[i].append((0, examined(i)))
-    told[i][-1][1]['time/setup'] = (ready - began) / share
-    told[i][-1][1]['time/evals'] = time.monotonic() - start
+    rounds[i].append((0, examined(i)))
+    rounds[i][-1][1]['time/setup'] = (ready - began) / share
+    rounds[i][-1][1]['time/evals'] = time.monotonic() - start
   following = assembled(0)
   for number in range(1, settings.num_rounds + 1):
     start = time.monotonic()
@@ -231,14 +231,14 @@ def train(
         'time/evals': time.monotonic() - start_of,
         'time/tokens_per_second': one['local/tokens'] / each,
       }
-      told[i].append((number, one))
+      rounds[i].append((number, one))
     loss = float(np.mean(losses)) if losses else float('nan')
     bar.update(done + number * share, loss, tokens / (each * share))
   for i, member in enumerate(part):
     last = folders.Outcome(settings.num_rounds)
     if folders.outcome(folder, member.run) is None:
       sizes = data.population.sizes(member.built.population)
-      folders.write(folder, member.run, told[i], ended.get(i, last), sizes)
+      folders.write(folder, member.run, rounds[i], ended.get(i, last), sizes)
   return done + settings.num_rounds * share
 
 

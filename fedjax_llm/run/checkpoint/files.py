@@ -245,7 +245,7 @@ def _quiet() -> Iterator[Any]:
 
 
 def _alone(ocp: Any) -> Any:
-  """Returns orbax options for this process only, without the other processes."""
+  """Returns an orbax checkpointer of this process only."""
   options = ocp.options.MultiprocessingOptions(
     primary_host=jax.process_index(), active_processes={jax.process_index()}
   )

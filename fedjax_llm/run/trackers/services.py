@@ -94,7 +94,7 @@ def _tracker(
   config: Mapping[str, Any],
   records: Records,
 ) -> Tracker:
-  """Returns the `Tracker` of one service, with resumption and error handling."""
+  """Returns the `Tracker` of one service; it resumes and handles errors."""
   file = pathlib.Path(workdir) / 'trackers.json'
   known = _known(file)
   mark = known.get(service) or {'id': None, 'round': -1}
