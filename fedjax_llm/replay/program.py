@@ -1,4 +1,4 @@
-"""The command: a round again, and what is asked about its clients."""
+"""The program `replay`: computes a round again and reports on its clients."""
 
 import argparse
 import difflib
@@ -54,17 +54,17 @@ def _run(args: argparse.Namespace) -> None:
 
   def replayed(cohort: Cohort, test: bool) -> dict[str, Any]:
     state, states, info = play(moment, cohort)
-    told, _ = narration.left_out(
+    record, _ = narration.left_out(
       metrics.summarise(info), info, draw, built.names, moment.round
     )
     moment.store.scatter(draw.ids, info.reported, states)
-    told |= rates_of(moment.round, rates.num_steps(cohort.batches))
+    record |= rates_of(moment.round, rates.num_steps(cohort.batches))
     if test:
       served = state.params
-      told |= examine(built.base, served, moment.store, built.round_key)
-    return json.loads(metrics.line(moment.round, told))
+      record |= examine(built.base, served, moment.store, built.round_key)
+    return json.loads(metrics.line(moment.round, record))
 
-  # First without the client: what it keeps is then as it was before the round.
+  # First without the client, while its private state is that before the round.
   less = None if row is None else replayed(without(cohort, row), True)
   again = replayed(cohort, tested or less is not None)
   compared = {x: v for x, v in again.items() if tested or 'evals/' not in x}
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
   one.add_argument(
     '--values',
     choices=('shapley', 'leave_one_out'),
-    help="what each client's update was worth to the held-out loss",
+    help="the value of each client's update for the held-out loss",
   )
   parser.add_argument(
     '--permutations',
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _row(built: experiment.Experiment, draw: Draw, client: str) -> int:
-  """Where a client stands in the cohort."""
+  """Returns the row of a client in the cohort."""
   there = {
     built.names[i]: row
     for row, i in enumerate(draw.ids.tolist())
@@ -153,7 +153,7 @@ def _whence(moment: Moment) -> str:
 def _compared(
   full: Mapping[str, Any], less: Mapping[str, Any], client: str
 ) -> str:
-  """What the tests say with and without a client."""
+  """Returns a table of the evaluations with and without a client."""
   shown = ('loss', 'accuracy', 'client_mean', 'client_worst_10')
   rows = [
     (name.removeprefix('evals/'), full[name], less[name])
@@ -178,7 +178,7 @@ def _compared(
 def _valued(
   moment: Moment, draw: Draw, cohort: Cohort, args: argparse.Namespace
 ) -> str:
-  """A table of what clients were worth."""
+  """Returns a table of the values of clients."""
   built = moment.built
   game = values.of_round(
     moment.algorithm, moment.state, cohort, built.base, heldout_score(built)

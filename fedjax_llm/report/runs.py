@@ -1,4 +1,4 @@
-"""Runs as their folders tell them, finished or not."""
+"""Reads runs from their folders, finished or not."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from fedjax_llm.types import Error
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
-# What a report reads of a run; `--watch` looks at nothing else.
+# The files that a report reads of a run; `--watch` checks only these.
 FILES = (
   *('config.json', 'metrics.jsonl', 'clients.json', 'samples.json'),
   *('report.txt', 'outcome.json'),
@@ -22,11 +22,11 @@ FILES = (
 class Run(NamedTuple):
   """One run.
 
-  `records` has one object a round, from round 0 on; `sizes` (what each client
-  holds) and `samples` (replies) are None where the folder has none.
+  `records` has one object a round, from round 0 on; `sizes` (the texts of each
+  client) and `samples` (replies) are None where the folder has none.
   """
 
-  label: str  # unlike that of the other runs
+  label: str  # different from the labels of the other runs
   path: pathlib.Path
   config: Mapping[str, Any]
   records: Sequence[Mapping[str, Any]]
@@ -36,12 +36,12 @@ class Run(NamedTuple):
 
   @property
   def round(self) -> int | None:
-    """The last round; None: not even the start was tested."""
+    """Returns the last round; None: there is no record."""
     return self.records[-1]['round'] if self.records else None
 
   @property
   def labelled(self) -> bool:
-    """Whether texts are classified."""
+    """Returns True for a classification task."""
     return any('evals/heldout/accuracies' in record for record in self.records)
 
   @property
@@ -50,10 +50,10 @@ class Run(NamedTuple):
 
 
 def find(paths: Paths) -> list[pathlib.Path]:
-  """The folders of runs: those given, and of a sweep all that it holds.
+  """Returns the folders of runs; the folder of a sweep becomes all its runs.
 
   Raises:
-    Error: no such folder, or neither a run nor a sweep.
+    Error: a folder does not exist, or is neither a run nor a sweep.
   """
   folders = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
   if not folders:
@@ -78,11 +78,11 @@ def find(paths: Paths) -> list[pathlib.Path]:
 
 
 def read(paths: Paths) -> list[Run]:
-  """The runs in these folders, each with a label of its own.
+  """Returns the runs in these folders, each with its own label.
 
   Raises:
-    Error: as `find` does, or a file is damaged (a torn last line of
-      `metrics.jsonl`, as a killed run leaves it, is not).
+    Error: as `find` does, or a file is damaged. A torn last line of
+      `metrics.jsonl`, as of a killed run, is no error.
   """
   folders = find(paths)
   return [
@@ -92,7 +92,7 @@ def read(paths: Paths) -> list[Run]:
 
 
 def labels(folders: Sequence[pathlib.Path]) -> list[str]:
-  """The ends of the paths, as long as they must be to differ.
+  """Returns the shortest ends of the paths that differ.
 
   >>> labels([pathlib.Path('/a/x'), pathlib.Path('/b/x')])
   ['a/x', 'b/x']
@@ -106,7 +106,7 @@ def labels(folders: Sequence[pathlib.Path]) -> list[str]:
 
 
 def said(text: str, members: Sequence[Run], of: Sequence[Run]) -> str:
-  """A sentence, and of which of the runs it is true."""
+  """Returns a sentence with the labels of the runs for which it is true."""
   names = [run.label for run in members]
   if len(names) == len(of):
     return f'{text}.'
@@ -148,7 +148,7 @@ def _json(file: pathlib.Path) -> Any:
 def _finished(
   folder: pathlib.Path, config: Mapping[str, Any], records: Sequence[Any]
 ) -> bool:
-  if (folder / 'outcome.json').is_file():  # one of a sweep, written last
+  if (folder / 'outcome.json').is_file():  # a run of a sweep; written last
     return True
   last, report = config.get('num_rounds'), folder / 'report.txt'
   if not records or not report.is_file():

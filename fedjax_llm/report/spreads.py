@@ -1,4 +1,4 @@
-"""Pictures of many clients, and of time: boxes, bars and points."""
+"""Charts of many clients, and of time: boxes, bars and points."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,12 @@ from fedjax_llm.report.drawing import (
 )
 from fedjax_llm.report.runs import Run
 
-_MANY = 400  # points of a run above which only its box is drawn
+_MANY = 400  # the largest number of points of a run that are drawn
 _BEFORE = '#8b919b'
 
 
 def distribution(runs: Sequence[Run]) -> Picture | str:
-  """Held-out losses of the clients: a point each, and their box."""
+  """Returns a chart of clients' held-out losses: points and a box."""
   rows: list[tuple[str, str, list[float]]] = []
   parts, begun = [], []
   for i, run in enumerate(runs):
@@ -69,7 +69,7 @@ def distribution(runs: Sequence[Run]) -> Picture | str:
 
 
 def _box(axes: Any, y: float, values: Sequence[float], colour: str) -> None:
-  """Quartiles as a bar, from the 5 % to the 95 % quantile a line."""
+  """Draws quartiles as a bar, and the 5 % to 95 % quantiles as a line."""
   low, q1, half, q3, high = (
     numbers.quantile(values, q) for q in (0.05, 0.25, 0.5, 0.75, 0.95)
   )
@@ -78,14 +78,14 @@ def _box(axes: Any, y: float, values: Sequence[float], colour: str) -> None:
   axes.barh(y, q3 - q1, 0.3, q1, color=colour, alpha=0.35)
   axes.plot([half, half], [y - 0.16, y + 0.16], color=colour, linewidth=2.4)
   if len(values) <= _MANY:
-    # Golden-ratio steps: neighbours do not lie on one another.
+    # Golden-ratio steps keep neighbouring points apart.
     wobble = [0.24 * ((i * 0.618034) % 1.0 - 0.5) for i in range(len(values))]
     places = [y + w for w in wobble]
     axes.plot(values, places, 'o', color=colour, markersize=2.4, alpha=0.75)
 
 
 def sizes(runs: Sequence[Run]) -> Picture | str:
-  """How many texts the clients train on, the largest client first."""
+  """Returns a chart of the clients' numbers of texts, the largest first."""
   groups = numbers.same_clients(runs)
   counts = [
     (
@@ -133,7 +133,7 @@ def sizes(runs: Sequence[Run]) -> Picture | str:
 
 
 def loss_by_size(runs: Sequence[Run]) -> Picture | str:
-  """Whether who holds little is served badly."""
+  """Returns a chart of held-out loss against the texts of a client."""
   points = []
   for i, run in enumerate(runs):
     losses = numbers.clients(run)
@@ -147,7 +147,7 @@ def loss_by_size(runs: Sequence[Run]) -> Picture | str:
     if pairs:
       points.append((run_key(i, run.label), pairs))
   if not points:
-    return ''  # `sizes` or `distribution` says why
+    return ''  # `sizes` or `distribution` returns the reason
   everyone = [pair for _, pairs in points for pair in pairs]
   small, large = min(e for e, _ in everyone), max(e for e, _ in everyone)
   wide = large > 20 * max(small, 1)
@@ -178,7 +178,7 @@ def loss_by_size(runs: Sequence[Run]) -> Picture | str:
 
 
 def times(runs: Sequence[Run]) -> Picture | str:
-  """Seconds of each run by what they were spent on."""
+  """Returns a chart of the seconds of each run by activity."""
   spent = [(run, numbers.stations(run)) for run in runs]
   spent = [(run, seconds) for run, seconds in spent if seconds]
   if not spent:

@@ -131,7 +131,7 @@ def rows(
 def curve(
   runs: Sequence[Sequence[Mapping[str, Any]]], metric: str
 ) -> list[tuple[int, Interval]]:
-  """Returns a metric's intervals by round, for rounds where every run has it."""
+  """Returns a metric's intervals by round, for rounds that all runs have."""
   by_round: dict[int, list[float]] = {}
   for run in runs:
     for record in run:
