@@ -202,7 +202,7 @@ def worst(runs: Sequence[Run]) -> list[Table]:
 
 def samples(runs: Sequence[Run]) -> list[Samples | str]:
   """Returns the replies to each prompt; runs with equal prompts share one."""
-  answers: dict[tuple[str, str], str] = {}
+  expected: dict[tuple[str, str], str] = {}
   answers: dict[tuple[str, str], dict[str, dict[str, list[str]]]] = {}
   for run in runs:
     stored = run.samples or {}
@@ -211,7 +211,7 @@ def samples(runs: Sequence[Run]) -> list[Samples | str]:
       after = f'{run.label}, {after}'
     for sample in stored.get('samples', ()):
       key = sample['client'], sample['prompt']
-      answers[key] = sample['reply']
+      expected[key] = sample['reply']
       replies = answers.setdefault(key, {'before': {}, 'after': {}})
       for who, title in (('before', run.label), ('after', after)):
         replies[who].setdefault(sample.get(who, ''), []).append(title)
@@ -224,7 +224,7 @@ def samples(runs: Sequence[Run]) -> list[Samples | str]:
     if len(before) == 1:  # the same for all
       shown = [(['before training'], before[0][0])]
     shown += [(names, text) for text, names in replies['after'].items()]
-    items.append(Samples(*key, answers[key], shown))
+    items.append(Samples(*key, expected[key], shown))
   silent = [run for run in runs if not (run.samples or {}).get('samples')]
   for finished, why in ((True, 'none recorded'), (False, 'told at the end')):
     some = [run for run in silent if run.finished == finished]

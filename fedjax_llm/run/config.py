@@ -175,7 +175,7 @@ def load(config_path: str) -> dict[str, Any]:
     if not callable(getattr(module, 'get_config', None)):
       raise Error(f'{path} defines no get_config().')
     if arg and not inspect.signature(module.get_config).parameters:
-      raise Error(f'{path}: get_config() takes no argument, not {arg!r}.')
+      raise Error(f'{path}: get_config() takes no argument, {arg!r} was given.')
     config = module.get_config(arg) if arg else module.get_config()
   except Error:
     raise
