@@ -145,8 +145,8 @@ def _adapter(
   lost = 0.0
   if lengths and (changed or rank is not None):
     raise Error(
-      'a DoRA is told to PEFT as it is: not of another rank, nor with what a '
-      'method wrote into the base; --to merged writes all of it.'
+      'A DoRA adapter cannot be written with another rank or with changes of '
+      'the base; leave --rank out, or use --to merged, which writes all of it.'
     )
   if changed or rank is not None:
     params, lost = factored(params, rank)
@@ -210,7 +210,7 @@ def factored(params: Params, rank: int | None = None) -> tuple[Params, float]:
     need = max(int(np.sum(tail > _TOLERANCE)) for tail in tails)
     if rank is None and need > min(d, f) // 4:
       raise Error(
-        f'The base changed by more than a plain PEFT adapter can tell: '
+        f'The base changed by more than a plain PEFT adapter can hold: '
         f'{"/".join(path)} ({d} x {f}) needs rank {need}; use --to merged, or '
         '--rank R for the nearest adapter of rank R.'
       )

@@ -184,7 +184,7 @@ def read(
     K = N
   if not K:
     raise Error(
-      'clients.name=full takes everybody, and the config does not tell how '
+      'clients.name=full takes all clients, and the config does not set how '
       'many there are: give --clients.'
     )
   row = full['cohort']

@@ -86,9 +86,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
   add('workdir', nargs='+', metavar='WORKDIR', help=folders)
   out = pathlib.Path('report.html')
   add('--out', type=pathlib.Path, default=out, metavar='FILE')
-  where = "for the figures; beside FILE, its name with '_files', if not given"
+  where = "for the figures; by default beside FILE, its name with '_files'"
   add('--figures', type=pathlib.Path, metavar='DIR', help=where)
-  until = 'write again whenever a run tells more, until all are finished'
+  until = 'write again whenever a run has new records, until all are finished'
   add('--watch', action='store_true', help=until)
   often = 'seconds between two looks'
   add('--every', type=int, default=5, metavar='SECONDS', help=often)

@@ -151,7 +151,7 @@ def _open(
   if client is not None and private is None:
     raise Error(
       f'--client {client}: {conf["algorithm"]["name"]} keeps nothing of its '
-      'clients apart, everybody is served the same.'
+      'clients apart; all clients are served the same model.'
     )
   if client is not None and client not in names:
     near = difflib.get_close_matches(client, names, 3, 0.3) or names[:3]

@@ -188,16 +188,16 @@ def with_references(
     return chosen, rejected
 
   def scored(own: Sequence[Pair]) -> tuple[Pair, ...]:
-    pairs: list[Pair] = []
+    result: list[Pair] = []
     for start in range(0, len(own), batch_size):
       some = own[start : start + batch_size]
       rows = [[pair] for pair in some] + [[]] * (batch_size - len(some))
       values = zip(*map(np.asarray, score(loaded.base, build(rows))))
-      pairs += [
+      result += [
         Pair(pair.chosen, pair.rejected, float(chosen), float(rejected))
         for pair, (chosen, rejected) in zip(some, values)
       ]
-    return tuple(pairs)
+    return tuple(result)
 
   train, heldout, new = (tuple(map(scored, part)) for part in parts)
   return population._replace(train=train, heldout=heldout, new=new)

@@ -198,8 +198,8 @@ def _is_of_base(tensors: Mapping[str, np.ndarray], loaded: LoadedModel) -> bool:
       np.asarray(leaf, np.float32), np.asarray(value, np.float32)
     ):
       raise Error(
-        f'{min(tensors)} beside the adapter differs from the base, which '
-        'modules_to_save does not say.'
+        f'{min(tensors)} beside the adapter differs from the base, but '
+        'modules_to_save does not name it.'
       )
   return True
 

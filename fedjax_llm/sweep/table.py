@@ -73,7 +73,7 @@ def last(records: Sequence[Mapping[str, Any]], metric: str) -> float | None:
   known = [k for k, x in record.items() if number(x) and k != 'round']
   if metric not in known:
     near = builders.nearest(metric, known)
-    raise Error(f'--metric {metric}: no run tells it {near}.')
+    raise Error(f'--metric {metric}: no run has this metric {near}.')
   return None if record[metric] is None else float(record[metric])
 
 

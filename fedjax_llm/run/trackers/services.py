@@ -121,7 +121,7 @@ def _tracker(
       failed.append(error)
       print(
         f'{service} fails after round {mark["round"]} ({_line(error)}): this '
-        'run goes on without it; resumed, it tells what is missing there.',
+        'run goes on without it; when resumed, it sends the missing rounds.',
         file=sys.stderr,
       )
       return
