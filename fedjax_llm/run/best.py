@@ -107,7 +107,7 @@ def judge(
     if value is None and names and round == 0 and (by or not tested):
       field = f'evals.best_by={by}' if by else 'evals.patience and keep_best'
       known = ', '.join(sorted(tested)) or 'nothing'
-      raise Error(f'{field}: the evaluations of this run have {known}.')
+      raise Error(f'{field}: the evaluations of this run tell {known}.')
     if value is not None and value == value:
       scores.append((value, round))
 
