@@ -5,17 +5,17 @@
         [--trust-code]
 
 'peft' is an adapter directory that PEFT loads, 'merged' a whole model that
-transformers loads. The run may be finished or not: what its newest checkpoint
-holds is exported, without training, or with `--round` what an earlier one does
-that is kept. Nothing in the workdir is changed.
+transformers loads. The run may be unfinished: the program exports its newest
+checkpoint without training, or with `--round` an earlier one that is kept.
+Nothing in the workdir is changed.
 
-A workdir may name functions that are none of the project's. They are code of
-whoever wrote the workdir, and run only with `--trust-code`.
+A workdir may name functions outside the project. They are code of the author of
+the workdir, and run only with `--trust-code`.
 
-What a method wrote into the base goes into a merged model as it is, and into a
-PEFT adapter as a low-rank change of the base before the run: of the rank that
-it needs, where that is at most a quarter of the smaller side of each weight,
-or of `--rank R`, the nearest such change.
+Changes that a method wrote into the base go into a merged model as they are,
+and into a PEFT adapter as a low-rank change of the base before the run: exactly
+where its rank is at most a quarter of the smaller side of each weight, or as
+the nearest change of rank R with `--rank R`.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from fedjax_llm.nodes import LowRank
 from fedjax_llm.run import command, ends, experiment, rebuild, workdir
 from fedjax_llm.types import Error, Params
 
-# What a change may lose of its size and still count as told exactly.
+# The relative error up to which a low-rank change counts as exact.
 _TOLERANCE = 1e-5
 
 # Files beside the weights that other tools read.
@@ -72,15 +72,15 @@ def run(argv: list[str]) -> None:
   try:
     draft.mkdir(parents=True)
     if args.to == 'merged':
-      told = _merged(draft, made, args.dtype)
+      description = _merged(draft, made, args.dtype)
     else:
-      told = _adapter(draft, out, made, args.rank)
+      description = _adapter(draft, out, made, args.rank)
     if out.exists():
       out.rmdir()
     os.replace(draft, out)
   finally:
     shutil.rmtree(draft, ignore_errors=True)
-  print('\n'.join([*made.notes, f'{out}: {made.what}, as {told}']))
+  print('\n'.join([*made.notes, f'{out}: {made.what}, as {description}']))
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -94,12 +94,10 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
   add('--workdir', required=True, metavar='DIR', help='of the run')
   add('--to', required=True, choices=['peft', 'merged'])
   add('--out', required=True, metavar='DIR', help='a new or an empty folder')
-  add(
-    '--client', metavar='NAME', help="that client's model, with what it keeps"
-  )
+  add('--client', metavar='NAME', help="that client's personal model")
   add('--dtype', choices=list(DTYPES), help='of the weights of a merged model')
   add('--rank', type=int, metavar='R', help='of the adapter')
-  add('--round', metavar='N|best', help='one whose checkpoint is kept')
+  add('--round', metavar='N|best', help='a round with a kept checkpoint')
   trust = "follow import paths in the workdir's config.json, which run code"
   add(rebuild.TRUST, action='store_true', help=trust)
   return command.parse(parser, argv)
@@ -145,7 +143,7 @@ def _merged(
 
 
 def _hand_on_ends(folder: pathlib.Path, made: rebuild.Made) -> None:
-  """Says by which tokens replies end, where they are written as chats."""
+  """Writes the tokens that end replies, for models with a chat template."""
   loaded, template = made.loaded, made.config['population'].get('template')
   if loaded.directory is None or not loaded.config.causal:
     return
@@ -153,7 +151,7 @@ def _hand_on_ends(folder: pathlib.Path, made: rebuild.Made) -> None:
     try:
       tokenizer = data.tokenizers.pretrained(str(loaded.directory))
     except Error:
-      return  # a model without a tokenizer that can be used has no chats
+      return  # a model without a usable tokenizer has no chat template
     ends.hand_on(folder, loaded, tokenizer, 'chat')
 
 
@@ -169,13 +167,13 @@ def _adapter(
   lost = 0.0
   if lengths and (changed or rank is not None):
     raise Error(
-      'a DoRA is told to PEFT as it is: not of another rank, nor with what a '
-      'method wrote into the base; --to merged writes all of it.'
+      'A DoRA adapter cannot be written with another rank or with changes of '
+      'the base; leave --rank out, or use --to merged, which writes all of it.'
     )
   if changed or rank is not None:
     params, lost = factored(params, rank)
   base_model = loaded.name
-  if loaded.directory is None:  # nobody else has this base
+  if loaded.directory is None:  # no model file holds this base
     models.save(folder / 'base', loaded.config, loaded.base)
     base_model = str(out.absolute() / 'base')
   plain_scale = not changed and rank is None
@@ -189,15 +187,15 @@ def _adapter(
   )
   _hand_on_ends(folder, made)
   ranks = sorted({node.a.shape[-1] for _, node in low_rank(params)})
-  told = ' and '.join(map(str, ranks)) or '0'
+  rank_text = ' and '.join(map(str, ranks)) or '0'
   nearest = ''
   if lost > _TOLERANCE:
     nearest = f' (nearest: one weight loses {lost:.1%} of its change)'
-  return f'a PEFT adapter of rank {told} of {base_model}{nearest}'
+  return f'a PEFT adapter of rank {rank_text} of {base_model}{nearest}'
 
 
 def low_rank(params: Params, path: tuple[str, ...] = ()) -> list[Any]:
-  """Every (path, node) of the low-rank nodes."""
+  """Returns every (path, node) of the low-rank nodes."""
   if isinstance(params, LowRank):
     return [(path, params)]
   if not isinstance(params, Mapping):
@@ -206,11 +204,12 @@ def low_rank(params: Params, path: tuple[str, ...] = ()) -> list[Any]:
 
 
 def factored(params: Params, rank: int | None = None) -> tuple[Params, float]:
-  """Low-rank nodes without residuals: U S^(1/2), S^(1/2) V' of each change.
+  """Returns low-rank nodes without residuals, and the largest relative error.
 
-  Exact for rank None, where every layer of a weight gets the largest rank that
-  one of them needs; else the nearest of this rank. Also the largest part that
-  a change loses, ||rest||_F / ||change||_F.
+  The factors are U S^(1/2) and S^(1/2) V' of each change. For rank None they
+  are exact, and all layers of a weight get the largest rank that one of them
+  needs; else they are the nearest of this rank. The error of a change is
+  ||rest||_F / ||change||_F.
 
   Raises `Error` where a change needs more than a quarter of its smaller side.
   """
@@ -224,7 +223,7 @@ def factored(params: Params, rank: int | None = None) -> tuple[Params, float]:
       return node
     change = np.asarray(adapters.product(node), np.float64)
     *lead, d, f = change.shape
-    # One after the other: NumPy's batches take no less time.
+    # One after the other: NumPy's batched SVD takes no less time.
     parts = [
       np.linalg.svd(one, full_matrices=False)
       for one in change.reshape(-1, d, f)
@@ -233,7 +232,7 @@ def factored(params: Params, rank: int | None = None) -> tuple[Params, float]:
     need = max(int(np.sum(tail > _TOLERANCE)) for tail in tails)
     if rank is None and need > min(d, f) // 4:
       raise Error(
-        f'The base changed by more than a plain PEFT adapter can tell: '
+        f'The base changed by more than a plain PEFT adapter can hold: '
         f'{"/".join(path)} ({d} x {f}) needs rank {need}; use --to merged, or '
         '--rank R for the nearest adapter of rank R.'
       )
@@ -252,7 +251,7 @@ def factored(params: Params, rank: int | None = None) -> tuple[Params, float]:
 
 
 def _tails(s: np.ndarray) -> np.ndarray:
-  """What is left of a change beyond rank 0, 1, 2, ..., of all of it."""
+  """Returns the relative error of a change cut to rank 0, 1, 2, ..."""
   left = np.sqrt(np.cumsum((s**2)[::-1])[::-1])
   return left / max(left[0], np.finfo(s.dtype).tiny)
 

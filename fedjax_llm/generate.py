@@ -4,11 +4,12 @@
         --prompt "..." [--prompt "..." ...] [--chat]
     python -m fedjax_llm.generate --workdir DIR [--client NAME] --prompt "..."
 
-One reply for each prompt and adapter, all of them in one batch. Adapters are
-PEFT directories, of runs or of PEFT itself; `--adapter none` is the model as it
-is. `--workdir` is what a run has made so far, beside the model that it began
-with; prompts then have the form of its training unless another is asked for.
-The same `--seed` draws the same reply, whatever else is asked.
+It generates one reply for each prompt and adapter, all of them in one batch.
+Adapters are PEFT directories, of runs or of PEFT itself; `--adapter none` is
+the model without an adapter. `--workdir` is what a run has made so far, beside
+the model that it began with; prompts then have the form of its training unless
+another is asked for. A reply depends only on its prompt, its adapter, the
+`--seed` and the place of its prompt, not on the rest of the batch.
 """
 
 import argparse
@@ -42,20 +43,20 @@ def run(argv: list[str]) -> None:
   changes = [rebuild.load_adapter(pathlib.Path(x), loaded) for x in folders]
   template = 'chat' if args.chat else args.template
   prompts = [_encode(text, tokenizer, template) for text in args.prompt]
-  asked = [(i, name) for i in range(len(prompts)) for name in names]
+  pairs = [(i, name) for i in range(len(prompts)) for name in names]
   replies = models.generate(
     loaded,
     loaded.base,
     {},
-    [prompts[i] for i, _ in asked],
+    [prompts[i] for i, _ in pairs],
     max_new_tokens=args.max_new_tokens,
     temperature=args.temperature,
     top_p=args.top_p,
     eos_id=ends(loaded, tokenizer, template),
-    # Of one prompt every adapter gets the same luck.
-    seeds=[(args.seed + i) % 2**32 for i, _ in asked],
+    # All adapters use the same random numbers for a prompt.
+    seeds=[(args.seed + i) % 2**32 for i, _ in pairs],
     adapters=changes,
-    which=[folders.index(x) if x != _NONE else -1 for _, x in asked],
+    which=[folders.index(x) if x != _NONE else -1 for _, x in pairs],
     batch_size=args.batch_size,
   )
   _show(args.prompt, names, [tokenizer.decode(reply) for reply in replies])
@@ -151,7 +152,7 @@ def _encode(text: str, tokenizer: Tokenizer, template: str | None) -> list[int]:
 
 
 def _row(title: str, text: str, width: int) -> str:
-  """Lines of a text beside its title."""
+  """Returns the lines of a text beside its title."""
   gap = '\n' + ' ' * (width + 2)
   return f'{title:{width}}  {gap.join(text.strip().splitlines())}'
 

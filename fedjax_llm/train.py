@@ -42,19 +42,19 @@ def run(argv: list[str]) -> None:
 
 def train(args: config.Arguments) -> None:
   conf, settings = args.config, config.settings(args.config, SPEC)
-  builders.build(conf['hosts'], SPEC.sections['hosts'])  # one of several now?
+  builders.build(conf['hosts'], SPEC.sections['hosts'])  # joins other processes
   _, test = experiment.checked(conf)
-  sharding.split_cpu(settings.cpu_devices)  # before JAX looks at it
+  sharding.split_cpu(settings.cpu_devices)  # before JAX starts
   track = builders.build(conf['tracking'], SPEC.sections['tracking'])
   resolved = config.resolved(conf, SPEC)
   hosts.agree('the config', {**resolved, 'hosts': None})
-  first = hosts.first()  # of the processes: it reads, writes and speaks
+  first = hosts.first()  # the process that reads, writes and prints
   room = workdir.open(args.workdir, resolved, mine=first)
   for note in args.notes:
     print(note)
   finished = lambda: room.finished(settings.num_rounds, test.patience)
-  if told := hosts.from_first(finished):
-    print(f'{told}\n{args.workdir}: this run is finished.')
+  if report := hosts.from_first(finished):
+    print(f'{report}\n{args.workdir}: this run is finished.')
     return
   if room.lost:
     print(f'{args.workdir}: made again, as lost or changed: {room.lost[0]}')
@@ -83,7 +83,7 @@ def train(args: config.Arguments) -> None:
   newcomer = algorithm.init_client(state.params)
   has_private = newcomer.private is not None
   step = sharding.compiled(algorithm.round, mesh)
-  # What cannot be computed is found out before anything is written.
+  # Errors of the method are raised before anything is written.
   trial = assemble(0)[1]
   trial = trial._replace(states=tree.broadcast(newcomer, len(trial.ids)))
   jax.eval_shape(step, state, trial, base)
@@ -94,7 +94,7 @@ def train(args: config.Arguments) -> None:
   )
 
   examine = built.examiner(algorithm)
-  # Process 0 tests, with all who share its copy of the base.
+  # Process 0 evaluates, with all processes that share its copy of the base.
   sharing = sharding.num_sharing(mesh)
   tests = first or sharing > 1
 
@@ -139,7 +139,7 @@ def train(args: config.Arguments) -> None:
     )
   room.save_config(done)
   kept = exchange.shared(store, newcomer) if sharing > 1 else store
-  record, leave = lambda number, told: None, lambda finished: None
+  record, leave = lambda number, row: None, lambda finished: None
   judge = best.judge(by=test.best_by, patience=test.patience)
   if first:
     room.keep('clients.json', data.population.sizes(population))
@@ -149,8 +149,8 @@ def train(args: config.Arguments) -> None:
       track=lambda kept: track(args.workdir, resolved, kept),
       say=print,
     )
-    told = metrics.read(str(room.path / 'metrics.jsonl'))
-    judge = best.judge(told, by=test.best_by, patience=test.patience)
+    earlier = metrics.read(str(room.path / 'metrics.jsonl'))
+    judge = best.judge(earlier, by=test.best_by, patience=test.patience)
 
   def save(number: int) -> None:
     room.check()
@@ -162,13 +162,13 @@ def train(args: config.Arguments) -> None:
   if hosts.from_first(lambda: restored is None):
     if tests:
       ready = time.monotonic()
-      told = examine(base, state.params, kept, built.round_key)
-      told['time/setup'] = ready - began
-      told['time/evals'] = time.monotonic() - ready
-      judge.note(0, told)
-      record(0, told)
+      values = examine(base, state.params, kept, built.round_key)
+      values['time/setup'] = ready - began
+      values['time/evals'] = time.monotonic() - ready
+      judge.note(0, values)
+      record(0, values)
     save(0)
-  # What process 0 has found or begun, all have.
+  # All processes get the values that process 0 has read or started.
   done = hosts.from_first(lambda: done)
   hosts.meet()
   state = sharding.everywhere(exchange.copied(state), mesh)
@@ -181,12 +181,12 @@ def train(args: config.Arguments) -> None:
 
   stop, number, following = workdir.stop_after_round(), done, None
   sound = jax.jit(tree.all_finite)
-  told_rates = built.rates()
+  rates_of = built.rates()
   unit = f'{built.task.metrics.unit}s'
   bar = metrics.progress(
     num_rounds, done, unit=unit, file=None if first else sys.stdout
   )
-  over = hosts.from_first(judge.over)  # nothing better for long enough
+  over = hosts.from_first(judge.over)  # patience has run out
   with contextlib.ExitStack() as at_end:
     ended = lambda: over or number == num_rounds
     at_end.push(lambda kind, *_: leave(kind is None and ended()))
@@ -202,14 +202,14 @@ def train(args: config.Arguments) -> None:
       cohort = cohort._replace(states=sharding.joined(states, mesh))
       assembled = time.monotonic()
       state, states, info = step(state, cohort, everybodys)
-      # The next cohort is made, and travels, while the devices work.
+      # The next cohort is made and transferred while the devices compute.
       following = prepared(number) if number < num_rounds else None
       info = jax.device_get(info._replace(reports=None))
-      told = metrics.summarise(info)
-      if algorithm.plan is not None:  # on the host, for the round that follows
+      values = metrics.summarise(info)
+      if algorithm.plan is not None:  # on the host, for the next round
         state = algorithm.plan(state)
       trained = time.monotonic()
-      told, note = narration.left_out(told, info, draw, built.names, number)
+      values, note = narration.left_out(values, info, draw, built.names, number)
       if note:
         bar.write(note)
       if not sound(state.params):
@@ -219,18 +219,18 @@ def train(args: config.Arguments) -> None:
       last = number == num_rounds
       if tests and (number % test.every == 0 or last):
         served = sharding.here(state.params, mesh)
-        told |= examine(base, served, kept, built.round_key)
-      speed = told['local/tokens'] / (trained - began)
-      told |= told_rates(number, rates.num_steps(cohort.batches))
-      told |= {
+        values |= examine(base, served, kept, built.round_key)
+      speed = values['local/tokens'] / (trained - began)
+      values |= rates_of(number, rates.num_steps(cohort.batches))
+      values |= {
         'time/data': assembled - began,
         'time/round': trained - assembled,
         'time/evals': time.monotonic() - trained,
         'time/total': time.monotonic() - began,
         'time/tokens_per_second': speed,
       }
-      record(number, told)
-      judge.note(number, told)
+      record(number, values)
+      judge.note(number, values)
       better = False
       if test.keep_best or test.patience is not None:
         better, over = hosts.from_first(
@@ -241,7 +241,7 @@ def train(args: config.Arguments) -> None:
       if due or ending:
         save(number)
         hosts.meet()
-      bar.update(number, told['local/loss'], speed, best.score(told))
+      bar.update(number, values['local/loss'], speed, best.score(values))
       if ending:
         break
   if number < num_rounds and not over:
@@ -253,7 +253,7 @@ def train(args: config.Arguments) -> None:
   # ----------------------------------------------------------------- record --
   state = state._replace(params=sharding.here(state.params, mesh))
 
-  def say(params: Any, questions: list[evals.Question]) -> list[list[int]]:
+  def answer(params: Any, questions: list[evals.Question]) -> list[list[int]]:
     if not questions:
       return []
     base, params = built.adapter.fold(loaded.base, params)
@@ -268,26 +268,26 @@ def train(args: config.Arguments) -> None:
       ),
     )
 
-  asked = evals.questions(
+  questions = evals.questions(
     population.heldout,
-    # A classifier writes nothing, nor a network that has no cache.
+    # Classifiers and networks without a cache generate no replies.
     test.samples if built.task.writes and loaded.decoder is not None else 0,
     max_prompt=loaded.config.max_positions - test.sample_tokens,
     begin=data.tokenizers.start(tokenizer),
   )
   served = algorithm.personal(state.params, None)
-  said = {'before': say(before, asked)}
+  answers = {'before': answer(before, questions)}
   if has_private:  # each client answers with its own model
     row = lambda client: tree.take(kept.gather([client]), 0)
     own = lambda client: algorithm.personal(state.params, row(client))
-    said['after'] = [say(own(q.client), [q])[0] for q in asked]
+    answers['after'] = [answer(own(q.client), [q])[0] for q in questions]
   else:
-    said['after'] = say(served, asked)
+    answers['after'] = answer(served, questions)
 
   # Dense changes have no place in an adapter's file: they go with the base.
   base, final = built.adapter.fold(base, served)
   folded = jax.tree.structure(final) != jax.tree.structure(served)
-  keep_base = folded or loaded.directory is None  # nobody else has it
+  keep_base = folded or loaded.directory is None  # no model file holds it
   if keep_base:
     base = sharding.fetched(base)
   final = sharding.fetched(complete(final, base, built.task.head))
@@ -312,17 +312,17 @@ def train(args: config.Arguments) -> None:
       base_model=str(room.base) if keep_base else loaded.name,
       peft_fields=built.adapter.peft,
     )
-  shown = evals.samples(asked, said, tokenizer.decode, population.names)
+  shown = evals.samples(questions, answers, tokenizer.decode, population.names)
   room.keep('samples.json', {'round': number, 'samples': shown})
-  told = '\n'.join(
+  text = '\n'.join(
     [
-      narration.printable(evals.replies(asked, said, tokenizer.decode)),
+      narration.printable(evals.replies(questions, answers, tokenizer.decode)),
       narration.summary(args.workdir, built.task.metrics.unit),
       *narration.best(number, num_rounds, judge.best(), test),
     ]
   )
-  room.finish(number, told, test.patience if over else None)
-  print(told)
+  room.finish(number, text, test.patience if over else None)
+  print(text)
 
 
 def main(argv: list[str] | None = None) -> int:

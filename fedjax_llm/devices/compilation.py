@@ -1,4 +1,7 @@
-"""Compiled programs are kept on disk: a second start compiles nothing big."""
+"""The cache of compiled programs on disk.
+
+`keep` turns it on, so that a second start compiles only small programs.
+"""
 
 import os
 import pathlib
@@ -13,7 +16,7 @@ _FOLDER = 'jax_compilation_cache_dir'
 
 
 def keep(setting: str | None) -> pathlib.Path | None:
-  """Turns the cache on, before anything is compiled; where it is.
+  """Turns the cache on, before anything is compiled, and returns its folder.
 
   'auto' is `xla/` in the cache folder (FEDJAX_LLM_CACHE, or
   ~/.cache/fedjax_llm) with a part for every kind of machine, since programs for
@@ -45,11 +48,11 @@ def keep(setting: str | None) -> pathlib.Path | None:
 
 
 def _machine() -> str:
-  """The processor and what it can do."""
+  """Returns the name of the processor kind and a checksum of its features."""
   kind = platform.machine() or 'unknown'
   try:
     with open('/proc/cpuinfo') as file:
-      told = [x for x in file if x.startswith(('model name', 'flags'))][:2]
+      features = [x for x in file if x.startswith(('model name', 'flags'))][:2]
   except OSError:
-    told = [platform.processor()]
-  return f'{kind}-{zlib.crc32("".join(told).encode()):08x}'
+    features = [platform.processor()]
+  return f'{kind}-{zlib.crc32("".join(features).encode()):08x}'

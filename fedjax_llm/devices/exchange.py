@@ -1,8 +1,8 @@
 """Arrays that travel between processes, through their devices.
 
-What clients keep between rounds lies with process 0: their rows travel to the
-processes that train them and back again every round. Most methods keep nothing,
-and then nothing travels.
+The private states of clients lie with process 0: every round their rows travel
+to the processes that train the clients and back again. Most methods keep no
+private state, and then nothing travels.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,13 @@ import numpy as np
 
 from fedjax_llm.devices import hosts
 
-_PIECE = 1 << 26  # bytes that travel at once, of those that wait on a device
+_PIECE = 1 << 26  # bytes that travel at once
 
 
 def copied(tree: Any) -> Any:
-  """Process 0's arrays on every process, bit for bit, as NumPy arrays.
+  """Returns process 0's arrays on every process, bit for bit, in NumPy.
 
-  The others give arrays of the same shapes; typed keys stay typed keys.
+  The others pass arrays of the same shapes; typed keys stay typed keys.
 
   >>> copied({'a': np.float32(-0.0)})
   {'a': np.float32(-0.0)}
@@ -41,11 +41,11 @@ def copied(tree: Any) -> Any:
 def rows_from_first(
   ask: Callable[[], Any], template: Any, num: int, mine: slice
 ) -> Any:
-  """Rows `mine` of the stack [num, ...] that `ask()` gives on process 0.
+  """Returns rows `mine` of the stack [num, ...] of `ask()` on process 0.
 
-  All rows pass through all processes, in pieces of 64 MB, and each keeps its
-  own: num rows over the network into every process a call. A template (one
-  row) without arrays costs nothing.
+  All rows pass through all processes, in pieces of 64 MB, and each process
+  keeps its own: a call sends num rows over the network into every process. A
+  template (one row) without arrays costs nothing.
   """
   if not hosts.several():
     return ask()
@@ -63,11 +63,11 @@ def rows_from_first(
 
 
 def rows_to_first(rows: Any, num_sharing: int = 1) -> Any:
-  """Every process's rows [n, ...] one after another, on process 0.
+  """Concatenates the rows [n, ...] of all processes on process 0.
 
-  The others get their own back. In pieces as above: all rows over the network
-  into every process a call. `num_sharing` processes after each other have the
-  same rows, which are taken once.
+  The other processes return their input. All rows travel over the network into
+  every process, in pieces of 64 MB. Each group of `num_sharing` consecutive
+  processes has the same rows, which are taken once.
   """
   if not hosts.several():
     return rows
@@ -88,9 +88,9 @@ def rows_to_first(rows: Any, num_sharing: int = 1) -> Any:
 
 
 def shared(store: Any, template: Any) -> Any:
-  """The store of what clients keep, as all processes read it together.
+  """Returns the store of private states as all processes read it together.
 
-  What `gather(ids)` and `seen()` give on process 0 they give on all.
+  `gather(ids)` and `seen()` return process 0's results on every process.
   """
 
   def gather(ids):
@@ -104,7 +104,7 @@ def shared(store: Any, template: Any) -> Any:
 
 
 def _spread(rows: np.ndarray) -> np.ndarray:
-  """Process 0's rows [n, ...] on every process."""
+  """Returns process 0's rows [n, ...] on every process."""
   from jax.experimental import multihost_utils
 
   flat = _bytes(rows)
@@ -112,7 +112,7 @@ def _spread(rows: np.ndarray) -> np.ndarray:
   for start in range(0, len(flat), _step(flat)):
     piece = slice(start, start + _step(flat))
     if flat.size:
-      # Summed with zeros: as whole numbers, or -0 would come out as 0.
+      # The broadcast sums with zeros; as bytes, since -0.0 + 0 would be 0.
       out[piece] = multihost_utils.broadcast_one_to_all(flat[piece])
   return out.view(rows.dtype).reshape(rows.shape)
 

@@ -1,20 +1,20 @@
-"""Several processes as one program: who they are and what they tell each other.
+"""Several processes as one program: joining, messages and a common end.
 
-Every process runs the same program on the devices of its machine. Rounds are
-computed by all of them together; process 0 alone reads and writes the workdir,
-tests the model and speaks. What it finds there reaches the others in words
-(`from_first`), through JAX's coordination service, or in arrays (`exchange`),
+Every process runs the same program on the devices of its machine. All of them
+compute the rounds together; process 0 alone reads and writes the workdir,
+evaluates the model and prints. Values that it reads reach the others as JSON
+(`from_first`), through JAX's coordination service, or as arrays (`exchange`),
 through the devices.
 
 Every process reads all texts, since any of them may get any client, but makes
-arrays only of its own clients' and reads the weights that lie on its own
-devices. Where several share a copy of the base (`sharding.num_sharing`) they
-have the same clients, and test the model together. Where all see the workdir
+arrays only for its own clients and reads only the weights that lie on its own
+devices. Processes that share a copy of the base (`sharding.num_sharing`) have
+the same clients and evaluate the model together. Where all see the workdir
 they may write checkpoints together (`checkpoint.Writers`).
 
-A process that fails ends all of them: it leaves its last words with the
-coordination service, where every process looks a few times a second, and
-process 0 says them, once.
+A process that fails ends all of them: it writes a last message to the
+coordination service, which every process polls a few times a second, and
+process 0 prints it once.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ import jax
 from fedjax_llm.types import Error
 
 _END, _STOP, _GONE = (f'fedjax_llm/{name}' for name in ('end', 'stop', 'gone'))
-_LOOK = 0.2  # seconds between two looks for last words
+_LOOK = 0.2  # seconds between two polls for a last message
 
-# Of this process, as the connection itself is.
+# State of this process, as the connection itself is.
 _turns = itertools.count()
 _leaving = threading.Event()
 
@@ -51,26 +51,25 @@ def join(
   patience: int = 300,
   bind: str | None = None,
 ) -> None:
-  """Makes this process one of several; nothing where no coordinator is named.
+  """Makes this process one of several; does nothing without a coordinator.
 
   Args:
     coordinator: 'address:port' of process 0, the same on all processes; or
-      'auto' where JAX finds out by itself (TPU pods, Slurm, Open MPI,
-      Kubernetes).
-    num_processes: how many there are; not with 'auto'.
-    process_id: which one this is, from 0; not with 'auto'.
+      'auto' where JAX detects it (TPU pods, Slurm, Open MPI, Kubernetes).
+    num_processes: the number of processes; not with 'auto'.
+    process_id: the index of this process, from 0; not with 'auto'.
     heartbeat: seconds of silence after which a process counts as lost, and all
       others end.
     patience: seconds to wait for the others at the beginning.
-    bind: 'address:port' on which process 0 listens, where it is not that of
-      the coordinator (behind an address translation); not with 'auto'. Only
-      this address is bound. Whoever reaches the port can join in the place of
-      a process, read what processes tell each other (the config, names of
+    bind: 'address:port' on which process 0 listens, where it differs from the
+      coordinator's (behind an address translation); not with 'auto'. Only this
+      address is bound. Any program that reaches the port can join in the place
+      of a process, read the messages between processes (the config, names of
       clients) and end the run: name an address of a private network.
 
   Raises:
-    Error: a field is missing or out of range, nobody could be reached, or
-      'auto' where there is nothing to find.
+    Error: a field is missing or out of range, no other process could be
+      reached, or 'auto' on a system that JAX does not detect.
   """
   if coordinator is None:
     for field, value in (
@@ -87,9 +86,9 @@ def join(
   for field, value in (('heartbeat', heartbeat), ('patience', patience)):
     if value < 1:
       raise Error(f'hosts.{field} is {value}; it must be at least 1.')
-  found: dict[str, Any] = {}
+  arguments: dict[str, Any] = {}
   if coordinator != 'auto':
-    found = _explicit(coordinator, num_processes, process_id, bind)
+    arguments = _explicit(coordinator, num_processes, process_id, bind)
   elif (num_processes, process_id, bind) != (None, None, None):
     raise Error(
       'hosts.coordinator=auto finds hosts.num_processes, hosts.process_id and '
@@ -99,20 +98,20 @@ def join(
   jax.config.update('jax_enable_preemption_service', False)
   try:
     jax.distributed.initialize(
-      **found,
+      **arguments,
       initialization_timeout=patience,
       heartbeat_timeout_seconds=heartbeat,
     )
   except (ValueError, RuntimeError) as error:
-    told = ' '.join(str(error).split())[:200]
+    reason = ' '.join(str(error).split())[:200]
     if coordinator == 'auto' and isinstance(error, ValueError):
-      told = 'no TPU pod, Slurm, Open MPI or Kubernetes: give address:port'
+      reason = 'no TPU pod, Slurm, Open MPI or Kubernetes: give address:port'
     raise Error(
       f'hosts.coordinator={coordinator}: the processes did not find each other '
-      f'({told}).'
+      f'({reason}).'
     ) from error
   if not first():
-    # Only process 0 reports; errors and warnings of all can still be seen.
+    # Only process 0 prints; errors and warnings of all still reach stderr.
     sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
   threading.Thread(target=_watch, daemon=True).start()
 
@@ -149,7 +148,7 @@ def _explicit(
 
 
 def _group() -> Any:
-  """What JAX knows of the others; its client is None of a lone process."""
+  """Returns JAX's state of the group; its client is None for one process."""
   from jax._src import distributed
 
   return distributed.global_state
@@ -160,27 +159,27 @@ def _client() -> Any:
 
 
 def several() -> bool:
-  """Whether `join` has made this process one of several."""
+  """Returns True if `join` has made this process one of several."""
   return _client() is not None
 
 
 def index() -> int:
-  """Which process this is, from 0."""
+  """Returns the index of this process, from 0."""
   return _group().process_id
 
 
 def count() -> int:
-  """How many processes there are."""
+  """Returns the number of processes."""
   return _group().num_processes
 
 
 def first() -> bool:
-  """Whether this is process 0: it reads, writes, tests and speaks."""
+  """Returns True on process 0, which reads, writes, evaluates and prints."""
   return index() == 0
 
 
 def leave() -> None:
-  """Ends the work of several; returns when process 0 has come here too."""
+  """Ends the common work; returns when process 0 has called it too."""
   if several():
     from_first(lambda: None)
     _leaving.set()
@@ -188,13 +187,14 @@ def leave() -> None:
       jax.distributed.shutdown()
 
 
-# --------------------------------------------------------------------- words --
+# ------------------------------------------------------------------ messages --
 
 
 def from_first(ask: Callable[[], Any]) -> Any:
-  """What `ask()` gives on process 0, as JSON; the others wait for it.
+  """Returns the result of `ask()` on process 0, sent as JSON to the others.
 
-  Every process must come through the same calls in the same order.
+  The other processes wait for it and do not call `ask`. Every process must make
+  the same calls in the same order.
 
   >>> from_first(lambda: {'round': 3})
   {'round': 3}
@@ -203,9 +203,9 @@ def from_first(ask: Callable[[], Any]) -> Any:
     return ask()
   client, turn = _client(), next(_turns)
   if first():
-    told = json.dumps(ask())
-    client.key_value_set(_said(turn), told)
-    return json.loads(told)
+    text = json.dumps(ask())
+    client.key_value_set(_said(turn), text)
+    return json.loads(text)
   while True:
     try:
       return json.loads(client.blocking_key_value_get(_said(turn), 10_000))
@@ -219,9 +219,9 @@ def _said(turn: int) -> str:
 
 
 def meet() -> None:
-  """Returns when every process has come here.
+  """Returns when every process has called it.
 
-  A collective waits only so long for a process that is still busy otherwise.
+  Collectives time out while a process is busy otherwise; this waits a day.
   """
   if several():
     turn = next(_turns)
@@ -229,17 +229,17 @@ def meet() -> None:
 
 
 def agree(what: str, value: Any) -> None:
-  """Raises an `Error` on a process whose value is not that of process 0."""
+  """Raises an `Error` on a process where `value` differs from process 0's."""
   mine = json.dumps(value, sort_keys=True)
   if from_first(lambda: mine) != mine:
     raise Error(f'{what} must be the same as on process 0, but it is not.')
 
 
 def anybody(asked: bool) -> bool:
-  """Whether any process has asked to stop; the same answer on all of them."""
+  """Returns True on every process if `asked` is true on any of them."""
   if several() and asked and not first():
     _client().key_value_set(_STOP, '', allow_overwrite=True)
-  meet()  # process 0 looks when everybody has had a say
+  meet()  # process 0 reads the flag after every process could set it
   return from_first(lambda: asked or (several() and _look(_STOP) is not None))
 
 
@@ -255,26 +255,26 @@ def _look(key: str) -> str | None:
 # ------------------------------------------------------------------- the end --
 
 
-def end(told: str, status: int) -> int:
-  """Says why the program ends; the exit status.
+def end(message: str, status: int) -> int:
+  """Prints why the program ends and returns the exit status.
 
-  One of several does not return: all of them end with this status, and process
-  0 says it, whoever found it out.
+  One of several processes does not return: all of them end with this status,
+  and process 0 prints the message of the process that failed.
   """
   if not several():
-    _say(told, status)
+    _say(message, status)
     return status
   if not first():
-    # What all find out process 0 says in its own words.
+    # An error that all processes meet is reported by process 0.
     time.sleep(1)
-    if told.startswith('error: '):
-      told = told.replace('error:', f'error: process {index()}:', 1)
-  words = json.dumps({'told': told, 'status': status})
+    if message.startswith('error: '):
+      message = message.replace('error:', f'error: process {index()}:', 1)
+  words = json.dumps({'message': message, 'status': status})
   try:
     _client().key_value_set(_END, words)
   except jax.errors.JaxRuntimeError as error:
     if 'ALREADY_EXISTS' not in str(error):
-      _say(told, status)
+      _say(message, status)
       _exit(status)
   time.sleep(30)  # `_watch` ends this process
   _exit(status)
@@ -288,17 +288,17 @@ _WORDS = ('gloo', 'nccl', 'connection', 'heartbeat', 'coordination', 'barrier')
 
 
 def explained(error: Exception) -> str:
-  """A sentence about an error of the runtime in one of several processes.
+  """Returns a sentence about a runtime error in one of several processes.
 
   >>> explained(RuntimeError('Gloo all-reduce failed: read error'))[:24]
   'another process was lost'
   """
-  told = ' '.join(str(error).split())
-  return f'{_LOST} ({told[:80]} ...).'
+  reason = ' '.join(str(error).split())
+  return f'{_LOST} ({reason[:80]} ...).'
 
 
 def lost(error: Exception) -> bool:
-  """Whether an error of the runtime says that another process is gone.
+  """Returns True if a runtime error means that another process has ended.
 
   >>> lost(RuntimeError('Gloo all-reduce failed: read error'))
   True
@@ -307,7 +307,7 @@ def lost(error: Exception) -> bool:
 
 
 def _watch() -> None:
-  """Looks for last words until this process leaves in peace."""
+  """Polls for a last message until this process leaves."""
   misses = 0
   while not _leaving.wait(_LOOK):
     try:
@@ -317,19 +317,19 @@ def _watch() -> None:
       misses += 1
       if misses < 5 or _leaving.is_set():
         continue
-      words = json.dumps({'told': f'error: {_LOST}.', 'status': 1})
+      words = json.dumps({'message': f'error: {_LOST}.', 'status': 1})
     if words is not None:
       _obey(**json.loads(words), lost=misses > 0)
 
 
-def _obey(told: str, status: int, lost: bool) -> None:
+def _obey(message: str, status: int, lost: bool) -> None:
   if lost or first():
-    _say(told, status)
+    _say(message, status)
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     if lost:
       pass
     elif first():
-      # The service ends with process 0: the others go before it.
+      # The service ends with process 0, so the others must exit before it.
       deadline = time.monotonic() + 5
       others = count() - 1
       while time.monotonic() < deadline:
@@ -341,13 +341,13 @@ def _obey(told: str, status: int, lost: bool) -> None:
   _exit(status)
 
 
-def _say(told: str, status: int) -> None:
+def _say(message: str, status: int) -> None:
   file = sys.stderr if status else sys.stdout
-  print(told, file=file, flush=True)
+  print(message, file=file, flush=True)
 
 
 def _exit(status: int) -> NoReturn:
   for file in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError):
       file.flush()
-  os._exit(status)  # a collective may still wait for somebody
+  os._exit(status)  # a collective may still wait for another process

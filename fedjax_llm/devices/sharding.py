@@ -1,9 +1,9 @@
-"""Devices: clients over one mesh axis, the base over the other.
+"""Device meshes: clients over one mesh axis, the base over the other.
 
 `shard_map` is manual over 'clients' only: each device row trains its own
 clients, and the one collective that crosses 'clients' is the sum at the end of
 the round. 'model' stays automatic: the compiler splits the products with the
-base by how its weights lie.
+base according to the sharding of its weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,19 +19,19 @@ from fedjax_llm.types import Base, Draw, Error
 CLIENTS, MODEL = 'clients', 'model'
 EXECUTIONS = ('shard_map', 'pmap')
 
-# Linear maps whose input is what another one has split: the product is summed.
+# Linear maps with an input that another one has split: the product is summed.
 _ROWS = ('o_proj', 'down_proj')
 
 
 def split_cpu(num: int) -> None:
-  """Makes JAX see the cores of a CPU as `num` devices, before it looks.
+  """Makes JAX use the cores of a CPU as `num` devices, before it starts.
 
-  What is no matrix product then runs on as many cores, each with its own
-  clients and its own copy of the base. Where there is an accelerator, and for
-  one device, nothing changes.
+  All operations besides matrix products then run on as many cores, each with
+  its own clients and its own copy of the base. With an accelerator, and for one
+  device, nothing changes.
 
   Raises:
-    Error: JAX has counted its devices already, and found others.
+    Error: JAX has started already, with another number of devices.
 
   >>> split_cpu(1)
   """
@@ -39,25 +39,25 @@ def split_cpu(num: int) -> None:
     return
   try:
     jax.config.update('jax_num_cpu_devices', num)
-  except RuntimeError:  # it has looked
+  except RuntimeError:  # JAX has started
     there = jax.local_device_count()
     if jax.default_backend() == 'cpu' and there != num:
       raise Error(
-        f'cpu_devices is {num}, but JAX has begun with {there} here: ask for '
-        'them before the first computation, in a process of its own.'
+        f'cpu_devices is {num}, but JAX has begun with {there} here: set it '
+        'before the first computation, in a new process.'
       ) from None
 
 
 def mesh(num_model: int = 1, devices: Any = None) -> Mesh:
-  """A ('clients', 'model') mesh of all devices, `num_model` of them a row.
+  """Returns a ('clients', 'model') mesh of all devices, `num_model` in a row.
 
   Raises:
-    Error: the devices do not divide into rows.
+    Error: `num_model` does not divide the devices.
 
   >>> mesh().shape[MODEL]
   1
   """
-  if devices is None:  # those of a process beside each other
+  if devices is None:  # the devices of one process are adjacent
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
   devices = np.asarray(devices)
   if num_model < 1 or devices.size % num_model:
@@ -72,12 +72,12 @@ def mesh(num_model: int = 1, devices: Any = None) -> Mesh:
 
 
 def spec(names: Sequence[str], shape: Sequence[int], num: int) -> P:
-  """How one leaf of the base lies over `num` devices of 'model'.
+  """Returns the partition of one leaf of the base over `num` 'model' devices.
 
   The vocabulary of the embedding, the outputs of a linear map and the inputs of
   the one that follows it are split (Shoeybi et al. 2019, arXiv 1909.08053,
-  section 3); a side that the axis does not divide, and all else, is whole on
-  every device. The parts of a quantised kernel lie as the kernel does.
+  section 3); a side that the axis does not divide, and every other leaf, is
+  whole on every device. The parts of a quantised kernel are split as it is.
 
   >>> tuple(spec(['layers', 'o_proj', 'kernel'], (2, 4, 6), 2))
   (None, 'model', None)
@@ -94,13 +94,13 @@ def spec(names: Sequence[str], shape: Sequence[int], num: int) -> P:
 
 
 def placement(mesh: Mesh) -> Callable[[Sequence[str], Any], NamedSharding]:
-  """`place(path, shape)` of the leaves of a base, for `models.pretrained`."""
+  """Returns `place(path, shape)`, the shardings for `models.pretrained`."""
   num = mesh.shape[MODEL]
   return lambda path, shape: NamedSharding(mesh, spec(path, shape, num))
 
 
 def base_specs(base: Base, mesh: Mesh) -> Any:
-  """How the weights of the base lie over 'model', leaf by leaf: `spec`.
+  """Returns the partition of each leaf of the base over 'model': see `spec`.
 
   >>> import jax.numpy as jnp
   >>> base = {'layers': {'o_proj': {'kernel': jnp.zeros((2, 4, 6))}}}
@@ -116,14 +116,14 @@ def base_specs(base: Base, mesh: Mesh) -> Any:
 
 
 def place(base: Base, mesh: Mesh) -> Base:
-  """The base on the devices of the mesh, split by `base_specs`."""
+  """Puts the base on the devices of the mesh, split by `base_specs`."""
 
   def leaf(x, spec):
     where = NamedSharding(mesh, spec)
     if where.is_fully_addressable or not x.is_fully_addressable:
       return jax.device_put(x, where)
     x = np.asarray(x)  # every process has it, and takes its own parts
-    # Copies: a part that is lent would keep the whole.
+    # Copies: a view of a part would keep the whole array in memory.
     part = lambda at: np.array(x[at])
     return jax.make_array_from_callback(x.shape, where, part)
 
@@ -133,16 +133,16 @@ def place(base: Base, mesh: Mesh) -> Base:
 def over_clients(
   train: Callable[[Any, Any], Any], mesh: Mesh, execution: str = 'shard_map'
 ) -> Callable:
-  """`train(shared, rows) -> (sums, rows)` with the rows split over 'clients'.
+  """Returns `train(shared, rows) -> (sums, rows)`, split over 'clients'.
 
-  Every device row gets its part of the leading axis of `rows`, which the axis
-  must divide; `sums` are added up over all of them, in one all-reduce.
+  Every device row gets its part of the leading axis of `rows`, which the mesh
+  axis must divide; `sums` are added over all rows, in one all-reduce.
 
   Args:
-    train: the clients of one device row.
+    train: a function that trains the clients of one device row.
     mesh: from `mesh`.
-    execution: 'shard_map', or 'pmap' for those who ask for it: one device a
-      row, so no 'model' axis.
+    execution: 'shard_map', or 'pmap', which needs one device a row (no 'model'
+      axis).
 
   Raises:
     Error: another name, or 'pmap' with several devices a row.
@@ -156,20 +156,20 @@ def over_clients(
       f'execution=pmap knows no model axis: with mesh_model='
       f'{mesh.shape[MODEL]} use shard_map.'
     )
-  if mesh.shape[CLIENTS] == 1:  # all clients are here: nothing to add up
+  if mesh.shape[CLIENTS] == 1:  # one row has all clients: nothing to add
     return train
   if execution == 'pmap':
     return _by_pmap(train, mesh)
 
   def part(shared, rows):
     sums, rows = train(shared, rows)
-    # Adapters are whole on every device of a row: left to itself the compiler
-    # splits the sums over 'model' in ways that move them across rows later.
+    # Adapters stay whole on every device of a row: the compiler would otherwise
+    # split the sums over 'model' and move them across rows later.
     sums = jax.lax.with_sharding_constraint(sums, P())
     return jax.lax.psum(sums, CLIENTS), rows
 
-  # The check of what varies is off: it would have the gradient of what all
-  # clients receive summed over them, and each client wants its own.
+  # check_vma is off: it would sum the gradient of replicated inputs over all
+  # clients, and each client needs its own gradient.
   return jax.shard_map(
     part,
     mesh=mesh,
@@ -203,22 +203,22 @@ def _by_pmap(train: Callable[[Any, Any], Any], mesh: Mesh) -> Callable:
 
 # ------------------------------------------------------------ many processes --
 #
-# A round is computed by the devices of all processes, everything else by those
-# that have a copy of the base: a process on its own, or the few that share one
-# row of the mesh (`num_sharing`), each of which then does the same. So arrays
-# have two views that share their memory: over the whole mesh, and over the rows
-# of it that are here (`nearby`). Of a process that is alone the two are one,
-# and most of these functions do nothing.
+# The devices of all processes compute a round; everything else is computed by
+# each group of processes with a copy of the base: one process, or the few that
+# share one row of the mesh (`num_sharing`) and then do the same work. So arrays
+# have two views that share memory: over the whole mesh, and over the rows with
+# devices of this process (`nearby`). For a single process the two views are
+# equal, and most of these functions do nothing.
 
 
 def nearby(mesh: Mesh) -> Mesh:
-  """The rows of the mesh in which this process has devices.
+  """Returns the rows of the mesh in which this process has devices.
 
-  Rows of its own, or one that it shares with others.
+  These are rows of its own, or one row that it shares with other processes.
 
   Raises:
-    Error: one process has more devices than another, or rows would end in the
-      middle of one.
+    Error: processes have different numbers of devices, or a row would end
+      among the devices of a process.
   """
   if jax.process_count() == 1:
     return mesh
@@ -239,7 +239,7 @@ def nearby(mesh: Mesh) -> Mesh:
 
 
 def num_sharing(mesh: Mesh | None) -> int:
-  """How many processes share a copy of the base; 1 where each has its own.
+  """Returns the number of processes that share one copy of the base.
 
   >>> num_sharing(mesh())
   1
@@ -250,11 +250,11 @@ def num_sharing(mesh: Mesh | None) -> int:
 
 
 def compiled(round: Callable, mesh: Mesh | None) -> Callable:
-  """`FederatedAlgorithm.round` as a program, which consumes the state.
+  """Returns `FederatedAlgorithm.round` as a program that donates the state.
 
-  On a mesh it takes what `everywhere`, `joined` and `widened` give; the state
-  comes out whole on every device and, on several processes, the metrics too and
-  the states of clients split as the clients are.
+  On a mesh its inputs come from `everywhere`, `joined` and `widened`; the state
+  comes out whole on every device. On several processes so do the metrics, and
+  the states of clients come out split as the clients are.
   """
   if mesh is None:
     return jax.jit(round, donate_argnums=0)
@@ -266,9 +266,10 @@ def compiled(round: Callable, mesh: Mesh | None) -> Callable:
 
 
 def everywhere(tree: Any, mesh: Mesh | None) -> Any:
-  """Values that all processes have, as arrays whole on every device.
+  """Returns values that all processes have as arrays whole on every device.
 
-  As `compiled` gives them: the second round is the program of the first.
+  `compiled` returns its state in the same way, so the second round reuses the
+  program of the first.
   """
   if mesh is None:
     return tree
@@ -287,14 +288,14 @@ def everywhere(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def widened(base: Base, mesh: Mesh | None) -> Base:
-  """The base that every process has on its `nearby` rows, over the mesh."""
+  """Returns the base, held on each process's `nearby` rows, over the mesh."""
   if mesh is None or jax.process_count() == 1:
     return base
   return jax.tree.map(lambda x: _seen(x, mesh, x.sharding.spec), base)
 
 
 def here(tree: Any, mesh: Mesh | None) -> Any:
-  """Arrays that are whole on every device, on those `nearby`."""
+  """Returns arrays that are whole on every device over the `nearby` rows."""
   if mesh is None or jax.process_count() == 1:
     return tree
   near = nearby(mesh)
@@ -302,17 +303,18 @@ def here(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def _seen(x: jax.Array, mesh: Mesh, spec: P) -> jax.Array:
-  """The same shards as an array over another mesh."""
+  """Returns the same shards as an array over another mesh."""
   shards = [shard.data for shard in x.addressable_shards]
   where = NamedSharding(mesh, spec)
   return jax.make_array_from_single_device_arrays(x.shape, where, shards)
 
 
 def fetched(tree: Any) -> Any:
-  """Arrays that processes share, whole and in NumPy, on each of them.
+  """Returns arrays that processes share whole, in NumPy, on each process.
 
-  All of them come here together. What is stacked [L, ...] travels a layer at a
-  time, since the whole of it may fit on no device. Other arrays stay.
+  All processes must call it together. Stacks [L, ...] travel one layer at a
+  time, since the whole stack may fit on no device. Other arrays stay as they
+  are.
   """
 
   def leaf(x):
@@ -329,10 +331,10 @@ def fetched(tree: Any) -> Any:
 
 
 def dealt(draw: Draw, sizes: Sequence[int], mesh: Mesh) -> Draw:
-  """The same clients, dealt out to the rows of the mesh, large ones first.
+  """Distributes the clients of a draw over the mesh rows, large ones first.
 
-  `sizes[id]` says how much a client has to do: all processes know it without
-  looking at each other's texts. Rows of padding come last.
+  `sizes[id]` is the amount of work of a client, which all processes know
+  without each other's texts. Rows of padding come last.
 
   >>> draw = Draw(np.array([0, 1, 2, -1]), np.array([1, 1, 1, 0], bool))
   >>> dealt(draw, [5, 9, 7], mesh()).ids.tolist()
@@ -347,9 +349,9 @@ def dealt(draw: Draw, sizes: Sequence[int], mesh: Mesh) -> Draw:
 
 
 def own_rows(draw: Draw, mesh: Mesh | None) -> tuple[Draw, slice]:
-  """A draw that the rows of the mesh divide, and which part is this process's.
+  """Pads a draw to a multiple of the mesh rows; returns it and our slice of it.
 
-  Padding is put at its end; of a process that is alone, nothing.
+  Padding is added at its end; a single process gets its draw back.
   """
   if mesh is None or jax.process_count() == 1:
     return draw, slice(0, len(draw.ids))
@@ -366,11 +368,11 @@ def own_rows(draw: Draw, mesh: Mesh | None) -> tuple[Draw, slice]:
 
 
 def joined(rows: Any, mesh: Mesh | None) -> Any:
-  """Rows of clients on the devices, to which every process gives its own.
+  """Puts the rows of clients, each process's own, on the devices of the mesh.
 
-  They lie as the round wants them: split over 'clients', or whole on every
-  device where the axis does not divide them. It returns at once, and they
-  travel while the devices compute.
+  The result is split over 'clients', or whole on every device where the axis
+  does not divide the rows. The call returns at once: the transfer overlaps with
+  computation.
 
   >>> joined(np.zeros((3, 2)), mesh()).shape
   (3, 2)
@@ -387,7 +389,7 @@ def joined(rows: Any, mesh: Mesh | None) -> Any:
 
 
 def held(rows: Any) -> Any:
-  """This process's rows, in NumPy, of arrays split over 'clients'."""
+  """Returns this process's rows of arrays split over 'clients', in NumPy."""
   if jax.process_count() == 1:
     return jax.device_get(rows)
 

@@ -4,10 +4,11 @@
         [--devices N] [--memory 16GB] [--model DIRECTORY-OR-NAME] [--clients N]
         [--probe | --peak 197e12 --bandwidth 819e9]
 
-The round of the config is traced from shapes: parameters, bytes of every kind,
-clients that fit at once, bytes on the way, operations, and the time, either
-from a short measured probe on this machine or from the rates of another one.
-Rows are taken as long as `population.max_length`, every token as learned.
+The program traces the config's round from shapes. It prints the parameters, the
+bytes of every kind, the clients that fit at once, the bytes sent, the
+operations, and the time, either from a short measurement on this machine or
+from the rates of another one. It assumes rows of `population.max_length` tokens
+and a loss on every token.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from fedjax_llm.types import Error
 
 _UNITS = {'': 1, 'K': 10**3, 'M': 10**6, 'G': 10**9, 'T': 10**12}
 
-# What may be changed where memory does not suffice, mildest first.
+# Settings to change where memory does not suffice, the mildest first.
 _KNOBS = (
   ('block_size', lambda s: max(s.block // 2, 1)),
   ('block_size', lambda s: 1),
@@ -37,50 +38,50 @@ _KNOBS = (
 
 
 def size(text: str) -> int:
-  """Bytes: a number with K, M, G or T, decimal or, with an i, binary.
+  """Returns the bytes of a size with K, M, G or T; with an i it is binary.
 
   >>> size('16GB'), size('1.5 GiB'), size('4096')
   (16000000000, 1610612736, 4096)
   """
-  found = re.fullmatch(r'([\d.]+(?:e\d+)?)\s*([KMGT]?)(i?)B?', text.strip())
-  if not found:
+  match = re.fullmatch(r'([\d.]+(?:e\d+)?)\s*([KMGT]?)(i?)B?', text.strip())
+  if not match:
     raise Error(f'--memory {text} is no size such as 16GB or 16GiB.')
-  number, unit, binary = found.groups()
+  number, unit, binary = match.groups()
   each = 1024 ** 'KMGT'.find(unit) * 1024 if binary else _UNITS[unit]
   return int(float(number) * each)
 
 
 def run(argv: Sequence[str]) -> str:
-  """The plan as text."""
-  given = _arguments(argv)
-  conf, settings = given.conf, config.settings(given.conf, SPEC)
+  """Returns the plan of a command line as text."""
+  args = _arguments(argv)
+  conf, settings = args.conf, config.settings(args.conf, SPEC)
   read = lambda conf, **more: work.read(
     conf,
-    model=given.model,
-    num_clients=given.clients,
-    devices=given.devices,
+    model=args.model,
+    num_clients=args.clients,
+    devices=args.devices,
     **more,
   )
 
   planned = read(conf)
-  found = work.trace(planned)
+  cost = work.trace(planned)
   sizes, state = planned.sizes, planned.state
   share = settings.mesh_model
   base = costs.num_bytes(planned.base) // share
   rest = planned.arguments - costs.num_bytes(planned.base)
-  need = base + rest + found.temporary
-  limit = size(given.memory) if given.memory else blocks.memory()
+  need = base + rest + cost.temporary
+  limit = size(args.memory) if args.memory else blocks.memory()
 
   alone = work.trace(read(conf, block_size=1)).temporary
   two = work.trace(read(conf, block_size=min(2, sizes.clients))).temporary
   each, fixed = two - alone, base + rest + alone - (two - alone)
-  more = 2 * sizes.clients * given.devices // share
+  more = 2 * sizes.clients * args.devices // share
   wider = read(conf, cohort_size=more, block_size=sizes.block)
-  further = _further(planned, found, wider)
+  further = _further(planned, cost, wider)
   up, down = work.travel(planned)
-  rows = max(given.devices // share, 1)
+  rows = max(args.devices // share, 1)
   rounds = settings.num_rounds
-  flops = sum(found.flops.values()) * rows
+  flops = sum(cost.flops.values()) * rows
 
   count = lambda x: sum(leaf.size for leaf in jax.tree.leaves(x))
   human = lambda n: metrics.human_bytes(round(n))
@@ -109,11 +110,11 @@ def run(argv: Sequence[str]) -> str:
     ),
     (
       'adapters and optimizers at work',
-      human(min(sizes.block * clients, found.temporary)),
+      human(min(sizes.block * clients, cost.temporary)),
     ),
     (
       'activations and all else',
-      human(max(found.temporary - sizes.block * clients, 0)),
+      human(max(cost.temporary - sizes.block * clients, 0)),
     ),
     ('together, a device', human(need)),
     ('a further client in a block', human(each)),
@@ -132,18 +133,18 @@ def run(argv: Sequence[str]) -> str:
     (f'operations, {rounds} rounds', f'{flops * rounds:.3g}'),
   ]
   seconds = None
-  if given.probe:
+  if args.probe:
     seconds = probe.seconds(
       planned, lambda **more: read(conf, block_size=sizes.block, **more)
     )
     table.append(('a round, as measured here', _time(seconds)))
-  elif given.peak:
-    at_peak = flops / (given.peak * given.devices)
+  elif args.peak:
+    at_peak = flops / (args.peak * args.devices)
     reading = 0.0
-    if given.bandwidth:
+    if args.bandwidth:
       passes = 3 if conf['model'].get('remat') == 'full' else 2
       reads = passes * sizes.steps * sizes.num_blocks * base
-      reading = reads / given.bandwidth
+      reading = reads / args.bandwidth
     seconds = max(at_peak, reading)
     by = 'operations' if at_peak >= reading else 'reading the base'
     table.append(('a round, at least', f'{_time(seconds)} ({by})'))
@@ -154,7 +155,7 @@ def run(argv: Sequence[str]) -> str:
   lines = [f'{name:<{width}}  {value}'.rstrip() for name, value in table]
   if limit is not None and need > limit:
     knobs = list(_KNOBS)
-    if given.devices % (2 * share) == 0:
+    if args.devices % (2 * share) == 0:
       knobs.append(('mesh_model', lambda s: 2 * share))
     lines += ['', *_advice(conf, read, need, limit, knobs)]
   return '\n'.join(lines)
@@ -166,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-  """Own flags, and the config that the others make."""
+  """Parses the flags of `plan`, and the others as a config."""
   parser = argparse.ArgumentParser(
     prog='plan',
     description=__doc__,
@@ -183,25 +184,25 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
   parser.add_argument('--bandwidth', type=float)
   fields = [word for word in argv if word.startswith('--config.')]
   rest = [word for word in argv if not word.startswith('--config.')]
-  given = command.parse(parser, rest)
+  args = command.parse(parser, rest)
   for name in ('devices', 'clients', 'peak', 'bandwidth'):
-    value = getattr(given, name)
+    value = getattr(args, name)
     if value is not None and value <= 0:
       raise Error(f'--{name} is {value:g}: it must be above 0.')
-  words = ['--config', given.config, '--workdir', os.curdir, *fields]
-  given.conf = config.parse(words, SPEC).config
-  return given
+  words = ['--config', args.config, '--workdir', os.curdir, *fields]
+  args.conf = config.parse(words, SPEC).config
+  return args
 
 
-def _further(planned: work.Work, found: costs.Costs, wider: work.Work) -> float:
-  """Bytes that a client more in the cohort costs, its texts included."""
-  grown = work.trace(wider).temporary - found.temporary
+def _further(planned: work.Work, cost: costs.Costs, wider: work.Work) -> float:
+  """Returns the bytes of one more client in the cohort, texts included."""
+  grown = work.trace(wider).temporary - cost.temporary
   grown += wider.arguments - planned.arguments
   return grown / max(wider.sizes.clients - planned.sizes.clients, 1)
 
 
 def _advice(conf, read, need: int, limit: int, knobs) -> list[str]:
-  """What would help most, tried out one at a time."""
+  """Returns the settings that save most memory, each tried alone, as lines."""
   human = lambda n: metrics.human_bytes(round(n))
   sizes = read(conf).sizes
   outcomes = []
@@ -211,7 +212,7 @@ def _advice(conf, read, need: int, limit: int, knobs) -> list[str]:
       changed, _ = config.override(conf, [(field, value)], SPEC)
       tried = read(changed)
     except Error:
-      continue  # of another model or method
+      continue  # this model or method has no such setting
     base = costs.num_bytes(tried.base)
     split = changed.get('mesh_model') or 1
     total = base // split + tried.arguments - base + work.trace(tried).temporary

@@ -1,4 +1,4 @@
-"""How long a round takes here, from a short piece of it."""
+"""The time of a round on this machine, measured on a short part of it."""
 
 import statistics
 import time
@@ -13,11 +13,12 @@ from fedjax_llm.plan import work
 
 
 def seconds(planned: work.Work, read: Callable[..., work.Work]) -> float:
-  """Seconds of a round on one device of this kind.
+  """Returns the seconds of a round on one device of this kind.
 
-  `read(num_layers=, num_steps=, cohort_size=)` is the same config's work. One
-  step of one block of clients is timed on random weights, with one layer and
-  with two: time is linear in layers, steps and blocks.
+  `read(num_layers=, num_steps=, cohort_size=)` returns the work of a smaller
+  round of the same config. One step of one block of clients is timed on random
+  weights, with one layer and with two; time is linear in layers, steps and
+  blocks.
   """
   sizes = planned.sizes
   depth = planned.model.config.num_layers
@@ -31,7 +32,7 @@ def seconds(planned: work.Work, read: Callable[..., work.Work]) -> float:
 
 
 def _step(small: work.Work) -> float:
-  """The median of three runs, after one that compiles."""
+  """Returns the median time of three runs, after one that compiles."""
   rng = np.random.default_rng(0)
 
   def fill(x: Any) -> Any:

@@ -1,6 +1,6 @@
 """The shapes of well-known models, as their authors published them.
 
-So that a plan needs neither weights nor a network: fields of `config.json`.
+They are fields of `config.json`: with them a plan needs no download.
 """
 
 from typing import Any
@@ -51,7 +51,7 @@ def _sizes(shared, width, inner, layers, heads, kv_heads, **more):
   }
 
 
-# Without the ending of a tuned copy ('-Instruct', '-Chat ...').
+# A name without the ending of a tuned copy ('-Instruct', '-Chat ...').
 CONFIGS: dict[str, dict[str, Any]] = {
   'meta-llama/Llama-3.2-1B': _sizes(
     _LLAMA3, 2048, 8192, 16, 32, 8, head_dim=64, tie_word_embeddings=True
@@ -74,9 +74,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def find(name: str) -> dict[str, Any] | None:
-  """The fields of a model on the hub, or of the one that it was tuned from.
+  """Returns the fields of a hub model, or of the model it was tuned from.
 
-  A folder named after the model will do.
+  A local path that ends in the model's name is accepted. None: unknown.
 
   >>> find('meta-llama/Llama-3.2-1B-Instruct')['num_hidden_layers']
   16

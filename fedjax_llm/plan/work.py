@@ -1,4 +1,7 @@
-"""A config's round as shapes: traced, never run."""
+"""The round of a config as shapes: traced, never run.
+
+`read` returns a `Work`; `trace` counts its operations and memory.
+"""
 
 import json
 import math
@@ -28,7 +31,7 @@ from fedjax_llm.types import (
 
 
 class Sizes(NamedTuple):
-  """Axes of a round on one device: K, m, S, B, T."""
+  """The sizes of the axes K, m, S, B, T of a round on one device."""
 
   clients: int
   block: int
@@ -42,7 +45,7 @@ class Sizes(NamedTuple):
 
 
 class Work(NamedTuple):
-  """A round: the method and the shapes of all that it reads."""
+  """A round: its method and the shapes of all its inputs."""
 
   algorithm: FederatedAlgorithm
   state: Any
@@ -50,34 +53,34 @@ class Work(NamedTuple):
   base: Any
   sizes: Sizes
   optimizer: Any  # shapes of one client's optimizer state
-  profiles: Any  # of the first clients
+  profiles: Any  # the profiles of the first clients
   model: load.LoadedModel
   light: FederatedAlgorithm  # the same method on a loss without a model
   filled: Callable[[int, int, int, int], Any]  # K, S, B, T -> full batches
 
   @property
   def arguments(self) -> int:
-    """Bytes of all inputs."""
+    """Returns the bytes of all inputs."""
     return costs.num_bytes((self.state, self.cohort, self.base))
 
 
 def network(
   section: Mapping[str, Any],
-  given: str = '',
+  name_or_path: str = '',
   labels: Any = None,
   num_layers: int | None = None,
 ) -> load.LoadedModel:
-  """The model of a config with shapes for weights.
+  """Returns the model of a config, with shapes for weights.
 
-  `given` names another one: a directory, a `config.json`, a hub name whose
-  shapes are known (`published`), or ''. `num_layers` leaves out later ones.
+  `name_or_path` names another one: a directory, a `config.json`, a hub name of
+  known shapes (`published`), or ''. `num_layers` keeps the first layers.
 
   Raises:
-    Error: nothing is known of the name.
+    Error: the shapes of that name are not known.
   """
   section = dict(section)
   name = section.pop('name')
-  if name != 'pretrained' and not given:
+  if name != 'pretrained' and not name_or_path:
     build = getattr(models, name, None)
     if build is None:
       raise Error(f'model.name is {name!r}: give --model, a directory.')
@@ -86,15 +89,15 @@ def network(
       more = {'vocab_size': 259, 'eos_ids': (258,)}
     if num_layers:
       section['num_layers'] = num_layers
-    found: list[load.LoadedModel] = []
+    drawn: list[load.LoadedModel] = []
 
     def init():
-      found.append(build(**{**more, **section}))
-      return found[0].base
+      drawn.append(build(**{**more, **section}))
+      return drawn[0].base
 
     base = jax.eval_shape(init)
-    return found[0]._replace(base=base)
-  path = given or section.pop('path', '')
+    return drawn[0]._replace(base=base)
+  path = name_or_path or section.pop('path', '')
   section.pop('path', None)
   read = config_of(path, labels)
   if num_layers:
@@ -118,7 +121,7 @@ def network(
 
 
 def config_of(path: str, labels: Any = None) -> Any:
-  """The network's configuration, from here or from what was published."""
+  """Returns the network's configuration, from a directory or `published`."""
   folder = pathlib.Path(path).expanduser()
   if folder.name == 'config.json':
     folder = folder.parent
@@ -148,17 +151,17 @@ def read(
   num_steps: int | None = None,
   num_layers: int | None = None,
 ) -> Work:
-  """The round of a checked config, as shapes.
+  """Returns the round of a checked config as shapes.
 
-  What only the texts could tell is taken at its largest: rows are as long as
-  `population.max_length`, every token is learned, no step is padding.
+  Sizes that depend on the texts take their largest values: rows are as long as
+  `population.max_length`, every token has a loss, no step is padding.
 
   Args:
-    conf: as `config.parse` gives it.
+    conf: a config, as `config.parse` returns it.
     model: see `network`.
-    num_clients: N, where the config does not tell.
-    devices: of which `mesh_model` share a copy of the base; K, and with it the
-      result, is that of one row of them.
+    num_clients: N, where the config does not set it.
+    devices: the number of devices, of which `mesh_model` share a copy of the
+      base; K and the result are those of one row of devices.
     cohort_size, block_size, num_steps, num_layers: instead of the config's.
 
   Raises:
@@ -187,7 +190,7 @@ def read(
     K = N
   if not K:
     raise Error(
-      'clients.name=full takes everybody, and the config does not tell how '
+      'clients.name=full takes all clients, and the config does not set how '
       'many there are: give --clients.'
     )
   row = full['cohort']
@@ -255,16 +258,16 @@ def read(
 def batches_of(
   task: tasks.Task, shape: tuple[int, int, int, int], vocab_size: int
 ) -> Any:
-  """Batches [K, S, B, ...] of made-up examples as long as T allows, in NumPy.
+  """Returns NumPy batches [K, S, B, ...] of artificial examples of length T.
 
   Raises:
-    Error: the task makes up no example.
+    Error: the task has no artificial example.
   """
   K, S, B, T = shape
   if task.example is None:
     raise Error(
-      'task.name: this task has no `example(length, vocab_size)`, so nobody '
-      'knows the shapes of its batches before a run.'
+      'task.name: this task has no `example(length, vocab_size)`, so the '
+      'shapes of its batches are not known before a run.'
     )
   one = task.example(T, vocab_size)
   step = batching.bounded(task.collate([one], T, 0)([[one]] * B))
@@ -304,7 +307,7 @@ def _floats(params: Any) -> Any:
 
 
 def trace(work: Work) -> costs.Costs:
-  """What one round of one device row computes and needs."""
+  """Returns the operations and the memory of one round of a device row."""
   program = jax.make_jaxpr(work.algorithm.round)(
     work.state, work.cohort, work.base
   )
@@ -312,15 +315,15 @@ def trace(work: Work) -> costs.Costs:
 
 
 def travel(work: Work) -> tuple[float, float]:
-  """Bytes up and down of a round, as the method itself counts them.
+  """Returns the bytes up and down of a round, counted by the method itself.
 
-  Two rounds of at most eight clients on one token, with a loss that no model
-  is needed for: what a method sends may alternate, and may differ by client.
+  It runs two rounds of at most eight clients on one token, with a loss that
+  needs no model, since methods may alternate uploads or differ by client.
   """
   K, S = work.sizes.clients, work.sizes.steps
   k = min(K, 8)
   algorithm = work.light
-  # Values do not matter, but that they are no zeros and no duplicates.
+  # Any values do that are not zero and not equal.
   rng = np.random.default_rng(0)
 
   def fresh(x):
@@ -332,7 +335,7 @@ def travel(work: Work) -> tuple[float, float]:
   state = jax.tree.map(
     lambda x: jax.random.key(0) if keyed(x) else fresh(x), work.state
   )
-  if algorithm.plan is not None:  # what clients get is part of what travels
+  if algorithm.plan is not None:  # the plan sets the downloads
     state = algorithm.plan(state)
   cohort = Cohort(
     ids=jnp.arange(k, dtype=jnp.int32),

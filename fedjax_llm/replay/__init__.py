@@ -1,14 +1,14 @@
-"""Computes a recorded round again, also without a client, and client values.
+"""Computes a recorded round again, without a client, or with client values.
 
     python -m fedjax_llm.replay --workdir DIR --round N
     python -m fedjax_llm.replay --workdir DIR --round N --without CLIENT
     python -m fedjax_llm.replay --workdir DIR --round N --values shapley
 
 The round is computed from the nearest checkpoint before it, with the same keys,
-texts and client states, and compared with what metrics.jsonl says of it. A run
-keeps its last `keep_checkpoints` checkpoints, so rounds before these are
-reached from the start of the run, all rounds between included. Nothing in the
-folder changes. `before` and `play` are the same for notebooks.
+texts and client states, and compared with its record in metrics.jsonl. A run
+keeps its last `keep_checkpoints` checkpoints; a round before these is reached
+by computing all rounds from the start of the run. Nothing in the folder
+changes. In notebooks, use `before` and `play`.
 """
 
 from fedjax_llm.replay.moments import Moment as Moment

@@ -1,4 +1,7 @@
-"""The moment before a round of a run, made again from the folder of the run."""
+"""Restores the state before a round of a run, from the folder of the run.
+
+`before` returns a `Moment`; `play` computes its round.
+"""
 
 import json
 import pathlib
@@ -39,23 +42,23 @@ class Moment(NamedTuple):
 
   built: experiment.Experiment
   algorithm: FederatedAlgorithm
-  round: int  # that comes next, from 1
-  begun: int  # the round whose checkpoint led here; 0: the start
-  kept: list[int]  # rounds of which there are checkpoints
+  round: int  # the next round, from 1
+  begun: int  # the round of the checkpoint that was used; 0: the start
+  kept: list[int]  # rounds with a checkpoint
   state: ServerState
-  store: clients.store.Store  # what clients keep; on the disk nothing changes
+  store: clients.store.Store  # private client states; the disk is not changed
   step: Callable[..., Any]  # the compiled round
-  record: Mapping[str, Any]  # what metrics.jsonl says of the round
+  record: Mapping[str, Any]  # the round's record in metrics.jsonl
 
   def people(self, number: int | None = None) -> tuple[Draw, Cohort]:
-    """Who takes part, with their texts and what they keep."""
+    """Returns the draw and the cohort of a round, with client states."""
     number = self.round if number is None else number
     draw, cohort = self.built.assemble(number - 1)
     return draw, cohort._replace(states=self.store.gather(draw.ids))
 
 
 def before(path: str, number: int, *, trusted: bool = False) -> Moment:
-  """The moment before a round of a run, from the folder of the run.
+  """Returns the `Moment` before a round of a run.
 
   Args:
     path: the workdir of a run that is finished or was interrupted.
@@ -64,9 +67,9 @@ def before(path: str, number: int, *, trusted: bool = False) -> Moment:
       followed.
 
   Raises:
-    Error: no folder of a run, one at work, on other texts, or without a record
-      of that round; no checkpoint before it is undamaged; a function in its
-      config.json that is none of the project's.
+    Error: the folder holds no run, or one at work, on other texts, or without a
+      record of that round; all checkpoints before it are damaged; config.json
+      names a function outside the project and the run is not `trusted`.
   """
   file = str(pathlib.Path(path) / 'config.json')
   with builders.confined(file, rebuild.TRUST, trusted):
@@ -98,7 +101,7 @@ def _before(path: str, number: int) -> Moment:
   saver = checkpoint.open(room.checkpoints, read_only=True)
 
   def open_store(at: int) -> clients.store.Store:
-    # Before the first round no client has kept anything.
+    # Before the first round no client has a private state.
     states = room.states if at else room.states / 'none'
     return clients.store.open(states, newcomer, at_round=at, read_only=True)
 
@@ -107,12 +110,12 @@ def _before(path: str, number: int) -> Moment:
     if restored.meta.get('data', digest) != digest:
       raise Error(f'{path} holds a run on other texts or clients.')
 
-  found, store = resume.newest(
+  newest, store = resume.newest(
     saver, state, open_store, check, up_to=number - 1
   )
   begun = 0
-  if found is not None:
-    state, begun = found.state, found.round
+  if newest is not None:
+    state, begun = newest.state, newest.round
   moment = Moment(
     built=built,
     algorithm=algorithm,
@@ -140,8 +143,8 @@ def _before(path: str, number: int) -> Moment:
 
 
 def play(moment: Moment, cohort: Cohort) -> tuple[ServerState, Any, RoundInfo]:
-  """One round from the moment: the server's state, clients' states, info."""
-  state = jax.tree.map(jnp.copy, moment.state)  # the step consumes its own
+  """Computes the round; returns server state, client states and `RoundInfo`."""
+  state = jax.tree.map(jnp.copy, moment.state)  # the step donates its input
   cohort = sharding.joined(cohort, moment.built.mesh)  # as `train` does
   state, states, info = moment.step(state, cohort, moment.built.base)
   if moment.algorithm.plan is not None:
@@ -150,7 +153,7 @@ def play(moment: Moment, cohort: Cohort) -> tuple[ServerState, Any, RoundInfo]:
 
 
 def without(cohort: Cohort, row: int) -> Cohort:
-  """The cohort in which the client of a row does not report."""
+  """Returns the cohort in which the client of a row does not report."""
   there = np.arange(len(cohort.ids)) != row
   return cohort._replace(
     valid=np.asarray(cohort.valid) & there,
@@ -161,27 +164,29 @@ def without(cohort: Cohort, row: int) -> Cohort:
 def differences(
   record: Mapping[str, Any], again: Mapping[str, Any]
 ) -> list[str]:
-  """The fields in which two records differ, those of time aside.
+  """Returns the fields in which two records differ, except times.
 
   >>> differences({'a': 1, 'b': 2.5, 'time/round': 3}, {'a': 1, 'b': 2.0})
   ['b was 2.5, is 2.0']
   """
   fields = sorted(x for x in {*record, *again} if not x.startswith('time/'))
-  told = lambda x, field: json.dumps(x[field]) if field in x else 'absent'
+  text = lambda x, field: json.dumps(x[field]) if field in x else 'absent'
   return [
-    f'{field} was {told(record, field)[:40]}, is {told(again, field)[:40]}'
+    f'{field} was {text(record, field)[:40]}, is {text(again, field)[:40]}'
     for field in fields
-    if told(record, field) != told(again, field)
+    if text(record, field) != text(again, field)
   ]
 
 
 def heldout_score(
   built: experiment.Experiment,
 ) -> Callable[[Base, Params], jax.Array]:
-  """Minus the held-out loss in nats a token, as its parts, one a row of text.
+  """Returns a function for minus the held-out loss in nats a token, by row.
+
+  The sum of its results over all rows of text is the score.
 
   Raises:
-    Error: the run holds nothing out.
+    Error: the run has no held-out texts.
   """
   tests = built.tests()
   if not tests.heldout:

@@ -1,4 +1,4 @@
-"""The command: a round again, and what is asked about its clients."""
+"""The program `replay`: computes a round again and reports on its clients."""
 
 import argparse
 import difflib
@@ -54,21 +54,21 @@ def _run(args: argparse.Namespace) -> None:
 
   def replayed(cohort: Cohort, test: bool) -> dict[str, Any]:
     state, states, info = play(moment, cohort)
-    told, _ = narration.left_out(
+    record, _ = narration.left_out(
       metrics.summarise(info), info, draw, built.names, moment.round
     )
     moment.store.scatter(draw.ids, info.reported, states)
-    told |= rates_of(moment.round, rates.num_steps(cohort.batches))
+    record |= rates_of(moment.round, rates.num_steps(cohort.batches))
     if test:
       served = state.params
-      told |= examine(built.base, served, moment.store, built.round_key)
-    return json.loads(metrics.line(moment.round, told))
+      record |= examine(built.base, served, moment.store, built.round_key)
+    return json.loads(metrics.line(moment.round, record))
 
-  # First without the client: what it keeps is then as it was before the round.
+  # First without the client, while its private state is that before the round.
   less = None if row is None else replayed(without(cohort, row), True)
   again = replayed(cohort, tested or less is not None)
-  asked = {x: v for x, v in again.items() if tested or 'evals/' not in x}
-  differ = differences(moment.record, asked)
+  compared = {x: v for x, v in again.items() if tested or 'evals/' not in x}
+  differ = differences(moment.record, compared)
   if not differ:
     print('equal: every number is the one in metrics.jsonl')
   if client is not None and less is not None:
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
   one.add_argument(
     '--values',
     choices=('shapley', 'leave_one_out'),
-    help="what each client's update was worth to the held-out loss",
+    help="the value of each client's update for the held-out loss",
   )
   parser.add_argument(
     '--permutations',
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _row(built: experiment.Experiment, draw: Draw, client: str) -> int:
-  """Where a client stands in the cohort."""
+  """Returns the row of a client in the cohort."""
   there = {
     built.names[i]: row
     for row, i in enumerate(draw.ids.tolist())
@@ -136,24 +136,24 @@ def _whence(moment: Moment) -> str:
   number, begun = moment.round, moment.begun
   kept = ', '.join(map(str, moment.kept)) or 'no round'
   if begun:
-    told = f'round {number}, from the checkpoint of round {begun}'
+    text = f'round {number}, from the checkpoint of round {begun}'
   else:
-    told = f'round {number}, from the start of the run'
+    text = f'round {number}, from the start of the run'
   if begun + 1 < number:
     passed = f'round {begun + 1}'
     if begun + 2 < number:
       passed = f'rounds {begun + 1} to {number - 1}'
-    told += (
+    text += (
       f', with {passed} again (there are checkpoints of {kept}; a run with a '
       'larger keep_checkpoints keeps more)'
     )
-  return told
+  return text
 
 
 def _compared(
   full: Mapping[str, Any], less: Mapping[str, Any], client: str
 ) -> str:
-  """What the tests say with and without a client."""
+  """Returns a table of the evaluations with and without a client."""
   shown = ('loss', 'accuracy', 'client_mean', 'client_worst_10')
   rows = [
     (name.removeprefix('evals/'), full[name], less[name])
@@ -178,38 +178,38 @@ def _compared(
 def _valued(
   moment: Moment, draw: Draw, cohort: Cohort, args: argparse.Namespace
 ) -> str:
-  """A table of what clients were worth."""
+  """Returns a table of the values of clients."""
   built = moment.built
   game = values.of_round(
     moment.algorithm, moment.state, cohort, built.base, heldout_score(built)
   )
   present = np.asarray(cohort.valid)
   if args.values == 'shapley':
-    given = {'num_permutations': args.permutations, 'seed': args.seed}
-    given = {k: v for k, v in given.items() if v is not None}
-    found = values.shapley(game, present, **given)
+    keywords = {'num_permutations': args.permutations, 'seed': args.seed}
+    keywords = {k: v for k, v in keywords.items() if v is not None}
+    result = values.shapley(game, present, **keywords)
   else:
-    found = values.leave_one_out(game, present)
+    result = values.leave_one_out(game, present)
   share = cohort.weight / max(float(np.sum(cohort.weight)), 1e-30)
-  order = [k for k in np.argsort(-found.value) if present[k]]
+  order = [k for k in np.argsort(-result.value) if present[k]]
   rows = [
     (
       narration.printable(built.names[int(draw.ids[k])]),
-      f'{found.value[k]:+.6f}',
-      f'+-{found.margin[k]:.6f}' if found.margin[k] else 'exact',
+      f'{result.value[k]:+.6f}',
+      f'+-{result.margin[k]:.6f}' if result.margin[k] else 'exact',
       float(share[k]),
     )
     for k in order
   ]
   header = ('client', 'value', '95 %', 'weight')
-  gain = found.all - found.none
+  gain = result.all - result.none
   return '\n'.join(
     [
       f'{args.values}: how far an update lowered the held-out loss, nats/token '
-      f'({found.num_subsets} subsets of {len(order)} clients)',
+      f'({result.num_subsets} subsets of {len(order)} clients)',
       metrics.table(rows, header),
-      f'together {gain:+.6f}: from {-found.none:.6f} to {-found.all:.6f}; '
-      f'the values add up to {found.value.sum():+.6f}',
+      f'together {gain:+.6f}: from {-result.none:.6f} to {-result.all:.6f}; '
+      f'the values add up to {result.value.sum():+.6f}',
     ]
   )
 

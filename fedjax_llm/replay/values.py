@@ -1,8 +1,8 @@
-"""What clients are worth in one round: games over who takes part.
+"""The values of clients in one round: games over the set of participants.
 
-A game is a function `value(masks [M, K]) -> [M]`: how good the outcome is if
-the clients of each mask take part. `of_round` makes one of a round; the
-solution concepts here take any.
+A game is a function `value(masks [M, K]) -> [M]`: the score of the outcome if
+only the clients of each mask take part. `of_round` returns the game of a round;
+`leave_one_out` and `shapley` compute values of any game.
 """
 
 import itertools
@@ -28,13 +28,13 @@ _ORDER = 311  # purpose of the random stream: orders in which clients join
 
 
 class Values(NamedTuple):
-  """Values of the K rows of a cohort; rows of nobody have 0."""
+  """Values of the K rows of a cohort; padding rows have 0."""
 
   value: np.ndarray  # [K] float64
   margin: np.ndarray  # [K] half of the 95 % interval, 0 where exact
-  none: float  # the game without anybody
-  all: float  # the game with everybody
-  num_subsets: int  # of clients that were tried
+  none: float  # the game's value without clients
+  all: float  # the game's value with all clients
+  num_subsets: int  # the number of subsets of clients that were evaluated
 
 
 def of_round(
@@ -47,7 +47,7 @@ def of_round(
   at_once: int = 8,
   at_most: int = 256,
 ) -> Game:
-  """The game of one round: the score of what is served after it.
+  """Returns the game of one round: the score of the model after it.
 
   A client outside of a mask is one that did not report. One program computes
   all masks of a call: local training does not depend on who reports, so under
@@ -55,16 +55,17 @@ def of_round(
   score are computed a mask.
 
   Args:
-    algorithm: any; also rules that are streamed, or not linear.
-    state: before the round.
-    cohort: of the round, with the states of its clients. Rows that are not
-      valid never take part.
+    algorithm: any algorithm, also with streamed or nonlinear rules.
+    state: the server's state before the round.
+    cohort: the cohort of the round, with the states of its clients. Rows that
+      are not valid never take part.
     base: the frozen weights.
-    score: `(base, params) -> [...]`, whose sum, taken in float64, is the
-      value: high is good. The negative loss of each held-out row, for one.
-    at_once: masks whose score is computed together.
-    at_most: masks a program; where there are more, the program runs again,
-      training included. Memory holds that many adapters.
+    score: `(base, params) -> [...]`; its sum, taken in float64, is the value,
+      and higher is better. An example is the negative loss of each held-out
+      row.
+    at_once: the number of masks scored together.
+    at_most: the number of masks a program; for more masks the program runs
+      again, training included. Memory holds that many adapters.
 
   >>> import jax.numpy as jnp
   >>> from fedjax_llm import recipes, types
@@ -96,23 +97,23 @@ def of_round(
   def value(masks: np.ndarray) -> np.ndarray:
     masks = np.asarray(masks, bool)
     num, size = len(masks), min(len(masks), at_most)
-    # The last part is filled up, so that all parts are one program.
+    # The last part is padded, so that all parts share one program.
     parts = [np.arange(at, at + size) % num for at in range(0, num, size)]
-    told = [
+    sums = [
       np.asarray(scores(masks[part], state, cohort, base), np.float64)
       for part in parts
     ]
-    return np.concatenate([x.reshape(size, -1).sum(1) for x in told])[:num]
+    return np.concatenate([x.reshape(size, -1).sum(1) for x in sums])[:num]
 
   return value
 
 
 def leave_one_out(game: Game, present: Any) -> Values:
-  """What is lost without one client: v(all) - v(all without k).
+  """Returns each client's leave-one-out value: v(all) - v(all without k).
 
   Args:
     game: a function of masks.
-    present: [K], who takes part.
+    present: [K], true for the clients that take part.
 
   >>> found = leave_one_out(lambda masks: masks.sum(1) ** 2.0, [1, 1, 1])
   >>> found.value.tolist()
@@ -133,25 +134,25 @@ def leave_one_out(game: Game, present: Any) -> Values:
 def shapley(
   game: Game, present: Any, *, num_permutations: int = 200, seed: int = 0
 ) -> Values:
-  """A client's mean contribution over the orders in which clients may join.
+  """Returns Shapley values: mean contributions over the orders of joining.
 
       phi_k = E over orders of v(those before k, and k) - v(those before k)
 
   Shapley 1953; for data, Ghorbani and Zou 2019, arXiv 1904.02868, algorithm 1
-  without truncation. Values add up to v(all) - v(none), and clients that
-  contribute alike are worth the same. The mean over `num_permutations` random
+  without truncation. Values add up to v(all) - v(none), and clients with equal
+  contributions have equal values. The mean over `num_permutations` random
   orders has the 95 % interval +- 1.96 standard errors. Where n clients have so
   few subsets that these orders might see all 2^n, the values are computed from
   all of them, exactly.
 
   Args:
     game: a function of masks; it is called once, with each subset once.
-    present: [K], who takes part.
-    num_permutations: random orders.
-    seed: of the orders.
+    present: [K], true for the clients that take part.
+    num_permutations: the number of random orders.
+    seed: the seed of the orders.
 
   Raises:
-    Error: fewer than two permutations.
+    Error: `num_permutations` is below 2.
 
   >>> found = shapley(lambda masks: masks.sum(1) ** 2.0, [1, 1, 1, 0])
   >>> found.value.tolist(), found.num_subsets
@@ -167,7 +168,7 @@ def shapley(
     return _all_subsets(game, present, players)
   rng = np.random.default_rng((seed, _ORDER))
   orders = np.stack([rng.permutation(num) for _ in range(num_permutations)])
-  place = np.argsort(orders, axis=1)  # [P, n], when each one joins
+  place = np.argsort(orders, axis=1)  # [P, n], the position of each client
   joined = place[:, None, :] < np.arange(num + 1)[:, None]  # [P, n + 1, n]
   masks = np.zeros((num_permutations, num + 1, len(present)), bool)
   masks[..., players] = joined
@@ -189,7 +190,10 @@ def shapley(
 def _all_subsets(
   game: Game, present: np.ndarray, players: np.ndarray
 ) -> Values:
-  """phi_k = sum_S |S|! (n - |S| - 1)! / n! (v(S and k) - v(S)), k not in S."""
+  """Returns exact Shapley values, from all subsets.
+
+  phi_k = sum_S |S|! (n - |S| - 1)! / n! (v(S and k) - v(S)), k not in S
+  """
   num = len(players)
   subsets = np.array(list(itertools.product([False, True], repeat=num)))
   masks = np.zeros((len(subsets), len(present)), bool)
@@ -198,7 +202,7 @@ def _all_subsets(
   value = np.zeros(len(present))
   before = subsets.sum(1)
   for k, player in enumerate(players):
-    # Subsets count in binary: with k, one lies a power of two further.
+    # Subsets are binary numbers: adding client k adds a power of two.
     without = np.flatnonzero(~subsets[:, k])
     gains = worth[without + 2 ** (num - 1 - k)] - worth[without]
     share = [1 / (num * math.comb(num - 1, int(s))) for s in before[without]]

@@ -2,7 +2,7 @@
 
     python -m fedjax_llm.report WORKDIR [WORKDIR ...] --out report.html
 
-In a notebook, where a figure shows itself:
+In a notebook, which displays the figure:
 
     report.figures(['runs/a', 'runs/b'])['loss-rounds']
 """
@@ -19,14 +19,15 @@ __all__ = ['Run', 'figures', 'page', 'read', 'write']
 
 
 def page(paths: Paths, *, refresh: int | None = None) -> str:
-  """The report of these runs as one HTML page.
+  """Returns the report of these runs as one HTML page.
 
   Args:
     paths: the workdir of a run or several, or the folder of a sweep.
-    refresh: seconds after which the page loads itself again; None: never.
+    refresh: seconds after which the page reloads; None: never.
 
   Raises:
-    Error: no such folder, no run in it, a damaged file; no matplotlib.
+    Error: the folder does not exist or holds no run, a file is damaged, or
+      matplotlib is missing.
 
   >>> page('runs/nowhere')
   Traceback (most recent call last):
@@ -36,9 +37,9 @@ def page(paths: Paths, *, refresh: int | None = None) -> str:
 
 
 def figures(paths: Paths) -> dict[str, Any]:
-  """The same figures by name, as matplotlib figures.
+  """Returns the figures of the report by name, as matplotlib figures.
 
-  What the runs do not have is not among them. Raises what `page` raises.
+  Figures without data in these runs are left out. Raises the errors of `page`.
   """
   runs = read(paths)
   return {
@@ -54,12 +55,13 @@ def write(
   figures: str | pathlib.Path | None = None,
   refresh: int | None = None,
 ) -> list[Run]:
-  """Writes the page, and its figures as PNG files, each whole or not at all.
+  """Writes the page, and its figures as PNG files, each atomically.
 
   Args:
     paths: as for `page`.
     out: the HTML file.
-    figures: a folder; beside `out`, its name with '_files', if None.
+    figures: the folder of the figures; None: beside `out`, its name with
+      '_files'.
     refresh: as for `page`.
 
   Returns:

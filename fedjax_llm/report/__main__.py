@@ -1,4 +1,4 @@
-"""Reports of runs, once or for as long as they go on."""
+"""The program `report`: writes a report once, or until all runs have ended."""
 
 import argparse
 import pathlib
@@ -11,7 +11,7 @@ from fedjax_llm.report.runs import FILES, Run, find
 from fedjax_llm.run import command, signals, workdir
 from fedjax_llm.types import Error
 
-_TABLE = 'table.json'  # what a sweep writes at its end
+_TABLE = 'table.json'  # a sweep writes it at its end
 
 
 def run(
@@ -29,7 +29,7 @@ def run(
       _watch(args.workdir, write, args.every, wait)
     except KeyboardInterrupt:
       signals.heeded()
-      write()  # a page that no longer loads itself again
+      write()  # a page that no longer reloads
   else:
     _say(write())
   print(args.out)
@@ -55,17 +55,17 @@ def _watch(
 
 
 def _swept(path: str) -> bool:
-  """Whether a sweep has written its table: no run will be added."""
+  """Returns True if a sweep has written its table, so no run will follow."""
   folder = pathlib.Path(path)
   return not (folder / 'sweep.json').exists() or (folder / _TABLE).exists()
 
 
 def state(paths: Sequence[str]) -> list[tuple[str, int, int]]:
-  """What changes whenever there is something new to report."""
+  """Returns the times and sizes of the files that a report reads."""
   files = [folder / name for folder in find(paths) for name in FILES]
   files += [pathlib.Path(path) / _TABLE for path in paths]
-  told = [(str(file), file.stat()) for file in files if file.exists()]
-  return [(name, stat.st_mtime_ns, stat.st_size) for name, stat in told]
+  stats = [(str(file), file.stat()) for file in files if file.exists()]
+  return [(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats]
 
 
 def _say(runs: Sequence[Run]) -> None:
@@ -86,9 +86,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
   add('workdir', nargs='+', metavar='WORKDIR', help=folders)
   out = pathlib.Path('report.html')
   add('--out', type=pathlib.Path, default=out, metavar='FILE')
-  where = "for the figures; beside FILE, its name with '_files', if not given"
+  where = "for the figures; by default beside FILE, its name with '_files'"
   add('--figures', type=pathlib.Path, metavar='DIR', help=where)
-  until = 'write again whenever a run tells more, until all are finished'
+  until = 'write again whenever a run has new records, until all are finished'
   add('--watch', action='store_true', help=until)
   often = 'seconds between two looks'
   add('--every', type=int, default=5, metavar='SECONDS', help=often)

@@ -1,4 +1,7 @@
-"""What a report says, in the order of a round: pictures, tables, sentences."""
+"""The contents of a report, in the order of a round.
+
+`sections` returns its pictures, tables and sentences.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,7 +22,7 @@ class Section(NamedTuple):
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-  """The whole report; what a run does not have is said in words."""
+  """Returns the whole report; a sentence stands for each missing item."""
   unit = runs[0].unit
   return [
     Section(
@@ -120,5 +123,5 @@ def _aggregation(runs: Sequence[Run]) -> list[Item]:
 
 
 def pictures(runs: Sequence[Run]) -> list[Picture]:
-  found = [item for section in sections(runs) for item in section.items]
-  return [item for item in found if isinstance(item, Picture)]
+  items = [item for section in sections(runs) for item in section.items]
+  return [item for item in items if isinstance(item, Picture)]

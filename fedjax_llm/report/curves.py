@@ -1,4 +1,4 @@
-"""Pictures of lines: losses and other numbers of the rounds, and by layer."""
+"""Line charts: losses and other metrics by round, and by layer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,11 +10,11 @@ from fedjax_llm.report.runs import Run, said
 from fedjax_llm.run import metrics
 
 Line = tuple[Key, Curve]
-_NAMED = 6  # lines that the words of a figure go into
+_NAMED = 6  # lines described in a figure's alternative text
 _WHOLE = ('rounds', 'layers')
-_MARKED = 25  # points of a line above which they are not marked
+_MARKED = 25  # the largest number of points of a line with markers
 
-# Of a single run.
+# Charts of a single run.
 _LOSSES = {
   'local/loss': Key('training', COLOURS[9], 'dotted'),
   'evals/heldout/loss': Key('held-out texts', COLOURS[0]),
@@ -24,7 +24,7 @@ _LOSSES = {
 
 
 def losses(runs: Sequence[Run]) -> list[Picture | str]:
-  """Loss against rounds, tokens and bytes; accuracy."""
+  """Returns charts of loss by rounds, tokens and bytes, and of accuracy."""
   unit = runs[0].unit
   label = f'loss, nats a {unit}'
   axes = {
@@ -47,7 +47,7 @@ def losses(runs: Sequence[Run]) -> list[Picture | str]:
       ]
       if silent:
         made.append(said('Loss against bytes: nothing travels', silent, runs))
-    if axis != 'rounds':  # the start alone is no curve
+    if axis != 'rounds':  # a curve needs more than the start
       lines = [line for line in lines if line[1].x[-1] > 0]
     if _curved(lines):
       keys = [key for key, _ in lines] if len(runs) == 1 else []
@@ -69,14 +69,14 @@ def losses(runs: Sequence[Run]) -> list[Picture | str]:
 
 
 def _curved(lines: Sequence[Line]) -> bool:
-  """Whether one of them is more than a point."""
+  """Returns True if a line has more than one point."""
   return any(len(line.x) > 1 for _, line in lines)
 
 
 def rounds(
   runs: Sequence[Run], *, field: str, name: str, title: str, label: str
 ) -> list[Picture | str]:
-  """One field of all runs, against rounds; and which of them lack it."""
+  """Returns a chart of one field by round, and notes on runs without it."""
   lines = _of_each(runs, field)
   made = [_picture(name, title, 'rounds', label, lines)] if lines else []
   return [*made, *_lacking(runs, lines, title)]
@@ -85,17 +85,17 @@ def rounds(
 def layers(
   runs: Sequence[Run], *, field: str, name: str, title: str, label: str
 ) -> list[Picture | str]:
-  """A field that has a number a layer, as the last round told it."""
-  lines, told = [], set()
+  """Returns a chart of a field with a number a layer, from the last record."""
+  lines, rounds = [], set()
   for i, run in enumerate(runs):
-    if found := numbers.last_list(run, field):
-      number, values = found
+    if last := numbers.last_list(run, field):
+      number, values = last
       line = Curve([*range(len(values))], values)
       lines.append((run_key(i, run.label), line))
-      told.add(number)
+      rounds.add(number)
   made = []
   if lines:
-    after = f'after round {told.pop()}' if len(told) == 1 else 'at the end'
+    after = f'after round {rounds.pop()}' if len(rounds) == 1 else 'at the end'
     words = 'layer, from the input on'
     whole = f'{title}, {after}'
     made.append(_picture(name, whole, words, label, lines, 'layers'))
@@ -141,13 +141,13 @@ def _picture(
   def place(x: float) -> str:
     return f'{axis[:-1]} {x:.0f}' if axis in _WHOLE else _amount(x, axis)
 
-  told = []
+  parts = []
   for key, (x, y) in lines[:_NAMED]:
     ends = [0, -1] if len(y) > 1 else [0]
     points = ', '.join(f'{y[i]:.4g} at {place(x[i])}' for i in ends)
-    told.append(f'{key.label}: {points}')
+    parts.append(f'{key.label}: {points}')
   more = f'; and {len(lines) - _NAMED} more' if len(lines) > _NAMED else ''
-  alt = f'{title}. {"; ".join(told)}{more}.'
+  alt = f'{title}. {"; ".join(parts)}{more}.'
 
   def draw(axes: Any) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -172,6 +172,6 @@ def _picture(
 
 
 def _amount(x: float, axis: str) -> str:
-  """Bytes or tokens, short."""
+  """Returns bytes or tokens as short text."""
   amount = metrics.human_bytes(round(x))
   return amount if axis == 'bytes' else amount.removesuffix('B').strip()

@@ -1,4 +1,4 @@
-"""How figures are drawn: colours, an SVG for the page, a PNG for a paper."""
+"""Draws figures: colours, an SVG for the page, a PNG for a paper."""
 
 import contextlib
 import html
@@ -48,7 +48,7 @@ _RC = {
 
 
 class Key(NamedTuple):
-  """What a line, a bar or a point of this colour stands for."""
+  """An entry of a legend: the label of a colour and dash."""
 
   label: str
   colour: str
@@ -58,11 +58,11 @@ class Key(NamedTuple):
 class Picture(NamedTuple):
   """A figure before it is drawn.
 
-  `draw(axes)` draws it, `alt` says in words what it shows, `keys` explains its
-  colours where these are not those of the runs.
+  `draw(axes)` draws it, `alt` is its alternative text, `keys` explains its
+  colours where they are not the colours of the runs.
   """
 
-  name: str  # of its file, and of its place on the page
+  name: str  # the name of its file, and of its anchor on the page
   title: str
   alt: str
   draw: Callable[[Any], None]
@@ -71,7 +71,7 @@ class Picture(NamedTuple):
 
 
 def run_key(number: int, label: str) -> Key:
-  """Thirty runs can be told apart."""
+  """Returns the key of a run; the first thirty have different styles."""
   dash = DASHES[number // len(COLOURS) % len(DASHES)]
   return Key(label, COLOURS[number % len(COLOURS)], dash)
 
@@ -87,13 +87,13 @@ def _style(salt: str = '') -> Iterator[None]:
     ) from error
   settings: Any = {**_RC, 'svg.hashsalt': salt}
   with matplotlib.rc_context(settings), warnings.catch_warnings():
-    # A browser has letters that the measuring font has not.
+    # The browser may have letters that the measuring font lacks.
     warnings.filterwarnings('ignore', message='Glyph .* missing from font')
     yield
 
 
 def figure(picture: Picture, keys: Sequence[Key] = ()) -> Any:
-  """A matplotlib figure with its title, and the keys below it.
+  """Returns a matplotlib figure with its title, and the keys below it.
 
   Raises:
     Error: matplotlib is not installed.
@@ -106,7 +106,7 @@ def figure(picture: Picture, keys: Sequence[Key] = ()) -> Any:
 
 
 def svg(picture: Picture) -> str:
-  """An `<svg>` element that takes colours and letters from the page around it.
+  """Returns an `<svg>` element with the colours and font of its page.
 
   Its ids begin with the name of the picture.
   """
@@ -132,7 +132,7 @@ def svg(picture: Picture) -> str:
 
 
 def png(picture: Picture, keys: Sequence[Key] = ()) -> bytes:
-  """The same on white, title and keys included, 200 dots an inch."""
+  """Returns a PNG on white, with title and keys, 200 dots an inch."""
   out = io.BytesIO()
   drawn = figure(picture, keys)
   with _style():
@@ -168,7 +168,7 @@ def _legend(drawn: Any, keys: Sequence[Key]) -> None:
 
 
 def shortened(text: str, length: int) -> str:
-  """The middle gives way: names of runs differ at their ends.
+  """Returns text cut in the middle, since names of runs differ at their ends.
 
   >>> shortened('abcdefgh', 5)
   'ab…gh'

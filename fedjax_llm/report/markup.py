@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing else, and no script."""
+"""The page of a report: one HTML file without scripts or other files."""
 
 import html
 import time
@@ -13,27 +13,28 @@ from fedjax_llm.report.style import CSS
 from fedjax_llm.report.tables import Samples, Table
 from fedjax_llm.run import narration
 
-_OPEN = 8  # keys that are shown unasked
+_OPEN = 8  # keys that are shown unfolded
 
 
 def render(runs: Sequence[Run], refresh: int | None = None) -> str:
-  """The page as text.
+  """Returns the page as text.
 
   Args:
-    runs: at least one.
-    refresh: seconds after which it loads itself again; None: never.
+    runs: one or more runs.
+    refresh: seconds after which the page reloads; None: never.
   """
   title = runs[0].label if len(runs) == 1 else f'{len(runs)} runs'
   again = ''
   if refresh is not None:
     again = f'<meta http-equiv="refresh" content="{refresh}">\n'
-  found = contents.sections(runs)
+  sections = contents.sections(runs)
   links = ''.join(
-    f'<a href="#{section.name}">{_text(section.title)}</a>' for section in found
+    f'<a href="#{section.name}">{_text(section.title)}</a>'
+    for section in sections
   )
   now = time.strftime('%Y-%m-%d %H:%M:%S')
   live = f', again every {refresh} s' if refresh is not None else ''
-  body = '\n'.join(_section(section, runs) for section in found)
+  body = '\n'.join(_section(section, runs) for section in sections)
   return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -59,7 +60,7 @@ def render(runs: Sequence[Run], refresh: int | None = None) -> str:
 
 
 def _text(text: Any) -> str:
-  """Text that can hold no markup and no control character."""
+  """Returns text with markup and control characters escaped."""
   return html.escape(narration.printable(str(text)))
 
 
@@ -78,9 +79,9 @@ def _section(section: Section, runs: Sequence[Run]) -> str:
       parts.append(_table(item, runs))
     elif isinstance(item, Samples):
       parts.append(_samples(item))
-  said = [item for item in section.items if isinstance(item, str) and item]
-  if said:
-    each = ''.join(f'<li>{_text(text)}</li>' for text in said)
+  notes = [item for item in section.items if isinstance(item, str) and item]
+  if notes:
+    each = ''.join(f'<li>{_text(text)}</li>' for text in notes)
     parts.append(f'<ul class="notes">{each}</ul>')
   inside = '\n'.join(parts)
   name = section.name
@@ -170,11 +171,11 @@ def _cell(cell: Any) -> str:
 
 
 def _samples(samples: Samples) -> str:
-  said = [(['client'], samples.reply), *samples.said]
+  replies = [(['client'], samples.reply), *samples.said]
   each = ''.join(
     f'<div><dt>{_text(", ".join(names))}</dt>'
     f'<dd>{_text(text.strip()) or "<em>nothing</em>"}</dd></div>'
-    for names, text in said
+    for names, text in replies
   )
   return (
     f'<article class="sample"><h3>{_text(samples.client)}</h3>'

@@ -1,4 +1,4 @@
-"""Numbers of runs: curves, losses of clients, differences of configs."""
+"""Data of runs: curves, losses of clients, differences of configs."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from fedjax_llm.report.runs import Run
 from fedjax_llm.run import config
 
-# Says nothing about what a run computes.
+# Fields that do not change the results of a run.
 _SILENT = ('compilation_cache', 'hosts', 'tracking')
 STATIONS = {
   'time/setup': 'setting up',
@@ -21,7 +21,7 @@ AXES = {
   'tokens': ('local/tokens',),
   'bytes': ('uploads/bytes', 'downloads/bytes'),
 }
-SERVED = 'served'  # own models where a run has them, else what all are served
+SERVED = 'served'  # personal models if a run has them, else the shared model
 
 
 class Curve(NamedTuple):
@@ -30,11 +30,11 @@ class Curve(NamedTuple):
 
 
 def value(record: Mapping[str, Any], field: str) -> float | None:
-  """A number that was told, and is finite."""
-  found = record.get(field)
-  if not isinstance(found, int | float) or not math.isfinite(found):
+  """Returns a metric of a record if it is a finite number, else None."""
+  number = record.get(field)
+  if not isinstance(number, int | float) or not math.isfinite(number):
     return None
-  return float(found)
+  return float(number)
 
 
 def total(run: Run, *fields: str) -> float:
@@ -42,16 +42,16 @@ def total(run: Run, *fields: str) -> float:
 
 
 def served(record: Mapping[str, Any], name: str = 'loss') -> float | None:
-  """The held-out loss of what clients are served: their own models, if any."""
+  """Returns the held-out loss of personal models, else of the shared one."""
   own = value(record, f'evals/personal/own/{name}')
   return value(record, f'evals/heldout/{name}') if own is None else own
 
 
 def curve(run: Run, field: str, axis: str = 'rounds') -> Curve:
-  """A field wherever it was told, against rounds, tokens or bytes so far.
+  """Returns a field of all records against rounds, tokens or bytes so far.
 
   `field` may be 'served/loss' or 'served/accuracy'. After its first round a run
-  of own models has points only where these were tested.
+  with personal models has points only in rounds that evaluate them.
   """
   xs, ys, so_far = [], [], 0.0
   where, _, name = field.partition('/')
@@ -65,16 +65,16 @@ def curve(run: Run, field: str, axis: str = 'rounds') -> Curve:
 
 
 def last_list(run: Run, field: str) -> tuple[int, list[float]] | None:
-  """The last list of numbers a field told, and its round."""
+  """Returns the last round with a list of numbers in a field, and the list."""
   for record in reversed(run.records):
-    found = record.get(field)
-    if isinstance(found, list) and found and None not in found:
-      return record['round'], found
+    values = record.get(field)
+    if isinstance(values, list) and values and None not in values:
+      return record['round'], values
   return None
 
 
 class Clients(NamedTuple):
-  """Losses by client, at the first test and at the last one."""
+  """Losses by client, at the first evaluation and at the last one."""
 
   own: bool  # after: each client's own model
   before: Mapping[str, float | None]
@@ -83,13 +83,13 @@ class Clients(NamedTuple):
 
 
 def clients(run: Run) -> Clients | None:
-  """What each client loses on its held-out texts; None: nobody was tested."""
+  """Returns each client's held-out losses; None without evaluations."""
   tested = [r for r in run.records if r.get('evals/heldout/clients')]
   before = tested[0]['evals/heldout/clients'] if tested else {}
   for record in reversed(run.records):
     for kind in ('personal/own', 'heldout'):
-      if found := record.get(f'evals/{kind}/clients'):
-        return Clients(kind != 'heldout', before, found, record['round'])
+      if after := record.get(f'evals/{kind}/clients'):
+        return Clients(kind != 'heldout', before, after, record['round'])
   return None
 
 
@@ -107,27 +107,27 @@ class Change(NamedTuple):
 
 
 def worst(run: Run, num: int | None = None) -> list[Change]:
-  """Clients by their loss, the highest first; what is not finite is worst."""
-  found = clients(run)
-  if found is None:
+  """Returns clients by loss, the highest first; not finite counts as worst."""
+  losses = clients(run)
+  if losses is None:
     return []
   held = (run.sizes or {}).get('clients', {})
   changes = [
-    Change(name, held.get(name, {}).get('examples'), found.before.get(name), x)
-    for name, x in found.after.items()
+    Change(name, held.get(name, {}).get('examples'), losses.before.get(name), x)
+    for name, x in losses.after.items()
   ]
   order = lambda c: -math.inf if c.after is None else -c.after
   return sorted(changes, key=order)[:num]
 
 
 def stations(run: Run) -> dict[str, float]:
-  """Seconds of the whole run by what they were spent on."""
+  """Returns the seconds of the whole run by activity."""
   spent = {title: total(run, field) for field, title in STATIONS.items()}
   return spent if any(spent.values()) else {}
 
 
 def same_clients(runs: Sequence[Run]) -> list[tuple[Mapping, list[Run]]]:
-  """Runs in groups whose clients hold the same, with what these hold."""
+  """Groups runs with the same clients and sizes; returns (sizes, runs)."""
   groups: list[tuple[Mapping, list[Run]]] = []
   for run in runs:
     if run.sizes is None:
@@ -142,17 +142,17 @@ def same_clients(runs: Sequence[Run]) -> list[tuple[Mapping, list[Run]]]:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-  """The fields of the configs in which the runs differ, a cell a run."""
+  """Returns the fields in which the configs differ, a cell for each run."""
   differ: set[str] = set()
   for a, b in itertools.pairwise(runs):
     differ |= set(config.same(a.config, b.config, ignore=_SILENT))
-  # A section that a run does not have is told by its fields.
+  # A section that a run lacks is compared by its fields.
   differ -= {field.rpartition('.')[0] for field in differ}
   return {f: [_cell(run.config, f) for run in runs] for f in sorted(differ)}
 
 
 def everything(run: Run) -> dict[str, str]:
-  """All fields of a config."""
+  """Returns all fields of a config, as text."""
   fields = config.same({}, run.config, ignore=_SILENT)
   return {field: _cell(run.config, field) for field in fields}
 
@@ -166,7 +166,7 @@ def _cell(tree: Any, field: str) -> str:
 
 
 def quantile(values: Iterable[float], q: float) -> float:
-  """Between the two nearest values.
+  """Returns a quantile, interpolated between the two nearest values.
 
   >>> quantile([3, 1], 0.5)
   2.0

@@ -1,4 +1,4 @@
-"""Runs as their folders tell them, finished or not."""
+"""Reads runs from their folders, finished or not."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from fedjax_llm.types import Error
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
-# What a report reads of a run; `--watch` looks at nothing else.
+# The files that a report reads of a run; `--watch` checks only these.
 FILES = (
   *('config.json', 'metrics.jsonl', 'clients.json', 'samples.json'),
   *('report.txt', 'outcome.json'),
@@ -22,11 +22,11 @@ FILES = (
 class Run(NamedTuple):
   """One run.
 
-  `records` has one object a round, from round 0 on; `sizes` (what each client
-  holds) and `samples` (replies) are None where the folder has none.
+  `records` has one object a round, from round 0 on; `sizes` (the texts of each
+  client) and `samples` (replies) are None where the folder has none.
   """
 
-  label: str  # unlike that of the other runs
+  label: str  # different from the labels of the other runs
   path: pathlib.Path
   config: Mapping[str, Any]
   records: Sequence[Mapping[str, Any]]
@@ -36,12 +36,12 @@ class Run(NamedTuple):
 
   @property
   def round(self) -> int | None:
-    """The last round; None: not even the start was tested."""
+    """Returns the last round; None: there is no record."""
     return self.records[-1]['round'] if self.records else None
 
   @property
   def labelled(self) -> bool:
-    """Whether texts are classified."""
+    """Returns True for a classification task."""
     return any('evals/heldout/accuracies' in record for record in self.records)
 
   @property
@@ -50,39 +50,39 @@ class Run(NamedTuple):
 
 
 def find(paths: Paths) -> list[pathlib.Path]:
-  """The folders of runs: those given, and of a sweep all that it holds.
+  """Returns the folders of runs; the folder of a sweep becomes all its runs.
 
   Raises:
-    Error: no such folder, or neither a run nor a sweep.
+    Error: a folder does not exist, or is neither a run nor a sweep.
   """
-  given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-  if not given:
+  folders = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+  if not folders:
     raise Error('a report needs the folder of a run, or of several.')
-  found: list[pathlib.Path] = []
-  for folder in map(pathlib.Path, given):
+  result: list[pathlib.Path] = []
+  for folder in map(pathlib.Path, folders):
     if not folder.exists():
       raise Error(f'{folder}: there is no such folder.')
     if not folder.is_dir():
       raise Error(f'{folder} is a file, not the folder of a run.')
     inside = sorted(path.parent for path in folder.glob('runs/*/config.json'))
     if (folder / 'config.json').is_file():
-      found.append(folder)
+      result.append(folder)
     elif inside:
-      found += inside
+      result += inside
     else:
       raise Error(
         f'{folder} holds no run: there is no config.json in it, nor a sweep '
         'in runs/.'
       )
-  return list({path.resolve(): path for path in found}.values())
+  return list({path.resolve(): path for path in result}.values())
 
 
 def read(paths: Paths) -> list[Run]:
-  """The runs in these folders, each with a label of its own.
+  """Returns the runs in these folders, each with its own label.
 
   Raises:
-    Error: as `find` does, or a file is damaged (a torn last line of
-      `metrics.jsonl`, as a killed run leaves it, is not).
+    Error: as `find` does, or a file is damaged. A torn last line of
+      `metrics.jsonl`, as of a killed run, is no error.
   """
   folders = find(paths)
   return [
@@ -92,21 +92,21 @@ def read(paths: Paths) -> list[Run]:
 
 
 def labels(folders: Sequence[pathlib.Path]) -> list[str]:
-  """The ends of the paths, as long as they must be to differ.
+  """Returns the shortest ends of the paths that differ.
 
   >>> labels([pathlib.Path('/a/x'), pathlib.Path('/b/x')])
   ['a/x', 'b/x']
   """
   parts = [folder.absolute().parts for folder in folders]
   for length in range(1, max(map(len, parts)) + 1):
-    found = ['/'.join(part[-length:]) for part in parts]
-    if len(set(found)) == len(found):
-      return found
+    names = ['/'.join(part[-length:]) for part in parts]
+    if len(set(names)) == len(names):
+      return names
   return list(map(str, folders))
 
 
 def said(text: str, members: Sequence[Run], of: Sequence[Run]) -> str:
-  """A sentence, and of which of the runs it is true."""
+  """Returns a sentence with the labels of the runs for which it is true."""
   names = [run.label for run in members]
   if len(names) == len(of):
     return f'{text}.'
@@ -137,18 +137,18 @@ def _json(file: pathlib.Path) -> Any:
   if not file.is_file():
     return None
   try:
-    found = json.loads(file.read_text(encoding='utf-8'))
+    content = json.loads(file.read_text(encoding='utf-8'))
   except (ValueError, RecursionError) as error:
     raise Error(f'{file} is damaged ({error}).') from error
-  if not isinstance(found, dict):
+  if not isinstance(content, dict):
     raise Error(f'{file} is damaged (it holds no object).')
-  return found
+  return content
 
 
 def _finished(
   folder: pathlib.Path, config: Mapping[str, Any], records: Sequence[Any]
 ) -> bool:
-  if (folder / 'outcome.json').is_file():  # one of a sweep, written last
+  if (folder / 'outcome.json').is_file():  # a run of a sweep; written last
     return True
   last, report = config.get('num_rounds'), folder / 'report.txt'
   if not records or not report.is_file():

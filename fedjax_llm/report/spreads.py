@@ -1,4 +1,4 @@
-"""Pictures of many clients, and of time: boxes, bars and points."""
+"""Charts of many clients, and of time: boxes, bars and points."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -14,32 +14,32 @@ from fedjax_llm.report.drawing import (
 )
 from fedjax_llm.report.runs import Run
 
-_MANY = 400  # points of a run above which only its box is drawn
+_MANY = 400  # the largest number of points of a run that are drawn
 _BEFORE = '#8b919b'
 
 
 def distribution(runs: Sequence[Run]) -> Picture | str:
-  """Held-out losses of the clients: a point each, and their box."""
+  """Returns a chart of clients' held-out losses: points and a box."""
   rows: list[tuple[str, str, list[float]]] = []
-  told, begun = [], []
+  parts, begun = [], []
   for i, run in enumerate(runs):
-    found = numbers.clients(run)
-    if found is None:
+    losses = numbers.clients(run)
+    if losses is None:
       continue
     known = lambda x: [v for v in x.values() if v is not None]
-    before, after = known(found.before), known(found.after)
+    before, after = known(losses.before), known(losses.after)
     name = shortened(run.label, 30)
     # Runs that begin with the same model begin with the same losses.
     if before and before not in begun:
-      whose = '' if len(runs) == 1 else f': {name}'
-      rows.append((f'before training{whose}', _BEFORE, before))
+      suffix = '' if len(runs) == 1 else f': {name}'
+      rows.append((f'before training{suffix}', _BEFORE, before))
       begun.append(before)
-    if after and found.round:
-      own = ', own models' if found.own else ''
-      title = f'{name}{own}, after round {found.round}'
+    if after and losses.round:
+      own = ', own models' if losses.own else ''
+      title = f'{name}{own}, after round {losses.round}'
       rows.append((title, run_key(i, '').colour, after))
       half, most = numbers.quantile(after, 0.5), max(after)
-      told.append(f'{title}: median {half:.4g}, largest {most:.4g}')
+      parts.append(f'{title}: median {half:.4g}, largest {most:.4g}')
   if not rows:
     return 'No client has been tested on held-out texts.'
 
@@ -63,13 +63,13 @@ def distribution(runs: Sequence[Run]) -> Picture | str:
   size = (4.2, 0.75 + 0.5 * len(rows))
   if len(begun) == 1:
     rows[0] = ('before training', *rows[0][1:])
-  more = f'; and {len(told) - 6} more' if len(told) > 6 else ''
-  words = '; '.join(told[:6]) + more if told else 'Before training'
+  more = f'; and {len(parts) - 6} more' if len(parts) > 6 else ''
+  words = '; '.join(parts[:6]) + more if parts else 'Before training'
   return Picture('clients-loss', title, f'{title}. {words}.', draw, size=size)
 
 
 def _box(axes: Any, y: float, values: Sequence[float], colour: str) -> None:
-  """Quartiles as a bar, from the 5 % to the 95 % quantile a line."""
+  """Draws quartiles as a bar, and the 5 % to 95 % quantiles as a line."""
   low, q1, half, q3, high = (
     numbers.quantile(values, q) for q in (0.05, 0.25, 0.5, 0.75, 0.95)
   )
@@ -78,14 +78,14 @@ def _box(axes: Any, y: float, values: Sequence[float], colour: str) -> None:
   axes.barh(y, q3 - q1, 0.3, q1, color=colour, alpha=0.35)
   axes.plot([half, half], [y - 0.16, y + 0.16], color=colour, linewidth=2.4)
   if len(values) <= _MANY:
-    # Golden-ratio steps: neighbours do not lie on one another.
+    # Golden-ratio steps keep neighbouring points apart.
     wobble = [0.24 * ((i * 0.618034) % 1.0 - 0.5) for i in range(len(values))]
     places = [y + w for w in wobble]
     axes.plot(values, places, 'o', color=colour, markersize=2.4, alpha=0.75)
 
 
 def sizes(runs: Sequence[Run]) -> Picture | str:
-  """How many texts the clients train on, the largest client first."""
+  """Returns a chart of the clients' numbers of texts, the largest first."""
   groups = numbers.same_clients(runs)
   counts = [
     (
@@ -97,11 +97,11 @@ def sizes(runs: Sequence[Run]) -> Picture | str:
   ]
   if not counts:
     return 'What each client holds was not recorded (there is no clients.json).'
-  keys, told = [], []
+  keys, parts = [], []
   for number, (values, of) in enumerate(counts):
     who = of[0].label + (f' and {len(of) - 1} more' if len(of) > 1 else '')
     keys.append(run_key(number, who))
-    told.append(
+    parts.append(
       f'{len(values):,} clients hold {sum(values):,} texts, the smallest '
       f'{values[-1]:,}, the median {numbers.quantile(values, 0.5):,.0f}, the '
       f'largest {values[0]:,}'
@@ -126,18 +126,18 @@ def sizes(runs: Sequence[Run]) -> Picture | str:
   return Picture(
     'clients-sizes',
     title,
-    f'{title}. {"; ".join(told[:6])}.',
+    f'{title}. {"; ".join(parts[:6])}.',
     draw,
     keys if len(keys) > 1 else (),
   )
 
 
 def loss_by_size(runs: Sequence[Run]) -> Picture | str:
-  """Whether who holds little is served badly."""
+  """Returns a chart of held-out loss against the texts of a client."""
   points = []
   for i, run in enumerate(runs):
-    found = numbers.clients(run)
-    if any(run.round for run in runs) and not (found and found.round):
+    losses = numbers.clients(run)
+    if any(run.round for run in runs) and not (losses and losses.round):
       continue
     pairs = [
       (change.examples, change.after)
@@ -147,7 +147,7 @@ def loss_by_size(runs: Sequence[Run]) -> Picture | str:
     if pairs:
       points.append((run_key(i, run.label), pairs))
   if not points:
-    return ''  # `sizes` or `distribution` says why
+    return ''  # `sizes` or `distribution` returns the reason
   everyone = [pair for _, pairs in points for pair in pairs]
   small, large = min(e for e, _ in everyone), max(e for e, _ in everyone)
   wide = large > 20 * max(small, 1)
@@ -173,12 +173,12 @@ def loss_by_size(runs: Sequence[Run]) -> Picture | str:
     axes.set_ylabel(f'held-out loss, nats a {runs[0].unit}')
 
   title = 'Held-out loss against size, a point a client'
-  said = f'{title}: from {small:,} to {large:,} texts.'
-  return Picture('clients-loss-by-size', title, said, draw)
+  alt = f'{title}: from {small:,} to {large:,} texts.'
+  return Picture('clients-loss-by-size', title, alt, draw)
 
 
 def times(runs: Sequence[Run]) -> Picture | str:
-  """Seconds of each run by what they were spent on."""
+  """Returns a chart of the seconds of each run by activity."""
   spent = [(run, numbers.stations(run)) for run in runs]
   spent = [(run, seconds) for run, seconds in spent if seconds]
   if not spent:
@@ -191,10 +191,10 @@ def times(runs: Sequence[Run]) -> Picture | str:
     Key(title, COLOURS[i])
     for i, title in zip((9, 2, 0, 1), numbers.STATIONS.values(), strict=True)
   ]
-  told = []
+  parts = []
   for run, seconds in spent[:6]:
     each = ', '.join(f'{title} {s:.1f} s' for title, s in seconds.items())
-    told.append(f'{run.label}: {each}')
+    parts.append(f'{run.label}: {each}')
 
   def draw(axes: Any) -> None:
     for place, (run, seconds) in enumerate(spent):
@@ -214,7 +214,7 @@ def times(runs: Sequence[Run]) -> Picture | str:
 
   title = 'Time by station'
   size = (4.2, 0.8 + 0.45 * len(spent))
-  words = '; '.join(told)
+  words = '; '.join(parts)
   return Picture('stations', title, f'{title}. {words}.', draw, keys, size)
 
 

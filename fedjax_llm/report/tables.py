@@ -1,4 +1,4 @@
-"""Tables, replies side by side, and what is said in sentences."""
+"""Tables, replies side by side, and notices as sentences."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,15 +7,15 @@ from fedjax_llm.report import numbers
 from fedjax_llm.report.runs import Run, said
 from fedjax_llm.run import metrics
 
-_WORST = 8  # clients of a run that are named
+_WORST = 8  # the number of clients of a run that are named
 _DROPPED = 'clients/dropped_out'
 
 
 class Table(NamedTuple):
-  """Cells are text, numbers, or None where there is nothing to say.
+  """A table; its cells are text, numbers, or None for an empty cell.
 
-  The first column may name runs (`of_runs`); `grouped`, it stands once above
-  the rows that share it; `folded`, the table is shown on request.
+  With `of_runs` the first column names runs; with `grouped` it stands once
+  above the rows that share it; with `folded` the table is collapsed at first.
   """
 
   name: str
@@ -28,7 +28,7 @@ class Table(NamedTuple):
 
 
 class Samples(NamedTuple):
-  """One prompt: what the client said, and what models say, by whom."""
+  """One prompt with the client's reply and the models' replies, by model."""
 
   client: str
   prompt: str
@@ -40,7 +40,7 @@ class Samples(NamedTuple):
 
 
 def summary(runs: Sequence[Run]) -> Table:
-  """A row a run; columns that no run can fill are left out."""
+  """Returns a table with a row for each run, without empty columns."""
   columns = {
     'run': lambda run: run.label,
     'state': _state,
@@ -72,7 +72,7 @@ def _state(run: Run) -> str:
   last = run.config.get('num_rounds', '?')
   if run.round is None:
     return 'before its start'
-  if run.finished and run.round != last:  # one of a sweep that failed
+  if run.finished and run.round != last:  # a run of a sweep that failed
     return f'ended in round {run.round} of {last}'
   if run.finished:
     return f'finished, {run.round} round{"s" * (run.round != 1)}'
@@ -82,12 +82,12 @@ def _state(run: Run) -> str:
 
 
 def _ends(run: Run, field: str) -> tuple[float | None, float | None]:
-  """At the start, and after the last round that told it, if any did."""
-  found = numbers.curve(run, field)
-  if not found.x:
+  """Returns a field at the start and in the last record with it, or None."""
+  curve = numbers.curve(run, field)
+  if not curve.x:
     return None, None
-  first = found.y[0] if found.x[0] == 0 else None
-  return first, found.y[-1] if found.x[-1] > 0 else None
+  first = curve.y[0] if curve.x[0] == 0 else None
+  return first, curve.y[-1] if curve.x[-1] > 0 else None
 
 
 def _change(run: Run) -> float | None:
@@ -96,16 +96,16 @@ def _change(run: Run) -> float | None:
 
 
 def _worst_tenth(run: Run) -> float | None:
-  """Of the clients, after the last test."""
+  """Returns the loss of the worst tenth of clients at the last evaluation."""
   own = _ends(run, 'evals/personal/own/client_worst_10')[1]
   shared = _ends(run, 'evals/heldout/client_worst_10')[1]
   return shared if own is None else own
 
 
 def _worse_off(run: Run) -> str | None:
-  """Clients that are served worse than before training."""
-  found = numbers.clients(run)
-  if found is None or not found.round:
+  """Returns the number of clients with a higher loss than before training."""
+  losses = numbers.clients(run)
+  if losses is None or not losses.round:
     return None
   changes = [client.change for client in numbers.worst(run)]
   worse = sum(change is not None and change > 0 for change in changes)
@@ -113,10 +113,10 @@ def _worse_off(run: Run) -> str | None:
 
 
 def _untrained(run: Run) -> int | None:
-  """Clients without a model of their own; they are left out of its tests."""
+  """Returns the number of clients without a personal model, not evaluated."""
   field = 'evals/personal/untrained'
-  told = [r[field] for r in run.records if r['round'] and field in r]
-  return told[-1] if told else None
+  counts = [r[field] for r in run.records if r['round'] and field in r]
+  return counts[-1] if counts else None
 
 
 def _learned(run: Run) -> str | None:
@@ -145,8 +145,8 @@ def _clock(seconds: float) -> str | None:
 
 
 def notices(runs: Sequence[Run]) -> list[str]:
-  """What became of clients that did not count, in words."""
-  found = []
+  """Returns sentences on the clients whose updates did not count."""
+  result = []
   for run in runs:
     names = dict.fromkeys(
       name
@@ -155,27 +155,27 @@ def notices(runs: Sequence[Run]) -> list[str]:
     )
     if names:
       some = ', '.join(list(names)[:5]) + (', ...' if len(names) > 5 else '')
-      found.append(
+      result.append(
         f'{run.label}: updates of {len(names)} clients were not finite and '
         f'were left out: {some}.'
       )
-  return found
+  return result
 
 
 # ----------------------------------------------------------------- clients --
 
 
 def worst(runs: Sequence[Run]) -> list[Table]:
-  """The clients that are served worst, by name."""
+  """Returns tables of the clients with the highest losses, by name."""
   rows = []
   for run in runs:
-    found = numbers.clients(run)
-    if found is None:
+    losses = numbers.clients(run)
+    if losses is None:
       continue
     for client in numbers.worst(run, _WORST):
       after = 'not finite' if client.after is None else client.after
       row = [run.label, client.name, client.examples, None, after, None]
-      if found.round:
+      if losses.round:
         row[3], row[5] = client.before, client.change
       rows.append(row)
   if not rows:
@@ -201,30 +201,30 @@ def worst(runs: Sequence[Run]) -> list[Table]:
 
 
 def samples(runs: Sequence[Run]) -> list[Samples | str]:
-  """Replies to each prompt; a prompt that several runs share stands once."""
-  asked: dict[tuple[str, str], str] = {}
+  """Returns the replies to each prompt; runs with equal prompts share one."""
+  expected: dict[tuple[str, str], str] = {}
   answers: dict[tuple[str, str], dict[str, dict[str, list[str]]]] = {}
   for run in runs:
-    told = run.samples or {}
-    after = f'after round {told.get("round", "?")}'
+    stored = run.samples or {}
+    after = f'after round {stored.get("round", "?")}'
     if len(runs) > 1:
       after = f'{run.label}, {after}'
-    for sample in told.get('samples', ()):
+    for sample in stored.get('samples', ()):
       key = sample['client'], sample['prompt']
-      asked[key] = sample['reply']
+      expected[key] = sample['reply']
       replies = answers.setdefault(key, {'before': {}, 'after': {}})
       for who, title in (('before', run.label), ('after', after)):
         replies[who].setdefault(sample.get(who, ''), []).append(title)
   items: list[Samples | str] = []
   for key, replies in answers.items():
     before = list(replies['before'].items())
-    told = [
+    shown = [
       ([f'{name}, before' for name in names], text) for text, names in before
     ]
     if len(before) == 1:  # the same for all
-      told = [(['before training'], before[0][0])]
-    told += [(names, text) for text, names in replies['after'].items()]
-    items.append(Samples(*key, asked[key], told))
+      shown = [(['before training'], before[0][0])]
+    shown += [(names, text) for text, names in replies['after'].items()]
+    items.append(Samples(*key, expected[key], shown))
   silent = [run for run in runs if not (run.samples or {}).get('samples')]
   for finished, why in ((True, 'none recorded'), (False, 'told at the end')):
     some = [run for run in silent if run.finished == finished]
@@ -234,7 +234,7 @@ def samples(runs: Sequence[Run]) -> list[Samples | str]:
 
 
 def configs(runs: Sequence[Run]) -> Table | str:
-  """The fields that differ; of a single run, all of them."""
+  """Returns a table of the fields that differ; for a single run, of all."""
   if len(runs) == 1:
     rows = list(numbers.everything(runs[0]).items())
     caption = 'Every field, defaults included'

@@ -1,11 +1,11 @@
-"""The best round of a run by what was tested, and when to stop for want of one.
+"""The best round of a run by its evaluations, and early stopping.
 
     best(records)      the round with the lowest held-out loss
-    judge(...)         the same while a run goes on, with patience
+    judge(...)         the same during a run, with patience
 
-A method whose clients keep models of their own is judged by the mean of these
-on the clients' own texts ('evals/personal/own/client_mean'), every other one by
-'evals/heldout/loss'. A number with 'accuracy' in its name is best where it is
+Methods with personal models are judged by the mean loss of these models on
+their clients' own texts ('evals/personal/own/client_mean'), all others by
+'evals/heldout/loss'. A metric with 'accuracy' in its name is best where it is
 highest.
 """
 
@@ -20,7 +20,7 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def score(record: Mapping[str, Any], by: str | None = None) -> float | None:
-  """The number of a record that is to be low; None: nothing was tested.
+  """Returns the metric to minimise of a record; None if it has none.
 
   >>> score({'evals/heldout/loss': 2.5}), score({'local/loss': 2.5})
   (2.5, None)
@@ -41,12 +41,12 @@ def best(
   by: str | None = None,
   rounds: Iterable[int] | None = None,
 ) -> int | None:
-  """The first round with the best number; None where nothing was tested.
+  """Returns the first round with the best metric; None without evaluations.
 
   Args:
-    records: of the rounds, ascending.
-    by: the number; None: see above.
-    rounds: those that count; None: all.
+    records: the records of the rounds, ascending.
+    by: the name of the metric; None: the default of this module.
+    rounds: the rounds to choose from; None: all.
 
   >>> loss = 'evals/heldout/loss'
   >>> best([{'round': 0, loss: 3.0}, {'round': 1, loss: 2.5}, {'round': 2}])
@@ -63,10 +63,10 @@ def best(
 
 
 class Judge(NamedTuple):
-  """Knows the best round so far.
+  """Functions that follow the best round of a run.
 
-  `note(round, metrics)` adds a round; `best()` is the best one, or None;
-  `over()` says whether patience is at its end.
+  `note(round, metrics)` adds a round; `best()` returns the best one so far, or
+  None; `over()` returns True when patience has run out.
   """
 
   note: Callable[[int, Mapping[str, Any]], None]
@@ -77,15 +77,16 @@ class Judge(NamedTuple):
 def judge(
   records: Records = (), *, by: str | None = None, patience: int | None = None
 ) -> Judge:
-  """Judges rounds as they come, after those of an earlier start.
+  """Returns a `Judge` of the rounds of a run, with those of earlier starts.
 
   Args:
-    records: of the rounds that are done.
-    by: the number, see `best`.
-    patience: tests in a row that may bring nothing better; None: any number.
+    records: the records of the rounds that are done.
+    by: the name of the metric, see `best`.
+    patience: evaluations in a row without a better one before `over()` is True;
+      None: any number.
 
   Raises:
-    Error: `patience` is below 1; from `note`: no test has told that number.
+    Error: `patience` is below 1; from `note`: the evaluations lack that metric.
 
   >>> watch = judge(patience=1)
   >>> for number, loss in enumerate([3.0, 2.0, 2.0]):
@@ -106,7 +107,7 @@ def judge(
     if value is None and names and round == 0 and (by or not tested):
       field = f'evals.best_by={by}' if by else 'evals.patience and keep_best'
       known = ', '.join(sorted(tested)) or 'nothing'
-      raise Error(f'{field}: the tests of this run tell {known}.')
+      raise Error(f'{field}: the evaluations of this run tell {known}.')
     if value is not None and value == value:
       scores.append((value, round))
 

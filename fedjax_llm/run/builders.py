@@ -1,8 +1,8 @@
 """Builders by name, checked against their own signatures.
 
 A section of a config is `dict(name=..., **keywords)`: the name is looked up in
-a namespace (a room's `__all__`, or a mapping), and the keywords are those of
-the builder found there.
+a namespace (a module's `__all__`, or a mapping), and the keywords are those of
+that builder.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ from typing import Any
 from fedjax_llm.types import Error, known
 
 Builder = Callable[..., Any]
-Label = Callable[[str], str]  # a dotted field -> how a message names it
+Label = Callable[[str], str]  # a dotted field -> its name in messages
 
-# Where names come from that may lead into the project alone, and the flag that
-# lifts this.
+# The source of names that may only resolve to the project's own builders, and
+# the flag that lifts this restriction.
 _confined: contextvars.ContextVar[tuple[str, str] | None] = (
   contextvars.ContextVar('confined', default=None)
 )
@@ -34,14 +34,15 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 @contextlib.contextmanager
 def confined(source: str, flag: str, trusted: bool = False) -> Iterator[None]:
-  """Inside, only builders that the project's own sections list are resolved.
+  """Restricts `resolve_builder` to the project's own builders, as a context.
 
-  For names that a file of somebody else may hold: an import path runs code.
+  It guards against import paths in untrusted files, since an import path runs
+  code.
 
   Args:
     source: the file, for messages.
-    flag: what the user passes to allow import paths, for messages.
-    trusted: the user has passed it: nothing is confined.
+    flag: the command line flag that allows import paths, for messages.
+    trusted: True if the user has passed that flag: nothing is restricted.
 
   >>> with confined('config.json', '--trust'):
   ...   resolve_builder('norm', 'os:system', {})
@@ -68,9 +69,9 @@ def _refuse_foreign(label: str, name: str) -> None:
 def resolve_builder(
   section: str, name: Any, namespace: Any, label: str = ''
 ) -> Builder:
-  """The builder called `name` in a module, a mapping, or at an import path.
+  """Returns the builder `name` of a module, a mapping, or an import path.
 
-  A name that is itself a function, as a notebook may give it, is the builder.
+  A name that is itself a function (in a notebook) is returned as it is.
 
   >>> resolve_builder('norm', 'largest', {'largest': max})(3, 4)
   4
@@ -78,7 +79,8 @@ def resolve_builder(
   5.0
 
   Raises:
-    Error: listing the names there are, the nearest first.
+    Error: there is no such builder; the message lists the names, the nearest
+      first.
   """
   if callable(name):
     return name
@@ -93,11 +95,11 @@ def resolve_builder(
       module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
       raise Error(f'{label}: cannot import {module_name}: {error}.') from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
+    builder = getattr(module, attribute, None)
+    if not callable(builder):
       near = nearest(attribute, names(module))
       raise Error(f'{label}: {module_name} has no {attribute!r} {near}.')
-    return found
+    return builder
   if name is None:
     what = f'{label} is missing'
   else:
@@ -115,25 +117,25 @@ def check(
   """Checks the keywords of a section (without `name`) against a signature.
 
   Keywords in `injected` come from the program and may not be set; `label`
-  spells a field in messages. Types are checked where the annotation is plain:
+  returns a field's name in messages. Types are checked for plain annotations:
   numbers, strings, booleans, Literal, and unions and sequences of these.
 
   Raises:
-    Error: for a keyword that the builder does not take (naming the nearest),
-      a required one that is missing, or a value of another type.
+    Error: the builder does not take a keyword (the message names the nearest),
+      a required keyword is missing, or a value has another type.
   """
   known = parameters(builder)
-  for field, given in section.items():
+  for field, setting in section.items():
     check_field(field, builder, injected, label, field)
     parameter = known.get(field)
-    if parameter is not None and given is parameter.default:
+    if parameter is not None and setting is parameter.default:
       continue
     if field != 'seed':  # which may have 64 bits
-      check_numbers(given, label(field))
-    if parameter is None or _fits(given, parameter):
+      check_numbers(setting, label(field))
+    if parameter is None or _fits(setting, parameter):
       continue
     allowed = _spell(parameter.annotation)
-    raise Error(f'{label(field)} must be {allowed}, not {given!r}.')
+    raise Error(f'{label(field)} must be {allowed}, not {setting!r}.')
   for field, parameter in known.items():
     if parameter.default is parameter.empty and (
       field not in section and field not in injected
@@ -143,12 +145,14 @@ def check(
       raise Error(f'{label(field)} is missing: {_title(builder)} needs it{of}.')
 
 
-_LARGEST = 2**31 - 1  # of a whole number on devices
+_LARGEST = 2**31 - 1  # the largest whole number on devices
 
 
 def check_numbers(value: Any, name: str) -> None:
-  """Raises an `Error` for a number that no setting has: one that is not
-  finite, or a whole one that 32 bits cannot hold.
+  """Raises an `Error` for a number that is not finite or exceeds 32 bits.
+
+  The 32 bits hold whole numbers only. Mappings, lists and tuples are checked at
+  every depth.
 
   >>> check_numbers({'b1': float('nan')}, 'local')
   Traceback (most recent call last):
@@ -172,7 +176,9 @@ def check_numbers(value: Any, name: str) -> None:
 def build(
   section: Mapping[str, Any], namespace: Any, /, **injected: Any
 ) -> Any:
-  """Calls a section's builder; of `injected` it gets what its signature names.
+  """Calls a section's builder with its keywords and those of `injected`.
+
+  Of `injected` the builder gets the keywords that its signature names.
 
   >>> scale = lambda x, *, factor=2: x * factor
   >>> build({'name': 'scale', 'factor': 3}, {'scale': scale}, x=5, y=6)
@@ -191,22 +197,22 @@ def build(
 
 
 def onward(builder: Builder, *receivers: Builder) -> Builder:
-  """The builder, where its **keywords are told to be those of `receivers`.
+  """Returns the builder with its **keywords named: those of `receivers`.
 
-  What a builder hands on is then checked, and its defaults recorded, as if the
-  builder named it itself.
+  The keywords that a builder passes on are then checked, and their defaults
+  recorded, as if the builder named them itself.
 
   >>> def inner(*, size=1): return size
   >>> def outer(*, factor=2, **keywords): return factor * inner(**keywords)
   >>> fields(onward(outer, inner))
   ['factor', 'size']
   """
-  found = parameters(builder)
+  known = parameters(builder)
   for receiver in receivers:
-    found = parameters(receiver) | found
-  order = [*parameters(builder), *found]
+    known = parameters(receiver) | known
+  order = [*parameters(builder), *known]
   keyword = inspect.Parameter.KEYWORD_ONLY
-  merged = [found[k].replace(kind=keyword) for k in dict.fromkeys(order)]
+  merged = [known[k].replace(kind=keyword) for k in dict.fromkeys(order)]
 
   @functools.wraps(builder)
   def built(**keywords):
@@ -234,14 +240,14 @@ def check_field(
 
 
 def keywords_of(section: Mapping[str, Any], namespace: Any) -> dict[str, Any]:
-  """A section without its name, if it has to have one."""
+  """Returns a section without its `name`, if its namespace needs one."""
   if callable(namespace):
     return dict(section)
   return {k: v for k, v in section.items() if k != 'name'}
 
 
 def plain_dicts(x: Any) -> Any:
-  """ConfigDicts and mappings to plain dicts, at every depth; a copy."""
+  """Returns a copy with ConfigDicts and mappings as dicts, at every depth."""
   if hasattr(x, 'to_dict'):
     x = x.to_dict()
   if isinstance(x, Mapping):
@@ -250,15 +256,15 @@ def plain_dicts(x: Any) -> Any:
 
 
 def names(namespace: Any) -> dict[str, Builder]:
-  """The builders there are: of a mapping, or public functions of a module."""
+  """Returns the builders of a mapping, or the public functions of a module."""
   if isinstance(namespace, Mapping):
     return dict(namespace)
   public = getattr(namespace, '__all__', None) or [
     name for name in dir(namespace) if not name.startswith('_')
   ]
-  found = {name: getattr(namespace, name) for name in public}
+  builders = {name: getattr(namespace, name) for name in public}
   return {
-    k: v for k, v in found.items() if callable(v) and not isinstance(v, type)
+    k: v for k, v in builders.items() if callable(v) and not isinstance(v, type)
   }
 
 
@@ -270,9 +276,9 @@ def _signature(builder: Builder) -> inspect.Signature:
 
 
 def parameters(builder: Builder) -> dict[str, inspect.Parameter]:
-  """What the signature names, **keywords aside."""
-  found = _signature(builder).parameters
-  return {k: p for k, p in found.items() if p.kind not in _VARIADIC}
+  """Returns the parameters of the signature without *args and **keywords."""
+  declared = _signature(builder).parameters
+  return {k: p for k, p in declared.items() if p.kind not in _VARIADIC}
 
 
 def open_ended(builder: Builder) -> bool:
@@ -286,7 +292,7 @@ def open_ended(builder: Builder) -> bool:
 
 
 def fields(builder: Builder, injected: Collection[str] = ()) -> list[str]:
-  """The keywords that a config may set."""
+  """Returns the keywords that a config may set."""
   return [k for k in parameters(builder) if k not in injected]
 
 
@@ -295,7 +301,7 @@ def _title(builder: Builder) -> str:
 
 
 def nearest(name: Any, names: Iterable[str]) -> str:
-  """'(the nearest is ...; there are ...)', for the end of a message."""
+  """Returns '(the nearest is ...; there are ...)', the end of a message."""
   known = list(names)
   if not known:
     return '(there are none)'
@@ -304,49 +310,49 @@ def nearest(name: Any, names: Iterable[str]) -> str:
   return f'({start}there are {", ".join(known)})'
 
 
-def _fits(given: Any, parameter: inspect.Parameter) -> bool:
-  if given is parameter.default:
+def _fits(value: Any, parameter: inspect.Parameter) -> bool:
+  if value is parameter.default:
     return True
-  return _accepts(parameter.annotation, given)
+  return _accepts(parameter.annotation, value)
 
 
-def _accepts(annotation: Any, given: Any) -> bool:
-  """False only where a value clearly is not what the annotation says."""
+def _accepts(annotation: Any, value: Any) -> bool:
+  """Returns False only if a value clearly has another type."""
   if annotation is None or annotation is type(None):
-    return given is None
+    return value is None
   origin, args = typing.get_origin(annotation), typing.get_args(annotation)
   if origin in (typing.Union, python_types.UnionType):
-    return any(_accepts(a, given) for a in args)
+    return any(_accepts(a, value) for a in args)
   if origin is typing.Literal:
-    return any(type(a) is type(given) and a == given for a in args)
+    return any(type(a) is type(value) and a == value for a in args)
   if origin is typing.Annotated:
-    return _accepts(args[0], given)
+    return _accepts(args[0], value)
   of = origin or annotation
   if not isinstance(of, type) or of in (object, inspect.Parameter.empty):
     return True
   if of is bool:
-    return isinstance(given, bool)
+    return isinstance(value, bool)
   if of is int:
-    return isinstance(given, numbers.Integral) and not isinstance(given, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
   if of is float:
-    # A number that is being traced is one of a population's (`sweep`).
-    real = isinstance(given, numbers.Real) or not known(given)
-    return real and not isinstance(given, bool)
+    # `sweep` traces the numbers in which the runs of a population differ.
+    real = isinstance(value, numbers.Real) or not known(value)
+    return real and not isinstance(value, bool)
   if of is str:
-    return isinstance(given, str)
+    return isinstance(value, str)
   if issubclass(of, Mapping):
-    return isinstance(given, Mapping)
+    return isinstance(value, Mapping)
   if issubclass(of, Collection):
-    if isinstance(given, str | bytes) or not isinstance(given, Collection):
+    if isinstance(value, str | bytes) or not isinstance(value, Collection):
       return False
     inner = [a for a in args if a is not ...]
-    return len(inner) != 1 or all(_accepts(inner[0], v) for v in given)
-  # Other objects are built from a section of their own, so a dict may stand
-  # there; a bare number or word may not.
-  if isinstance(given, Mapping) or callable(given):
+    return len(inner) != 1 or all(_accepts(inner[0], v) for v in value)
+  # Other objects are built from a section of their own, so a dict is accepted;
+  # a bare number or string is not.
+  if isinstance(value, Mapping) or callable(value):
     return True
   try:
-    return isinstance(given, of)
+    return isinstance(value, of)
   except TypeError:
     return True
 

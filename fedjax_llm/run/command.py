@@ -10,7 +10,7 @@ from fedjax_llm.types import Error
 def parse(
   parser: argparse.ArgumentParser, argv: Sequence[str]
 ) -> argparse.Namespace:
-  """Reads a command line; what is wrong with it is an `Error`.
+  """Returns the parsed command line; raises an `Error` where it is wrong.
 
   >>> parser = argparse.ArgumentParser(prog='say', allow_abbrev=False)
   >>> _ = parser.add_argument('--to', choices=['ann', 'bob'])
@@ -23,9 +23,9 @@ from ann, bob).
   """
 
   def refuse(message: str) -> NoReturn:
-    start, found, choices = message.partition('(choose from ')
+    start, separator, choices = message.partition('(choose from ')
     choices = choices.replace("'", '')  # Python 3.11 quotes them
-    raise Error(f'{parser.prog}: {start}{found}{choices}.')
+    raise Error(f'{parser.prog}: {start}{separator}{choices}.')
 
   parser.error = refuse
   return parser.parse_args(argv)

@@ -8,10 +8,10 @@ that the file leaves alone, and every name is checked against the signature:
 
     --config FILE.py[:arg] --workdir DIR --config.section.field=value
 
-An override of a section's `name` starts the section anew: of the file's fields
-only those that the new builder also names are kept (`Arguments.notes` tells
-which are not), then the other overrides apply, wherever they stand. `none`
-takes an optional section away.
+An override of a section's `name` replaces the section: of the file's fields
+only those that the new builder also takes are kept (`Arguments.notes` lists
+the others), then the other overrides apply, in any order. `none` removes an
+optional section.
 """
 
 import ast
@@ -47,13 +47,13 @@ _USAGE = (
 
 
 class Spec(NamedTuple):
-  """What a program's configs may say.
+  """The settings and sections that a program's configs may have.
 
   `settings` is a NamedTuple class: its fields are the scalars of the top
-  level. `sections` maps a dotted path ('aggregator', 'local.optimizer') to
-  where its builder is found: a module (the names in its `__all__`), a mapping
-  from names to builders, or one builder, whose section then has no `name`.
-  `injected` names, a section, the keywords that the program fills in itself.
+  level. `sections` maps a dotted path ('aggregator', 'local.optimizer') to the
+  namespace of its builder: a module (the names in its `__all__`), a mapping
+  from names to builders, or one builder; that section then has no `name`.
+  `injected` maps a section to the keywords that the program fills in itself.
   Sections in `optional` may be absent or None.
   """
 
@@ -64,23 +64,27 @@ class Spec(NamedTuple):
 
 
 class Arguments(NamedTuple):
+  """A parsed command line."""
+
   config: dict[str, Any]  # overrides applied, checked; plain dicts throughout
   workdir: str
-  config_path: str  # as it was given, ':arg' included
-  notes: tuple[str, ...] = ()  # fields of the file that a new name set aside
+  config_path: str  # the value of --config, ':arg' included
+  notes: tuple[str, ...] = ()  # fields of the file dropped by a new name
 
 
 # ------------------------------------------------------------ command line --
 
 
 def parse(argv: Sequence[str], spec: Spec) -> Arguments:
-  """Reads a command line (without the program's name) and checks all of it.
+  """Returns the checked `Arguments` of a command line without its program.
 
   Values are Python literals, true/false/none, or else strings. `--help` prints
-  the usage, with the fields of the config if one is given, and exits with 0.
+  the usage, with the fields of the config if there is a --config, and exits
+  with 0.
 
   Raises:
-    Error: naming the flag or the file's field, its value and what is allowed.
+    Error: an argument is wrong; the message names the flag or the file's field,
+      its value and the values allowed.
   """
   flags: dict[str, str] = {}
   overrides: list[tuple[str, Any]] = []
@@ -120,7 +124,7 @@ def parse(argv: Sequence[str], spec: Spec) -> Arguments:
 
 
 def value(text: str) -> Any:
-  """The value of an override.
+  """Returns the value of an override: a Python literal, or the text itself.
 
   >>> value('1e-3'), value('(1, 2)'), value('True'), value('none'), value('a b')
   (0.001, (1, 2), True, None, 'a b')
@@ -134,7 +138,7 @@ def value(text: str) -> Any:
 
 
 def usage(spec: Spec, config: Mapping[str, Any] | None = None) -> str:
-  """The help text: names to choose from, or every field of a config."""
+  """Returns the help text: the names of builders, or a config's fields."""
   lines = [_USAGE, '']
   if config is not None:
     filled = _flatten(resolved(config, spec))
@@ -155,7 +159,8 @@ def load(config_path: str) -> dict[str, Any]:
   """Runs `get_config` of FILE.py[:arg] and returns plain nested dicts.
 
   Raises:
-    Error: if there is no such file, or it raises, or returns something else.
+    Error: there is no such file, its code raises, or `get_config` returns
+      another type.
   """
   path, colon, arg = config_path.partition('.py:')
   path = path + '.py' if colon else path
@@ -194,18 +199,18 @@ def override(
   spec: Spec,
   source: str = 'config',
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-  """The config with `(dotted field, value)` pairs applied, checked; and notes.
+  """Applies (dotted field, value) pairs; returns the checked config and notes.
 
-  `source` is the file's name in messages. See the top of this file for what a
-  new `name` does.
+  `source` is the file's name in messages. The module's docstring describes the
+  effect of a new `name`.
   """
   overrides = list(overrides)
-  given = {path for path, _ in overrides}
+  named = {path for path, _ in overrides}
   result: dict[str, Any] = plain_dicts(config)
   notes: list[str] = []
 
   def label(path: str) -> str:
-    if any(g == path or g.startswith(f'{path}.') for g in given):
+    if any(g == path or g.startswith(f'{path}.') for g in named):
       return f'--config.{path}'
     return f'{source}: {path}'
 
@@ -240,7 +245,7 @@ def override(
 
 
 def _owner(path: str, spec: Spec) -> tuple[str | None, str]:
-  """The innermost section around a dotted field, and the rest of the path."""
+  """Returns the innermost section of a dotted field, and the rest of it."""
   parts = path.split('.')
   for i in range(len(parts) - 1, 0, -1):
     if '.'.join(parts[:i]) in spec.sections:
@@ -268,7 +273,7 @@ def _rename(config, section, name, spec, label) -> list[str]:
 
 
 def _section(config, path, spec, label) -> dict[str, Any]:
-  """The dict at `path`, made if it may be: what an override writes into."""
+  """Returns the dict at `path` that an override writes into, made if absent."""
   if not path:
     return config
   parent, _, last = path.rpartition('.')
@@ -299,13 +304,15 @@ def _section(config, path, spec, label) -> dict[str, Any]:
 
 
 def settings(config: Mapping[str, Any], spec: Spec) -> Any:
-  """The run's settings, an instance of `spec.settings`."""
+  """Returns the run's settings, an instance of `spec.settings`."""
   known = parameters(spec.settings)
   return spec.settings(**{k: v for k, v in config.items() if k in known})
 
 
 def at_least(values: Any, prefix: str = '', /, **least: int) -> None:
-  """Refuses numbers of a NamedTuple below their bound; None is no number.
+  """Raises an `Error` for a field of a NamedTuple below its bound.
+
+  None and strings are not compared.
 
   >>> import collections
   >>> at_least(collections.namedtuple('Run', 'num_rounds')(0), num_rounds=1)
@@ -314,7 +321,7 @@ def at_least(values: Any, prefix: str = '', /, **least: int) -> None:
   """
   for field, bound in least.items():
     value = getattr(values, field)
-    if isinstance(value, str):  # a word that stands for a number
+    if isinstance(value, str):  # such as 'auto'
       continue
     if value is not None and value < bound:
       raise Error(f'{prefix}{field} is {value}; it must be at least {bound}.')
@@ -328,7 +335,7 @@ def _validate(config: dict[str, Any], spec: Spec, label: Label) -> None:
   check(scalars, spec.settings, label=label)
   for path, namespace in spec.sections.items():
     parent = path.rpartition('.')[0]
-    found = _get(config, path)
+    part = _get(config, path)
     outer = _get(config, parent) if parent else config
     if parent and parent not in spec.sections and outer is not None:
       if not isinstance(outer, dict):
@@ -336,24 +343,24 @@ def _validate(config: dict[str, Any], spec: Spec, label: Label) -> None:
       for key in outer:
         if not _is_part(f'{parent}.{key}', spec):
           raise _unknown_path(config, f'{parent}.{key}', spec, label)
-    if parent in spec.sections and not isinstance(found, dict):
-      continue  # absent or a plain value: the outer builder's own matter
-    if found is None and path in spec.optional:
+    if parent in spec.sections and not isinstance(part, dict):
+      continue  # absent or a plain value: the outer builder checks it
+    if part is None and path in spec.optional:
       continue
-    if found is None and callable(namespace):
-      found = _section(config, path, spec, label)  # everything at its default
-    if found is None:
+    if part is None and callable(namespace):
+      part = _section(config, path, spec, label)  # everything at its default
+    if part is None:
       known = ', '.join(names(namespace))
       raise Error(
         f'{label(path)} is missing: a section dict(name=...), one of {known}.'
       )
-    if not isinstance(found, dict):
+    if not isinstance(part, dict):
       raise Error(
-        f'{label(path)} must be a section, dict(name=...), not {found!r}.'
+        f'{label(path)} must be a section, dict(name=...), not {part!r}.'
       )
     check(
-      keywords_of(found, namespace),
-      _builder(found, path, spec, label),
+      keywords_of(part, namespace),
+      _builder(part, path, spec, label),
       spec.injected.get(path, ()),
       lambda field, path=path: label(f'{path}.{field}'),
     )
@@ -368,7 +375,7 @@ def _unknown_path(config, path: str, spec: Spec, label: Label) -> Error:
   known = [*parameters(spec.settings), *spec.sections]
   inside = [k.removeprefix(prefix) for k in known if k.startswith(prefix)]
   near = nearest(parts[depth], dict.fromkeys(k.split('.')[0] for k in inside))
-  # A field named without its section: say where it is.
+  # A field named without its section: the message names the section.
   for section in spec.sections:
     if parts[-1] in _present_fields(config, section, spec):
       near = f"(there is '{section}.{parts[-1]}'; {near[1:]}"
@@ -398,7 +405,7 @@ def _builder(section, path: str, spec: Spec, label: Label):
 
 
 def resolved(config: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
-  """The config with every default of every builder filled in, as JSON."""
+  """Returns the config with all defaults of all builders, as JSON values."""
   config = plain_dicts(config)
   result = _filled(
     {k: v for k, v in config.items() if not _is_part(k, spec)}, spec.settings
@@ -410,20 +417,20 @@ def resolved(config: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
     if parent in spec.sections:
       if not isinstance(inside, dict) or last not in inside:
         continue  # the outer section is absent, or takes no such field
-      found = inside[last]
+      values = inside[last]
     else:
       inside = result
       for part in filter(None, parent.split('.')):
         inside = inside.setdefault(part, {})
-      found = _get(config, path)
-      if found is None and callable(namespace) and path not in spec.optional:
-        found = {}
-    if isinstance(found, dict):
-      builder = _builder(found, path, spec, str)
-      name = {} if callable(namespace) else {'name': found['name']}
+      values = _get(config, path)
+      if values is None and callable(namespace) and path not in spec.optional:
+        values = {}
+    if isinstance(values, dict):
+      builder = _builder(values, path, spec, str)
+      name = {} if callable(namespace) else {'name': values['name']}
       injected = spec.injected.get(path, ())
-      found = name | _filled(keywords_of(found, namespace), builder, injected)
-    inside[last] = found
+      values = name | _filled(keywords_of(values, namespace), builder, injected)
+    inside[last] = values
   return {k: _plain(v) for k, v in result.items()}
 
 
@@ -439,7 +446,7 @@ def _filled(section, builder, injected: Collection[str] = ()) -> dict[str, Any]:
 def same(
   a: Mapping[str, Any], b: Mapping[str, Any], ignore: Collection[str] = ()
 ) -> list[str]:
-  """The dotted fields in which two resolved configs differ.
+  """Returns the dotted fields in which two resolved configs differ.
 
   `ignore` lists fields, or sections, that may differ.
 
@@ -463,7 +470,7 @@ def same(
 
 
 def _plain(x: Any) -> Any:
-  """What JSON can hold; functions by their import path."""
+  """Returns a value that JSON can hold; functions become import paths."""
   if isinstance(x, Mapping):
     return {str(k): _plain(v) for k, v in x.items()}
   if isinstance(x, enum.Enum):
@@ -483,22 +490,22 @@ def _plain(x: Any) -> Any:
 
 
 def _flatten(x: Mapping[str, Any], prefix: str = '') -> list[tuple[str, Any]]:
-  found = []
+  leaves = []
   for key, item in x.items():
     if isinstance(item, Mapping) and item:
-      found += _flatten(item, f'{prefix}{key}.')
+      leaves += _flatten(item, f'{prefix}{key}.')
     else:
-      found.append((f'{prefix}{key}', item))
-  return found
+      leaves.append((f'{prefix}{key}', item))
+  return leaves
 
 
 def _get(config: Mapping[str, Any], path: str) -> Any:
-  found: Any = config
+  value: Any = config
   for part in path.split('.'):
-    found = found.get(part) if isinstance(found, Mapping) else None
-  return found
+    value = value.get(part) if isinstance(value, Mapping) else None
+  return value
 
 
 def _is_part(path: str, spec: Spec) -> bool:
-  """True for a section and for what only holds sections."""
+  """Returns True for a section and for a dict that only holds sections."""
   return any(p == path or p.startswith(f'{path}.') for p in spec.sections)

@@ -1,11 +1,11 @@
-"""What a traced program costs, before anything is compiled or loaded.
+"""The costs of a traced program, before anything is compiled or loaded.
 
-Operations are counted exactly, from the products of matrices in the program.
-Memory is that of a walk through it in order: what is live at a time, where
-chains of cheap elementwise operations are taken to be fused into their reader,
-as the compiler does. So it holds for any method, whose program it is. On CPU
-it comes within a tenth of the compiler's own figure for most programs, and up
-to a fifth below it for small ones with full rematerialisation.
+Operations are counted exactly, from the matrix products in the program. Memory
+is the largest number of bytes live at a time in a walk through the program in
+order; chains of cheap elementwise operations count as fused into their reader,
+as the compiler does. The count needs only the program, so it serves every
+method. On CPU it is within a tenth of the compiler's own figure for most
+programs, and up to a fifth below it for small ones with full rematerialisation.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-# Calls that the compiler inlines, and where their bodies are.
+# Calls that the compiler inlines, and the parameter that holds their body.
 _CALLS = {
   'jit': 'jaxpr',
   'pjit': 'jaxpr',
@@ -27,7 +27,7 @@ _CALLS = {
   'remat2': 'jaxpr',
 }
 _VIEWS = {'reshape', 'squeeze', 'expand_dims', 'bitcast_convert_type', 'copy'}
-# Elementwise operations that are not worth computing twice.
+# Elementwise operations too expensive to compute twice.
 _DEAR = {
   *('exp', 'exp2', 'log', 'log1p', 'expm1', 'tanh', 'logistic', 'erf'),
   *('sin', 'cos', 'sqrt', 'rsqrt', 'pow', 'div', 'integer_pow', 'cbrt'),
@@ -50,16 +50,19 @@ _IN_PLACE = {'dynamic_update_slice', 'scatter', 'scatter-add', 'scatter_add'}
 
 
 class Costs(NamedTuple):
-  """`flops` of matrix products a dtype; `temporary` bytes at the worst time."""
+  """Floating point operations of matrix products by dtype, and peak memory.
+
+  `temporary` is the largest number of bytes live at a time besides the inputs.
+  """
 
   flops: dict[str, float]
   temporary: int
 
 
 def of(program: Any, *, trips: int = 1) -> Costs:
-  """Costs of a closed jaxpr (`jax.make_jaxpr`).
+  """Returns the costs of a closed jaxpr (`jax.make_jaxpr`).
 
-  `trips` is how often a loop of unknown length runs.
+  `trips` is the number of passes of a loop of unknown length.
 
   >>> f = lambda x, w: jax.numpy.tanh(x @ w).sum()
   >>> x, w = np.zeros((8, 16), 'f'), np.zeros((16, 32), 'f')
@@ -72,7 +75,7 @@ def of(program: Any, *, trips: int = 1) -> Costs:
 
 
 def num_bytes(tree: Any) -> int:
-  """Bytes of all leaves, arrays or shapes.
+  """Returns the bytes of all leaves, arrays or shapes.
 
   >>> num_bytes({'a': np.zeros((2, 3), 'f'), 'b': None})
   24
@@ -81,18 +84,19 @@ def num_bytes(tree: Any) -> int:
 
 
 def compiled_bytes(compiled: Any) -> int | None:
-  """All that a compiled program needs, as the compiler says.
+  """Returns the bytes of a compiled program by the compiler's own analysis.
 
-  Inputs, outputs that overwrite none of them, and temporary memory.
+  They count inputs, outputs that overwrite no input, and temporary memory. The
+  result is None where the compiler has no analysis.
   """
-  told = compiled.memory_analysis()
-  if told is None:
+  analysis = compiled.memory_analysis()
+  if analysis is None:
     return None
   return (
-    told.argument_size_in_bytes
-    + told.output_size_in_bytes
-    - told.alias_size_in_bytes
-    + told.temp_size_in_bytes
+    analysis.argument_size_in_bytes
+    + analysis.output_size_in_bytes
+    - analysis.alias_size_in_bytes
+    + analysis.temp_size_in_bytes
   )
 
 
@@ -105,7 +109,7 @@ def _size(x: Any) -> int:
 
 
 def _inner(eqn: Any) -> list[tuple[Any, int]]:
-  """The bodies of an equation, and how often each runs (0: as trips say)."""
+  """Returns the bodies of an equation with their passes (0: `trips`)."""
   name, params = eqn.primitive.name, eqn.params
   if name == 'scan':
     return [(params['jaxpr'].jaxpr, params['length'])]
@@ -113,12 +117,12 @@ def _inner(eqn: Any) -> list[tuple[Any, int]]:
     return [(params['body_jaxpr'].jaxpr, 0)]
   if name == 'cond':
     return [(branch.jaxpr, 1) for branch in params['branches']]
-  found = []
+  bodies = []
   for value in params.values():
     body = getattr(value, 'jaxpr', value)
     if hasattr(body, 'eqns'):
-      found.append((body, 1))
-  return found
+      bodies.append((body, 1))
+  return bodies
 
 
 # -------------------------------------------------------------- operations --
@@ -138,12 +142,12 @@ def _count(
       flops[kind] = flops.get(kind, 0.0) + done
       continue
     inner = _inner(eqn)
-    if name == 'cond':  # one branch runs: the dearest
+    if name == 'cond':  # one branch runs: count the most expensive
       options: list[dict[str, float]] = []
       for body, _ in inner:
         options.append({})
         _count(body, times, trips, options[-1])
-      worst = max(options, key=lambda found: sum(found.values()))
+      worst = max(options, key=lambda option: sum(option.values()))
       for kind, done in worst.items():
         flops[kind] = flops.get(kind, 0.0) + done
       continue
@@ -161,7 +165,7 @@ class _Step(NamedTuple):
 
 
 def _flat(jaxpr: Any) -> tuple[list[_Step], dict[Any, Any]]:
-  """The equations with calls inlined; where each variable's value is."""
+  """Returns the equations with calls inlined, and the name of each variable."""
   steps: list[_Step] = []
   names: dict[Any, Any] = {}
 
@@ -178,8 +182,8 @@ def _flat(jaxpr: Any) -> tuple[list[_Step], dict[Any, Any]]:
         inside = eqn.params[key]
         inside = getattr(inside, 'jaxpr', inside)
         deeper = object()
-        for v, given in zip(inside.invars, inputs):
-          names[deeper, v] = given
+        for v, outer in zip(inside.invars, inputs):
+          names[deeper, v] = outer
         walk(inside, deeper)
         for v, got in zip(eqn.outvars, inside.outvars):
           names[scope, v] = name(deeper, got)
@@ -193,9 +197,9 @@ def _flat(jaxpr: Any) -> tuple[list[_Step], dict[Any, Any]]:
 
 
 def _peak(jaxpr: Any, trips: int, owned: Sequence[bool] = ()) -> int:
-  """Most bytes live at a time, without the inputs.
+  """Returns the largest number of bytes live at a time, without the inputs.
 
-  `owned` says which inputs may be overwritten once they are dead: a loop's.
+  `owned` marks inputs that may be overwritten once they are dead: a loop's.
   """
   steps, outs = _flat(jaxpr)
   end = len(steps)
@@ -280,7 +284,7 @@ def _peak(jaxpr: Any, trips: int, owned: Sequence[bool] = ()) -> int:
 
 
 def _inside(step: _Step, trips: int, last, i: int, maker) -> int:
-  """What the bodies of an equation need beside its inputs and outputs."""
+  """Returns the bytes of an equation's bodies besides inputs and outputs."""
   eqn = step.eqn
   name = eqn.primitive.name
   if name == 'scan':
@@ -299,7 +303,7 @@ def _inside(step: _Step, trips: int, last, i: int, maker) -> int:
 
 
 def _slices(body: Any, slices: Sequence[Any]) -> int:
-  """Slices of a scan's inputs that a reader needs in one piece."""
+  """Returns the bytes of scan input slices that must be materialised."""
   steps, _ = _flat(body)
   whole = set()
   for step in steps:

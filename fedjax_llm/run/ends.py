@@ -1,4 +1,7 @@
-"""The tokens that end a reply: of the model, its tokenizer and its template."""
+"""The tokens that end a reply: of the model, its tokenizer and its template.
+
+`ends` returns their ids, and `hand_on` writes them for other tools.
+"""
 
 import json
 import pathlib
@@ -18,11 +21,11 @@ _SCHEMA = {'eos_token_id': reading.optional(_IDS, reading.listed(_IDS))}
 def ends(
   loaded: LoadedModel, tokenizer: Tokenizer, template: Any = None
 ) -> tuple[int, ...]:
-  """The ids of all tokens that end a reply, sorted.
+  """Returns the ids of all tokens that end a reply, sorted.
 
-  Those are the end tokens of the tokenizer, of config.json and of
-  generation_config.json; and, where replies are written in the form of the
-  tokenizer's own chat template, the token by which that ends a turn.
+  These are the end tokens of the tokenizer, of config.json and of
+  generation_config.json; and, for replies in the tokenizer's own chat template,
+  the token with which the template ends a turn.
 
   Args:
     loaded: the model.
@@ -37,12 +40,12 @@ def ends(
   >>> ends(loaded, data.tokenizers.bytes())
   (7, 258)
   """
-  found = {tokenizer.eos_id, *loaded.config.eos_ids}
-  found |= set(_generation(loaded.directory))
+  ids = {tokenizer.eos_id, *loaded.config.eos_ids}
+  ids |= set(_generation(loaded.directory))
   mark = chat.end_mark(tokenizer) if template == 'chat' else ''
   if mark:
-    found.add(tokenizer.special[mark])
-  return tuple(sorted(found))
+    ids.add(tokenizer.special[mark])
+  return tuple(sorted(ids))
 
 
 def _generation(directory: pathlib.Path | None) -> list[int]:
@@ -58,8 +61,8 @@ def hand_on(
 ) -> None:
   """Writes generation_config.json, so that other tools end replies alike.
 
-  What the model's own file says beside is kept; nothing is written where its
-  files name all of these tokens.
+  The other fields of the model's own file are kept; nothing is written where
+  the model's files name all of these tokens already.
   """
   ids = ends(loaded, tokenizer, template)
   if set(ids) <= set(_generation(loaded.directory) or loaded.config.eos_ids):

@@ -1,8 +1,8 @@
-"""A run before its first round: all that a config says, built.
+"""Builds all parts of a run from its config, in the order of the data flow.
 
-In the order in which data flow; nothing is trained and nothing written here.
-`train` runs what is built, `sweep` runs many of it at once, `replay` runs some
-of its rounds again.
+`build` returns an `Experiment`; it trains nothing and writes nothing. `train`
+runs an experiment, `sweep` runs several at once, `replay` runs some of its
+rounds again.
 """
 
 import functools
@@ -41,7 +41,7 @@ from fedjax_llm.types import (
 
 
 class Tests(NamedTuple):
-  """The examples a run is tested on: groups of one width, with owners."""
+  """The evaluation examples of a run, in groups of one width, with owners."""
 
   heldout: Sequence[Any]
   new: Sequence[Any]
@@ -49,22 +49,22 @@ class Tests(NamedTuple):
 
 
 class Experiment(NamedTuple):
-  """What a run consists of."""
+  """All parts of a run: data, clients, model, method and evaluations."""
 
   conf: Mapping[str, Any]
   settings: Settings
   test: Evals
   task: tasks.Task
-  labels: Sequence[str] | None  # None: no text is classified
+  labels: Sequence[str] | None  # the classes; None: not a classification
   tokenizer: data.tokenizers.Tokenizer
   loaded: models.LoadedModel
   population: Population
   digest: str  # of the population, before the task prepared it
   owned: Sequence[Sequence[Any]]  # examples of each client that trains
-  names: Sequence[str]  # of these clients
+  names: Sequence[str]  # the names of these clients
   sampler: Sampler
-  profiles: Mapping[str, Any] | None  # what clients can carry, [N] each
-  assemble: Callable[[int], tuple[Draw, Cohort]]  # of a round, from 0
+  profiles: Mapping[str, Any] | None  # the capacities of clients, [N] each
+  assemble: Callable[[int], tuple[Draw, Cohort]]  # round, from 0 -> cohort
   adapter: Adapter
   initial: Params
   round_key: jax.Array
@@ -83,7 +83,7 @@ class Experiment(NamedTuple):
     mesh: Any = None,
     conf: Mapping[str, Any] | None = None,
   ) -> FederatedAlgorithm:
-    """The algorithm; `conf` is of a run that differs in its numbers only."""
+    """Returns the algorithm; `conf` may differ in numbers only."""
     conf = self.conf if conf is None else conf
     return algorithm(
       conf,
@@ -101,14 +101,14 @@ class Experiment(NamedTuple):
   def rates(
     self, conf: Mapping[str, Any] | None = None
   ) -> Callable[[int, int], dict[str, float]]:
-    """What the record of a round says of learning rates: `rates.of`."""
+    """Returns `rates.of` for this run: the learning rates in its records."""
     conf = self.conf if conf is None else conf
     return rates.of(
       _make(conf, 'local'), config.resolved(conf, SPEC).get('server')
     )
 
   def block_size(self) -> int | None:
-    """Clients at once, chosen where the config says 'auto'."""
+    """Returns the block size, chosen by `blocks.auto` for 'auto'."""
     if self.settings.block_size != 'auto':
       return self.settings.block_size
     return blocks.auto(
@@ -121,7 +121,7 @@ class Experiment(NamedTuple):
     )
 
   def tests(self) -> Tests:
-    """What of the held-out texts `evals` asks for."""
+    """Returns the held-out examples selected by the section `evals`."""
     test, people = self.test, self.population
     heldout = [own[: test.per_client] for own in people.heldout]
     fresh = [own[: test.per_client] for own in people.new]
@@ -138,7 +138,7 @@ class Experiment(NamedTuple):
     )
 
   def likelihood(self) -> Callable[..., Any]:
-    """The program that tests one model: `evals.likelihood`."""
+    """Returns the program that evaluates one model: `evals.likelihood`."""
     return evals.likelihood(self.task.loss(self.loaded, per_row=True))
 
   def examiner(
@@ -148,10 +148,10 @@ class Experiment(NamedTuple):
     tests: Tests | None = None,
     together: Callable[..., Any] | None = None,
   ) -> Callable[..., Any]:
-    """The tests of a run: `evals.loop` over its held-out texts.
+    """Returns the evaluation of a run: `evals.loop` over its held-out texts.
 
     Runs that share a `likelihood` as `together`, and `tests` of the same
-    shapes, are tested by one compiled program.
+    shapes, share one compiled program.
     """
     tests, people = tests or self.tests(), self.population
     plain = evals.loop(
@@ -171,15 +171,15 @@ class Experiment(NamedTuple):
     look = viewing.viewer(
       self, algorithm, tests, private=keeps_private(algorithm, self.initial)
     )
-    return lambda *given: {**plain(*given), **look(*given)}
+    return lambda *arguments: {**plain(*arguments), **look(*arguments)}
 
   def rows(
     self,
     examples: Sequence[Sequence[Any]],
     limits: Sequence[int | None] | None = None,
   ) -> list[Any]:
-    """Examples to test, in batches of a few widths, with their owners."""
-    found = clients.cohorts.rows(
+    """Returns examples in batches of a few widths, with their owners."""
+    groups = clients.cohorts.rows(
       examples,
       batch_size=self.test.batch_size,
       max_length=self.width,
@@ -189,14 +189,14 @@ class Experiment(NamedTuple):
       length=self.task.length,
       limits=limits,
     )
-    return [(group.batches, group.owners) for group in found]
+    return [(group.batches, group.owners) for group in groups]
 
 
 def checked(conf: Mapping[str, Any]) -> tuple[Settings, Evals]:
-  """The numbers of a config that no builder sees.
+  """Returns the settings and the section `evals` of a config, checked.
 
   Raises:
-    Error: one is out of range.
+    Error: a number is out of range.
   """
   settings, test = config.settings(conf, SPEC), _make(conf, 'evals')
   config.at_least(settings, num_rounds=1, seed=0, block_size=1, mesh_model=1)
@@ -219,15 +219,15 @@ def build(
   *,
   model: models.LoadedModel | None = None,
 ) -> Experiment:
-  """Builds what a config says, as `config.parse` gives it.
+  """Builds the `Experiment` of a config.
 
   Args:
-    conf: a checked config.
-    say: what to do with the sentences about the clients and their texts.
-    model: the one that is named, where another run on the same data has it.
+    conf: a checked config, as `config.parse` returns it.
+    say: prints the sentences about the clients and their texts.
+    model: the loaded model, where another run on the same data has loaded it.
 
   Raises:
-    Error: what a builder finds wrong.
+    Error: a builder refuses its section.
   """
   settings, test = checked(conf)
   sharding.split_cpu(settings.cpu_devices)
@@ -276,7 +276,7 @@ def build(
   )
   if task.prepare is not None:
     population = task.prepare(loaded, population)
-  width = -(-longest // 8) * 8  # nothing is computed on columns nobody uses
+  width = -(-longest // 8) * 8  # no column is longer than all examples
 
   # ---------------------------------------------------------------- clients --
   owned, names = population.train, population.names
@@ -284,7 +284,7 @@ def build(
   sizes = [len(own) for own in owned]
   sampler = make('clients', num_clients=len(owned), sizes=sizes, seed=seed)
   if conf['algorithm']['name'] == 'centralised':
-    # One client holds everybody's texts and takes the steps of a cohort.
+    # One client holds the texts of all and takes the steps of a cohort.
     cohort_conf['num_steps'] *= len(sampler(0).ids)
     owned, names = (tuple(x for own in owned for x in own),), ('all',)
     sampler = clients.sampling.full(1)
@@ -320,12 +320,12 @@ def build(
 
   # ---------------------------------------------------------------- adapter --
   adapter_key, round_key = jax.random.split(jax.random.key(seed))
-  if near is not None:  # whatever does not lie there yet
+  if near is not None:  # parts of the base that are on no device yet
     loaded = loaded._replace(base=sharding.place(loaded.base, near))
   adapter = make('adapter')
   initial = sharding.fetched(adapter.init(adapter_key, loaded.base))
   initial = warm.start(initial, conf['adapter'].get('path'), loaded)
-  complete(initial, loaded.base, task.head)  # or it could not be written
+  complete(initial, loaded.base, task.head)  # raises if not exportable
   return Experiment(
     conf=conf,
     settings=settings,
@@ -358,11 +358,11 @@ def algorithm(
   adapter: Adapter,
   num_clients: int,
   profiles: Mapping[str, Any] | None = None,
-  **given: Any,
+  **others: Any,
 ) -> FederatedAlgorithm:
-  """The recipe that a config names, with the parts that it names.
+  """Builds the recipe of a config with the parts that the config names.
 
-  `loss` and `model` are None where nothing is trained, but what was is read.
+  `loss` and `model` may be None where the result only reads a trained state.
   """
   make = functools.partial(_make, conf)
   parts = ('upload', 'aggregator', 'server')
@@ -380,13 +380,13 @@ def algorithm(
     num_clients=num_clients,
     profiles=profiles,
     fold=adapter.fold,
-    **given,
+    **others,
     **{part: make(part) for part in parts if conf.get(part)},
   )
 
 
 def keeps_private(algorithm: FederatedAlgorithm, params: Params) -> bool:
-  """Whether clients keep something of the model to themselves.
+  """Returns True if clients keep parts of the model private.
 
   >>> from fedjax_llm import local, recipes
   >>> start, sgd = {'w': jax.numpy.ones(2)}, local.optimizer('sgd')
@@ -415,7 +415,7 @@ def save_adapter(
 ) -> None:
   """Writes a PEFT directory, with the names of the classes where there are any.
 
-  A head that was drawn is in no checkpoint: the adapter holds it whole.
+  A randomly drawn head is in no checkpoint, so the adapter holds it in full.
   """
   families = models.families
   peft.save(

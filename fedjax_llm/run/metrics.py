@@ -1,4 +1,4 @@
-"""What a run tells: one JSON object a round, a bar, a table."""
+"""The metrics of a run: a JSON object a round, a progress bar, a table."""
 
 import contextlib
 import json
@@ -18,10 +18,10 @@ from fedjax_llm.types import Error, RoundInfo
 
 
 class Recorder(NamedTuple):
-  """Where a run writes its numbers.
+  """Functions that write the metrics of a run.
 
   `write(round, metrics)` appends one line to `metrics.jsonl` and forces it to
-  the disk; `close(finished)` ends what was begun at services.
+  the disk; `close(finished)` ends the runs at tracking services.
   """
 
   write: Callable[[int, Mapping[str, Any]], None]
@@ -48,14 +48,14 @@ def recorder(
     workdir: is made if absent.
     keep: the round of the checkpoint that is resumed; -1 starts a new file.
     tensorboard: whether to write `workdir/tensorboard`.
-    track: begins at services that get the scalars too (`trackers.tracking`);
-      it is given the records that were kept.
-    say: gets a sentence if records of earlier rounds are missing.
+    track: a function of the kept records that starts tracking services
+      (`trackers.tracking`), which get the scalars too.
+    say: called with a sentence if records of earlier rounds are missing.
 
   Raises:
-    Error: if the file is damaged elsewhere than in its last line, if its
-      rounds do not ascend, if it lacks round `keep`, or if a line cannot be
-      written, also because the file was removed or changed meanwhile.
+    Error: the file is damaged before its last line, its rounds do not ascend,
+      it lacks round `keep`, or a line cannot be written (also because the file
+      was removed or changed meanwhile).
 
   >>> import tempfile
   >>> with tempfile.TemporaryDirectory() as workdir:
@@ -108,7 +108,7 @@ def recorder(
 
 
 def line(round: int, metrics: Mapping[str, Any]) -> str:
-  """One line of `metrics.jsonl`, its end included: see `recorder`.
+  """Returns one line of `metrics.jsonl`, its end included: see `recorder`.
 
   >>> line(1, {'local/loss': float('nan'), 'clients/out': ('a',)})
   '{"clients/out": ["a"], "local/loss": null, "round": 1}\\n'
@@ -118,7 +118,7 @@ def line(round: int, metrics: Mapping[str, Any]) -> str:
 
 
 def read(path: str) -> list[dict[str, Any]]:
-  """The records of a `metrics.jsonl`, a torn last line left out."""
+  """Returns the records of a `metrics.jsonl` without a torn last line."""
   return [record for record, _ in _lines(path)]
 
 
@@ -150,7 +150,7 @@ def _lines(path: str) -> list[tuple[dict[str, Any], bytes]]:
 
 
 def _missing(records: Sequence[Mapping[str, Any]], last: int) -> str:
-  """The rounds up to `last` without a record, in words; '' if all have one."""
+  """Returns the rounds up to `last` without a record, as text ('' for none)."""
   missing = sorted({*range(last + 1)} - {x['round'] for x in records})
   if not missing:
     return ''
@@ -220,9 +220,12 @@ def summarise(info: RoundInfo) -> dict[str, Any]:
 
 
 class Progress(NamedTuple):
-  """`update(round, loss, speed, heldout=None)` after every round, with the
-  held-out loss where it was tested; `write(text)` prints a line above the bar;
-  `close()` ends it."""
+  """Functions of a progress bar.
+
+  `update(round, loss, speed, heldout=None)` is called after every round, with
+  the held-out loss of rounds with an evaluation; `write(text)` prints a line
+  above the bar; `close()` ends it.
+  """
 
   update: Callable[..., None]
   write: Callable[[str], None]
@@ -238,12 +241,12 @@ def progress(
   file: Any = None,
   clock: Callable[[], float] = time.monotonic,
 ) -> Progress:
-  """A bar with round, loss, speed in units a second and the time left.
+  """Returns a bar with round, loss, speed in units a second and the time left.
 
-  Where `file` (default: standard error) is no terminal, it is a plain line at
-  most every `every` seconds, and one for the last round, so that logs stay
-  readable. The first round, which compiles, does not count in the time left
-  once there is a second one.
+  Where `file` (default: standard error) is no terminal, it prints a plain line
+  at most every `every` seconds and one for the last round, so that logs stay
+  readable. The estimate of the time left leaves out the first round, which
+  compiles, once there is a second one.
   """
   file = sys.stderr if file is None else file
   bar = None
@@ -260,7 +263,7 @@ def progress(
   marks: list[tuple[int, float]] = [(start, clock())]
   printed = [-math.inf]
 
-  tested = ['']  # the held-out loss that was told last
+  tested = ['']  # the last held-out loss, as text
 
   def update(
     round: int, loss: float, speed: float, heldout: float | None = None
@@ -273,13 +276,13 @@ def progress(
     left = _clock_time(seconds * (num_rounds - round))
     if heldout is not None:
       tested[0] = f'held-out {heldout:.4f}, '
-    told = f'loss {loss:.4f}, {tested[0]}{speed:,.0f} {unit}/s, {left} left'
+    status = f'loss {loss:.4f}, {tested[0]}{speed:,.0f} {unit}/s, {left} left'
     if bar is not None:
-      bar.set_postfix_str(told, refresh=False)
+      bar.set_postfix_str(status, refresh=False)
       bar.update(round - bar.n)
     elif now - printed[0] >= every or round == num_rounds:
       printed[0] = now
-      print(f'round {round}/{num_rounds}: {told}', file=file, flush=True)
+      print(f'round {round}/{num_rounds}: {status}', file=file, flush=True)
 
   def write(text: str) -> None:
     if bar is not None:
@@ -302,7 +305,7 @@ def _clock_time(seconds: float) -> str:
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
-  """A text table; numbers stand to the right, floats with four digits.
+  """Returns a text table; numbers are right-aligned, floats with four digits.
 
   >>> print(table([('loss', 2.5), ('rounds', 10)], ('', 'before')))
           before
@@ -313,7 +316,7 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
   cell = lambda x: f'{x:.4f}' if isinstance(x, float) else str(x)
   cells = [list(header), *([cell(x) for x in row] for row in rows)]
   widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-  # The header stands as its column does.
+  # The header is aligned like its column.
   right = [
     any(isinstance(row[i], int | float) for row in rows)
     for i in range(len(header))
@@ -329,7 +332,7 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
 
 
 def human_bytes(n: int) -> str:
-  """Bytes in decimal units.
+  """Returns a number of bytes as text in decimal units.
 
   >>> human_bytes(999), human_bytes(1_843_200), human_bytes(184 * 10**9)
   ('999 B', '1.84 MB', '184 GB')

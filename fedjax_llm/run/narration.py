@@ -1,4 +1,7 @@
-"""What a run tells in words: its clients, who was left out, what came of it."""
+"""The sentences and tables that a run prints.
+
+They describe its clients, the clients left out of a round, and its results.
+"""
 
 import os
 import pathlib
@@ -12,11 +15,11 @@ from fedjax_llm.types import Draw, Error, Population, RoundInfo
 
 
 class Diverged(Error):
-  """A run of which nothing finite is left."""
+  """The error of a run without any finite update or parameter."""
 
 
 def describe(population: Population) -> str:
-  """Who there is, what was left out and why, and the sizes of the clients."""
+  """Returns text on the clients, their sizes, and the records left out."""
   report: Any = population.report
   labels = report.get('labels')
   sizes = []
@@ -76,7 +79,7 @@ def describe(population: Population) -> str:
 
 
 def unused_clients(conf: Mapping[str, Any]) -> str:
-  """A sentence where the clients that the texts name are not those that train.
+  """Returns a warning if the partition ignores `data.client_key`, else ''.
 
   >>> data, part = {'client_key': 'who'}, {'name': 'iid'}
   >>> unused_clients({'data': data, 'partition': part})[:44]
@@ -100,13 +103,13 @@ def left_out(
   names: Sequence[str],
   number: int,
 ) -> tuple[dict[str, Any], str]:
-  """Returns a round's record with the clients left out, and a sentence.
+  """Returns a round's record with the clients left out, and a sentence on them.
 
   Raises:
-    Diverged: all clients that reported, more than one or the only one that
-      there is, sent values that are not finite.
+    Diverged: all clients that reported sent values that are not finite, and
+      they are more than one, or the only one of the population.
   """
-  told = dict(record)
+  metrics = dict(record)
   # Rows beyond the draw are padding.
   broken = ~np.asarray(info.finite, bool)[: len(draw.ids)]
   chosen = np.asarray(draw.ids) >= 0
@@ -114,7 +117,7 @@ def left_out(
   counted = np.asarray(info.reported, bool)[: len(draw.ids)]
   bad = [names[int(i)] for i in np.sort(np.asarray(draw.ids)[broken])]
   some = ', '.join(map(printable, bad[:5])) + (', ...' if len(bad) > 5 else '')
-  # One of a population that happens to be alone is no verdict on the others.
+  # A single broken client of a larger population does not end the run.
   alone = len(bad) == 1 and len(names) > 1
   if bad and len(bad) == int(reported.sum()) and not alone:
     raise Diverged(
@@ -122,17 +125,17 @@ def left_out(
       f'are not finite ({some}): lower local.learning_rate or set '
       'local.clip_norm, in another workdir.'
     )
-  told |= {
+  metrics |= {
     'clients/reporting': int(counted.sum()),
     'clients/unavailable': int((~chosen).sum()),
     'clients/dropped_out': int((chosen & ~reported).sum()),
     'clients/not_finite': len(bad),
   }
-  if draw.started is not None:  # of a version that the server has no more
-    told['clients/too_late'] = int((reported & ~broken & ~counted).sum())
+  if draw.started is not None:  # started from a version the server has dropped
+    metrics['clients/too_late'] = int((reported & ~broken & ~counted).sum())
   note = ''
   if bad:
-    told['clients/not_finite_names'] = bad
+    metrics['clients/not_finite_names'] = bad
     note = (
       f'round {number}: left out {len(bad)} of {int(reported.sum())} clients, '
       f'whose updates are not finite or too large, or weights out of range: '
@@ -141,13 +144,13 @@ def left_out(
   if not reported.any():
     note = f'round {number}: no client reported, so nothing changed'
     for field in ('loss', 'accuracy', 'grad_norm', 'update_norm'):
-      if f'local/{field}' in told:
-        told[f'local/{field}'] = float('nan')  # written as null
-  return told, note
+      if f'local/{field}' in metrics:
+        metrics[f'local/{field}'] = float('nan')  # written as null
+  return metrics, note
 
 
 def not_finite(number: int) -> str:
-  """A sentence about a server whose parameters are no numbers any more.
+  """Returns the error message for server parameters that are not finite.
 
   >>> not_finite(3)[:54]
   'round 3: the parameters after the server step are not '
@@ -162,7 +165,7 @@ def not_finite(number: int) -> str:
 def best(
   number: int, num_rounds: int, best: int | None, test: Any
 ) -> list[str]:
-  """Says which round was best and why a run ended early, if it was asked.
+  """Returns lines on the best round and on early stopping, if configured.
 
   >>> import types
   >>> test = types.SimpleNamespace(patience=2, keep_best=True)
@@ -191,7 +194,7 @@ _ROWS = {
   'heldout/client_worst_10': 'worst 10 % of clients',
   'new/loss': 'loss on new clients',
 }
-# Of texts that are classified.
+# The names for classification.
 _LABEL_ROWS = {
   'heldout/accuracy': 'held-out accuracy',
   'heldout/client_accuracy_mean': 'mean over clients',
@@ -214,13 +217,13 @@ _PERSONAL_ROWS = {
 
 
 def summary(path: str | os.PathLike, unit: str = '') -> str:
-  """A short table of a finished run: the losses, and what they cost.
+  """Returns a short table of a finished run: its losses and its costs.
 
-  `unit` is what the loss counts, in the singular; by default a label where
-  accuracies of clients were measured, else a token.
+  `unit` is the singular name of what the loss counts; by default 'label' where
+  accuracies of clients were measured, else 'token'.
 
-  A cell is empty where nothing was measured. Personal models are compared with
-  what the same clients were served before they trained.
+  A cell without a measurement is empty. Personal models are compared with the
+  models that the server sent to the same clients before training.
   """
   records = metrics.read(os.path.join(path, 'metrics.jsonl'))
   first, last = dict(records[0]), records[-1]
@@ -266,8 +269,8 @@ def summary(path: str | os.PathLike, unit: str = '') -> str:
     notes.append(f'{untrained} clients were never trained: they are left out.')
   if not rows:
     losses = [r['local/loss'] for r in records if r.get('local/loss')]
-    told = f': {losses[0]:.4f} first, {losses[-1]:.4f} last' if losses else ''
-    notes.append(f'Nothing was tested, training losses aside{told}.')
+    trend = f': {losses[0]:.4f} first, {losses[-1]:.4f} last' if losses else ''
+    notes.append(f'Nothing was tested, training losses aside{trend}.')
   total = lambda field: sum(r.get(field) or 0 for r in records)
   up, down = total('uploads/bytes'), total('downloads/bytes')
   seconds = total('time/round') + total('time/evals')
@@ -293,7 +296,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def printable(text: str) -> str:
-  """Text that leaves the terminal as it is: control characters are escaped.
+  """Returns text with control characters escaped, safe for a terminal.
 
   >>> printable('a\\x1b[2Jb')
   'a\\\\x1b[2Jb'

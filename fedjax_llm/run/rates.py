@@ -16,9 +16,9 @@ from fedjax_llm.run import builders
 def scheduled(builder: builders.Builder) -> builders.Builder:
   """Adds the keyword `schedule` to a builder of server optimizers.
 
-  It is an optax schedule of the rounds in which somebody reported, in the place
-  of `learning_rate`: dict(name='cosine_decay_schedule', init_value=1.0,
-  decay_steps=100).
+  It is an optax schedule that replaces `learning_rate`; its steps are the
+  rounds in which at least one client reported:
+  dict(name='cosine_decay_schedule', init_value=1.0, decay_steps=100).
 
   >>> from fedjax_llm import server
   >>> falls = dict(name='linear_schedule', init_value=1.0, end_value=0.0)
@@ -50,7 +50,7 @@ def scheduled(builder: builders.Builder) -> builders.Builder:
 
 
 def num_steps(batches: Any, axis: int = 1) -> int:
-  """S of batches [K, S, ...], or at another axis.
+  """Returns the number of steps S of batches [K, S, ...], or of another axis.
 
   >>> num_steps({'tokens': np.zeros((4, 3, 2))})
   3
@@ -61,20 +61,20 @@ def num_steps(batches: Any, axis: int = 1) -> int:
 def of(
   optimizer: Any, server: Mapping[str, Any] | None
 ) -> Callable[[int, int], dict[str, float]]:
-  """What a round's record says of learning rates.
+  """Returns the function that computes a round's learning rates.
 
   Args:
-    optimizer: the local one.
+    optimizer: the local optimizer.
     server: the section of the server with its defaults, or None.
 
   Returns:
-    `(round, num_steps) -> {'local/learning_rate': ...}`: that of the first
-    local step of the round, counted from 1, where rounds have `num_steps`, and
-    that of the server; what is not known is left out.
+    `(round, num_steps) -> {'local/learning_rate': ...}`: the rate of the
+    round's first local step, for rounds counted from 1 with `num_steps` steps
+    each, and 'server/learning_rate'; an unknown rate is left out.
 
   >>> from fedjax_llm import local
-  >>> told = of(local.optimizer('sgd', 0.5), {'name': 'sgd'})
-  >>> told(1, 3)
+  >>> metrics = of(local.optimizer('sgd', 0.5), {'name': 'sgd'})
+  >>> metrics(1, 3)
   {'local/learning_rate': 0.5}
   """
   schedule = (server or {}).get('schedule')
@@ -82,14 +82,14 @@ def of(
   served = build_schedule('server.schedule', schedule) if schedule else None
 
   def rates(round: int, num_steps: int) -> dict[str, float]:
-    found = {}
+    metrics = {}
     if isinstance(optimizer, LocalOptimizer):
       first = optimizer.learning_rate((round - 1) * num_steps)
-      found['local/learning_rate'] = float(first)
+      metrics['local/learning_rate'] = float(first)
     if served is not None:
-      found['server/learning_rate'] = float(served(round - 1))
+      metrics['server/learning_rate'] = float(served(round - 1))
     elif isinstance(rate, int | float):
-      found['server/learning_rate'] = float(rate)
-    return found
+      metrics['server/learning_rate'] = float(rate)
+    return metrics
 
   return rates

@@ -1,6 +1,8 @@
-"""What a run made, from its folder: the structure by its config, the values
-from its newest checkpoint. Nothing is trained, and texts are only read where
-names of clients or of classes are needed.
+"""Rebuilds the result of a run from its folder.
+
+`open` returns a `Made`: its structure comes from the config, its values from a
+checkpoint. Nothing is trained, and texts are only read where names of clients
+or of classes are needed.
 """
 
 import difflib
@@ -34,10 +36,10 @@ from fedjax_llm.types import Adapter, ClientState, Error, Params, ServerState
 
 
 class Made(NamedTuple):
-  """What is served after a run, or so far.
+  """The model of a run, at its end or at a checkpoint.
 
-  `params` change `loaded.base`, as it was before the run: what went into the
-  base in the meantime is in their residuals.
+  `params` apply to `loaded.base` as it was before the run: changes that the run
+  wrote into the base are in their residuals.
   """
 
   config: dict[str, Any]
@@ -45,11 +47,11 @@ class Made(NamedTuple):
   task: tasks.Task
   adapter: Adapter
   params: Params
-  what: str  # whose, and when
-  notes: Sequence[str] = ()  # what else is to be said of it
+  what: str  # the owner of the parameters and their round, as text
+  notes: Sequence[str] = ()  # sentences to print with it
 
 
-# Lets names in a workdir's config.json lead out of the project.
+# Allows import paths in a workdir's config.json.
 TRUST = '--trust-code'
 
 
@@ -64,17 +66,17 @@ def open(
 
   Args:
     path: the workdir.
-    client: whose model; None: what everybody is served.
-    round: after which round, one whose checkpoint is kept; 'best': that with
-      the best held-out loss (see `best`); None: the newest that is whole.
-    trusted: import paths in the workdir's config.json, which run code, may be
-      followed.
+    client: the name of a client, for its personal model; None: the model that
+      all clients are served.
+    round: the number of a round with a kept checkpoint; 'best': the round with
+      the best held-out loss (see `best`); None: the newest undamaged one.
+    trusted: True allows import paths in the workdir's config.json, which run
+      code.
 
   Raises:
-    Error: no folder of a run, a run at work, one without any checkpoint or
-      without that of the round; a client that is not of this run, or of a
-      method that keeps nothing of its clients apart; a function in config.json
-      that is none of the project's.
+    Error: the folder holds no run, a run that is at work, or one without that
+      checkpoint; the client is not in this run, or the method has no personal
+      models; config.json names a function outside the project.
   """
   file = str(pathlib.Path(path) / 'config.json')
   with builders.confined(file, TRUST, trusted):
@@ -101,7 +103,7 @@ def _open(
   recipe = builders.resolve_builder(
     'algorithm', conf['algorithm']['name'], SPEC.sections['algorithm']
   )
-  # The names of clients, their number, and those of classes are in the texts.
+  # The number and names of clients, and the names of classes, are in the texts.
   counts = client is not None or 'num_clients' in builders.parameters(recipe)
   records = build('data') if counts or conf.get('task') else []
   labels = task.labels(records)
@@ -150,7 +152,7 @@ def _open(
   if client is not None and private is None:
     raise Error(
       f'--client {client}: {conf["algorithm"]["name"]} keeps nothing of its '
-      'clients apart, everybody is served the same.'
+      'clients apart; all clients are served the same model.'
     )
   if client is not None and client not in names:
     near = difflib.get_close_matches(client, names, 3, 0.3) or names[:3]
@@ -176,7 +178,7 @@ def _open(
   def open_store(at: int) -> clients.store.Store:
     if client is None:
       return clients.store.open(room.states, ClientState(), at_round=at)
-    # A client that was never seen has what the run began with.
+    # A client that has never trained has the initial state.
     newcomer = algorithm.init_client(start().params)
     return clients.store.open(
       room.states, newcomer, at_round=at, read_only=True
@@ -185,17 +187,17 @@ def _open(
   def check(restored: checkpoint.Restored) -> None:
     if number is not None and restored.round != number:
       raise Error('\n'.join(restored.notices))
-    # The place of a client's name says which state is its own.
+    # The index of a client's name is the index of its state.
     if client is not None and restored.meta.get('data', digest) != digest:
       raise Error(
         f'{path} holds a run on other texts or clients than {file_of(conf)} '
         f'has now: which model is that of {client} is not known.'
       )
 
-  found, store = resume.newest(saver, shapes, open_store, check, up_to=number)
-  if found is None:
+  whole, store = resume.newest(saver, shapes, open_store, check, up_to=number)
+  if whole is None:
     raise Error(f'{path}: this run has written no checkpoint yet.')
-  state, notes, what = found.state, list(found.notices), None
+  state, notes, what = whole.state, list(whole.notices), None
   if client is not None:
     place = names.index(client)
     what = jax.tree.map(jnp.asarray, tree.take(store.gather([place]), 0))
@@ -207,8 +209,8 @@ def _open(
     )
   params = algorithm.personal(state.params, what)
   of = f'client {client}' if client is not None else 'what everybody is served'
-  told = f'{of} after round {found.round}'
-  return Made(conf, loaded, task, adapter, params, told, notes)
+  description = f'{of} after round {whole.round}'
+  return Made(conf, loaded, task, adapter, params, description, notes)
 
 
 def _round_of(
@@ -217,7 +219,7 @@ def _round_of(
   round: int | Literal['best'] | None,
   kept: Sequence[int],
 ) -> int | None:
-  """The number of the round that is asked for; Error if it is not kept."""
+  """Returns the number of the selected round; Error if it is not kept."""
   number = round
   if round == 'best':
     records = metrics.read(str(folder / 'metrics.jsonl'))
@@ -236,7 +238,7 @@ def _round_of(
 
 
 def file_of(conf: Mapping[str, Any]) -> str:
-  """Where the texts of a config are from, in words.
+  """Returns the source of a config's texts, as text.
 
   >>> file_of({'data': {'name': 'jsonl', 'path': 'a.jsonl'}})
   'a.jsonl'
@@ -246,22 +248,22 @@ def file_of(conf: Mapping[str, Any]) -> str:
 
 
 def read_config(folder: pathlib.Path) -> Any:
-  """What a run wrote into its config.json; Error where there is none."""
+  """Returns the content of a run's config.json; Error if there is none."""
   file = folder / 'config.json'
   if not file.is_file():
     what = 'holds no run' if folder.is_dir() else 'is no folder'
     raise Error(f'--workdir {folder} {what}: there is no config.json in it.')
   try:
-    found = json.loads(file.read_text())
+    content = json.loads(file.read_text())
   except (ValueError, RecursionError) as error:
     raise Error(f'{file} is damaged ({error}).') from error
-  if not isinstance(found, Mapping):
+  if not isinstance(content, Mapping):
     raise Error(f'{file} is damaged (it holds no object).')
-  return versions.translated(found)
+  return versions.translated(content)
 
 
 def _finished(room: workdir.Workdir, loaded: LoadedModel) -> Params:
-  """The adapter that a finished run wrote, at the base as it was before."""
+  """Returns the adapter that a finished run wrote, for the original base."""
   params = load_adapter(room.adapter, loaded)
   if not room.base.is_dir():
     return params

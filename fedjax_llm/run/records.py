@@ -1,7 +1,7 @@
-"""What the JSON files of a workdir may hold, checked where they are read.
+"""Checks of the JSON files of a workdir, made where the files are read.
 
-Programs compute with these files long after a run has written them. A file that
-was changed since is named, with the field, and nothing is computed from it.
+Programs compute with these files long after a run has written them. An error
+names a file that was changed since and its field.
 """
 
 from collections.abc import Mapping
@@ -68,7 +68,7 @@ def check_sizes(content: Mapping[str, Any], file: str) -> None:
 
 
 def check_samples(content: Mapping[str, Any], file: str) -> None:
-  """Checks samples.json: a list of texts by what they are.
+  """Checks samples.json: a list of samples, each with texts by field.
 
   Raises:
     Error: a field is not of the kind that a run writes.

@@ -1,4 +1,7 @@
-"""Which round a run goes on from: the newest that is whole everywhere."""
+"""The round from which a run resumes: the newest that is undamaged.
+
+`newest` restores its checkpoint and opens its client states.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +21,8 @@ def newest(
 ) -> tuple[Restored | None, Store]:
   """Restores the newest round whose checkpoint and client states are intact.
 
-  A checkpoint whose client states are damaged is passed over like one that is
-  damaged itself, and named in the notices.
+  A checkpoint with damaged client states is skipped like a damaged checkpoint,
+  and named in the notices.
 
   Args:
     saver: the checkpoints.
@@ -32,7 +35,7 @@ def newest(
     The checkpoint, None if there is none; and the client states of its round.
 
   Raises:
-    Error: no round is whole, or `check` refuses.
+    Error: no round is undamaged, or `check` raises.
   """
   while True:
     restored = saver.restore(template, newest=up_to)

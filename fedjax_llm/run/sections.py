@@ -1,4 +1,7 @@
-"""What the config of a run may say: its sections, in the order of the flow."""
+"""The settings and sections of a run's config, in the order of the data flow.
+
+`SPEC` lists them for `run.config`.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -30,34 +33,36 @@ class Settings(NamedTuple):
   seed: int = 0
   # Clients in one vmap; None: the whole cohort; 'auto': by speed and memory.
   block_size: int | Literal['auto'] | None = None
-  widths: tuple[int, ...] = ()  # that a block's rows may have, against padding
-  mesh_model: int = 1  # devices that share a copy of the base, of all there are
+  widths: tuple[int, ...] = ()  # row widths of blocks, to reduce padding
+  mesh_model: int = 1  # the number of devices that share a copy of the base
   execution: str = 'shard_map'  # or 'pmap', where mesh_model is 1
-  # As which JAX sees a CPU; one a core is fastest, and copies the base to each.
+  # The devices that JAX makes of a CPU; one a core is fastest, and each holds a
+  # copy of the base.
   cpu_devices: int = 1
   checkpoint_every: int = 1
   keep_checkpoints: int = 2
-  # Of several processes; all: each its share, where all see the workdir.
+  # With several processes; all: each writes its share, where all see the
+  # workdir.
   checkpoint_writers: Literal['first', 'all'] = 'first'
-  # Where compiled programs are kept for the next start; none: nowhere.
+  # The folder of compiled programs for the next start; none: they are not kept.
   compilation_cache: str | None = 'auto'
 
 
 class Evals(NamedTuple):
-  """The section `evals`: what is tested, and when."""
+  """The section `evals`: the evaluations of a run and their rounds."""
 
-  every: int = 1  # rounds; before the first and after the last in any case
+  every: int = 1  # rounds; also before the first and after the last
   batch_size: int = 8
   per_client: int | None = None  # held-out examples a client; None: all
-  common: int = 32  # examples of everybody's, for methods with private parts
-  buckets: tuple[int, ...] = (32, 64, 128)  # row widths, against padding
+  common: int = 32  # examples from all clients, for methods with private parts
+  buckets: tuple[int, ...] = (32, 64, 128)  # row widths, to reduce padding
   samples: int = 2  # replies shown before and after
   sample_tokens: int = 48
   # The checkpoint of the best round is kept beside the newest (`best`).
   keep_best: bool = False
-  patience: int | None = None  # tests without a better one that end the run
+  patience: int | None = None  # evaluations without a better one before the end
   best_by: str | None = None  # 'heldout/accuracy'; None: the held-out loss
-  # How clients are tested beside what they are served: `evals.views`.
+  # Evaluations of clients besides the model they are served: `evals.views`.
   personal: Mapping[str, Any] | None = None
 
 
@@ -71,7 +76,7 @@ def parts(
   mesh: Any = None,
   execution: str = 'shard_map',
 ) -> None:
-  """What the program hands to `fed_opt` through a recipe: its signature."""
+  """Has the signature of the arguments that recipes pass on to `fed_opt`."""
 
 
 def without(namespace: Any, *names: str) -> dict[str, Any]:

@@ -1,13 +1,13 @@
-"""SIGTERM and Ctrl-C: how a program ends when it is asked to.
+"""SIGTERM and Ctrl-C: the orderly end of a program.
 
-The first of either ends the program in order: at once where nothing is worth
-waiting for (`Stopped` is raised), or after the round that is being computed
-(`stop_after_round`). A second one ends it at once, whatever it does.
+The first signal ends the program in order: at once outside of rounds (`Stopped`
+is raised), or after the round that is being computed (`stop_after_round`). A
+second one ends it at once.
 
-What a signal handler raises can be lost: Python ignores exceptions inside
+An exception from a signal handler can be lost: Python ignores exceptions inside
 callbacks of the garbage collector and destructors, and JAX has such a callback.
-So a signal is remembered, and raised again until the program has left
-`stoppable`.
+So the signal is stored, and `Stopped` is raised again until the program has
+left `stoppable`.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ _SOON = 0.01  # the same after it was ignored
 
 
 class Stopped(KeyboardInterrupt):
-  """A signal came where nothing is worth waiting for."""
+  """Raised by a signal outside of a round."""
 
 
 class _Watch:
-  """What is known of signals inside one `stoppable`."""
+  """The state of signals inside one `stoppable`."""
 
   def __init__(self) -> None:
     self.asked = False
@@ -68,9 +68,9 @@ def _insist(number: int, frame: Any) -> None:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-  """SIGTERM and Ctrl-C raise `Stopped` inside, until `stop_after_round`.
+  """Makes SIGTERM and Ctrl-C raise `Stopped`, until `stop_after_round`.
 
-  In another thread than the main one, which gets the signals, nothing changes.
+  It does nothing outside of the main thread, which gets the signals.
   """
   if threading.current_thread() is not threading.main_thread():
     yield
@@ -105,8 +105,8 @@ def stoppable() -> Iterator[None]:
 def _second_ends(watch: _Watch) -> Iterator[None]:
   """Counts signals while the main thread cannot, such as during a compilation.
 
-  Python runs a handler only between two of its own instructions; a thread
-  that reads what the signals write into a socket is not bound to that.
+  Python runs a handler only between two of its own instructions; a thread can
+  read the bytes that signals write into a socket at any time.
   """
   reader, writer = socket.socketpair()
   writer.setblocking(False)
@@ -146,18 +146,18 @@ def _second_ends(watch: _Watch) -> Iterator[None]:
 
 
 def stop_after_round() -> Callable[[], bool]:
-  """From now on a signal is only noted; returns whether one came."""
+  """Makes signals only set a flag from now on; returns the flag's reader."""
   watch = _watch()
   if watch is None:
     return lambda: False
-  if watch.asked:  # and what it raised was lost
+  if watch.asked:  # and its exception was lost
     raise Stopped
   watch.waits = True
   return lambda: watch.asked
 
 
 def heeded() -> None:
-  """Says that the signal was taken care of: it is not raised again."""
+  """Marks the signal as handled: it is not raised again."""
   watch = _watch()
   if watch is not None:
     watch.asked = False
@@ -165,6 +165,6 @@ def heeded() -> None:
 
 
 def stopping() -> bool:
-  """Whether a signal has come that does not wait for a round."""
+  """Returns True after a signal that does not wait for a round."""
   watch = _watch()
   return watch is not None and watch.asked and not watch.waits

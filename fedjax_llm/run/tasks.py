@@ -1,8 +1,8 @@
-"""Tasks: what a run learns, and how records become batches for it.
+"""Tasks: the loss of a run, and the path from records to batches.
 
-A task is named in the section `task` of a config; without one it is causal_lm.
-A user's task is a builder `my_package.my_module:my_task` that returns a `Task`;
-no other file knows of it.
+The section `task` of a config names a task; the default is causal_lm. A user's
+task is a builder `my_package.my_module:my_task` that returns a `Task`; no other
+file needs a change.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ __all__ = ['causal_lm', 'classification']
 
 
 class Measures(NamedTuple):
-  """How a task's metrics are named and which there are.
+  """The names of a task's metrics, and whether accuracies are among them.
 
   >>> Measures('label', accuracies=True).unit
   'label'
@@ -41,40 +41,41 @@ class Measures(NamedTuple):
 
 
 def no_labels(records: Sequence[Record]) -> None:
-  """The `Task.labels` of tasks without classes."""
+  """Returns None: the `Task.labels` of tasks without classes."""
   del records
 
 
 def any_model(loaded: LoadedModel) -> None:
-  """The `Task.check` of tasks that every model may learn."""
+  """Accepts every model: the default `Task.check`."""
   del loaded
 
 
 class Task(NamedTuple):
-  """All that differs between tasks, from records to an adapter's file.
+  """The functions in which tasks differ, from records to an adapter's file.
 
   Records to examples:
-    `labels(records) -> ` the classes, None where nothing is classified;
+    `labels(records) -> ` the classes, None without classification;
     `encode(record, Encoding) -> Encoded` makes the examples of one record, each
-    an `Example`, `Pair`, `Image`, `ImageWithText` or a pytree of one's own;
-    `prepare(loaded, population) -> population` may fill in what the base model
-    says about the examples before training (reference log-probabilities).
+    an `Example`, `Pair`, `Image`, `ImageWithText` or a user's own pytree;
+    `prepare(loaded, population) -> population` may add values of the base model
+    to the examples before training (reference log-probabilities).
 
   Examples to batches:
-    `length(example) -> int` is what sorts, buckets and packs examples; no text
-    of theirs has more tokens, and rows are padded to the longest;
+    `length(example) -> int` is the length by which examples are sorted,
+    bucketed and packed, at least the tokens of the example's longest text; rows
+    are padded to the longest;
     `collate(examples, width, pad_id) -> (rows -> batch)`: see `data.collate`.
 
   Batches to losses and metrics:
-    `check(loaded)` refuses a model that is made for another task;
+    `check(loaded)` raises `Error` for a model that is made for another task;
     `loss(loaded, per_row=) -> Loss`, one sum for each row with `per_row`;
-    `metrics` names what the loss counts.
+    `metrics` names the unit that the loss counts.
 
-  Beside these, `example(length, vocab_size) -> example` makes one up, of which
-  every token is learned, so that `plan` knows the shapes of a batch; `writes`
-  says that replies are generated from held-out texts; `head` names the modules
-  that an adapter's file has to hold, and `peft_type` is PEFT's name of the
-  task.
+  Further, `example(length, vocab_size) -> example` makes an artificial example
+  with a loss on every token, from which `plan` gets the shapes of a batch;
+  `writes` is True if replies are generated from held-out texts; `head` names
+  the modules that an adapter's file has to hold, and `peft_type` is PEFT's name
+  of the task.
 
   >>> Task(loss=lambda loaded, per_row=False: None).metrics.unit
   'token'
@@ -95,7 +96,7 @@ class Task(NamedTuple):
 
 
 def causal_lm() -> Task:
-  """Next-token prediction: `local.causal_lm` on texts."""
+  """Returns the task of next-token prediction: `local.causal_lm` on texts."""
 
   def check(loaded: LoadedModel) -> None:
     if not loaded.config.causal:
@@ -122,14 +123,14 @@ def causal_lm() -> Task:
 
 
 def classification(labels: Sequence[str] | None = None) -> Task:
-  """One label a text: `local.classification` on an encoder's classifier.
+  """Returns the task of one label a text, `local.classification` on an encoder.
 
   Args:
-    labels: the classes, in the order of a trained head; by default those that
-      the records have, sorted (whole numbers by their size).
+    labels: the classes, in the order of a trained head; by default the labels
+      of the records, sorted (whole numbers by size).
   """
 
-  def found(records: Sequence[Record]) -> tuple[str, ...]:
+  def classes(records: Sequence[Record]) -> tuple[str, ...]:
     return tuple(labels) if labels is not None else label_names(records)
 
   def check(loaded: LoadedModel) -> None:
@@ -150,7 +151,7 @@ def classification(labels: Sequence[str] | None = None) -> Task:
     encode=encoding.labelled,
     collate=texts,
     metrics=Measures('label', accuracies=True),
-    labels=found,
+    labels=classes,
     check=check,
     example=example,
     head=('pooler', 'classifier'),
@@ -161,13 +162,13 @@ def classification(labels: Sequence[str] | None = None) -> Task:
 def with_references(
   loaded: LoadedModel, population: Population, *, batch_size: int = 8
 ) -> Population:
-  """The `Task.prepare` of pairs: log-probabilities under the base alone.
+  """Adds log-probabilities under the base model to pairs: their `Task.prepare`.
 
       reference = log p(reply | prompt; base), in nats, of both replies
 
   Args:
-    loaded: the model; no adapter changes it.
-    population: whose examples are pairs (`types.Pair`).
+    loaded: the model, without an adapter.
+    population: a population of pairs (`types.Pair`).
     batch_size: pairs computed at a time.
 
   Returns:
@@ -187,46 +188,46 @@ def with_references(
     return chosen, rejected
 
   def scored(own: Sequence[Pair]) -> tuple[Pair, ...]:
-    found: list[Pair] = []
+    result: list[Pair] = []
     for start in range(0, len(own), batch_size):
       some = own[start : start + batch_size]
       rows = [[pair] for pair in some] + [[]] * (batch_size - len(some))
       values = zip(*map(np.asarray, score(loaded.base, build(rows))))
-      found += [
+      result += [
         Pair(pair.chosen, pair.rejected, float(chosen), float(rejected))
         for pair, (chosen, rejected) in zip(some, values)
       ]
-    return tuple(found)
+    return tuple(result)
 
   train, heldout, new = (tuple(map(scored, part)) for part in parts)
   return population._replace(train=train, heldout=heldout, new=new)
 
 
 def _tokens(length: int, vocab_size: int) -> np.ndarray:
-  """Token ids that are nearly all different, [T] int32."""
+  """Returns token ids that are nearly all different, [T] int32."""
   return (np.arange(length) * 7919 % vocab_size).astype(np.int32)
 
 
 def label_names(records: Sequence[Record]) -> tuple[str, ...]:
-  """The labels that there are, sorted.
+  """Returns the labels of the records, sorted.
 
   >>> label_names([Record(label='10'), Record(label='9'), Record(label='9')])
   ('9', '10')
 
   Raises `Error` where a record has none, or there are fewer than two.
   """
-  found = set()
+  labels = set()
   for record in records:
     if record.label is None:
       raise Error(
         f'{record.where or "record"}: this text has no label, so it cannot be '
         'classified; give the source a label_key.'
       )
-    found.add(record.label)
-  if len(found) < 2:
+    labels.add(record.label)
+  if len(labels) < 2:
     raise Error(
-      f'there is only one label, {", ".join(found) or "none"}: classification '
+      f'there is only one label, {", ".join(labels) or "none"}: classification '
       'needs two or more.'
     )
-  numbers = all(name.removeprefix('-').isdecimal() for name in found)
-  return tuple(sorted(found, key=int if numbers else None))
+  numbers = all(name.removeprefix('-').isdecimal() for name in labels)
+  return tuple(sorted(labels, key=int if numbers else None))

@@ -1,4 +1,4 @@
-"""The tests that `evals.personal` of a config asks for: see `evals.views`."""
+"""The evaluations of the section `evals.personal`: see `evals.views`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,19 +15,19 @@ from fedjax_llm.types import Error, FederatedAlgorithm
 def viewer(
   built: Any, algorithm: FederatedAlgorithm, tests: Any, *, private: bool
 ) -> Callable[..., dict[str, Any]]:
-  """`examine(base, params, store, key) -> {'evals/...': ...}` of a run.
+  """Returns `examine(base, params, store, key) -> {'evals/...': ...}` of a run.
 
-  Where clients keep parameters, those that were ever trained are tested, else
-  everybody with held-out texts.
+  Where clients keep private parameters, it evaluates the clients that have
+  trained, else all clients with held-out texts.
 
   Args:
     built: an `experiment.Experiment`.
     algorithm: its method.
     tests: its held-out texts, `experiment.Tests`.
-    private: whether clients keep parameters of their own.
+    private: True if clients keep private parameters.
 
   Raises:
-    Error: a view of two adapters, of a method that has one.
+    Error: the view needs two adapters and the method has one.
   """
   view: evals.views.View = builders.build(
     built.test.personal,
@@ -62,7 +62,7 @@ def viewer(
   collate = built.task.collate(everything, built.width, built.tokenizer.pad_id)
 
   def texts(ids: np.ndarray) -> Any:
-    """Training examples of clients, the shortest first, [C, num_texts, ...]."""
+    """Returns clients' training examples, the shortest first, [C, n, ...]."""
     num, rows = view.num_texts, []
     for k in ids:
       some = sorted(people.train[k][:num], key=built.task.length)

@@ -1,9 +1,9 @@
-"""A start from an adapter that was trained before.
+"""Starts a run from an adapter that was trained before.
 
-`adapter.path` names a PEFT directory, or the workdir of a finished run. What it
-computes is what the run starts from, at the targets and the rank that the
-config says: an adapter of a smaller rank fills the first ranks, and the others
-begin as they always do, with no effect.
+`adapter.path` names a PEFT directory or the workdir of a finished run. `start`
+returns parameters that compute the same function at the targets and the rank of
+the config: an adapter of a smaller rank fills the first ranks, and the other
+ranks start as in a new adapter, with no effect.
 """
 
 import functools
@@ -51,14 +51,14 @@ def start(initial: Params, path: str | None, loaded: LoadedModel) -> Params:
   """Returns the parameters that a run starts from.
 
   Args:
-    initial: what the adapter's `init` gives.
+    initial: the result of the adapter's `init`.
     path: a PEFT directory, or the workdir of a finished run; None: `initial`.
     loaded: the base.
 
   Raises:
-    Error: it is neither, or of other weights, another shape or a larger rank;
-      the workdir's run changed its base; the adapter of this run is of a kind
-      that no PEFT directory tells.
+    Error: `path` is neither, or its adapter has other weights, another shape or
+      a larger rank; the workdir's run changed its base; the adapter of this run
+      is of a kind that PEFT directories cannot hold.
   """
   if path is None:
     return initial
@@ -76,7 +76,7 @@ def start(initial: Params, path: str | None, loaded: LoadedModel) -> Params:
 
 
 def _check_base(base: pathlib.Path, loaded: LoadedModel, where: str) -> None:
-  """Raises `Error` if a run's own base is another one than this."""
+  """Raises `Error` if the base stored in a run differs from `loaded`."""
   if not base.is_dir():
     return
   other = models.pretrained(base).base
@@ -91,18 +91,18 @@ def _check_base(base: pathlib.Path, loaded: LoadedModel, where: str) -> None:
 
 
 def fitted(
-  initial: Params, found: Params, where: str, path: tuple[str, ...] = ()
+  initial: Params, trained: Params, where: str, path: tuple[str, ...] = ()
 ) -> Params:
-  """An adapter in the place of another one, of the same function as before.
+  """Returns `trained` with the structure of `initial`, as the same function.
 
   Args:
-    initial: the parameters whose structure, scales and dtypes are kept.
-    found: nested dicts of low-rank nodes, and weights that are whole.
-    where: begins the messages.
-    path: where in the tree this is.
+    initial: the parameters that set the structure, scales and dtypes.
+    trained: nested dicts of `LowRank` nodes and of full weights.
+    where: the start of error messages.
+    path: the place of these nodes in the tree.
 
   Raises:
-    Error: they are of other weights or shapes, or the rank is larger.
+    Error: the weights or shapes differ, or the rank is larger.
 
   >>> node = LowRank(jnp.ones((3, 2)), jnp.zeros((2, 3)), jnp.float32(1))
   >>> old = LowRank(2 * jnp.ones((3, 1)), jnp.ones((1, 3)), jnp.float32(0.5))
@@ -111,9 +111,9 @@ def fitted(
   ([2.0, 1.0], [[0.5, 0.5, 0.5], [0.0, 0.0, 0.0]])
   """
   name = '/'.join(path)
-  if isinstance(initial, Mapping) and isinstance(found, Mapping):
-    for key in {**initial, **found}:
-      if key not in found:
+  if isinstance(initial, Mapping) and isinstance(trained, Mapping):
+    for key in {**initial, **trained}:
+      if key not in trained:
         raise Error(f'{where} has nothing for {"/".join((*path, key))}.')
       if key not in initial:
         raise Error(
@@ -121,18 +121,18 @@ def fitted(
           'it is: widen adapter.targets.'
         )
     return {
-      key: fitted(initial[key], found[key], where, (*path, key))
+      key: fitted(initial[key], trained[key], where, (*path, key))
       for key in initial
     }
-  if isinstance(initial, LowRank) and isinstance(found, LowRank):
-    return _node(initial, found, f'{where}: {name}')
-  if type(initial) is not type(found):
+  if isinstance(initial, LowRank) and isinstance(trained, LowRank):
+    return _node(initial, trained, f'{where}: {name}')
+  if type(initial) is not type(trained):
     raise Error(
-      f'{where} has a {type(found).__name__} at {name}, where this run has a '
+      f'{where} has a {type(trained).__name__} at {name}, where this run has a '
       f'{type(initial).__name__}: choose the adapter that it was made with.'
     )
   leaves, treedef = jax.tree.flatten(initial)
-  others = jax.tree.leaves(found)
+  others = jax.tree.leaves(trained)
   shapes = [np.shape(x) for x in leaves]
   if shapes != [np.shape(x) for x in others]:
     raise Error(f'{where}: {name} has other shapes than in this run.')
@@ -141,12 +141,12 @@ def fitted(
   )
 
 
-def _node(initial: LowRank, found: LowRank, where: str) -> LowRank:
-  rank, old = initial.a.shape[-1], found.a.shape[-1]
+def _node(initial: LowRank, trained: LowRank, where: str) -> LowRank:
+  rank, old = initial.a.shape[-1], trained.a.shape[-1]
   outer = lambda node: (*node.a.shape[:-1], *node.b.shape[-1:])
-  if outer(initial) != outer(found):
+  if outer(initial) != outer(trained):
     raise Error(
-      f'{where} changes a weight of shape {outer(found)}, here it is '
+      f'{where} changes a weight of shape {outer(trained)}, here it is '
       f'{outer(initial)}.'
     )
   if old > rank:
@@ -156,9 +156,11 @@ def _node(initial: LowRank, found: LowRank, where: str) -> LowRank:
       f'{where} has rank {old} and adapter.rank is {rank}: an adapter that '
       'starts with factors other than zero starts from its own rank only.'
     )
-  ratio = jnp.asarray(found.scale / initial.scale)[..., None, None]
-  a = initial.a.at[..., :old].set(found.a.astype(initial.a.dtype))
-  b = initial.b.at[..., :old, :].set((found.b * ratio).astype(initial.b.dtype))
+  ratio = jnp.asarray(trained.scale / initial.scale)[..., None, None]
+  a = initial.a.at[..., :old].set(trained.a.astype(initial.a.dtype))
+  b = initial.b.at[..., :old, :].set(
+    (trained.b * ratio).astype(initial.b.dtype)
+  )
   return initial._replace(a=a, b=b)
 
 
@@ -168,7 +170,7 @@ _EMBEDDING = ('embed_tokens', 'embedding')
 def _saved_whole(
   tensors: Mapping[str, np.ndarray], loaded: LoadedModel
 ) -> Mapping[tuple[str, ...], np.ndarray]:
-  """Leaves of what an adapter saves whole, where that means the same here."""
+  """Returns the full weights that an adapter saves, by path in the base."""
   leaves = families.from_checkpoint(tensors, loaded.config)
   if loaded.config.tied and _EMBEDDING in leaves:
     raise Error(
@@ -180,7 +182,7 @@ def _saved_whole(
 
 
 def _is_of_base(tensors: Mapping[str, np.ndarray], loaded: LoadedModel) -> bool:
-  """Whether these are an embedding or an output head as the base has them."""
+  """Returns True if the tensors are the base's own embedding or output head."""
   again = families.copies(loaded.config)
   named = {t.path: t.name for t in families.tensors(loaded.config)}
   table = {again.get(name, name): value for name, value in tensors.items()}
@@ -196,17 +198,17 @@ def _is_of_base(tensors: Mapping[str, np.ndarray], loaded: LoadedModel) -> bool:
       np.asarray(leaf, np.float32), np.asarray(value, np.float32)
     ):
       raise Error(
-        f'{min(tensors)} beside the adapter differs from the base, which '
-        'modules_to_save does not say.'
+        f'{min(tensors)} beside the adapter differs from the base, but '
+        'modules_to_save does not name it.'
       )
   return True
 
 
 def load_adapter(directory: pathlib.Path, loaded: LoadedModel) -> Params:
-  """Reads a PEFT directory as an adapter of this model.
+  """Returns the adapter in a PEFT directory as parameters for this model.
 
   Raises:
-    Error: there is no adapter, or it does not fit the model.
+    Error: the directory holds no adapter, or one that does not fit the model.
   """
   if not directory.is_dir():
     raise Error(f'{directory}: there is no such directory.')
@@ -218,8 +220,8 @@ def load_adapter(directory: pathlib.Path, loaded: LoadedModel) -> Params:
     directory,
     path_of=lambda name: families.our_paths(name, loaded.config),
     fused=lambda path: families.fused_rows(loaded.config, path),
-    from_tensors=lambda found: _saved_whole(found, loaded),
-    of_base=lambda found: _is_of_base(found, loaded),
+    from_tensors=lambda tensors: _saved_whole(tensors, loaded),
+    of_base=lambda tensors: _is_of_base(tensors, loaded),
     num_layers=loaded.config.num_layers,
   )
   tenants.check(loaded.base, params, str(directory))

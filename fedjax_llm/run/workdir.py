@@ -1,17 +1,20 @@
-"""The folder of a run: what is where, whose it is, and how a run may end.
+"""The folder of a run: its files, its lock, and how a run ends.
+
+`open` returns a `Workdir` of paths and functions; `status` runs a program and
+returns its exit status. The files:
 
 config.json            the resolved config, every default filled in
 metrics.jsonl          one JSON object a round
 metrics.csv            its numbers as a table
 tensorboard/           the same as event files
 trackers.json          the ids of this run at services that track it
-clients.json           how many texts each client has
-checkpoints/, states/  the server's state, and the private one of clients
+clients.json           the number of texts of each client
+checkpoints/, states/  the server's state, and the private states of clients
 adapter/               the final adapter, a PEFT directory
-base/                  the frozen weights, where nobody else has them
-samples.json           replies before and after
-report.txt             what was printed at the end
-finished.json          the round of that, and SHA-256 of what the end has made
+base/                  the frozen weights, where no model file holds them
+samples.json           replies before and after training
+report.txt             the text that was printed at the end
+finished.json          the last round, and SHA-256 of the files of the end
 """
 
 import hashlib
@@ -33,17 +36,17 @@ from fedjax_llm.run.signals import stop_after_round as stop_after_round
 from fedjax_llm.run.signals import stoppable as stoppable
 from fedjax_llm.types import Error
 
-# What may change between a run and its resumption, without changing a number
-# that was already written.
+# Fields that may change between a run and its resumption, without changing a
+# number that was already written.
 _FREE = (
   *('num_rounds', 'checkpoint_every', 'keep_checkpoints'),
   *('checkpoint_writers', 'compilation_cache', 'chosen', 'hosts', 'tracking'),
   *('mesh_model', 'execution', 'cpu_devices'),  # rounding, from here on
   *('evals', 'changes'),
 )
-# Of these a change is told, and noted in the config.
+# A change of these fields is printed, and noted in config.json.
 _NOTED = ('num_rounds', 'evals', 'clients.cohort_size')
-# What config.json holds beside the config.
+# The keys of config.json that are not fields of the config.
 NOTES = ('chosen', 'changes')
 
 
@@ -53,20 +56,22 @@ _THEIRS = ('wandb', 'mlruns')
 
 
 class Workdir(NamedTuple):
-  """Where things are; and functions, before whose first nothing is written.
+  """The paths of a run's folder, and the functions that read and write it.
 
   `take()` makes the folder and keeps other processes out of it; `hold()` keeps
   runs out while the folder is read, and writes nothing. `save_config()` writes
-  the resolved config, `keep(name, value)` a small JSON file, `finish(round,
-  text, patience=None)` the report, of a run that `patience` ended if it is
-  given. `finished(round, patience=None)` is the report of a run that is done
-  with that round, or was ended by the same patience; it is None where a file of
-  the end is lost or damaged, which `lost` then names. `check()` raises `Error`
-  if the folder was removed or replaced after `take()`.
-  `chosen` is what the run chose by itself where its config says 'auto': that of
-  an earlier start, and written with the config. `changed` are the fields that
-  differ from an earlier start and may, with what they were and are;
-  `save_config(done)` notes them as of the rounds after `done`.
+  the resolved config, `keep(name, value)` a small JSON file, and
+  `finish(round, text, patience=None)` the report; `patience` is that of a run
+  that ended early. `finished(round, patience=None)` returns the report of a run
+  that has done that round or was ended by the same patience, else None; where a
+  file of the end is missing or damaged it returns None and `lost` names the
+  file. `check()` raises `Error` if the folder was removed or replaced after
+  `take()`.
+
+  `chosen` holds the values that an earlier start chose for fields that are
+  'auto'; they are written with the config. `changed` holds the fields that
+  differ from an earlier start and are allowed to, each with the old and the new
+  value; `save_config(done)` notes them for the rounds after `done`.
   """
 
   path: pathlib.Path
@@ -89,15 +94,15 @@ class Workdir(NamedTuple):
 def open(
   path: str, resolved: Mapping[str, Any], *, mine: bool = True
 ) -> Workdir:
-  """Looks at the folder.
+  """Returns the `Workdir` at `path`, after a check of the run in it.
 
-  With `mine=False`, in a process that leaves the folder to another one, it is
-  never looked at and nothing is written.
+  With `mine=False`, in a process that leaves the folder to another one, the
+  folder is neither read nor written.
 
   Raises:
-    Error: it is an address or no folder, it holds other things than a run, or
-      the run in it had another config (the fields that differ are named). From
-      `take`: another process is at work in it.
+    Error: `path` is an address or a file, the folder holds other things than a
+      run, or a run with another config (the message names the fields). From
+      `take`: another process is at work in the folder.
   """
   folder = pathlib.Path(path)
   file, report = folder / 'config.json', folder / 'report.txt'
@@ -153,14 +158,14 @@ def open(
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
       raise Error(f'{file} is damaged ({error}).') from error
     if differ:
-      told = '; '.join(
+      differences = '; '.join(
         f'{field} was {_at(before, field)}, is {_at(resolved, field)}'
         for field in differ[:8]
       )
       more = f'; and {len(differ) - 8} more' if len(differ) > 8 else ''
       raise Error(
-        f'--workdir {path} holds a run of another config: {told}{more}. Take '
-        'another workdir, or the config of that run.'
+        f'--workdir {path} holds a run of another config: {differences}{more}. '
+        'Take another workdir, or the config of that run.'
       )
   elif folder.exists():
     # A run that was killed at once leaves no more than its lock.
@@ -196,15 +201,15 @@ def open(
         )
 
   def save_config(done: int = 0) -> None:
-    told = {k: v for k, v in resolved.items() if k not in NOTES}
+    content = {k: v for k, v in resolved.items() if k not in NOTES}
     if chosen:
-      told['chosen'] = chosen
+      content['chosen'] = chosen
     notes = list(changes)
     if changed:
       notes.append({'after': done, 'fields': changed})
     if notes:
-      told['changes'] = notes
-    replace(file, json.dumps(told, indent=2, sort_keys=True) + '\n')
+      content['changes'] = notes
+    replace(file, json.dumps(content, indent=2, sort_keys=True) + '\n')
 
   def keep(name: str, value: Any) -> None:
     replace(folder / name, json.dumps(value) + '\n')
@@ -219,8 +224,8 @@ def open(
       if path.is_file()
     }
     files[report.name] = hashlib.sha256(content).hexdigest()
-    told = {'round': round, 'patience': patience, 'files': files}
-    replace(end, json.dumps(told, indent=1) + '\n')
+    record = {'round': round, 'patience': patience, 'files': files}
+    replace(end, json.dumps(record, indent=1) + '\n')
     replace(report, content)  # the last: without it nothing is finished
 
   def finished(round: int, patience: int | None = None) -> str | None:
@@ -280,9 +285,9 @@ def _is_one(field: str, fields: Sequence[str]) -> bool:
 
 
 def _sizes(resolved: Mapping[str, Any]) -> tuple[str, ...]:
-  """The size of the cohort, where nothing else follows from it."""
+  """Returns the cohort size's field, where no other setting depends on it."""
   free = _get(resolved, 'clients.name') in ('uniform', 'by_size')
-  # There the size says how many steps a round takes.
+  # In that case the size sets the number of steps in a round.
   free &= _get(resolved, 'algorithm.name') != 'centralised'
   return ('clients.cohort_size',) if free else ()
 
@@ -290,7 +295,7 @@ def _sizes(resolved: Mapping[str, Any]) -> tuple[str, ...]:
 def settings_of(
   raw: Mapping[str, Any], number: int | None = None
 ) -> dict[str, Any]:
-  """The config in a config.json, as it was in round `number`; None: now.
+  """Returns the config in a config.json as of round `number` (None: the last).
 
   >>> fields = {'clients.cohort_size': {'was': 4, 'is': 8}}
   >>> raw = {'clients': {'cohort_size': 8}}
@@ -299,17 +304,17 @@ def settings_of(
   ({'clients': {'cohort_size': 8}}, {'clients': {'cohort_size': 4}})
 
   Raises:
-    Error: what it says of changes is damaged.
+    Error: its entry 'changes' is damaged.
   """
-  found = {k: v for k, v in raw.items() if k not in NOTES}
+  settings = {k: v for k, v in raw.items() if k not in NOTES}
   if number is None:
-    return found
+    return settings
   for after, fields in reversed(changes_of(raw)):
     if after < number:
       continue
     for field, values in fields.items():
       *path, last = field.split('.')
-      inner = found
+      inner = settings
       for part in path:
         if not isinstance(inner.get(part), Mapping | None):
           raise Error(f"config.json is damaged: 'changes' names {field!r:.60}.")
@@ -319,13 +324,13 @@ def settings_of(
         inner.pop(last, None)
       else:
         inner[last] = values['was']
-  return found
+  return settings
 
 
 def changes_of(
   raw: Mapping[str, Any],
 ) -> list[tuple[int, Mapping[str, Mapping[str, Any]]]]:
-  """After which rounds fields of a config.json were changed, and how."""
+  """Returns pairs (round, fields changed after it) of a config.json."""
   try:
     return [
       (
@@ -346,22 +351,22 @@ _ADAPTER = ('adapter/adapter_config.json', 'adapter/adapter_model.safetensors')
 def _ended(
   end: pathlib.Path, round: int, patience: int | None
 ) -> tuple[dict[str, str | None], int]:
-  """What the end of a run has made, and the round that finishes it."""
+  """Returns the SHA-256 of each file of the end, and the last round."""
   if not end.is_file():
     return dict.fromkeys(_ADAPTER), round  # of a run that wrote no checksums
   try:
-    told = json.loads(end.read_text())
-    files, number = told['files'], told['round']
+    record = json.loads(end.read_text())
+    files, number = record['files'], record['round']
     if not all(isinstance(x, str) for x in files.values()):
       raise TypeError
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
     return {end.name: ''}, round
-  early = patience is not None and told.get('patience') == patience
+  early = patience is not None and record.get('patience') == patience
   return files, number if early and number < round else round
 
 
 def _lost(folder: pathlib.Path, files: Mapping[str, str | None]) -> list[str]:
-  """The files of a finished run that are not what it wrote."""
+  """Returns the files of a finished run that are missing or were changed."""
   return [
     name
     for name, sha256 in files.items()
@@ -376,9 +381,9 @@ def _sha256(path: pathlib.Path) -> str:
 
 
 def check_links(folder: pathlib.Path) -> None:
-  """Raises `Error` if what a run writes in its folder leads out of it.
+  """Raises `Error` if a path that a run writes is a symbolic link.
 
-  Only the folder itself may be a symbolic link.
+  The folder itself may be one.
   """
   for path in folder.iterdir():
     _refuse_link(path)
@@ -398,7 +403,7 @@ def _refuse_link(path: pathlib.Path) -> None:
 
 
 def replace(file: pathlib.Path, content: str | bytes) -> None:
-  """Writes a whole file, all of it or nothing; no symbolic link is followed."""
+  """Writes a file atomically; no symbolic link is followed."""
   fresh = file.with_name(f'{file.name}.new')
   try:
     fresh.unlink(missing_ok=True)
@@ -413,10 +418,10 @@ def replace(file: pathlib.Path, content: str | bytes) -> None:
 
 
 def lock(folder: pathlib.Path, *, read_only: bool = False) -> Any:
-  """Keeps other processes out of a folder until this one ends, however it ends.
+  """Locks a folder until this process ends; returns the open lock file.
 
-  With `read_only` nothing is written, and others may read as well; a folder
-  that no run has locked before needs no lock.
+  With `read_only` nothing is written and other processes may read as well; the
+  result is None where no run has locked the folder before.
 
   Raises:
     Error: a run is at work in the folder.
@@ -451,8 +456,8 @@ def lock(folder: pathlib.Path, *, read_only: bool = False) -> Any:
 def status(program: Callable[[], None]) -> int:
   """Runs a program and returns its exit status.
 
-  A mistake of the user is one sentence. So is what nobody has foreseen, with
-  the path of a file that holds the traceback.
+  A mistake of the user (`Error`) is printed as one sentence. So is every other
+  exception, with the path of a file that holds the traceback.
   """
   try:
     with stoppable():
@@ -460,7 +465,7 @@ def status(program: Callable[[], None]) -> int:
         program()
         hosts.leave()
       except Exception as error:
-        if signals.stopping():  # what it raised was taken for another error
+        if signals.stopping():  # a library has turned `Stopped` into this error
           raise Stopped from error
         raise
     return _early.over(0)
@@ -490,11 +495,11 @@ def _sentence(error: Exception) -> str:
   )
 
 
-UNFORESEEN = 'this was not foreseen'  # begins what only the last net catches
+UNFORESEEN = 'this was not foreseen'  # begins messages that are not `Error`s
 
 
 def _log(error: Exception) -> str:
-  """Writes the traceback of an error into a new file; its path."""
+  """Writes the traceback of an error into a new file; returns its path."""
   text = ''.join(traceback.format_exception(error))
   try:
     number, path = tempfile.mkstemp(prefix='fedjax_llm_', suffix='.log')

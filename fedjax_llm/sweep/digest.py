@@ -1,9 +1,9 @@
 """A digest of a function and of everything it calls.
 
-A sweep keeps the runs that are done. They are the runs of a rule only as long
-as the rule computes the same: its own code, the helpers that it calls, what its
-closure holds, and the globals that it reads. Installed packages count by their
-names, as everywhere else.
+A sweep keeps the runs that are done. They stay valid for a rule only while the
+rule's code is unchanged: its own code, the helpers that it calls, the values of
+its closure, and the globals that it reads. Installed packages are identified by
+their names.
 """
 
 import dis
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-# Begins what stands in the place of a digest where there is none.
+# The prefix of the text that replaces a digest that cannot be computed.
 UNKNOWN = 'unknown: '
 
 _PLACES = [
@@ -31,7 +31,7 @@ _PLAIN = bool | int | float | complex | str | bytes | type(None) | type(...)
 
 
 def of(function: Any) -> str:
-  """The digest of a function, or why there is none, after `UNKNOWN`.
+  """Returns the digest of a function, or `UNKNOWN` and the reason.
 
   >>> def scale(factor): return lambda x: factor * x
   >>> of(scale(2)) == of(scale(2)), of(scale(2)) == of(scale(3))
@@ -118,7 +118,7 @@ class _Walk:
   def function(self, f: types.FunctionType) -> None:
     if _installed(f):
       self.feed('installed', f.__module__, f.__qualname__)
-      # What an installed decorator has closed over may be the user's.
+      # An installed decorator may have closed over the user's function.
       self.closure(f)
       return
     self.code(f.__code__, f.__name__)
@@ -162,7 +162,7 @@ class _Walk:
 
 
 def _globals(code: types.CodeType) -> set[tuple[str, ...]]:
-  """The globals that code reads, with the attributes it takes of them.
+  """Returns the globals that code reads, with the attributes it reads of them.
 
   >>> sorted(_globals((lambda x: np.linalg.svd(len(x))).__code__))
   [('len',), ('np', 'linalg', 'svd')]
@@ -189,9 +189,9 @@ def _globals(code: types.CodeType) -> set[tuple[str, ...]]:
 
 
 def _installed(x: Any) -> bool:
-  """Whether code belongs to Python, an installed package or this one.
+  """Returns True for code of Python, of an installed package or of this one.
 
-  An instance is none: what it holds may be the user's.
+  It is False for instances, which may hold the user's code.
   """
   if not (inspect.ismodule(x) or hasattr(x, '__qualname__')):
     return isinstance(x, np.ufunc)

@@ -1,4 +1,4 @@
-"""What is to be trained: together where it may be, else one after another."""
+"""Trains the runs of a sweep, together where possible, else one by one."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,10 +21,10 @@ def execute(
   at_once: int | None = None,
   say: Callable[[str], None] = print,
 ) -> None:
-  """Trains what has not ended of these runs, and says in which way.
+  """Trains the runs that have not ended, and reports the groups with `say`.
 
-  Which runs go together follows from all of them, so that what an interrupted
-  sweep does later is what it would have done.
+  The groups follow from all runs, ended or not, so that an interrupted sweep
+  continues in the same groups.
   """
   ended = {run.name for run in runs if folders.outcome(folder, run)}
   waiting = lambda some: [run for run in some if run.name not in ended]
@@ -40,10 +40,10 @@ def execute(
     say('tracking: runs that train together are not tracked.')
   settings = config.settings(runs[0].conf, SPEC)
   compilation.keep(settings.compilation_cache)
-  found = groups.together(groups.members(runs), grid)
+  together = groups.together(groups.members(runs), grid)
   names = short(list(grid))
-  many = [group for group in found if group.why is None]
-  alone = [group for group in found if group.why is not None]
+  many = [group for group in together if group.why is None]
+  alone = [group for group in together if group.why is not None]
   for field in dict.fromkeys(f for group in many for f in group.fixed):
     say(f'{field}: a program for each of its values, which builders must know.')
   likelihoods: dict[Any, Any] = {}
@@ -76,10 +76,10 @@ def _plan(group: groups.Group, one: population.Population, names: Any) -> str:
   differ = ([f'{seeds} seeds'] if seeds > 1 else []) + [
     f'every {names[field]}' for field in group.fields
   ]
-  told = (
+  text = (
     f'{_count(group.members)} by one program, {len(one.parts[0])} at a time'
   )
-  return told + (f': {" x ".join(differ)}' if differ else '')
+  return text + (f': {" x ".join(differ)}' if differ else '')
 
 
 def _count(runs: Sequence[Any]) -> str:

@@ -1,4 +1,4 @@
-"""The picture of a sweep: a metric against the rounds, a band a setting."""
+"""The figure of a sweep: a metric against the rounds, a band a setting."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -21,12 +21,12 @@ def draw(
   metric: str,
   title: str = '',
 ) -> Any:
-  """Lines of means with bands of intervals.
+  """Returns a figure of means as lines, with intervals as bands.
 
   Args:
-    curves: by the setting's name, rounds with means over seeds.
+    curves: rounds with means over seeds, by the setting's name.
     metric: the name of the vertical axis.
-    title: what is compared.
+    title: the title, the fields that are compared.
 
   Raises:
     Error: matplotlib is not installed.
@@ -49,7 +49,7 @@ def draw(
   axes = figure.subplots()
   for i, curve in enumerate(drawn.values()):
     rounds = [number for number, _ in curve]
-    means = [found.mean for _, found in curve]
+    means = [point.mean for _, point in curve]
     colour = _COLOURS[i % len(_COLOURS)]
     style = _STYLES[i // len(_COLOURS) % len(_STYLES)]
     axes.plot(
@@ -60,7 +60,7 @@ def draw(
       markersize=3.5,
       label=labels[i],
     )
-    half = [found.half or 0.0 for _, found in curve]
+    half = [point.half or 0.0 for _, point in curve]
     if any(half):
       low = [m - h for m, h in zip(means, half)]
       high = [m + h for m, h in zip(means, half)]

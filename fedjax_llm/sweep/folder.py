@@ -1,4 +1,4 @@
-"""The folder of a sweep: what is where, whose it is, and what is done.
+"""The folder of a sweep: its files, its identity, and the runs that are done.
 
 sweep.json         the config, the grid and the seeds
 runs/NAME/         config.json, metrics.jsonl and clients.json, as of `train`
@@ -24,7 +24,7 @@ _NAME, _OUTCOME = 'sweep.json', 'outcome.json'
 
 
 class Outcome(NamedTuple):
-  """How a run ended: its last round, and why that is not the last of all."""
+  """The end of a run: its last round, and the error that ended it early."""
 
   round: int
   error: str | None = None
@@ -35,12 +35,17 @@ class Folder(NamedTuple):
   lock: Any  # held as long as this is
 
 
-def open(path: str | os.PathLike, whose: Mapping[str, Any]) -> Folder:
-  """Takes the folder of a sweep (`whose`: its `identity`), made if it is new.
+def open(path: str | os.PathLike, wanted: Mapping[str, Any]) -> Folder:
+  """Opens and locks the folder of a sweep, made if it is new.
+
+  Args:
+    path: the folder.
+    wanted: the `identity` of the sweep.
 
   Raises:
-    Error: it is a file, it holds other things than a sweep, the sweep of
-      another command (what differs is named), or another process is at work.
+    Error: `path` is a file, or holds other things than a sweep, or the sweep of
+      another command (the message names the fields that differ), or another
+      process is at work in it.
   """
   folder = pathlib.Path(path)
   file = folder / _NAME
@@ -59,10 +64,10 @@ def open(path: str | os.PathLike, whose: Mapping[str, Any]) -> Folder:
   if file.exists():
     try:
       before = json.loads(file.read_text())
-      differ = config.same(before, whose)
+      differ = config.same(before, wanted)
     except (ValueError, AttributeError) as error:
       raise Error(f'{file} is damaged ({error}).') from error
-    for name, word_of in (whose.get('sources') or {}).items():
+    for name, word_of in (wanted.get('sources') or {}).items():
       if word_of.startswith(digest.UNKNOWN):
         why = word_of.removeprefix(digest.UNKNOWN)
         raise Error(
@@ -76,7 +81,7 @@ def open(path: str | os.PathLike, whose: Mapping[str, Any]) -> Folder:
         'Take another workdir, or that command.'
       )
   else:
-    workdir.replace(file, _json(whose))
+    workdir.replace(file, _json(wanted))
   (folder / 'runs').mkdir(exist_ok=True)
   return Folder(folder, held)
 
@@ -86,15 +91,15 @@ def place(folder: Folder, run: Run) -> pathlib.Path:
 
 
 def outcome(folder: Folder, run: Run) -> Outcome | None:
-  """How a run ended; None: it has not."""
+  """Returns the end of a run, or None if it has not ended."""
   file = place(folder, run) / _OUTCOME
   if not file.exists():
     return None
   try:
-    found = Outcome(**json.loads(file.read_text()))
-    if type(found.round) is not int or not isinstance(found.error, str | None):
+    ended = Outcome(**json.loads(file.read_text()))
+    if type(ended.round) is not int or not isinstance(ended.error, str | None):
       raise ValueError('fields of other kinds')
-    return found
+    return ended
   except (ValueError, TypeError, RecursionError) as error:
     raise Error(f'{file} is damaged ({error}).') from error
 
@@ -106,27 +111,27 @@ def records(folder: Folder, run: Run) -> list[dict[str, Any]]:
 def write(
   folder: Folder,
   run: Run,
-  told: Sequence[tuple[int, Mapping[str, Any]]],
+  rounds: Sequence[tuple[int, Mapping[str, Any]]],
   ended: Outcome,
   sizes: Mapping[str, Any],
 ) -> None:
-  """Writes the folder of a run that has ended: all of it or nothing."""
+  """Writes the folder of a run that has ended, atomically."""
   final = place(folder, run)
   fresh = final.with_name(f'.{final.name}.new')
   _saving(lambda: shutil.rmtree(fresh, ignore_errors=True))
   _saving(lambda: fresh.mkdir())
   workdir.replace(fresh / 'config.json', _json(run.resolved))
   workdir.replace(fresh / 'clients.json', _json(sizes))
-  lines = [metrics.line(number, record) for number, record in told]
+  lines = [metrics.line(number, record) for number, record in rounds]
   workdir.replace(fresh / 'metrics.jsonl', ''.join(lines))
   workdir.replace(fresh / _OUTCOME, _json(ended._asdict()))
-  # Of a run that was interrupted while it had this folder to itself.
+  # Remains of a run that was interrupted when trained alone.
   _saving(lambda: shutil.rmtree(final, ignore_errors=True))
   _saving(lambda: fresh.rename(final))
 
 
 def close(folder: Folder, run: Run, ended: Outcome) -> None:
-  """Says of a run that wrote its folder itself how it ended."""
+  """Writes the end of a run that was trained alone in its folder."""
   workdir.replace(place(folder, run) / _OUTCOME, _json(ended._asdict()))
 
 
@@ -151,10 +156,10 @@ def identity(
   grid: Mapping[str, Sequence[Any]],
   seeds: Sequence[int],
 ) -> dict[str, Any]:
-  """What two commands share that may share a folder, as JSON.
+  """Returns the identity of a sweep as JSON, equal if two may share a folder.
 
-  Of one's own functions it holds a digest of their code and of all that they
-  call (`digest.of`): a rule that was changed is another rule.
+  For a user's functions it holds a digest of their code and of all that they
+  call (`digest.of`): a changed rule gives another identity.
   """
   resolved = config.resolved(conf, SPEC)
   resolved.pop('seed', None)
@@ -184,10 +189,10 @@ def identity(
   for field, values in grid.items():
     for value in values:
       note(named(field, value), field)
-  told = {'config': resolved, 'grid': words, 'seeds': list(seeds)}
+  content = {'config': resolved, 'grid': words, 'seeds': list(seeds)}
   if sources:
-    told['sources'] = sources
-  return json.loads(json.dumps(told))
+    content['sources'] = sources
+  return json.loads(json.dumps(content))
 
 
 def _is_path(name: Any) -> bool:

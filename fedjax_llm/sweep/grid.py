@@ -1,4 +1,4 @@
-"""What is compared: fields of a config and their values, times seeds."""
+"""The grid of a sweep: fields of a config with their values, times seeds."""
 
 import itertools
 import re
@@ -14,18 +14,18 @@ _LONGEST = 120  # characters of a folder's name
 
 
 class Setting(NamedTuple):
-  """One place of the grid."""
+  """One combination of the values of a grid."""
 
-  values: Mapping[str, Any]  # by field, as a config has them
-  words: Mapping[str, str]  # by field, as they are read
+  values: Mapping[str, Any]  # by field, as in a config
+  words: Mapping[str, str]  # by field, as text
   conf: dict[str, Any]  # checked; its seed is the file's
-  notes: tuple[str, ...] = ()  # fields of the file that its names set aside
+  notes: tuple[str, ...] = ()  # fields of the file dropped by its names
 
 
 class Run(NamedTuple):
-  """A setting with a seed, and the folder that it leaves."""
+  """A setting with a seed, and the name of its folder."""
 
-  setting: int  # its place among the settings
+  setting: int  # the index of its setting
   seed: int
   name: str
   conf: dict[str, Any]
@@ -36,7 +36,7 @@ class Run(NamedTuple):
 
 
 def parse(words: Iterable[str], flag: str = '--grid') -> dict[str, list[Any]]:
-  """Fields and values, as they stand behind a flag.
+  """Parses the fields and values of a flag.
 
   Commas inside brackets and quotes belong to a value.
 
@@ -44,7 +44,7 @@ def parse(words: Iterable[str], flag: str = '--grid') -> dict[str, list[Any]]:
   {'aggregator.name': ['mean', 'median'], 'widths': [(32, 64), ()]}
 
   Raises:
-    Error: a word that is no FIELD=VALUE,VALUE, or a field that stands twice.
+    Error: a word is not of the form FIELD=VALUE,VALUE, or a field is repeated.
   """
   grid: dict[str, list[Any]] = {}
   for word in words:
@@ -58,7 +58,7 @@ def parse(words: Iterable[str], flag: str = '--grid') -> dict[str, list[Any]]:
 
 
 def _split(text: str) -> list[str]:
-  """At the commas that no bracket or quote holds."""
+  """Splits a text at the commas outside of brackets and quotes."""
   parts, depth, quote = [''], 0, ''
   for c in text:
     if quote:
@@ -76,73 +76,74 @@ def _split(text: str) -> list[str]:
   return parts
 
 
-def seeds(given: str | int | Sequence[int], first: int = 0) -> list[int]:
-  """N seeds from `first` on, or those of a list.
+def seeds(value: str | int | Sequence[int], first: int = 0) -> list[int]:
+  """Returns N seeds from `first` on, or those of a list.
 
   >>> seeds(3), seeds('2', first=7), seeds('3,5,8'), seeds([4])
   ([0, 1, 2], [7, 8], [3, 5, 8], [4])
 
   Raises:
-    Error: no such number or list, a negative seed or one that stands twice.
+    Error: the value is no positive number and no list, or a seed is negative or
+      repeated.
   """
-  found: Any = given
-  if isinstance(given, str):
-    found = config.value(given)
+  parsed: Any = value
+  if isinstance(value, str):
+    parsed = config.value(value)
   whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
-  if whole(found) and found > 0:
-    return list(range(first, first + found))
-  if whole(found) or not isinstance(found, Sequence) or not found:
-    raise Error(f'--seeds is {given!r}: a number above 0, or a list of seeds.')
-  if not all(whole(x) and x >= 0 for x in found):
-    raise Error(f'--seeds is {given!r}: seeds are whole numbers from 0.')
-  if len(set(found)) < len(found):
-    raise Error(f'--seeds is {given!r}: a seed stands there twice.')
-  return list(found)
+  if whole(parsed) and parsed > 0:
+    return list(range(first, first + parsed))
+  if whole(parsed) or not isinstance(parsed, Sequence) or not parsed:
+    raise Error(f'--seeds is {value!r}: a number above 0, or a list of seeds.')
+  if not all(whole(x) and x >= 0 for x in parsed):
+    raise Error(f'--seeds is {value!r}: seeds are whole numbers from 0.')
+  if len(set(parsed)) < len(parsed):
+    raise Error(f'--seeds is {value!r}: a seed stands there twice.')
+  return list(parsed)
 
 
 # ---------------------------------------------------------------- settings --
 
 
 def listed(grid: Mapping[str, Iterable[Any]]) -> dict[str, list[Any]]:
-  """The values of every field as a list.
+  """Returns the values of every field as a list.
 
   Raises:
-    Error: a field without a list of values, or with an empty one.
+    Error: a field has no list of values, or an empty one.
   """
-  found = {}
-  for field, given in grid.items():
-    if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
-      raise Error(f'--grid {field} is {given!r}: it takes a list of values.')
-    found[field] = list(given)
-    if not found[field]:
+  lists = {}
+  for field, values in grid.items():
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+      raise Error(f'--grid {field} is {values!r}: it takes a list of values.')
+    lists[field] = list(values)
+    if not lists[field]:
       raise Error(f'--grid {field} has no value.')
-  return found
+  return lists
 
 
 def settings(
   conf: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]
 ) -> list[Setting]:
-  """The cartesian product of the values, the last field running fastest.
+  """Returns the cartesian product of the values; the last field runs fastest.
 
   Args:
     conf: a checked config.
-    grid: by field (`aggregator.name`; a whole section, `aggregator`), the
-      values. A builder may be given itself instead of its name.
+    grid: the values by field (`aggregator.name`, or a whole section,
+      `aggregator`). A builder may stand for its name.
 
   Raises:
-    Error: what a config would be refused for; a value that stands twice, seeds
-      (they are not of the grid).
+    Error: a resulting config is refused, a value is repeated, or the grid has
+      the field `seed` (use --seeds).
   """
   known: dict[str, list[tuple[Any, str]]] = {}
-  for field, given in grid.items():
+  for field, choices in grid.items():
     if field == 'seed':
       raise Error('--grid seed: seeds are given by --seeds.')
-    values = [named(field, value) for value in given]
+    values = [named(field, value) for value in choices]
     words = [word(value) for value in values]
     if twice := [w for i, w in enumerate(words) if w in words[:i]]:
       raise Error(f'--grid {field}: {twice[0]} stands there twice.')
     known[field] = list(zip(values, words))
-  found = []
+  result = []
   for chosen in itertools.product(*known.values()):
     values = {f: value for f, (value, _) in zip(known, chosen)}
     try:
@@ -150,12 +151,12 @@ def settings(
     except Error as error:
       raise Error(str(error).replace('--config.', '--grid ')) from error
     words = {f: text for f, (_, text) in zip(known, chosen)}
-    found.append(Setting(values, words, made, notes))
-  return found
+    result.append(Setting(values, words, made, notes))
+  return result
 
 
 def named(field: str, value: Any) -> Any:
-  """A value of a field, a builder of the house by its name, at every depth."""
+  """Returns a value with the project's builders as names, at every depth."""
   section = field.removesuffix('.name')
   if isinstance(value, Mapping):
     inner = lambda k, v: named(f'{section}.{k}', v)
@@ -169,7 +170,7 @@ def named(field: str, value: Any) -> Any:
 
 
 def word(value: Any) -> str:
-  """A value as it is read.
+  """Returns a value as short text.
 
   >>> word('mean'), word(1e-4), word(None), word(len)
   ('mean', '0.0001', 'none', 'len')
@@ -189,7 +190,7 @@ def word(value: Any) -> str:
 
 
 def short(fields: Sequence[str]) -> dict[str, str]:
-  """Names of fields as short as they may be.
+  """Returns the shortest unique names of fields.
 
   >>> short(['aggregator.name', 'local.learning_rate', 'server.momentum'])
   {'aggregator.name': 'aggregator', 'local.learning_rate': 'learning_rate', \
@@ -200,15 +201,15 @@ def short(fields: Sequence[str]) -> dict[str, str]:
   return {f: last[f] if alone(f) else f for f in fields}
 
 
-def runs(found: Sequence[Setting], seeds: Sequence[int]) -> list[Run]:
-  """Every setting with every seed, and a folder's name for each."""
+def runs(settings: Sequence[Setting], seeds: Sequence[int]) -> list[Run]:
+  """Returns every setting with every seed, each with the name of its folder."""
   made = []
-  for place, setting in enumerate(found):
+  for place, setting in enumerate(settings):
     names = short(list(setting.words))
-    said = [f'{names[f]}={text}' for f, text in setting.words.items()]
+    parts = [f'{names[f]}={text}' for f, text in setting.words.items()]
     resolved = config.resolved(setting.conf, SPEC)
     for seed in seeds:
-      name = _folder(','.join([*said, f'seed={seed}']))
+      name = _folder(','.join([*parts, f'seed={seed}']))
       confs = ({**conf, 'seed': seed} for conf in (setting.conf, resolved))
       made.append(Run(place, seed, name, *confs))
   several = [run.name for run in made]
@@ -229,29 +230,30 @@ def _folder(text: str) -> str:
 
 
 def baseline(
-  found: Sequence[Setting], wanted: Mapping[str, Any] | None
+  settings: Sequence[Setting], wanted: Mapping[str, Any] | None
 ) -> list[int]:
-  """For each setting the one that it is compared with.
+  """Returns, for each setting, the index of the setting it is compared with.
 
-  That is the one which has the values of `wanted` and otherwise its own; by
-  default the first of all.
+  That setting has the values of `wanted` and is equal in all other fields; by
+  default it is the first of all.
 
   Raises:
-    Error: a field or a value that is not in the grid.
+    Error: a field or a value is not in the grid.
   """
   if not wanted:
-    return [0] * len(found)
-  words = [dict(setting.words) for setting in found]
-  asked = {}
+    return [0] * len(settings)
+  words = [dict(setting.words) for setting in settings]
+  chosen = {}
   for field, value in wanted.items():
     if field not in words[0]:
       near = builders.nearest(field, words[0])
       raise Error(f'--baseline {field}: it is no field of the grid {near}.')
-    asked[field] = word(named(field, value))
+    chosen[field] = word(named(field, value))
     there = list(dict.fromkeys(one[field] for one in words))
-    if asked[field] not in there:
-      near = builders.nearest(asked[field], there)
+    if chosen[field] not in there:
+      near = builders.nearest(chosen[field], there)
       raise Error(
-        f'--baseline {field}={asked[field]}: the grid has no such value {near}.'
+        f'--baseline {field}={chosen[field]}: the grid has no such value '
+        f'{near}.'
       )
-  return [words.index(one | asked) for one in words]
+  return [words.index(one | chosen) for one in words]

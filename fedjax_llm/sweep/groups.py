@@ -1,4 +1,7 @@
-"""Which runs may train as one program, and in which numbers they differ."""
+"""Groups the runs of a sweep that can train as one program.
+
+`together` returns the groups, with the numbers in which their runs differ.
+"""
 
 import copy
 import json
@@ -15,39 +18,39 @@ from fedjax_llm.run.sections import SPEC
 from fedjax_llm.sweep.grid import Run
 from fedjax_llm.types import Cohort, Error
 
-# What the method is made of: read inside the compiled round.
+# Sections of the method, which the compiled round reads.
 METHOD = ('algorithm', 'local', 'upload', 'aggregator', 'server')
-# What only the host reads, to say who takes part with which texts.
+# Sections that only the host reads, to draw clients and their texts.
 _HOST = ('partition', 'population', 'clients', 'profiles', 'cohort')
 _UNUSED = ('hosts', 'tracking', 'compilation_cache')
 _FREE = (*_UNUSED, 'checkpoint_every', 'keep_checkpoints')
 
 
 class Member(NamedTuple):
-  """A run, and what stands ready for it; runs on the same texts share that."""
+  """A run with its built experiment, which runs on the same texts share."""
 
   run: Run
   built: Experiment
-  cohort: Cohort  # of the first round
+  cohort: Cohort  # the cohort of the first round
 
 
 class Group(NamedTuple):
-  """Runs of one program."""
+  """Runs that train as one program, or the reason why they cannot."""
 
   members: Sequence[Member]
   fields: Sequence[str] = ()  # numbers of the method in which they differ
-  fixed: Sequence[str] = ()  # numbers that a program of its own has each
-  why: str | None = None  # they cannot train together: the reason
+  fixed: Sequence[str] = ()  # numbers that need a program for each value
+  why: str | None = None  # the reason why they cannot train together
 
 
 def members(runs: Sequence[Run]) -> list[Member]:
-  """Builds what is needed, once for all runs on the same texts.
+  """Builds the members of a sweep, once for all runs on the same texts.
 
-  The model is loaded once for all runs that name the same.
+  A model is loaded once for all runs that name it.
   """
   grounds: dict[str, tuple[Experiment, Cohort]] = {}
   models: dict[str, Any] = {}
-  found = []
+  result = []
   for run in runs:
     key, model = _ground(run), _text(run, ('task', 'data', 'model'))
     if key not in grounds:
@@ -55,21 +58,21 @@ def members(runs: Sequence[Run]) -> list[Member]:
       built = experiment.build(run.conf, quiet, model=models.get(model))
       models.setdefault(model, built.loaded)
       grounds[key] = (built, built.assemble(0)[1])
-    found.append(Member(run, *grounds[key]))
-  return found
+    result.append(Member(run, *grounds[key]))
+  return result
 
 
-def together(found: Sequence[Member], grid: Sequence[str]) -> list[Group]:
-  """The groups, in the order of their first run.
+def together(members: Sequence[Member], grid: Sequence[str]) -> list[Group]:
+  """Returns the groups, in the order of their first run.
 
-  Runs belong together if their configs differ only in the seed, in what the
-  host alone reads, and in numbers of the method that its builders accept while
-  they are being traced; and if their arrays have the same shapes, the length of
-  texts aside.
+  Runs belong together if their configs differ only in the seed, in sections
+  that only the host reads, and in numbers of the method that its builders
+  accept as traced values; and if their arrays have the same shapes, except for
+  the length of texts.
   """
   numbers = [f for f in grid if f.split('.')[0] in METHOD]
   alike: dict[Any, list[Member]] = {}
-  for member in found:
+  for member in members:
     alike.setdefault(_form(member, numbers), []).append(member)
   groups: list[Group] = []
   for own in alike.values():
@@ -88,7 +91,7 @@ def together(found: Sequence[Member], grid: Sequence[str]) -> list[Group]:
 
 
 def put(conf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-  """The config with values at dotted fields, nothing checked.
+  """Returns the config with values set at dotted fields, unchecked.
 
   >>> put({'a': {'b': 1, 'c': 2}}, {'a.b': 3})
   {'a': {'b': 3, 'c': 2}}
@@ -101,15 +104,15 @@ def put(conf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
   return new
 
 
-def lead(found: Sequence[Member]) -> Experiment:
-  """The experiment whose method serves all members.
+def lead(members: Sequence[Member]) -> Experiment:
+  """Returns the experiment that provides the method for all members.
 
-  Rows are not cut to widths: under `vmap` over members every width would be
+  It does not cut rows to widths: under `vmap` over members every width would be
   computed.
   """
-  first = found[0].built
+  first = members[0].built
   return first._replace(
-    conf=found[0].run.conf,
+    conf=members[0].run.conf,
     settings=first.settings._replace(widths=()),
   )
 
@@ -118,19 +121,19 @@ def lead(found: Sequence[Member]) -> Experiment:
 
 
 def _ground(run: Run) -> str:
-  """All that is read before a method is built."""
+  """Returns the sections that are read before the method, as text."""
   central = run.conf['algorithm']['name'] == 'centralised'
   parts = [name for name in run.resolved if name not in (*METHOD, *_FREE)]
   return f'{central} {_text(run, parts)}'
 
 
 def _form(member: Member, numbers: Sequence[str]) -> Any:
-  """Equal for members that may be one program, numbers left open."""
+  """Returns a key that is equal for members of one program, without numbers."""
   run, built = member.run, member.built
   kept = [k for k in run.resolved if k not in ('seed', *_HOST, *_FREE)]
   left = {f: '#' for f in numbers if _is_number(value(run, f))}
   text = _text(run._replace(resolved=put(run.resolved, left)), kept)
-  # Rows of texts may be filled up, so their length does not count.
+  # Rows of texts can be padded, so their length is left out.
   batches = batching.narrowed(member.cohort.batches, 0)
   shapes = [np.shape(x) for x in jax.tree.leaves(batches)]
   shapes += [np.shape(x) for x in jax.tree.leaves(member.cohort.profiles)]
@@ -149,11 +152,11 @@ def _text(run: Run, parts: Sequence[str]) -> str:
 
 
 def value(run: Run, field: str) -> Any:
-  """What a field is in a run: a number, or whatever it is as text."""
-  found: Any = run.resolved
+  """Returns the value of a field in a run: a number, or JSON text."""
+  inner: Any = run.resolved
   for part in field.split('.'):
-    found = found.get(part) if isinstance(found, Mapping) else None
-  return found if _is_number(found) else json.dumps(found, sort_keys=True)
+    inner = inner.get(part) if isinstance(inner, Mapping) else None
+  return inner if _is_number(inner) else json.dumps(inner, sort_keys=True)
 
 
 def _is_number(x: Any) -> bool:
@@ -164,7 +167,7 @@ def _is_number(x: Any) -> bool:
 
 
 def _why_not(member: Member) -> str | None:
-  """Why runs of this method have to be trained one after another."""
+  """Returns the reason why runs must train one after another, or None."""
   algorithm = member.built.method(conf=member.run.conf)
   name = member.run.conf['algorithm']['name']
   if algorithm.plan is not None:
@@ -179,9 +182,9 @@ def _why_not(member: Member) -> str | None:
 
 
 def writes_base(member: Member) -> bool:
-  """Whether a round of its method folds something into the base.
+  """Returns True if a round of the method writes into the base.
 
-  Members that train at once would then need a base each.
+  Members that train at once would then each need a base of their own.
   """
   algorithm = member.built.method(conf=member.run.conf)
   state = jax.eval_shape(
@@ -200,7 +203,7 @@ def writes_base(member: Member) -> bool:
 
 
 def _traceable(member: Member, fields: Sequence[str]) -> tuple[str, ...]:
-  """Those of the fields whose numbers may be traced, found by trying."""
+  """Returns the fields with numbers that can be traced, determined by trial."""
   if not fields or _traces(member, fields):
     return tuple(fields)
   able = tuple(f for f in fields if _traces(member, (f,)))
@@ -208,7 +211,7 @@ def _traceable(member: Member, fields: Sequence[str]) -> tuple[str, ...]:
 
 
 def _traces(member: Member, fields: Sequence[str]) -> bool:
-  """Whether a round with these numbers traced is of the same shapes."""
+  """Returns True if a round with these numbers traced has the same shapes."""
   built = lead([member])
 
   def round(values, cohort, key, params, base):
@@ -230,5 +233,5 @@ def _traces(member: Member, fields: Sequence[str]) -> bool:
     jax.errors.JAXTypeError,
   ):
     return False
-  kinds = lambda told: jax.tree.map(lambda x: (x.shape, str(x.dtype)), told)
+  kinds = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
   return kinds(plain) == kinds(traced)

@@ -1,4 +1,4 @@
-"""Runs that differ in numbers alone, trained as one program.
+"""Trains runs that differ only in numbers as one program.
 
     states [P, ...], cohorts [U, K, ...] of U <= P kinds, numbers [P]
 
@@ -28,14 +28,14 @@ _sound = jax.jit(jax.vmap(tree.all_finite))
 
 
 class Population(NamedTuple):
-  """A group that stands ready, in parts that are trained at once."""
+  """A group that is prepared for training, in parts that train at once."""
 
-  lead: Experiment  # whose method serves all members
+  lead: Experiment  # provides the method for all members
   fields: Sequence[str]  # numbers of the method in which members differ
   parts: Sequence[Sequence[groups.Member]]
   num_kinds: int  # U: members of a part on different texts, at most
-  length: int  # T of all cohorts
-  bounds: Sequence[int | None]  # of all cohorts: `batching.bounded`
+  length: int  # T, the same for all cohorts
+  bounds: Sequence[int | None]  # `batching.bounded` of all cohorts
   block_size: int | None
   step: Step
   examine: Mapping[int, Callable[..., dict[str, Any]]]  # by id of `built`
@@ -46,12 +46,12 @@ def ready(
   likelihoods: dict[Any, Callable[..., Any]],
   at_once: int | None = None,
 ) -> Population:
-  """Prepares a group.
+  """Returns the `Population` of a group.
 
   Args:
-    group: of runs that may train together.
-    likelihoods: programs that test, shared with other groups.
-    at_once: members of a part; None: see `num_at_once`.
+    group: runs that can train together.
+    likelihoods: evaluation programs, shared with other groups.
+    at_once: the number of members of a part; None: see `num_at_once`.
   """
   members = group.members
   lead = groups.lead(members)
@@ -86,7 +86,7 @@ def ready(
 
 
 def program(lead: Experiment, block_size: int | None) -> Step:
-  """The round of all members, compiled once.
+  """Returns the round of all members, compiled once.
 
   `step(values, states, cohorts, kind, base) -> (states, info)`: `values` are
   numbers [P] by field, and member p trains on row `kind[p]` of `cohorts`.
@@ -107,9 +107,9 @@ def program(lead: Experiment, block_size: int | None) -> Step:
 def num_at_once(
   group: groups.Group, lead: Experiment, block_size: int | None
 ) -> int:
-  """How many members train at a time: by speed, and within half of the memory.
+  """Returns the number of members that train at once, within half the memory.
 
-  Products of more rows than `plan.blocks` wants a block to have gain nothing:
+  Matrix products with more rows than the limit of `run.blocks` gain nothing:
   on two CPU cores a round of 32 members of 2,048 rows each took 1.4 times the
   processor time of 32 rounds of one, which share the compiled program as well
   (2026-11-22).
@@ -126,7 +126,7 @@ def num_at_once(
   method = lead.method(block_size)
   key, params = first.built.round_key, first.built.initial
   state = jax.eval_shape(method.init, key, params)
-  newcomer = method.init_client(params)  # it keeps nothing
+  newcomer = method.init_client(params)  # without private state
   cohort = first.cohort._replace(states=newcomer)
   trace = jax.make_jaxpr(method.round)(state, cohort, lead.base)
   each = costs.of(trace, trips=steps).temporary
@@ -144,23 +144,24 @@ def train(
 ) -> int:
   """Trains a part; its runs are written when all of them have ended.
 
-  The numbers are those of `train` one by one, to rounding; a time is the run's
-  share. A run of which nothing finite is left ends there, the others go on.
+  The metrics equal those of `train` for each run, up to rounding; a time is the
+  run's share. A run that diverges ends early, and the others go on.
 
   Args:
-    population: that the part is of.
-    part: its members.
-    folder: where each run leaves its own.
-    bar: counts the rounds of all runs, of which `done` were done before.
+    population: the population of the part.
+    part: the members to train.
+    folder: the folder of the sweep, with one folder for each run.
+    bar: the progress bar, which counts the rounds of all runs.
+    done: the number of rounds that were done before.
 
   Returns:
-    Rounds done now.
+    The number of rounds done, those before included.
   """
   began = time.monotonic()
   lead, share = population.lead, len(part)
   settings, test = lead.settings, lead.test
   values, states, builds, kind = _begin(population, part)
-  told: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in part]
+  rounds: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in part]
   ended: dict[int, folders.Outcome] = {}
   rates_of = [member.built.rates(member.run.conf) for member in part]
 
@@ -183,9 +184,9 @@ def train(
   ready = time.monotonic()
   for i in range(share):
     start = time.monotonic()
-    told[i].append((0, examined(i)))
-    told[i][-1][1]['time/setup'] = (ready - began) / share
-    told[i][-1][1]['time/evals'] = time.monotonic() - start
+    rounds[i].append((0, examined(i)))
+    rounds[i][-1][1]['time/setup'] = (ready - began) / share
+    rounds[i][-1][1]['time/evals'] = time.monotonic() - start
   following = assembled(0)
   for number in range(1, settings.num_rounds + 1):
     start = time.monotonic()
@@ -193,7 +194,7 @@ def train(
     states, on_device = population.step(
       values, states, cohorts, kind, lead.base
     )
-    # The next cohorts are made, and travel, while the device works.
+    # The next cohorts are made and transferred while the device computes.
     sent = time.monotonic()
     if number < settings.num_rounds:
       following = assembled(number)
@@ -231,22 +232,24 @@ def train(
         'time/evals': time.monotonic() - start_of,
         'time/tokens_per_second': one['local/tokens'] / each,
       }
-      told[i].append((number, one))
+      rounds[i].append((number, one))
     loss = float(np.mean(losses)) if losses else float('nan')
     bar.update(done + number * share, loss, tokens / (each * share))
   for i, member in enumerate(part):
     last = folders.Outcome(settings.num_rounds)
     if folders.outcome(folder, member.run) is None:
       sizes = data.population.sizes(member.built.population)
-      folders.write(folder, member.run, told[i], ended.get(i, last), sizes)
+      folders.write(folder, member.run, rounds[i], ended.get(i, last), sizes)
   return done + settings.num_rounds * share
 
 
 def _begin(
   population: Population, part: Sequence[groups.Member]
 ) -> tuple[dict[str, np.ndarray], Any, list[Experiment], np.ndarray]:
-  """Numbers [P], states [P, ...], experiments on different texts, and which of
-  them each member is of [P]. The last member fills up a part that is smaller.
+  """Returns numbers [P], states [P, ...], experiments and their indices [P].
+
+  The experiments are those on different texts; the indices assign one to each
+  member. A smaller part is padded with its last member.
   """
   most = len(population.parts[0])
   full = [*part, *[part[-1]] * (most - len(part))]

@@ -1,4 +1,4 @@
-"""From a command to a table."""
+"""The program `sweep`: `run` trains a grid and returns a `Comparison`."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ METRIC = 'evals/heldout/loss'
 
 
 class Comparison(NamedTuple):
-  """What came of a sweep; in a notebook it shows itself as its table."""
+  """The result of a sweep; a notebook displays it as its table."""
 
   metric: str
   rows: Sequence[table.Row]
@@ -32,11 +32,11 @@ class Comparison(NamedTuple):
   path: pathlib.Path  # the folder
 
   def markdown(self) -> str:
-    """The table: mean, interval, paired difference, bytes and seconds."""
+    """Returns the table: mean, interval, paired difference, bytes, seconds."""
     return table.markdown(self.rows, self.names, self.metric, len(self.seeds))
 
   def figure(self) -> Any:
-    """The metric against the rounds, a `matplotlib.figure.Figure`."""
+    """Returns the metric against the rounds, a `matplotlib.figure.Figure`."""
     title = ' x '.join(self.names.values())
     return figures.draw(self.curves, self.metric, title)
 
@@ -60,23 +60,22 @@ def run(
   Args:
     config: `'configs/tiny.py:smoke'`, a ConfigDict or a dict.
     grid: values by field: `{'aggregator.name': ['mean', my_rule],
-      'local.learning_rate': [1e-3, 1e-2]}`. A builder that is written in a
-      notebook stands there itself; a whole section does as a dict,
+      'local.learning_rate': [1e-3, 1e-2]}`. A value may be a function, such as
+      a builder written in a notebook; a whole section is a dict,
       `{'aggregator': [dict(name='mean'), dict(name='krum', num_byzantine=1)]}`.
-    seeds: a number of them, from the config's own on, or a list.
-    workdir: the folder; with the same arguments it goes on there, or shows what
-      is done. None: a temporary one.
-    baseline: which setting the others are compared with, by its fields: a
-      setting meets the one with these values that otherwise equals it. None:
-      the first of all.
-    metric: what is compared, after the last round.
-    at_once: how many runs of one program train at a time; None: as many as
-      this device computes well, and its memory holds.
-    say: what to do with the sentences on the way.
+    seeds: a number of seeds, from the config's own on, or a list.
+    workdir: the folder; a second call with the same arguments continues there,
+      or returns the finished result. None: a temporary one.
+    baseline: values by field. Each setting is compared with the setting that
+      has these values and equals it in all other fields. None: with the first.
+    metric: the metric that is compared, after the last round.
+    at_once: the number of runs of one program that train at a time; None: as
+      many as this device computes efficiently, and its memory holds.
+    say: prints the progress sentences.
 
   Raises:
-    Error: what `train` would refuse in a config; a field or value that is no
-      such; a folder of other things.
+    Error: `train` would refuse a config; a field or value does not exist; the
+      folder holds other things.
   """
   source = 'config'
   if isinstance(config, str | os.PathLike):
@@ -103,7 +102,7 @@ def compare(
   at_once: int | None,
   say: Callable[[str], None],
 ) -> Comparison:
-  """`run` on a config that is checked."""
+  """Returns the `Comparison` of `run` for a checked config."""
   if coordinator := (conf.get('hosts') or {}).get('coordinator'):
     raise Error(
       f'hosts.coordinator is {coordinator!r}: a sweep is one process; leave it '
@@ -123,33 +122,33 @@ def compare(
     say(note)
   execute.execute(runs, folder, list(grid), at_once=at_once, say=say)
 
-  told: list[list[Any]] = [[] for _ in settings]
+  results: list[list[Any]] = [[] for _ in settings]
   for one in runs:
     ended = folders.outcome(folder, one)
     assert ended is not None
     failed = ended.error
-    told[one.setting].append(failed or folders.records(folder, one))
+    results[one.setting].append(failed or folders.records(folder, one))
   words = [setting.words for setting in settings]
   names = grids.short(list(grid))
-  told_of = lambda own: [run for run in own if not isinstance(run, str)]
+  complete = lambda own: [run for run in own if not isinstance(run, str)]
   label = lambda one: ', '.join(f'{names[f]}={w}' for f, w in one.items())
-  found = Comparison(
+  comparison = Comparison(
     metric=metric,
-    rows=table.rows(words, compared, told, metric),
+    rows=table.rows(words, compared, results, metric),
     curves={
-      label(one): table.curve(told_of(own), metric)
-      for one, own in zip(words, told)
+      label(one): table.curve(complete(own), metric)
+      for one, own in zip(words, results)
     },
     names=names,
     seeds=every,
     path=folder.path,
   )
-  _record(found)
-  return found
+  _record(comparison)
+  return comparison
 
 
 def _check(setting: grids.Setting) -> None:
-  """Finds out what builders refuse before anything is computed."""
+  """Raises the errors of a setting's builders before anything is computed."""
   make = lambda section: builders.build(
     setting.conf[section], SPEC.sections[section]
   )
@@ -167,21 +166,21 @@ def _check(setting: grids.Setting) -> None:
     raise Error(f'--grid {of}: {error}' if of else str(error)) from error
 
 
-def _record(found: Comparison) -> None:
-  """table.json and table.csv, beside the runs."""
-  told = {
-    'metric': found.metric,
+def _record(comparison: Comparison) -> None:
+  """Writes table.json and table.csv beside the runs."""
+  content = {
+    'metric': comparison.metric,
     'level': table.LEVEL,
-    'seeds': list(found.seeds),
-    'rows': table.as_json(found.rows),
+    'seeds': list(comparison.seeds),
+    'rows': table.as_json(comparison.rows),
     'curves': {
       name: [{'round': number, **x._asdict()} for number, x in curve]
-      for name, curve in found.curves.items()
+      for name, curve in comparison.curves.items()
     },
   }
-  text = json.dumps(told, indent=2, sort_keys=True) + '\n'
-  workdir.replace(found.path / 'table.json', text)
-  workdir.replace(found.path / 'table.csv', table.as_csv(found.rows))
+  text = json.dumps(content, indent=2, sort_keys=True) + '\n'
+  workdir.replace(comparison.path / 'table.json', text)
+  workdir.replace(comparison.path / 'table.csv', table.as_csv(comparison.rows))
 
 
 # ------------------------------------------------------------ command line --
@@ -210,24 +209,24 @@ def _command(argv: Sequence[str]) -> None:
   parser.add_argument('--at-once', type=int, metavar='RUNS')
   fields = [word for word in argv if word.startswith('--config.')]
   rest = [word for word in argv if not word.startswith('--config.')]
-  given = command.parse(parser, rest)
-  paths = ['--config', given.config, '--workdir', given.workdir]
+  flags = command.parse(parser, rest)
+  paths = ['--config', flags.config, '--workdir', flags.workdir]
   args = configs.parse([*paths, *fields], SPEC)
   for note in args.notes:
     print(note)
   wanted = {}
-  for field, values in grids.parse(given.baseline, '--baseline').items():
+  for field, values in grids.parse(flags.baseline, '--baseline').items():
     if len(values) > 1:
       raise Error(f'--baseline {field} has {len(values)} values, not one.')
     wanted[field] = values[0]
   found = compare(
     args.config,
-    grids.parse(given.grid),
-    given.seeds,
+    grids.parse(flags.grid),
+    flags.seeds,
     args.workdir,
     wanted,
-    metric=given.metric,
-    at_once=given.at_once,
+    metric=flags.metric,
+    at_once=flags.at_once,
     say=print,
   )
   print(f'\n{found.markdown()}\n')

@@ -1,4 +1,4 @@
-"""Runs one after another, each by `train`."""
+"""Trains runs one after another, each with `train`."""
 
 import contextlib
 import io
@@ -16,10 +16,10 @@ def train_each(
   folder: folders.Folder,
   say: Callable[[str], None] = print,
 ) -> None:
-  """Trains what has not ended yet; an interrupted run goes on.
+  """Trains the runs that have not ended; an interrupted run continues.
 
-  Each leaves a whole workdir, checkpoints and adapter included. Programs are
-  shared through the cache of compiled programs (`compilation_cache`).
+  Each run writes a whole workdir with checkpoints and adapter. Runs share
+  compiled programs through `compilation_cache`.
   """
   for number, run in enumerate(runs, 1):
     say(f'run {number} of {len(runs)}: {run.name}')
@@ -30,8 +30,8 @@ def train_each(
         train.train(config.Arguments(run.conf, where, ''))
     except Diverged as diverged:
       error = str(diverged)
-    told = folders.records(folder, run)
-    done = told[-1]['round'] if told else 0
+    records = folders.records(folder, run)
+    done = records[-1]['round'] if records else 0
     if error is None and done < run.conf['num_rounds']:
       raise workdir.Stopped  # by a signal, which `train` has heeded
     folders.close(folder, run, folders.Outcome(done, error))

@@ -1,4 +1,4 @@
-"""What the runs of a sweep say together: means, intervals, differences."""
+"""The table of a sweep: means, intervals and differences over seeds."""
 
 import csv
 import io
@@ -19,31 +19,31 @@ class Interval(NamedTuple):
 
   mean: float
   half: float | None
-  num: int  # of seeds
+  num: int  # the number of seeds
 
 
 class Row(NamedTuple):
-  """What is said of one setting."""
+  """The results of one setting, a row of the table."""
 
   words: Mapping[str, str]  # its fields
-  value: Interval | None  # of the metric; None: no run came to its end
-  baseline: Mapping[str, str]  # the fields of the one it is compared with
+  value: Interval | None  # the metric; None: no run has finished
+  baseline: Mapping[str, str]  # the fields of the setting it is compared with
   difference: Interval | None  # paired by seed; None: it is the baseline
-  up: float | None  # bytes of a run, a mean over seeds
+  up: float | None  # uploaded bytes of a run, a mean over seeds
   down: float | None
   seconds: float | None
-  failed: tuple[str, ...]  # why runs ended early
+  failed: tuple[str, ...]  # the errors of runs that ended early
 
 
 def interval(
   values: Sequence[float] | np.ndarray, level: float = LEVEL
 ) -> Interval | None:
-  """The mean m of n values and its interval by Student's t:
+  """Returns the mean m of n values and its interval by Student's t:
 
       m +- t_{n-1, (1 + level) / 2} s / sqrt(n),
       s^2 = sum (x - m)^2 / (n - 1)
 
-  for values that are drawn independently from a normal distribution (Student
+  for values drawn independently from a normal distribution (Student
   1908, "The probable error of a mean").
 
   >>> mean, half, num = interval([1.0, 2.0, 3.0])
@@ -63,42 +63,42 @@ def interval(
 
 
 def last(records: Sequence[Mapping[str, Any]], metric: str) -> float | None:
-  """A metric after the last round; None if it is not finite.
+  """Returns a metric after the last round; None if it is not finite.
 
   Raises:
-    Error: it is not told there; the nearest name is given.
+    Error: the last record lacks it; the message names the nearest metric.
   """
-  told = records[-1]
+  record = records[-1]
   number = lambda x: x is None or isinstance(x, int | float)  # null: NaN
-  known = [k for k, x in told.items() if number(x) and k != 'round']
+  known = [k for k, x in record.items() if number(x) and k != 'round']
   if metric not in known:
     near = builders.nearest(metric, known)
-    raise Error(f'--metric {metric}: no run tells it {near}.')
-  return None if told[metric] is None else float(told[metric])
+    raise Error(f'--metric {metric}: no run has this metric {near}.')
+  return None if record[metric] is None else float(record[metric])
 
 
 def rows(
   words: Sequence[Mapping[str, str]],
   compared: Sequence[int],
-  told: Sequence[Sequence[Sequence[Mapping[str, Any]] | str]],
+  results: Sequence[Sequence[Sequence[Mapping[str, Any]] | str]],
   metric: str,
 ) -> list[Row]:
-  """One row a setting.
+  """Returns one row for each setting.
 
   Args:
     words: the fields of each setting.
-    compared: the place of the one that each is compared with.
-    told: of each setting, seed by seed, the records of a run, or a sentence
-      where it ended early. All settings have the same seeds.
-    metric: what is compared, after the last round.
+    compared: the index of the setting that each is compared with.
+    results: for each setting and seed, the records of a run, or the error that
+      ended it early. All settings have the same seeds.
+    metric: the metric that is compared, after the last round.
   """
   values = [
     [None if isinstance(run, str) else last(run, metric) for run in own]
-    for own in told
+    for own in results
   ]
   unknown = f'{metric} is not finite after the last round.'
-  found = []
-  for place, own in enumerate(told):
+  table = []
+  for place, own in enumerate(results):
     other = compared[place]
     pairs = [
       a - b
@@ -109,7 +109,7 @@ def rows(
     mean = lambda fields, done=done: _mean(
       [sum(r.get(f) or 0 for r in run for f in fields) for run in done]
     )
-    found.append(
+    table.append(
       Row(
         words=words[place],
         value=interval([x for x in values[place] if x is not None]),
@@ -125,13 +125,13 @@ def rows(
         ),
       )
     )
-  return found
+  return table
 
 
 def curve(
   runs: Sequence[Sequence[Mapping[str, Any]]], metric: str
 ) -> list[tuple[int, Interval]]:
-  """A metric against the rounds in which every run tells it."""
+  """Returns a metric's intervals by round, for rounds that all runs have."""
   by_round: dict[int, list[float]] = {}
   for run in runs:
     for record in run:
@@ -139,9 +139,9 @@ def curve(
       if isinstance(value, int | float):
         by_round.setdefault(record['round'], []).append(float(value))
   return [
-    (number, found)
+    (number, mean)
     for number, values in sorted(by_round.items())
-    if len(values) == len(runs) and (found := interval(values))
+    if len(values) == len(runs) and (mean := interval(values))
   ]
 
 
@@ -155,7 +155,7 @@ def _mean(values: Sequence[float]) -> float | None:
 def markdown(
   rows: Sequence[Row], names: Mapping[str, str], metric: str, num_seeds: int
 ) -> str:
-  """The table for people. `names` are those of the fields, as read."""
+  """Returns the table in Markdown; `names` are the short names of fields."""
   level = f'{100 * LEVEL:.0f} %'
   several = num_seeds > 1
   what = f'{metric} ({level})' if several else metric
@@ -187,14 +187,14 @@ def markdown(
     )
   for row in rows:
     if row.failed:
-      said = ', '.join(f'{names[f]}={w}' for f, w in row.words.items())
+      setting = ', '.join(f'{names[f]}={w}' for f, w in row.words.items())
       what = f'{len(row.failed)} of {num_seeds} runs do not count'
-      notes.append(f'{said}: {what}: {row.failed[0]}')
+      notes.append(f'{setting}: {what}: {row.failed[0]}')
   return '\n'.join([_pipes([header, *lines], len(rows[0].words)), '', *notes])
 
 
 def _pipes(cells: Sequence[Sequence[str]], num_left: int) -> str:
-  """A Markdown table that is also straight on a terminal."""
+  """Returns a Markdown table with aligned columns."""
   safe = [[c.replace('|', '\\|') for c in row] for row in cells]
   widths = [max(len(row[i]) for row in safe) for i in range(len(safe[0]))]
   left = [i < num_left for i in range(len(widths))]
@@ -214,22 +214,22 @@ def _key(words: Mapping[str, str]) -> tuple[str, ...]:
   return tuple(words.values())
 
 
-def _spell(found: Interval, signed: bool = False) -> str:
-  """A mean with the digits that its interval leaves it.
+def _spell(mean: Interval, signed: bool = False) -> str:
+  """Returns a mean as text, with the digits that its interval justifies.
 
   >>> _spell(Interval(5.54321, 0.0123, 5)), _spell(Interval(-2e-5, 3e-6, 5))
   ('5.543 ± 0.012', '-0.0000200 ± 0.0000030')
   """
   digits = 4
-  if found.half:
-    digits = min(max(1 - math.floor(math.log10(found.half)), 0), 8)
+  if mean.half:
+    digits = min(max(1 - math.floor(math.log10(mean.half)), 0), 8)
   sign = '+' if signed else ''
-  told = f'{found.mean:{sign}.{digits}f}'
-  return told if found.half is None else f'{told} ± {found.half:.{digits}f}'
+  text = f'{mean.mean:{sign}.{digits}f}'
+  return text if mean.half is None else f'{text} ± {mean.half:.{digits}f}'
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-  """The rows for programs."""
+  """Returns the rows as JSON values."""
   plain = lambda x: x._asdict() if isinstance(x, Interval) else x
   return [
     {field: plain(x) for field, x in row._asdict().items()} for row in rows
@@ -237,7 +237,7 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-  """The rows for spreadsheets; empty where nothing is to be said."""
+  """Returns the rows as CSV; a cell without a value is empty."""
   fields = list(rows[0].words)
   out = io.StringIO()
   writer = csv.writer(out, lineterminator='\n')

@@ -1,4 +1,4 @@
-"""Texts of several runs in arrays of one shape."""
+"""Puts the texts of several runs into arrays of one shape."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,10 +17,10 @@ def stacked(
   length: int,
   bounds: Sequence[int | None],
 ) -> Cohort:
-  """Cohorts [U, K, ...] of `num` rows: the last stands for those not there.
+  """Returns cohorts [U, K, ...] as `num` rows; missing rows repeat the last.
 
-  Rows of texts are filled up to `length` with padding, and get the same
-  `bounds`; both change nothing but rounding.
+  Rows of texts are padded to `length`, and get the same `bounds`; both change
+  results only by rounding.
   """
   full = [*cohorts, *[cohorts[-1]] * (num - len(cohorts))]
 
@@ -32,9 +32,9 @@ def stacked(
 
 
 def alike(tests: Sequence[Tests]) -> list[Tests]:
-  """The same texts in groups of the same shapes, so that one program tests.
+  """Returns the same texts in groups of equal shapes, for one program.
 
-  Batches of padding, rows of nobody, are added where others have more.
+  Batches of padding, without owners, are added where other runs have more.
 
   >>> from fedjax_llm.types import Batch
   >>> def test(num):
@@ -63,21 +63,21 @@ def _filled(several: Sequence[Sequence[Any]]) -> list[list[Any]]:
     for groups in several
   ]
   widths = sorted({width for own in by_width for width in own})
-  found: list[list[Any]] = [[] for _ in several]
+  result: list[list[Any]] = [[] for _ in several]
   for width in widths:
     there = [own[width] for own in by_width if width in own]
     depth = max(len(owner) for _, owner in there)
     bounds = batching.most([batch for batch, _ in there])
     for i, own in enumerate(by_width):
-      if own:  # who has no text at all is not tested
-        found[i].append(_deep(own.get(width), there[0], depth, bounds))
-  return found
+      if own:  # a run without texts is not evaluated
+        result[i].append(_deep(own.get(width), there[0], depth, bounds))
+  return result
 
 
 def _deep(
   group: Any, other: Any, depth: int, bounds: Sequence[int | None]
 ) -> Any:
-  """A group of `depth` batches; None has none, of the shapes of another."""
+  """Returns a group padded to `depth` batches; None becomes padding only."""
   batch, owner = group or jax.tree.map(lambda x: np.asarray(x)[:0], other)
   fill = lambda x, value: np.concatenate(
     [x, np.full((depth - len(x), *np.shape(x)[1:]), value, x.dtype)]

@@ -132,10 +132,13 @@ def noisy(clip, noise) -> Codec:
     leaves, treedef = jax.tree.flatten(message)
     drawn = [
       shrink * x
-      + noise * jax.random.normal(jax.random.fold_in(context.key, i), x.shape, x.dtype)
+      + noise
+      * jax.random.normal(jax.random.fold_in(context.key, i), x.shape, x.dtype)
       for i, x in enumerate(leaves)
     ]
-    return inner.encode(jax.tree.unflatten(treedef, drawn), masks, state, context)
+    return inner.encode(
+      jax.tree.unflatten(treedef, drawn), masks, state, context
+    )
 
   return inner._replace(encode=encode)
 

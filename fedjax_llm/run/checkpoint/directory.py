@@ -1,4 +1,7 @@
-"""A directory of checkpoints, of which the newest whole one counts."""
+"""A directory of checkpoints: `open` returns its functions.
+
+`restore` reads the newest undamaged checkpoint.
+"""
 
 import contextlib
 import errno
@@ -15,32 +18,36 @@ from fedjax_llm.run.checkpoint import files
 from fedjax_llm.run.checkpoint.leaves import Writers
 from fedjax_llm.types import Error
 
-_PART = 'part_'  # begins the name of what is not a checkpoint (yet, or again)
+_PART = 'part_'  # the prefix of incomplete checkpoints
 
 
 class Restored(NamedTuple):
+  """A checkpoint that was read."""
+
   round: int
-  state: Any  # of the template's structure
+  state: Any  # with the template's structure
   meta: dict[str, Any]
-  notices: list[str]  # a sentence about each checkpoint that was passed over
+  notices: list[str]  # a sentence about each checkpoint that was skipped
 
 
 class Checkpointer(NamedTuple):
   """The functions of an open directory of checkpoints.
 
-  `save(round, state, meta={}, keep=())` returns when the checkpoint counts.
-  `state` is any pytree of arrays, numbers, typed PRNG keys and None; `meta` is
-  JSON. Older rounds than are kept go, except those in `keep`, and so do later
-  ones, which were undone. Error on a full disk, with the checkpoints before it
+  `save(round, state, meta={}, keep=())` returns when the checkpoint is
+  complete on disk. `state` is any pytree of arrays, numbers, typed PRNG keys
+  and None; `meta` is JSON. It removes rounds older than the `max_to_keep`
+  newest, except those in `keep`, and all later rounds, which a resumption has
+  undone. It raises `Error` on a full disk, with the checkpoints before it
   intact, and where the folder was removed since it was opened.
-  `restore(template, newest=None) -> Restored` of the newest undamaged
-  checkpoint, of those up to round `newest` if it is given, bit for bit, or None
-  if there is no checkpoint; `template` is a state, or its
-  `jax.ShapeDtypeStruct`s. Error if all are damaged, or are of another state.
-  `fail(round, why)` notes that the round is of no use, such as for a store of
-  client states that is damaged: `restore` passes over it.
-  `rounds()` gives the rounds that are kept, ascending, without those that
-  `restore` found damaged.
+  `restore(template, newest=None)` returns the newest undamaged checkpoint as
+  `Restored`, bit for bit, or None if there is no checkpoint; a number `newest`
+  is the last round to consider. `template` is a state, or its
+  `jax.ShapeDtypeStruct`s. It raises `Error` if all checkpoints are damaged or
+  hold another state.
+  `fail(round, why)` marks a round as unusable (its client states are damaged):
+  `restore` skips it.
+  `rounds()` returns the rounds that are kept, ascending, without those that
+  `restore` has skipped as damaged.
   """
 
   save: Callable[..., None]
@@ -57,20 +64,20 @@ def open(
   writers: Writers | None = None,
   read_only: bool = False,
 ) -> Checkpointer:
-  """Opens a directory of checkpoints; the first `save` creates it.
+  """Returns the `Checkpointer` of a directory; the first `save` creates it.
 
-  What an interrupted `save` left behind is removed.
+  The remains of an interrupted `save` are removed.
 
   Args:
-    directory: of these checkpoints alone.
-    max_to_keep: how many rounds are kept; with 2 a damaged one can be passed
-      over.
-    mine: False in a process that leaves the checkpoints to another one: it
-      finds nothing. What a round computes is whole on every device, so one
-      process can write all of it.
-    writers: who write together, into a folder that all of them see; every one
-      calls `save` then. None: the process that has `mine`, alone.
-    read_only: nothing is removed, and `save` may not be called.
+    directory: a folder for these checkpoints only.
+    max_to_keep: the number of rounds to keep; with 2 or more a damaged round
+      can be skipped.
+    mine: False in a process that leaves the checkpoints to another one:
+      `restore` and `rounds` return nothing. The results of a round are whole on
+      every device, so one process can write all of them.
+    writers: the processes that write together, into a folder that all of them
+      see; each of them calls `save`. None: only the process with `mine` writes.
+    read_only: True: nothing is removed, and `save` raises an `Error`.
 
   Raises:
     Error: `max_to_keep` is below 1.
@@ -90,10 +97,10 @@ def open(
   folder, group = pathlib.Path(directory).absolute(), writers or Writers()
 
   damaged: dict[int, str] = {}  # round -> a sentence
-  mark: list[tuple[int, int]] = []  # of the folder: device and inode
+  mark: list[tuple[int, int]] = []  # device and inode of the folder
 
   def place(round: int) -> tuple[pathlib.Path, pathlib.Path]:
-    """Where the checkpoint is, and where it is written."""
+    """Returns the path of a checkpoint, and the path it is written to."""
     path = folder / f'round_{round:08d}'
     return path, path.with_name(_PART + path.name)
 
@@ -104,7 +111,7 @@ def open(
         files.write(part, int(round), state, {}, group)
 
   if not mine:
-    return Checkpointer(help, lambda *_: None, lambda: [])
+    return Checkpointer(help, lambda template, newest=None: None, lambda: [])
   for left in [] if read_only else folder.glob(f'{_PART}*'):
     shutil.rmtree(left)
 
@@ -147,7 +154,7 @@ def open(
         part.mkdir(parents=True)
         files.write(part, round, state, meta or {}, group)
         if path.exists():
-          # Saved before, and found damaged or undone: this one replaces it.
+          # An earlier save is damaged or undone: this one replaces it.
           path.rename(path.with_name(f'{_PART}old_{path.name}'))
         part.rename(path)
         files.sync(folder)
@@ -199,14 +206,14 @@ def open(
 
 @contextlib.contextmanager
 def _writing(path: pathlib.Path) -> Iterator[None]:
-  """Tells an error of the disk in a sentence."""
+  """Turns an error of the disk into an `Error`, as a context."""
   before = sys.excepthook
 
   def hook(kind, error, traceback):
     if 'Event loop is closed' not in str(error):
       before(kind, error, traceback)
 
-  # After a failure orbax's threads go on, and tell about a loop that is closed.
+  # After a failure orbax's threads go on, and print about a closed event loop.
   sys.excepthook = hook
   try:
     yield
@@ -216,7 +223,7 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
       raise Error(f'{path} cannot be saved: the disk is full.') from e
     raise Error(f'{path} cannot be saved: {e.strerror or e}.') from e
   except ValueError as e:
-    # Orbax tells errors of the disk as text.
+    # Orbax reports errors of the disk as text.
     for words in ('No space left on device', 'Disk quota exceeded'):
       if words in str(e):
         raise Error(f'{path} cannot be saved: the disk is full.') from e

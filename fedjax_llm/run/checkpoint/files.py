@@ -28,16 +28,20 @@ def write(
   meta: dict[str, Any],
   writers: Writers,
 ) -> None:
-  """All of a checkpoint but its name; of the other writers, their share."""
+  """Writes a checkpoint into `path`, without the final rename.
+
+  Writer 0 writes meta.json, the manifest and its share of the leaves; the other
+  writers write their shares.
+  """
   first, folder = writers.index == 0, leaves.folder(writers.index)
-  writers.meet()  # the folder is there
+  writers.meet()  # the folder exists
   if not path.is_dir():
     raise Error(
       f'checkpoint_writers=all: process {writers.index} does not see {path}: '
       'put the workdir where all see it, or let the first write alone.'
     )
   listed, arrays = leaves.dealt(state, writers)
-  # Asked beforehand: a write that fails halfway leaves orbax's threads behind.
+  # Checked before: a write that fails halfway leaves orbax's threads behind.
   needed = sum(x.nbytes for x in arrays.values()) + _MARGIN
   if shutil.disk_usage(path).free < needed:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -53,18 +57,18 @@ def write(
   files = _summed(path, [folder, 'meta.json'] if first else [folder])
   if not first:
     _put(path / f'files_{writers.index}.json', files)
-  writers.meet()  # all of it is there
+  writers.meet()  # all shares are written
   if not first:
     return
   for index in range(1, writers.count):
-    told = path / f'files_{index}.json'
-    if not told.is_file():
+    record = path / f'files_{index}.json'
+    if not record.is_file():
       raise Error(
         f'checkpoint_writers=all: process {index} has written to another disk '
         f'than that of {path}.'
       )
-    files |= json.loads(told.read_text())
-    told.unlink()
+    files |= json.loads(record.read_text())
+    record.unlink()
   manifest = {'round': round, 'leaves': listed, 'files': files}
   manifest['sha256'] = _content_sum(manifest)
   _put(path / 'manifest.json', manifest)
@@ -77,7 +81,7 @@ def _content_sum(manifest: dict[str, Any]) -> str:
 
 
 def _summed(path: pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
-  """Puts files and folders on the disk; bytes and SHA-256 of all files."""
+  """Syncs files and folders to disk; returns bytes and SHA-256 of each file."""
   files = {}
   for top in (path / name for name in names):
     inside = [top, *top.rglob('*')]
@@ -98,7 +102,7 @@ def _put(file: pathlib.Path, value: Any) -> None:
 
 
 class Damage(Exception):
-  """A checkpoint is not what was written: its text says why."""
+  """The error of a checkpoint that was changed since it was written."""
 
 
 _LEAF = {
@@ -115,7 +119,7 @@ def verified(path: pathlib.Path) -> dict[str, Any]:
   """Reads the manifest of a checkpoint and compares every file with it.
 
   Raises:
-    Damage: the manifest or a file is not what was written.
+    Damage: the manifest or a file is missing or was changed.
   """
   try:
     manifest = json.loads((path / 'manifest.json').read_text())
@@ -156,7 +160,7 @@ def verified(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read(path: pathlib.Path, manifest: dict[str, Any], template: Any) -> Any:
-  """Reads the state of a checkpoint, of the template's kinds of leaves.
+  """Reads the state of a checkpoint, with the template's types of leaves.
 
   Raises:
     Error: it is the state of another run.
@@ -166,7 +170,7 @@ def read(path: pathlib.Path, manifest: dict[str, Any], template: Any) -> Any:
     return _read(path, manifest, template)
   except Error:
     raise
-  except Exception as error:  # whatever orbax and NumPy make of damaged files
+  except Exception as error:  # any error of orbax and NumPy on damaged files
     words = ' '.join(str(error).split())[:200]
     raise Damage(f'{type(error).__name__}: {words}') from error
 
@@ -174,14 +178,14 @@ def read(path: pathlib.Path, manifest: dict[str, Any], template: Any) -> Any:
 def _read(path: pathlib.Path, manifest: dict[str, Any], template: Any) -> Any:
   asked, treedef = jax.tree_util.tree_flatten_with_path(template)
   stored = manifest['leaves']
-  found, wanted = (
+  own, wanted = (
     [x['name'] for x in stored],
     [leaves.name_of(name) for name, _ in asked],
   )
   for name in wanted:
-    if name not in found:
+    if name not in own:
       raise Error(f'{path} has no {name}, which this run needs.')
-  for name in found:
+  for name in own:
     if name not in wanted:
       raise Error(f'{path} has {name}, which this run does not have.')
   for x, name, (_, leaf) in zip(stored, wanted, asked, strict=True):
@@ -192,8 +196,8 @@ def _read(path: pathlib.Path, manifest: dict[str, Any], template: Any) -> Any:
         f'{name} as {dtype}{shape}.'
       )
   first = leaves.folder(0)
-  whose = {x['file_key']: x.get('folder', first) for x in stored}
-  keys = [key for key, folder in whose.items() if key and folder == first]
+  folders = {x['file_key']: x.get('folder', first) for x in stored}
+  keys = [key for key, folder in folders.items() if key and folder == first]
   arrays: dict[str, Any] = {}
   if keys:
     with _quiet() as ocp, _alone(ocp) as checkpointer:
@@ -207,7 +211,7 @@ def _read(path: pathlib.Path, manifest: dict[str, Any], template: Any) -> Any:
     if key in arrays:
       value = arrays[key]
     else:  # of another writer, or without an entry
-      content = (path / whose[key] / key).read_bytes() if key else b''
+      content = (path / folders[key] / key).read_bytes() if key else b''
       value = np.frombuffer(bytearray(content), jnp.dtype(dtype)).reshape(shape)
     values.append(leaves.like(value, leaf, x['impl']))
   return jax.tree.unflatten(treedef, values)
@@ -228,7 +232,7 @@ def sync(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[Any]:
-  """Orbax, whose log lines and tracebacks are not for the user's screen."""
+  """Returns the orbax module as a context that hides its log lines."""
   import absl.logging
   import orbax.checkpoint
 
@@ -241,7 +245,7 @@ def _quiet() -> Iterator[Any]:
 
 
 def _alone(ocp: Any) -> Any:
-  """Orbax in this process, whatever other processes there are."""
+  """Returns an orbax checkpointer of this process only."""
   options = ocp.options.MultiprocessingOptions(
     primary_host=jax.process_index(), active_processes={jax.process_index()}
   )

@@ -1,4 +1,4 @@
-"""The leaves of a state: what they are called, and who writes which."""
+"""The leaves of a state: their names, types, and division among writers."""
 
 import math
 import re
@@ -19,9 +19,9 @@ class Writers(NamedTuple):
   1
   """
 
-  index: int = 0  # which of them this is; 0 says when it counts
+  index: int = 0  # the index of this process; 0 completes the checkpoint
   count: int = 1
-  meet: Callable[[], None] = lambda: None  # returns when all have come
+  meet: Callable[[], None] = lambda: None  # returns when all have called it
 
 
 def is_key(x: Any) -> bool:
@@ -33,7 +33,7 @@ def name_of(path: Any) -> str:
 
 
 def kind(x: Any) -> tuple[str, list[int]]:
-  """dtype and shape."""
+  """Returns dtype and shape."""
   if is_key(x):
     return 'key', list(x.shape)
   if not hasattr(x, 'dtype'):
@@ -42,7 +42,7 @@ def kind(x: Any) -> tuple[str, list[int]]:
 
 
 def like(value: np.ndarray, template: Any, impl: str | None) -> Any:
-  """`value` as the kind of thing that the template holds there."""
+  """Returns `value` with the type of the template's leaf."""
   if is_key(template):
     key = jax.random.wrap_key_data(jnp.array(value), impl=impl)
     if key.dtype != template.dtype:
@@ -61,16 +61,16 @@ def like(value: np.ndarray, template: Any, impl: str | None) -> Any:
 
 
 def folder(writer: int) -> str:
-  """Where a writer puts its leaves, beside those of the others."""
+  """Returns the name of a writer's folder of leaves."""
   return f'state_{writer}' if writer else 'state'
 
 
 def dealt(
   state: Any, writers: Writers
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-  """What the manifest says of every leaf, and the arrays of this writer.
+  """Returns the manifest's entry of every leaf, and this writer's arrays.
 
-  Each leaf falls to the writer that has fewest bytes so far.
+  Each leaf goes to the writer with the fewest bytes so far.
   """
   listed, arrays, load = [], {}, [0] * writers.count
   for i, (names, x) in enumerate(jax.tree_util.tree_leaves_with_path(state)):

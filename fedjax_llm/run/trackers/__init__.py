@@ -1,4 +1,4 @@
-"""Where a run's numbers go beside `metrics.jsonl`: files and services."""
+"""Outputs of a run's metrics besides `metrics.jsonl`: files and services."""
 
 from fedjax_llm.run.trackers.files import board, saving, sheet
 from fedjax_llm.run.trackers.services import Tracker, tracking

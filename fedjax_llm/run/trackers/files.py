@@ -16,9 +16,9 @@ from fedjax_llm.types import Error
 def board(folder: str, keep: int) -> Callable[[int, Mapping[str, Any]], None]:
   """Writes scalars as TensorBoard's events.
 
-  At once and here: the library's own writer is a thread, which dies on a full
-  disk and leaves the program waiting for ever. Events after round `keep`, of
-  rounds that are done again, are hidden.
+  It writes in the calling thread: the library's own writer is a thread that
+  ends on a full disk and leaves the program waiting for ever. Events of rounds
+  after `keep`, which are computed again, are hidden.
   """
   import tensorboardX.proto.event_pb2
   import tensorboardX.proto.summary_pb2
@@ -59,9 +59,9 @@ def sheet(
 ) -> Callable[[Mapping[str, Any]], None]:
   """Writes the scalars of each round as a row of a CSV file.
 
-  The file always equals the table of all records: it is made anew from
-  `records` at the start, and when a round brings a column that was not there.
-  A cell is empty where a round tells nothing, or no finite number.
+  The file always equals the table of all records: it is rewritten from
+  `records` at the start, and when a round adds a column. A cell is empty where
+  a round has no such metric, or no finite number.
 
   >>> import tempfile
   >>> path = os.path.join(tempfile.mkdtemp(), 'metrics.csv')
@@ -84,7 +84,7 @@ def sheet(
     return [row.get(column) for column in columns]
 
   def add(record: Mapping[str, Any]) -> bool:
-    """Whether there are new columns."""
+    """Adds a record; returns True if it has new columns."""
     scalar = int | float | None
     row = {k: v for k, v in record.items() if isinstance(v, scalar)}
     rows.append(row)
@@ -117,7 +117,7 @@ def sheet(
 
 @contextlib.contextmanager
 def saving(path: str):
-  """Turns a full disk into a sentence."""
+  """Turns an `OSError`, such as a full disk, into an `Error`, as a context."""
   try:
     yield
   except OSError as error:

@@ -1,4 +1,4 @@
-"""Weights & Biases and MLflow, for those who ask for them."""
+"""Weights & Biases and MLflow: optional services for a run's metrics."""
 
 import importlib
 import json
@@ -29,23 +29,23 @@ def tracking(
   project: str = 'fedjax_llm',
   name: str | None = None,
 ) -> Callable[[str, Mapping[str, Any], Records], list[Tracker]]:
-  """The section `tracking`: services that get the scalars of every round.
+  """Returns a function that starts services for the scalars of every round.
 
-  Where they are, and who is asking, is said as they expect it: by
-  `wandb login`, WANDB_MODE, WANDB_ENTITY, MLFLOW_TRACKING_URI. A run that
-  resumes goes on in the same run of the service, whose id is kept in
-  `trackers.json`, and tells what it missed: rounds that were recorded while it
-  could not be reached, or before it was asked for. If a service fails in the
-  middle of a run, the run says so and goes on.
+  It is the section `tracking`. The address and account of a service come from
+  its own settings: `wandb login`, WANDB_MODE, WANDB_ENTITY,
+  MLFLOW_TRACKING_URI. A run that resumes continues the same run of the service
+  (`trackers.json` keeps its id) and sends the rounds that the service lacks:
+  those recorded while it could not be reached, or before it was configured. If
+  a service fails during a run, the run prints a sentence and goes on.
 
   Args:
     to: 'wandb', 'mlflow', or several; the packages are extras of those names.
     project: the project of W&B, the experiment of MLflow.
-    name: of the run; that of the workdir if None.
+    name: the name of the run; None: the workdir's.
 
   Returns:
-    `start(workdir, config, records) -> trackers`: `config` is the resolved one,
-    `records` are those of the rounds that are done.
+    `start(workdir, config, records) -> trackers`, with the resolved config and
+    the records of the rounds that are done.
 
   Raises:
     Error: a package is not installed; from `start`: a service refuses.
@@ -94,7 +94,7 @@ def _tracker(
   config: Mapping[str, Any],
   records: Records,
 ) -> Tracker:
-  """Adds to one service what a service needs to be resumed and to fail."""
+  """Returns the `Tracker` of one service; it resumes and handles errors."""
   file = pathlib.Path(workdir) / 'trackers.json'
   known = _known(file)
   mark = known.get(service) or {'id': None, 'round': -1}
@@ -109,7 +109,7 @@ def _tracker(
 
   def write(round: int, record: Mapping[str, Any]) -> None:
     if failed or round <= mark['round']:
-      return  # a round that is done again
+      return  # a round that is computed again
     scalars = {
       k: v
       for k, v in record.items()
@@ -121,7 +121,7 @@ def _tracker(
       failed.append(error)
       print(
         f'{service} fails after round {mark["round"]} ({_line(error)}): this '
-        'run goes on without it; resumed, it tells what is missing there.',
+        'run goes on without it; when resumed, it sends the missing rounds.',
         file=sys.stderr,
       )
       return
@@ -166,14 +166,14 @@ def _note(file: pathlib.Path, service: str, mark: Mapping[str, Any]) -> None:
 
 
 def _line(error: Exception) -> str:
-  told = [line.strip() for line in str(error).splitlines() if line.strip()]
-  return told[0] if told else type(error).__name__
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  return lines[0] if lines else type(error).__name__
 
 
 # ----------------------------------------------------------------- services --
 #
-# Each takes (module, id, project, name, config, workdir), begins a run or goes
-# on with that of the id, and gives (id, log(round, scalars), end(finished)).
+# Each takes (module, id, project, name, config, workdir), starts a run or
+# continues that of the id; returns (id, log(round, scalars), end(finished)).
 
 
 def _wandb(
@@ -208,12 +208,12 @@ def _mlflow(
   config: Mapping[str, Any],
   workdir: str,
 ):
-  del workdir  # MLFLOW_TRACKING_URI says where
+  del workdir  # MLFLOW_TRACKING_URI sets the place
   entities = importlib.import_module('mlflow.entities')
   client = mlflow.MlflowClient()
   if id is None:
-    found = client.get_experiment_by_name(project)
-    experiment = found and found.experiment_id
+    known = client.get_experiment_by_name(project)
+    experiment = known and known.experiment_id
     if experiment is None:
       experiment = client.create_experiment(project)
     id = client.create_run(experiment, run_name=name).info.run_id
