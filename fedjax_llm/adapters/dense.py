@@ -111,7 +111,7 @@ def complete(params: Params, base: Base, modules: Sequence[str]) -> Params:
 
 
 def find(base: Base, modules: str | Sequence[str]) -> list[Path]:
-  """Returns the sorted paths of the modules that match the patterns: `dense`."""
+  """Returns the sorted paths of the modules that the patterns match."""
   there = _modules(base, ())
   chosen: set[Path] = set()
   for name in (modules,) if isinstance(modules, str) else tuple(modules):

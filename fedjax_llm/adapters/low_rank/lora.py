@@ -27,8 +27,8 @@ def lora(
 ) -> Adapter:
   """Returns LoRA, with scale = alpha / rank.
 
-  Hu et al. 2021, arXiv 2106.09685, section 4.1. A starts uniform in +-1/sqrt(D), B at zero, as in PEFT: the adapted model
-  starts as the base.
+  Hu et al. 2021, arXiv 2106.09685, section 4.1. A starts uniform in
+  +-1/sqrt(D), B at zero, as in PEFT: the adapted model starts as the base.
 
   Args:
     rank: R, at most the smaller side of every target.

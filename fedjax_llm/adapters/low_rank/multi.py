@@ -61,7 +61,7 @@ def without_residuals(params: Params) -> Params:
 
 
 def dense_part(params: Params) -> Params:
-  """Returns the dense change of every node, [..., D, F]: its residual or zero."""
+  """Returns the residual of every node, or zeros, as a dense [..., D, F]."""
 
   def node(x):
     if not _is_node(x):

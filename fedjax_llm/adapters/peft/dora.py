@@ -56,7 +56,7 @@ def split(params: Params) -> tuple[Params, dict[Path, Any]]:
 
 
 def put(params: Any, magnitudes: Mapping[Path, Any], path: Path = ()) -> Params:
-  """Puts magnitudes back into the tree as `Dora` nodes: the inverse of `split`."""
+  """Makes `Dora` nodes of factors and magnitudes: the inverse of `split`."""
   if isinstance(params, LowRank) and path in magnitudes:
     return Dora(params, jnp.asarray(magnitudes[path], jnp.float32))
   if not isinstance(params, Mapping):

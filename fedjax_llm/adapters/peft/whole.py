@@ -60,8 +60,8 @@ def named(whole: Leaves, to_tensors: ToTensors | None) -> dict[str, np.ndarray]:
     return {}
   if to_tensors is None:
     raise Error(
-      f'{"/".join(min(whole))} is trained whole, but `to_tensors` gives no PEFT '
-      'name for it.'
+      f'{"/".join(min(whole))} is trained whole, but `to_tensors` does not say '
+      'its name in PEFT.'
     )
   wide = {path: np.asarray(x, np.float32) for path, x in whole.items()}
   return dict(to_tensors(wide))
@@ -101,8 +101,8 @@ def read(
     return {}
   if from_tensors is None:
     raise Error(
-      f'{directory} saves {min(tensors)} whole, but `from_tensors` gives no '
-      'path for it.'
+      f'{directory} saves {min(tensors)} whole, but `from_tensors` does not '
+      'say its path in the model.'
     )
   try:
     return from_tensors(tensors)
