@@ -38,7 +38,7 @@ class TensorTrain(NamedTuple):
 
 
 def _chain(cores: Sequence[Any]) -> Any:
-  """[..., R, modes of all, R']"""
+  """Multiplies a chain of cores out, [..., R, product of the modes, R']."""
   total = cores[0]
   for core in cores[1:]:
     total = jnp.einsum('...ris,...sjt->...rijt', total, core)
