@@ -71,9 +71,7 @@ def renderer(
       f'{limits.template:,} are read.'
     )
   lock = threading.Lock()
-  running: dict[
-    int, subprocess.Popen[str]
-  ] = {}  # by pid: a fork starts its own
+  running: dict[int, subprocess.Popen[str]] = {}  # by process: forks have none
 
   def start() -> subprocess.Popen[str]:
     child = subprocess.Popen(
