@@ -68,8 +68,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.partition = dict(name='natural')
 
   # Text to tokens. The template is `chat` (the tokenizer's own), `alpaca`,
-  # `vicuna` or `plain`; only replies have a loss. Prompts are cut on their left;
-  # replies that do not fit are left out and counted.
+  # `vicuna` or `plain`; the loss counts replies only. Prompts are cut on the
+  # left; replies that do not fit are left out and counted.
   config.population = dict(
     template='plain',
     max_length=128,
