@@ -1,4 +1,4 @@
-"""Four panels: a round against cohort, width, length and block."""
+"""Draws the time of a round by cohort, width, length and block."""
 
 import io
 import pathlib
@@ -7,7 +7,7 @@ from typing import Any
 
 from fedjax_llm.report import drawing
 
-# Marks and dashes differ too: colours are not needed to tell lines apart.
+# Marks and dashes differ too, so that lines differ without colours.
 LOOKS = {
   'ours': ('fedjax_llm', drawing.COLOURS[0], 'o', 'solid'),
   'torch': ('torch + peft, eager loop', drawing.COLOURS[1], 's', 'dashed'),

@@ -78,7 +78,7 @@ def people(
 def assembler(
   people: Population, seed: int, *, steps: int, rows: int = 1, profiles=None
 ) -> Callable[[int], Cohort]:
-  """Returns a function from a round to its cohort: all clients, equal weight."""
+  """Returns a function from rounds to cohorts: all clients, equal weights."""
   make = fl.clients.cohorts.cohorts(
     people.train,
     num_steps=steps,
