@@ -33,7 +33,9 @@ Collate = Callable[[Sequence[Any], int, int], Callable[[Rows], Any]]
 def by_kind(
   examples: Sequence[Any], width: int, pad_id: int = 0
 ) -> Callable[[Rows], Any]:
-  """The `Collate` that selects by type: texts, pairs, images, both.
+  """Returns the collating function for the type of the examples.
+
+  `Example`, `Pair`, `Image` and `ImageWithText` are supported.
 
   Raises:
     Error: examples of different types, or of an unknown type.
@@ -61,7 +63,9 @@ def by_kind(
 def texts(
   examples: Sequence[Example], width: int, pad_id: int = 0
 ) -> Callable[[Rows], Batch]:
-  """The `Collate` of texts: `Batch` [M, T], with labels if they have them.
+  """Returns a function from rows of texts to a `Batch` [M, T].
+
+  The batch has labels if the examples have them.
 
   Raises:
     Error: some examples have a label and some have none.
@@ -99,7 +103,7 @@ def texts(
 def pairs(
   examples: Sequence[Pair], width: int, pad_id: int = 0
 ) -> Callable[[Rows], Pairs]:
-  """The `Collate` of preferences: `Pairs` of two batches [M, T].
+  """Returns a function from rows of preferences to `Pairs` of batches [M, T].
 
   >>> text = Example(np.arange(2, dtype=np.int32), np.array([0, 1], bool))
   >>> pair = Pair(text, text, reference_chosen=-0.5)
@@ -125,7 +129,7 @@ def pairs(
 def images(
   examples: Sequence[Image], width: int = 0, pad_id: int = 0
 ) -> Callable[[Rows], Images]:
-  """The `Collate` of pictures: `Images` [M, H, W, C].
+  """Returns a function from rows of pictures to `Images` [M, H, W, C].
 
   Raises:
     Error: pictures of different shapes.
@@ -153,7 +157,7 @@ def images(
 def images_with_texts(
   examples: Sequence[ImageWithText], width: int, pad_id: int = 0
 ) -> Callable[[Rows], ImagesWithTexts]:
-  """The `Collate` of pictures with texts: `ImagesWithTexts`.
+  """Returns a function from rows of pictures and texts to `ImagesWithTexts`.
 
   Raises:
     Error: pictures of different shapes.

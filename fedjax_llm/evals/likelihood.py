@@ -133,7 +133,7 @@ def personal(
 
   Args:
     loss: sums for each row of a batch, [B].
-    chunk_size: clients whose parameters are on the device at a time.
+    chunk_size: number of clients with parameters on the device at a time.
     worst: as in `likelihood`.
 
   Returns:

@@ -227,7 +227,7 @@ def questions(
 
 
 def replies(
-  asked: Sequence[Question],
+  prompts: Sequence[Question],
   generated: Mapping[str, Sequence[list[int]]],
   decode: Callable[[Sequence[int]], str],
 ) -> str:
@@ -237,15 +237,15 @@ def replies(
   prompts; `decode` turns tokens into text.
 
   >>> spell = lambda tokens: ''.join(map(chr, tokens))
-  >>> asked = [Question(0, prompt=[72, 105], reply=[79, 104])]
-  >>> print(replies(asked, {'after': [[72, 109]]}, spell).rstrip())
+  >>> prompts = [Question(0, prompt=[72, 105], reply=[79, 104])]
+  >>> print(replies(prompts, {'after': [[72, 109]]}, spell).rstrip())
     prompt  Hi
     client  Oh
     after   Hm
   """
   show = lambda tokens: ' / '.join(decode(tokens).split('\n')).strip()
   lines = []
-  for i, (_, prompt, reply) in enumerate(asked):
+  for i, (_, prompt, reply) in enumerate(prompts):
     lines += [f'  prompt  {show(prompt)}', f'  client  {show(reply)}']
     lines += [
       f'  {name:7} {show(tokens[i])}' for name, tokens in generated.items()
@@ -255,7 +255,7 @@ def replies(
 
 
 def samples(
-  asked: Sequence[Question],
+  prompts: Sequence[Question],
   generated: Mapping[str, Sequence[list[int]]],
   decode: Callable[[Sequence[int]], str],
   names: Sequence[str],
@@ -276,5 +276,5 @@ def samples(
       'reply': decode(reply),
       **{name: decode(tokens[i]) for name, tokens in generated.items()},
     }
-    for i, (client, prompt, reply) in enumerate(asked)
+    for i, (client, prompt, reply) in enumerate(prompts)
   ]

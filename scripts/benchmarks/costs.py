@@ -158,10 +158,10 @@ def main() -> None:
     print(f'{panel} is measured', flush=True)
   for name in SHARES[:1] if args.quick else SHARES:
     kept.keep('shares', name, lambda name=name: share(name, args))
-  print('\n' + tables.costs(kept.told))
+  print('\n' + tables.costs(kept.results))
   from costs_figure import save
 
-  save(args.out.with_suffix('.png'), kept.told, tables.overhead)
+  save(args.out.with_suffix('.png'), kept.results, tables.overhead)
 
 
 if __name__ == '__main__':

@@ -35,23 +35,23 @@ class Records:
 
   def __init__(self, path: pathlib.Path, **settings: Any):
     self.path = path
-    self.told: dict[str, Any] = {'machine': machine(), **settings}
+    self.results: dict[str, Any] = {'machine': machine(), **settings}
     if path.exists():
       before = json.loads(path.read_text())
-      if any(before.get(k) != v for k, v in self.told.items()):
+      if any(before.get(k) != v for k, v in self.results.items()):
         raise SystemExit(
           f'{path} is of another day, machine or setting: take another --out.'
         )
-      self.told = before
+      self.results = before
 
   def keep(self, part: str, name: Any, measure: Callable[[], Any]) -> Any:
     """Returns the result `name` of a part, measuring it if it is missing."""
-    by_name = self.told.setdefault(part, {})
+    by_name = self.results.setdefault(part, {})
     if str(name) not in by_name:
       by_name[str(name)] = measure()
       self.path.parent.mkdir(parents=True, exist_ok=True)
       new = self.path.with_suffix('.new')
-      new.write_text(json.dumps(self.told, indent=1) + '\n')
+      new.write_text(json.dumps(self.results, indent=1) + '\n')
       new.replace(self.path)
     return by_name[str(name)]
 

@@ -96,7 +96,7 @@ def main() -> None:
   for case in QUICK if args.quick else CASES:
     measure = lambda case=case: measured(case, repeats, args.seed)
     kept.keep('svd_round', case, measure)
-  print(tables.rounding(kept.told['svd_round']))
+  print(tables.rounding(kept.results['svd_round']))
 
 
 if __name__ == '__main__':

@@ -58,9 +58,9 @@ def run(
 ) -> None:
   config = str(ROOT / 'configs/quickstart.py') + (':smoke' if smoke else '')
   settings = {**ALIKE, 'seed': seed, 'num_rounds': rounds}
-  said = [f'--config.{field}={value}' for field, value in settings.items()]
-  said += [f'--config.algorithm.name={name}', *METHODS[name]]
-  status = train.main(['--config', config, '--workdir', str(workdir), *said])
+  flags = [f'--config.{field}={value}' for field, value in settings.items()]
+  flags += [f'--config.algorithm.name={name}', *METHODS[name]]
+  status = train.main(['--config', config, '--workdir', str(workdir), *flags])
   if status:
     raise SystemExit(status)
   if tables.num_rounds(workdir) < rounds:
@@ -88,9 +88,9 @@ def main() -> None:
     for number, ((name, seed), folder) in enumerate(runs.items(), 1):
       print(f'\n== {number}/{len(runs)}: {name}, seed {seed}', flush=True)
       run(folder, name, seed=seed, rounds=args.rounds, smoke=args.smoke)
-  found = tables.collect(runs)
-  tables.write(found, out)
-  print(tables.markdown(found))
+  results = tables.collect(runs)
+  tables.write(results, out)
+  print(tables.markdown(results))
   print(f'\n{out}/results.json and {out}/results.png', file=sys.stderr)
 
 

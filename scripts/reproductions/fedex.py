@@ -64,10 +64,10 @@ def run(bench: lab.Bench, seeds) -> Outcome:
     bench.say(f'seed {seed}: relative deviation by steps '
               f'{[round(x[1], 4) for x in by_steps[-1]]}, by rank '
               f'{[round(x[1], 4) for x in by_rank[-1]]}')  # fmt: skip
-  power = lambda xs, found, which: [
-    slope(xs, [point[which] for point in row]) for row in found
+  power = lambda xs, rows, which: [
+    slope(xs, [point[which] for point in row]) for row in rows
   ]
-  fall = lambda found, which: [-p for p in power(ranks, found, which)]
+  fall = lambda rows, which: [-p for p in power(ranks, rows, which)]
   claims = [
     Claim(
       'relative deviation grows with local steps (exponent)',
@@ -155,8 +155,8 @@ def draw(figure, measured):
   size.legend(frameon=False, fontsize=8)
 
 
-def band(axes, xs, found, which, label):
-  rows = np.asarray(found)[..., which]
+def band(axes, xs, values, which, label):
+  rows = np.asarray(values)[..., which]
   (line,) = axes.plot(xs, rows.mean(0), marker='o', label=label)
   axes.plot(xs, rows.T, color=line.get_color(), alpha=0.25, lw=0.8)
   axes.set_xscale('log')

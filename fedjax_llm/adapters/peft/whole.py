@@ -20,8 +20,7 @@ Leaves = Mapping[Path, Any]
 ToTensors = Callable[[Leaves], Mapping[str, np.ndarray]]
 FromTensors = Callable[[Mapping[str, np.ndarray]], Leaves]
 
-# PEFT saves these of a classifier whole, whatever its config says, with all
-# that is in them.
+# Modules of a classifier that PEFT always saves whole, with all their content.
 _HEADS = {'SEQ_CLS': ('classifier', 'score')}
 
 
