@@ -77,6 +77,7 @@ class Adapter(NamedTuple):
   init: Callable[[Key, Base], Params]
   merge: Callable[[Base, Params], Base]
   fold: Callable[[Base, Params], tuple[Base, Params]]
+  peft: Mapping[str, Any] = {}  # fields of PEFT's config beside the factors
 
 
 # -------------------------------------------------------------------- data --

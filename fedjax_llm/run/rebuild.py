@@ -43,6 +43,7 @@ class Made(NamedTuple):
   config: dict[str, Any]
   loaded: LoadedModel
   task: tasks.Task
+  adapter: Adapter
   params: Params
   what: str  # whose, and when
   notes: Sequence[str] = ()  # what else is to be said of it
@@ -166,7 +167,9 @@ def _open(
     raise Error(f'--round {round}: {path} has no checkpoints any more.')
   if not room.checkpoints.is_dir():
     params, notes = _finished(room, loaded), []
-    return Made(conf, loaded, task, params, 'the adapter of the end', notes)
+    return Made(
+      conf, loaded, task, adapter, params, 'the adapter of the end', notes
+    )
   saver = checkpoint.open(room.checkpoints, read_only=True)
   number = _round_of(folder, conf, round, saver.rounds())
 
@@ -205,7 +208,7 @@ def _open(
   params = algorithm.personal(state.params, what)
   of = f'client {client}' if client is not None else 'what everybody is served'
   told = f'{of} after round {found.round}'
-  return Made(conf, loaded, task, params, told, notes)
+  return Made(conf, loaded, task, adapter, params, told, notes)
 
 
 def _round_of(
