@@ -22,7 +22,11 @@ from fedjax_llm.types import Error
 
 @jax.tree_util.register_static
 class Activation(enum.Enum):
-  """The activation function of a bottleneck; a constant, not a leaf."""
+  """The activation function of a bottleneck; a constant, not a leaf.
+
+  >>> Activation.RELU(jnp.array([-1.0, 2.0])).tolist()
+  [0.0, 2.0]
+  """
 
   IDENTITY = 'identity'
   RELU = 'relu'

@@ -58,6 +58,10 @@ class Amended(NamedTuple):
 
   The integers of a quantised weight are never rewritten, so the change stays a
   separate matrix: x @ weight + x @ change.
+
+  >>> both = Amended(jnp.ones((1, 2)), change=jnp.ones((1, 2)))
+  >>> times(jnp.ones((1, 1)), both, jnp.float32).tolist()
+  [[2.0, 2.0]]
   """
 
   weight: Any  # has a `qvalue`

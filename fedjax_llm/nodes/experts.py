@@ -27,6 +27,9 @@ class Routing(NamedTuple):
 
   with E_k the number of experts held and c = 1 for the experts of a token. The
   balance is 1 if the tokens use all experts equally.
+
+  >>> Routing(1.0, experts=0.0, tokens=0.0, count=8).count
+  8
   """
 
   balance: Any  # [L]

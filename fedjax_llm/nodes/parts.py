@@ -8,6 +8,9 @@ class Controlled(NamedTuple):
 
   In an update, `params` is the client's update and `control` the change of its
   own c_k.
+
+  >>> Controlled({'w': 1.0}, control={'w': 0.5}).control
+  {'w': 0.5}
   """
 
   params: Any  # those of the adapter
@@ -19,6 +22,9 @@ class Dual(NamedTuple):
 
   A scope keeps `personal` on the client. The served parameters are computed
   from both.
+
+  >>> Dual(shared={'w': 1.0}, personal={'w': 2.0}).personal
+  {'w': 2.0}
   """
 
   shared: Any  # sent and averaged

@@ -69,7 +69,11 @@ class Record(NamedTuple):
 
 
 def is_node(leaf: Any) -> bool:
-  """Returns True for a leaf with one of the methods of a node."""
+  """Returns True for a leaf with one of the methods of a node.
+
+  >>> is_node(Added(1.0)), is_node(1.0)
+  (True, False)
+  """
   return any(callable(getattr(leaf, name, None)) for name in _METHODS)
 
 
