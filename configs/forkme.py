@@ -1,94 +1,95 @@
-"""Every section explained, in the order in which data flow: copy it and begin.
+"""All sections of a config, explained in the order of the data flow.
 
     cp configs/forkme.py configs/mine.py
     python -m fedjax_llm.train --config configs/mine.py --workdir runs/mine
 
-As it stands it needs the repository alone: a random two-layer model on
-Shakespeare's roles, half a minute on two cores, most of it compiling. The
-held-out loss falls from 6.11 to 3.60 nats a byte (ln 259 = 5.6 would know
-nothing), because even a random network can learn which letters are frequent.
+Copy this file to begin. It needs only the repository: a random two-layer model
+on Shakespeare's roles, half a minute on two cores, most of it compiling. The
+held-out loss falls from 6.11 to 3.60 nats a byte (a uniform guess has ln 259 =
+5.6), because even a random network can learn the frequencies of letters.
 
-A section is `dict(name=..., **keywords)`. The name is looked up in the room of
-that section, the keywords are those of the function found there, and its
-signature holds every default, so a config only says what differs:
+A section is `dict(name=..., **keywords)`: the name of a function in that
+section's module and its keyword arguments. The function's signature holds all
+defaults, so a config only sets values that differ:
 
     python -m fedjax_llm.train --config configs/forkme.py --help
 
-lists all fields with their values. Any of them may also be set on the command
-line (`--config.local.learning_rate=3e-3`), whether the file names it or not;
-a new name starts its section anew. One's own function is named by its import
-path, `name='my_lab.rules:by_norm'`. A misspelt field is an error that names the
-nearest one.
+lists all fields with their values. Every field may also be set on the command
+line (`--config.local.learning_rate=3e-3`), in the file or not; a new name
+resets its section. Your own function is named by its import path,
+`name='my_lab.rules:by_norm'`. A misspelt field is an error that names the
+nearest field.
 """
 
 import ml_collections
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  # `--config configs/forkme.py:smoke` calls get_config('smoke'): the same run
-  # made so small that tests can afford it.
+  # `--config configs/forkme.py:smoke` calls get_config('smoke'): the same run,
+  # small enough for tests.
   smoke = arg == 'smoke'
   config = ml_collections.ConfigDict()
 
   # ------------------------------------------------------------------- run --
   config.num_rounds = 2 if smoke else 20
-  config.seed = 0  # of everything random: data, clients, adapter, training
-  # Clients that train as one program; the rest of the cohort follows in further
-  # blocks. None is the whole cohort; 'auto' goes by speed and memory.
+  config.seed = 0  # of all random numbers: data, clients, adapter, training
+  # Clients that train in one program; a larger cohort trains block by block.
+  # None: the whole cohort; 'auto': chosen by speed and memory.
   config.block_size = None
-  config.widths = ()  # that the rows of a block may be cut to, e.g. (32, 64)
+  config.widths = ()  # allowed widths of a block's rows, e.g. (32, 64)
   config.mesh_model = 1  # devices that share a copy of the model
-  config.execution = 'shard_map'  # over devices; or 'pmap', as some like it
-  # As which JAX sees a CPU: one a core is fastest for small models.
+  config.execution = 'shard_map'  # over devices; or 'pmap'
+  # Number of devices that JAX makes of a CPU: one a core is fastest for small
+  # models.
   config.cpu_devices = 1
-  config.checkpoint_every = 1  # rounds; a killed run goes on from the last one
-  config.keep_checkpoints = 2  # a damaged one can be passed over
-  # Of several processes; 'all' of them, where all see the workdir.
+  config.checkpoint_every = 1  # rounds; a stopped run resumes from the last one
+  config.keep_checkpoints = 2  # an older one is read if the last is damaged
+  # The process that writes; 'all' where all processes share the workdir.
   config.checkpoint_writers = 'first'
-  # Compiled programs are kept in a cache for the next start; None: nowhere.
+  # Folder with compiled programs for the next start; None: no cache.
   config.compilation_cache = 'auto'
 
   # ------------------------------------------------------------------ task --
-  # `causal_lm`: to go on with a text. `classification`: an encoder tells a
-  # text's label, see configs/minilm_classification.py.
+  # `causal_lm`: predict the next token. `classification`: an encoder predicts
+  # a text's label, see configs/minilm_classification.py.
   config.task = dict(name='causal_lm')
 
   # ------------------------------------------------------------------ data --
   # `packaged`, `jsonl` (files, lists of files and patterns, plain or .gz) or
-  # `hf` (whatever `datasets` reads). Text is told by `text_key`, by
-  # `prompt_key` and `response_key`, or by `messages_key` (chats). E.g.
+  # `hf` (all that `datasets` reads). The text is in the fields `text_key`, or
+  # `prompt_key` and `response_key`, or `messages_key` (chats). E.g.
   #   dict(name='jsonl', path='mine/*.jsonl.gz', client_key='author',
   #        text_key='text')
   config.data = dict(name='packaged', dataset='shakespeare_mini')
 
-  # Who holds what: `natural` (the data's own clients), `iid`, `dirichlet`
-  # (label skew), `quantity` (sizes), `one_label`. E.g.
+  # Assigns records to clients: `natural` (the data's own clients), `iid`,
+  # `dirichlet` (label skew), `quantity` (sizes), `one_label`. E.g.
   #   dict(name='dirichlet', num_clients=50, alpha=0.3)
   config.partition = dict(name='natural')
 
   # Text to tokens. The template is `chat` (the tokenizer's own), `alpaca`,
-  # `vicuna` or `plain`; the loss counts on replies only. Prompts are cut on
-  # their left, replies that do not fit are left out and counted.
+  # `vicuna` or `plain`; the loss counts replies only. Prompts are cut on the
+  # left; replies that do not fit are left out and counted.
   config.population = dict(
     template='plain',
     max_length=128,
     heldout_fraction=0.1,  # of each client's texts, never trained on
-    new_clients=2,  # never train at all
+    new_clients=2,  # clients that never train
     max_clients=6 if smoke else None,
   )
 
   # --------------------------------------------------------------- clients --
-  # Who takes part in a round: `uniform`, `by_size`, `cyclic`, `full`.
+  # How a round's clients are drawn: `uniform`, `by_size`, `cyclic`, `full`.
   config.clients = dict(
     name='uniform',
     cohort_size=4 if smoke else 8,
     availability=1.0,  # the probability that a client can be drawn
-    dropout=0.0,  # the probability that one that was drawn does not report
+    dropout=0.0,  # the probability that a drawn client does not report
   )
-  # What clients can carry, for methods that ask: dict(name='ranks',
-  # choices=(4, 8)). None: all can carry the same.
+  # Capacities of clients, for methods that use them: dict(name='ranks',
+  # choices=(4, 8)). None: all clients are equal.
   config.profiles = None
-  # What each of them does: local steps, rows a step, and how much it counts.
+  # The work of a drawn client: local steps, rows a step, weight in the mean.
   config.cohort = dict(
     num_steps=2 if smoke else 4,
     batch_size=2,
@@ -100,20 +101,20 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   # `random`, or `pretrained` with the path of a Hugging Face directory or a
   # name on the hub: dict(name='pretrained', path='...', dtype='bfloat16').
   config.model = dict(name='random', hidden_size=64, num_layers=2)
-  # What is trained, sent and averaged; the model itself stays as it is.
-  # Targets are patterns on the names of weights, or 'all-linear'.
+  # The parameters that are trained, sent and averaged; the model is frozen.
+  # Targets are patterns for the names of weights, or 'all-linear'.
   config.adapter = dict(name='lora', rank=8, alpha=16.0, targets='all-linear')
 
   # ------------------------------------ local, uploads, aggregators, server --
   # A recipe of fedjax_llm/recipes: `fed_avg`, `fed_prox`, `scaffold`,
   # `fed_adam`, ..., and the two baselines `local_only` and `centralised`.
   config.algorithm = dict(name='fed_avg')
-  # The clients' optimizer: any of optax, with its arguments and a schedule, as
+  # The clients' optimizer: any of optax, with its arguments and a schedule:
   #   schedule=dict(name='cosine_decay_schedule', init_value=1e-2,
   #                 decay_steps=80)    (steps over the whole run)
   config.local = dict(name='adamw', learning_rate=1e-2)
-  # What travels up, the rule on what arrives, and what the server does with it.
-  # Recipes bring their own where that is their point: leave it out there.
+  # The encoding of uploads, the aggregation rule, and the server's optimizer.
+  # Recipes that define one of these do not accept its section: leave it out.
   config.upload = dict(name='identity')
   config.aggregator = dict(name='mean')  # `median`, `trimmed_mean`, `krum`, ...
   config.server = dict(name='sgd', learning_rate=1.0)
@@ -124,19 +125,19 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     per_client=2,  # held-out texts a client, the first ones; None: all
     buckets=(96,),  # widths of rows, so that little is computed on padding
     samples=2,  # replies shown before and after
-    # How clients are tested beside what they are served: `recalled` (with a
-    # memory of their texts), `instance_mixed`, `fused`. None: not at all.
+    # One more evaluation of clients beside their served parameters: `recalled`
+    # (with a memory of their texts), `instance_mixed`, `fused`. None: no.
     personal=None,
   )
 
   # -------------------------------------------------------------- tracking --
-  # metrics.jsonl, metrics.csv and TensorBoard's events are always written. Who
-  # has Weights & Biases or MLflow may have them there too:
+  # metrics.jsonl, metrics.csv and TensorBoard's events are always written.
+  # Weights & Biases and MLflow can be added:
   # dict(to=('wandb', 'mlflow'), project='fedjax_llm', name='of the run')
   config.tracking = dict()
 
   # ----------------------------------------------------------------- hosts --
-  # Several processes as one: dict(coordinator='address:port', num_processes=2,
-  # process_id=0), or 'auto' as the coordinator on TPU pods and under Slurm.
+  # Several processes in one run: dict(coordinator='address:port',
+  # num_processes=2, process_id=0), or coordinator='auto' on TPU pods and Slurm.
   config.hosts = dict()
   return config

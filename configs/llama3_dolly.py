@@ -1,18 +1,18 @@
-"""Llama-3.2-1B on Dolly's instructions, clients of one category each.
+"""Trains Llama-3.2-1B on Dolly's instructions, one category per client.
 
-    huggingface-cli login    # the weights ask for the consent to a licence
+    huggingface-cli login    # the weights require accepting a licence
     python -m fedjax_llm.train --config configs/llama3_dolly.py \
         --workdir runs/dolly
 
-15,011 instructions that people wrote (databricks-dolly-15k) in 8 categories,
-from brainstorming to summarization, dealt out to 80 clients that know one
-category each: 72 train, 8 never do. FedAvg on LoRA factors (FedIT) of the query
-and value projections, in bfloat16.
+15,011 instructions written by people (databricks-dolly-15k) in 8 categories,
+from brainstorming to summarization, split over 80 clients with one category
+each: 72 train, 8 never do. FedAvg on LoRA factors (FedIT) of the query and
+value projections, in bfloat16.
 
-Costs an accelerator with 16 GB or more: 2.5 GB of weights, and the activations
-of `block_size` clients at a time; raise it where there is room. No number to
-expect is given: nobody has run it with the real weights yet. The `:smoke` form
-is the same machinery on a random model and packaged data.
+Needs an accelerator with 16 GB or more: 2.5 GB of weights, and the activations
+of `block_size` clients at a time; increase it if there is memory. It has not
+been run with the real weights yet, so there are no expected numbers. The
+`:smoke` form runs the same code on a random model and packaged data.
 """
 
 import ml_collections
@@ -53,7 +53,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.local = dict(name='adamw', learning_rate=2e-4, clip_norm=1.0)
 
   config.evals = dict(every=10, per_client=4, buckets=(128, 256))
-  if smoke:  # genres of Shakespeare's plays are the categories
+  if smoke:  # the categories are genres of Shakespeare's plays
     config.data = ml_collections.ConfigDict(dict(name='packaged'))
     config.partition.update(num_clients=8)
     config.population.update(template='plain', max_length=96, new_clients=2)

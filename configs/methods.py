@@ -1,13 +1,13 @@
-"""Every named method on the tiny model, with what that method needs.
+"""Runs a named method on the tiny model, with the settings that it needs.
 
     python -m fedjax_llm.train --config configs/methods.py:fed_sb \
         --workdir runs/fed_sb
 
-NAME, or NAME:smoke for seconds, is a recipe. The settings are those of
-`configs/tiny.py`; a recipe's module says in `NEEDS` what it changes, and every
-other default is the recipe's own, which is its paper's where that names one.
-Half a minute each; a random model says that a method runs and learns, not which
-is better.
+The argument is NAME of a recipe, or NAME:smoke for a run of seconds. The
+settings are those of `configs/tiny.py`; `NEEDS` in a recipe's module lists the
+changes, and all other defaults are the recipe's, taken from its paper where
+that has them. Half a minute each. A random model shows that a method runs and
+learns, not which method is better.
 """
 
 from typing import Any
@@ -52,7 +52,7 @@ def get_config(arg: str = 'fed_avg') -> ml_collections.ConfigDict:
 
   for section, fields in recipes.NEEDS[name].items():
     stands: Any = config.get(section)
-    if 'name' not in fields:  # the section stays, with these fields
+    if 'name' not in fields:  # the section is kept, with these fields changed
       stands.update(fields)
     elif section == 'adapter':
       config[section] = {'targets': 'all-linear', **fields}
@@ -61,5 +61,5 @@ def get_config(arg: str = 'fed_avg') -> ml_collections.ConfigDict:
   algorithm: Any = config.algorithm
   for stage in ('federated_rounds', 'first_rounds'):
     if smoke and stage in algorithm:
-      algorithm[stage] = 1  # a stage a round
+      algorithm[stage] = 1  # one round for each stage
   return config

@@ -1,4 +1,4 @@
-"""MiniLM sorts news by subject, on clients that see few subjects each.
+"""Trains MiniLM to classify news by subject, with few subjects per client.
 
     scripts/fetch_minilm && scripts/fetch_bbcnews
     scripts/compare_minilm
@@ -8,11 +8,11 @@ or the federated run alone,
     python -m fedjax_llm.train --config configs/minilm_classification.py \
         --workdir runs/minilm/federated
 
-2,225 articles of five subjects, dealt to 44 clients by Dirichlet(0.3): most of
-them hold one or two subjects; 4 of the clients never train. A text is its first
-32 tokens, the headline and what follows. LoRA on the attention of all six
-layers, the head (pooler and classifier) trained whole beside it. A minute or
-two a run on two idle cores; configs/minilm_classification.md has the numbers.
+2,225 articles of five subjects, split over 44 clients by Dirichlet(0.3): most
+clients hold one or two subjects; 4 of the clients never train. A text is its
+first 32 tokens, the headline and the beginning. LoRA on the attention of all
+six layers, the head (pooler and classifier) trained whole. One or two minutes
+a run on two idle cores; configs/minilm_classification.md has the numbers.
 """
 
 import os
@@ -58,7 +58,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.evals = dict(
     every=10, batch_size=32, per_client=8, common=32, buckets=()
   )
-  if smoke:  # the same machinery on Shakespeare's genres and a random model
+  if smoke:  # the same code on Shakespeare's genres and a random model
     config.data = ml_collections.ConfigDict(dict(name='packaged'))
     config.partition.update(num_clients=10)
     config.population.update(max_clients=8, new_clients=2, max_length=32)

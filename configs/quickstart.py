@@ -1,4 +1,4 @@
-"""SmolLM2-135M learns to answer cues in the voices of Shakespeare's roles.
+"""Trains SmolLM2-135M to answer cues in the style of Shakespeare's roles.
 
     scripts/quickstart
 
@@ -7,8 +7,8 @@ or, with the weights in the cache (`scripts/fetch_smollm2`),
     python -m fedjax_llm.train --config configs/quickstart.py \
         --workdir runs/quickstart
 
-32 roles, one a play: 28 are clients, 4 are never trained on. FedAvg on LoRA
-factors (FedIT) of the query and value projections.
+32 roles, one of each play: 28 are clients that train, 4 never train. FedAvg on
+LoRA factors (FedIT) of the query and value projections.
 """
 
 import os
@@ -37,7 +37,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.local = dict(name='adamw', learning_rate=2e-3)
 
   config.evals = dict(every=8, per_client=2, common=0, buckets=(64,))
-  if smoke:  # the same machinery on a random model
+  if smoke:  # the same code on a random model
     config.population.update(template='plain', max_clients=8)
     config.clients.update(cohort_size=4)
     config.model = dict(name='random')

@@ -1,17 +1,17 @@
-"""SmolLM2-135M on the conversations of 100 real people, and its two baselines.
+"""Trains SmolLM2-135M on conversations of 100 real people, with two baselines.
 
     scripts/fetch_smollm2 && scripts/fetch_chitchat
     scripts/compare_chitchat
 
-or one of the three runs alone,
+or one of the three runs,
 
     python -m fedjax_llm.train --config configs/smollm2_chitchat.py \
         --workdir runs/chitchat/federated
 
-110 people of the chitchat set with 40 usable replies or more, drawn by a keyed
-permutation; 100 of them train (38 to 10,938 replies each), 10 never do. All
-three runs see the same number of token places: rounds x 20 clients x 4 rows of
-128, packed.
+The clients are 110 people of the chitchat set with at least 40 usable replies,
+drawn by a keyed permutation; 100 of them train (38 to 10,938 replies each), 10
+never do. All three runs see the same number of token places: rounds x 20
+clients x 4 rows of 128, packed.
 """
 
 import os
@@ -55,7 +55,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.local = dict(name='adamw', learning_rate=2e-3)
 
   config.evals = dict(every=8, per_client=2, common=16, buckets=(64, 96))
-  if smoke:  # the same machinery on Shakespeare's roles and a random model
+  if smoke:  # the same code on Shakespeare's roles and a random model
     config.data = ml_collections.ConfigDict(dict(name='packaged'))
     config.population.update(template='plain', max_clients=8, new_clients=2)
     config.clients.update(cohort_size=4)

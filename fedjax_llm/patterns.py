@@ -1,7 +1,7 @@
-"""Regular expressions that come from files and configs, matched within limits.
+"""Matches regular expressions from files and configs within limits.
 
-Python's own `re` may compute for ever on a short expression. Here an expression
-has a greatest length, and a match a greatest time.
+Python's own `re` may run without end on a short expression. `matcher` limits
+the length of an expression and the time of a match.
 """
 
 import re
@@ -18,16 +18,16 @@ _LITERAL = re.compile(r'[\w./-]*')
 def matcher(
   pattern: str, label: str, *, within: str = '{}'
 ) -> Callable[[str], bool]:
-  """A function that says whether an expression matches all of a name.
+  """Returns a function that tests whether an expression matches a whole name.
 
   Args:
-    pattern: the expression.
-    label: where it stands, for messages.
-    within: an expression around it, with {} in its place.
+    pattern: the regular expression.
+    label: the file or config field of the expression, for messages.
+    within: an outer expression, with {} in the place of `pattern`.
 
   Raises:
-    Error: it is no regular expression or too long. From the function: a match
-      takes too long.
+    Error: `pattern` is no regular expression or too long; from the returned
+      function, a match takes too long.
 
   >>> ends = matcher('[qv]_proj', 'targets', within='(.*/)?({})')
   >>> ends('layers/self_attn/q_proj'), ends('layers/mlp/up_proj')
@@ -46,7 +46,7 @@ def matcher(
   import regex
 
   try:
-    re.compile(pattern)  # closes its brackets itself
+    re.compile(pattern)  # valid by itself, without `within`
     program = regex.compile(whole)
   except (re.error, regex.error, RecursionError, OverflowError) as error:
     reason = str(error) or type(error).__name__

@@ -1,8 +1,8 @@
-"""JSON files that other tools wrote, checked against a schema.
+"""Reads JSON files that other tools wrote and checks them against a schema.
 
-A schema maps the name of a field to a `Rule`; a field that is not there is not
-checked. Whatever is wrong with a file becomes one `Error` that names the file,
-the field, its value and what is allowed.
+A schema maps the name of a field to a `Rule`; absent fields are not checked.
+Every problem with a file raises one `Error` that names the file, the field, its
+value and the allowed values. The functions at the end return rules.
 """
 
 import json
@@ -16,7 +16,7 @@ from fedjax_llm.types import Error
 
 
 class Rule(NamedTuple):
-  """Which values a field may have: `fits(value)`, and `allowed` in words.
+  """The allowed values of a field: the test `fits`, and `allowed` in words.
 
   >>> integer(1).fits(0), integer(1).allowed
   (False, 'an integer of at least 1')
@@ -54,7 +54,7 @@ directory.
 
 
 def parse(content: bytes | str, where: str) -> Any:
-  """The value of a JSON text; `where` names it in the error.
+  """Parses a JSON text and returns its value; `where` names it in errors.
 
   >>> parse('[' * 100_000, 'deep.json')
   Traceback (most recent call last):
@@ -89,7 +89,7 @@ of at least 1.
 
 
 def short(value: Any, limit: int = 60) -> str:
-  """The value as it is written in Python, cut to `limit` characters."""
+  """Returns the value's `repr`, cut to `limit` characters."""
   try:
     text = repr(value)
   except (RecursionError, ValueError):  # deep, or an integer of many digits
@@ -97,7 +97,7 @@ def short(value: Any, limit: int = 60) -> str:
   return text if len(text) <= limit else f'{text[: limit - 3]}...'
 
 
-# What scripts of the project fetch, by the name of the folder or of the file.
+# The script that fetches each folder or file, by its name.
 _FETCHED = {
   'SmolLM2-135M-Instruct': 'fetch_smollm2',
   'all-MiniLM-L6-v2': 'fetch_minilm',
@@ -107,7 +107,7 @@ _FETCHED = {
 
 
 def fetched_by(path: str | os.PathLike) -> str:
-  """A sentence naming the script that fetches a missing path, or ''.
+  """Returns a sentence with the script that fetches a missing path, or ''.
 
   >>> fetched_by('~/.cache/fedjax_llm/SmolLM2-135M-Instruct')
   ' scripts/fetch_smollm2 fetches it.'
@@ -120,7 +120,7 @@ def fetched_by(path: str | os.PathLike) -> str:
 
 
 def integer(low: int | None = None, high: int | None = None) -> Rule:
-  """Whole numbers from `low` to `high`; True and False are none."""
+  """Returns the rule of integers from `low` to `high`, without booleans."""
 
   def fits(value):
     if isinstance(value, bool) or not isinstance(value, int):
@@ -136,7 +136,7 @@ def number(
   *,
   above: float | None = None,
 ) -> Rule:
-  """Finite numbers from `low` to `high`, and greater than `above`.
+  """Returns the rule of finite numbers from `low` to `high`, above `above`.
 
   >>> number(above=0).fits(float('nan')), number(above=0).allowed
   (False, 'a finite number above 0')
@@ -161,7 +161,7 @@ def number(
 
 
 def text(limit: int | None = None) -> Rule:
-  """Strings of valid Unicode, of at most `limit` characters."""
+  """Returns the rule of Unicode strings of at most `limit` characters."""
 
   def fits(value):
     if not isinstance(value, str) or (limit and len(value) > limit):
@@ -173,7 +173,7 @@ def text(limit: int | None = None) -> Rule:
 
 
 def is_unicode(value: str) -> bool:
-  """Whether a string has no half character (a lone surrogate)."""
+  """Returns True for a string without lone surrogates (half characters)."""
   try:
     return value.isascii() or bool(value.encode())
   except UnicodeEncodeError:
@@ -181,12 +181,12 @@ def is_unicode(value: str) -> bool:
 
 
 def boolean() -> Rule:
-  """True or False."""
+  """Returns the rule of True and False."""
   return Rule(lambda value: isinstance(value, bool), 'true or false')
 
 
 def one_of(*values: Any) -> Rule:
-  """One of these values, of the same type."""
+  """Returns the rule of these values, compared with their type."""
 
   def fits(value):
     return any(type(value) is type(x) and value == x for x in values)
@@ -195,7 +195,7 @@ def one_of(*values: Any) -> Rule:
 
 
 def listed(rule: Rule, *, least: int = 0, most: int | None = None) -> Rule:
-  """Lists of values that each follow the rule."""
+  """Returns the rule of lists with `least` to `most` values of a rule."""
 
   def fits(value):
     return (
@@ -210,7 +210,7 @@ def listed(rule: Rule, *, least: int = 0, most: int | None = None) -> Rule:
 
 
 def mapped(rule: Rule) -> Rule:
-  """Objects whose values each follow the rule."""
+  """Returns the rule of objects with values that each follow a rule."""
 
   def fits(value):
     return isinstance(value, Mapping) and all(map(rule.fits, value.values()))
@@ -219,7 +219,7 @@ def mapped(rule: Rule) -> Rule:
 
 
 def either(*rules: Rule) -> Rule:
-  """Values that follow one of the rules."""
+  """Returns the rule of values that follow at least one of the rules."""
   return Rule(
     lambda value: any(rule.fits(value) for rule in rules),
     ' or '.join(dict.fromkeys(rule.allowed for rule in rules)),
@@ -227,12 +227,12 @@ def either(*rules: Rule) -> Rule:
 
 
 def optional(*rules: Rule) -> Rule:
-  """Null, or what one of the rules allows."""
+  """Returns the rule of null and of values that follow one of the rules."""
   return either(*rules, Rule(lambda value: value is None, 'null'))
 
 
 def anything() -> Rule:
-  """Every value."""
+  """Returns the rule of all values."""
   return Rule(lambda value: True, 'anything')
 
 

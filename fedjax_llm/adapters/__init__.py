@@ -1,6 +1,7 @@
 """Adapters: small trainable changes of a frozen base.
 
-The names in `__all__` are those that a config may use.
+Every builder returns an `Adapter(init, merge, fold)`. A config may use the
+names in `__all__`.
 """
 
 from fedjax_llm.adapters import gates as gates

@@ -1,8 +1,8 @@
-"""An adapter's tree at a base: written in, folded, overlaid, checked.
+"""Applies an adapter's tree to a base: merges, folds, overlays and checks it.
 
-Each leaf stands beside the weight, or at the place, that it is about; what it
-does there is its own business (`nodes.protocol`). The functions here walk the
-two trees.
+A leaf has the path of the weight or of the place that it changes; how it
+changes it is defined by its node (`nodes.protocol`). The functions here walk
+both trees.
 """
 
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ Path = tuple[str, ...]
 
 
 def as_low_rank(params: Params) -> Params:
-  """Returns the tree with every node that acts as factors as those factors.
+  """Replaces every node that has low-rank factors by these factors.
 
   >>> from fedjax_llm.adapters.low_rank import lora
   >>> base = {'q': {'kernel': jax.numpy.ones((4, 3))}}
   >>> params = lora(rank=2, targets=['q']).init(jax.random.key(0), base)
-  >>> as_low_rank(params)['q'] is params['q']  # LoRA is factors already
+  >>> as_low_rank(params)['q'] is params['q']  # LoRA has factors already
   True
   """
 
@@ -40,7 +40,7 @@ def as_low_rank(params: Params) -> Params:
 
 
 def product(leaf: Any) -> jax.Array:
-  """Returns scale * a @ b + residual of a low-rank change, [..., D, F].
+  """Computes scale * a @ b + residual of a low-rank change, [..., D, F].
 
   >>> from fedjax_llm.nodes import LowRank
   >>> one = jax.numpy.ones((1, 1))
@@ -54,13 +54,13 @@ def product(leaf: Any) -> jax.Array:
 
 
 def merge(base: Base, params: Params) -> Base:
-  """Returns the base with every change written into its weights.
+  """Writes every change into the weights of the base and returns it.
 
-  A node at a module's 'output' is written into its kernel and bias, one at its
-  'input' into the rows of the kernel.
+  A node at a module's 'output' is written into its kernel and bias, a node at
+  its 'input' into the rows of the kernel.
 
   Raises:
-    Error: a node that no weight can hold, with its reason.
+    Error: a node that cannot be written into a weight, with its reason.
 
   >>> from fedjax_llm.nodes import LowRank
   >>> jnp = jax.numpy
@@ -98,7 +98,7 @@ def _merged(base: Any, params: Any, path: Path) -> Any:
 
 
 def _merged_beside(module: dict[str, Any], leaf: Any, path: Path) -> Any:
-  """A module with what stands at its 'input' or 'output' in its weights."""
+  """Writes a node at a module's 'input' or 'output' into its weights."""
   kernel, place = module.get('kernel'), path[-1]
   try:
     if place == 'input' and kernel is not None:
@@ -112,7 +112,7 @@ def _merged_beside(module: dict[str, Any], leaf: Any, path: Path) -> Any:
       }
       return {**module, **written}
     if is_node(leaf):
-      protocol.write(leaf, kernel)  # it has a reason why it cannot
+      protocol.write(leaf, kernel)  # raises the node's own reason
   except Error as error:
     raise Error(f'{"/".join(path)}: {error}') from error
   raise Error(f'The adapter has {"/".join(path)}, which the model lacks.')
@@ -123,7 +123,7 @@ def _plain(kernel: Any) -> bool:
 
 
 def fold(base: Base, params: Params) -> tuple[Base, Params]:
-  """Moves the residuals into the base: done once a round, outside `vmap`.
+  """Moves the residuals into the base, once a round, outside `vmap`.
 
   >>> from fedjax_llm.nodes import LowRank
   >>> one = jax.numpy.ones((1, 1))
@@ -148,12 +148,12 @@ def fold(base: Base, params: Params) -> tuple[Base, Params]:
 
 
 def overlay(base: Base, params: Params) -> tuple[Base, Params]:
-  """Puts every leaf that replaces its weight there, and out of the params.
+  """Moves every leaf that replaces its weight from the params into the base.
 
-  For the forward pass: other nodes stay beside their weights.
+  For the forward pass: other nodes stay in the params.
 
   Raises:
-    Error: a leaf that has no weight of its shape in the base.
+    Error: a leaf without a weight of its shape in the base.
 
   >>> ones, zeros = jax.numpy.ones(2), jax.numpy.zeros(2)
   >>> overlay({'bias': ones}, {'bias': Dense(zeros)})
@@ -200,8 +200,8 @@ def check(
   Args:
     base: the weights, arrays or their shapes.
     params: the adapter.
-    places: those of `protocol.BESIDE` that the network has.
-    who: how the sentence starts.
+    places: the names of `protocol.BESIDE` that the network supports.
+    who: the first words of the error message.
 
   >>> kernel = jax.numpy.ones((4, 6))
   >>> check({'q': {'kernel': kernel}}, {'q': kernel[:, :5]})
@@ -246,7 +246,9 @@ def _check(base: Any, params: Any, path: Path, places: tuple[str, ...]) -> None:
 
 
 def beside(base: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
-  """The shape of what stands at a place that is no weight; None: no place.
+  """Returns the shape of the activations at a place that is no weight.
+
+  None if the module has no such place.
 
   >>> kernel = jax.ShapeDtypeStruct((2, 4, 6), 'float32')
   >>> beside({'kernel': kernel}, 'input'), beside({'kernel': kernel}, 'output')
@@ -264,7 +266,7 @@ def beside(base: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
 
 
 def _main(base: Any) -> str | None:
-  """The weight of a module that a leaf without a name is about."""
+  """Returns the name of the weight that a leaf without a name changes."""
   if not isinstance(base, Mapping):
     return None
   return next((name for name in protocol.MAIN if name in base), None)

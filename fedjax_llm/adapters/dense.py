@@ -1,4 +1,8 @@
-"""Modules that are trained whole beside an adapter: heads, norms."""
+"""Modules that are trained whole beside an adapter: heads, norms.
+
+`dense` returns an `Adapter` that trains whole modules, `beside` one that joins
+several adapters.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,18 +19,20 @@ Path = tuple[str, ...]
 
 
 def dense(modules: str | Sequence[str]) -> Adapter:
-  """Every weight of these modules is trained, from what the base has.
+  """Returns an adapter that trains every weight of these modules.
 
   The `modules_to_save` of PEFT. Each weight is a `Dense` leaf in float32 that
-  takes the place of the base's; aggregators see it as any other leaf.
+  replaces the weight of the base and starts from its value; aggregators treat
+  it as any other leaf.
 
   Args:
-    modules: regular expressions that match the end of a module's path, from
-      one name on: 'classifier', ('pooler', 'classifier'), 'layers/.*norm'.
+    modules: regular expressions that match one or more whole names at the end
+      of a module's path: 'classifier', ('pooler', 'classifier'),
+      'layers/.*norm'.
 
   Raises:
     Error: from `init`, a name that matches no module of the base (the message
-      lists what there is), or a tied embedding, which is also the output head.
+      lists the modules), or a tied embedding, which is also the output head.
 
   >>> base = {'classifier': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)}}
   >>> params = dense('classifier').init(jax.random.key(0), base)
@@ -42,7 +48,7 @@ def dense(modules: str | Sequence[str]) -> Adapter:
       parent = params
       for name in path[:-1]:
         module, parent = module[name], parent.setdefault(name, {})
-      # A copy: programs give the memory of the parameters away.
+      # A copy: programs donate the buffers of the parameters.
       parent[path[-1]] = {
         name: Dense(jnp.array(leaf, jnp.float32))
         for name, leaf in module[path[-1]].items()
@@ -53,10 +59,10 @@ def dense(modules: str | Sequence[str]) -> Adapter:
 
 
 def beside(*parts: Adapter) -> Adapter:
-  """Several adapters as one, each of other modules.
+  """Joins adapters of different modules into one.
 
   Raises:
-    Error: from `init`, two of them change the same weight.
+    Error: from `init`, two of the adapters change the same weight.
 
   >>> base = {'a': {'bias': jnp.ones(2)}, 'b': {'bias': jnp.ones(3)}}
   >>> both = beside(dense('a'), dense('b'))
@@ -75,17 +81,18 @@ def beside(*parts: Adapter) -> Adapter:
 
 
 def saved_beside(adapter: Adapter, modules: str | Sequence[str]) -> Adapter:
-  """`adapter`, and `modules` trained whole where any are named."""
+  """Joins `adapter` with `dense(modules)`; returns it alone without modules."""
   return beside(adapter, dense(modules)) if modules else adapter
 
 
 def complete(params: Params, base: Base, modules: Sequence[str]) -> Params:
-  """`params` with all of these modules of the base that it does not have yet.
+  """Adds those modules of the base that `params` does not have yet.
 
-  For a file that has to hold a head whole, trained or not.
+  For files that must hold a whole head, trained or not.
 
   Raises:
-    Error: a low-rank leaf on one of them, which says nothing of its weight.
+    Error: one of the modules has a low-rank leaf, which does not hold its
+      weight.
 
   >>> base = {'score': {'bias': jnp.ones(2)}, 'body': {'bias': jnp.ones(3)}}
   >>> sorted(complete({}, base, ['score']))
@@ -105,7 +112,7 @@ def complete(params: Params, base: Base, modules: Sequence[str]) -> Params:
 
 
 def find(base: Base, modules: str | Sequence[str]) -> list[Path]:
-  """Paths of the modules that the patterns name, sorted: see `dense`."""
+  """Returns the sorted paths of the modules that the patterns match."""
   there = _modules(base, ())
   chosen: set[Path] = set()
   for name in (modules,) if isinstance(modules, str) else tuple(modules):
@@ -124,13 +131,13 @@ def find(base: Base, modules: str | Sequence[str]) -> list[Path]:
   if ('embed_tokens',) in chosen and not heads:
     raise Error(
       'adapter.modules_to_save: embed_tokens is also the output head of this '
-      'model (tied), which an adapter cannot say of it.'
+      'model (tied), which an adapter cannot represent.'
     )
   return sorted(chosen)
 
 
 def _modules(node: Any, path: Path) -> list[Path]:
-  """Paths of the dicts that hold weights."""
+  """Returns the paths of the dicts that hold weights."""
   if not isinstance(node, Mapping):
     return []
   below = [

@@ -1,7 +1,7 @@
-"""Layers that take part in the network, and layers that are left out.
+"""Gates that leave layers of a model out.
 
-The leaf 'layers/gate' [L] says so to the forward pass of a model: a layer whose
-gate is 0 passes its input on.
+The forward pass reads the leaf 'layers/gate' [L]: a layer with gate 0 returns
+its input, a layer with gate 1 is computed.
 """
 
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ NAME = 'gate'
 
 
 def added(params: Params) -> Params:
-  """The tree with an open gate a layer.
+  """Returns the tree with a gate of 1 for each layer.
 
   Raises:
-    Error: nothing in it is stacked over layers.
+    Error: no leaf of the tree is stacked over layers.
 
   >>> added({'layers': {'q': jnp.zeros((2, 3))}})['layers']['gate']
   Array([1., 1.], dtype=float32)
@@ -31,7 +31,7 @@ def added(params: Params) -> Params:
 
 
 def without(params: Params) -> Params:
-  """The tree without its gates."""
+  """Returns the tree without its gates."""
   inner = params.get('layers') if isinstance(params, Mapping) else None
   if inner is None or NAME not in inner:
     return params

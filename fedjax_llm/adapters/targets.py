@@ -1,4 +1,8 @@
-"""Which weights of the base an adapter acts on."""
+"""Selects the weights of the base that an adapter acts on.
+
+`find` returns the paths that the config's targets match, `grow` a tree with a
+node at each of them.
+"""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -15,35 +19,36 @@ ALL_LINEAR = 'all-linear'
 
 
 def linear_paths(base: Base) -> list[Path]:
-  """Paths of every linear map of the base: nodes that hold a 'kernel'.
+  """Returns the path of every linear map of the base: dicts with a 'kernel'.
 
   >>> linear_paths({'layers': {'mlp': {'up_proj': {'kernel': 0}}}})
   [('layers', 'mlp', 'up_proj')]
   """
-  found: list[Path] = []
+  paths: list[Path] = []
 
   def walk(node: Any, path: Path) -> None:
     if isinstance(node, dict):
       if 'kernel' in node:
-        found.append(path)
+        paths.append(path)
       else:
         for name in sorted(node):
           walk(node[name], (*path, name))
 
   walk(base, ())
-  return found
+  return paths
 
 
 def find(base: Base, targets: str | Sequence[str]) -> list[Path]:
-  """Paths of the linear maps that `targets` names, sorted.
+  """Returns the paths of the linear maps that match `targets`, sorted.
 
   A target is 'all-linear' (every linear map of the layers, so not the output
-  head, as in PEFT) or a regular expression that matches the end of a path,
-  from one name on: 'q_proj', 'mlp/.*', '(q|v)_proj'. What a target that begins
-  with '!' matches is left out: ('all-linear', '!o_proj').
+  head, as in PEFT) or a regular expression that matches one or more whole names
+  at the end of a path: 'q_proj', 'mlp/.*', '(q|v)_proj'. A target that begins
+  with '!' excludes its matches: ('all-linear', '!o_proj').
 
   Raises:
-    Error: a target matches nothing; the message lists what there is.
+    Error: a target matches no weight (the message lists the weights), or no
+      weight is left.
 
   >>> base = {'layers': {'q_proj': {'kernel': 0}, 'o_proj': {'kernel': 0}}}
   >>> find(base, ['q_proj'])
@@ -84,9 +89,10 @@ def grow(
   key: Key,
   node: Callable[[Key, Any], Any],
 ) -> Params:
-  """The tree that has `node(key, kernel)` at every target: see `find`.
+  """Returns a tree with `node(key, kernel)` at every target: see `find`.
 
-  Keys follow from the names of the targets: adding one changes no other.
+  A key depends on its target's path only: adding a target changes no other
+  node.
   """
   params: dict[str, Any] = {}
   for path in find(base, targets):

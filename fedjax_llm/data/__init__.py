@@ -1,4 +1,8 @@
-"""Text of clients: sources, tokenizers, templates, partitions, populations."""
+"""Data of clients: sources, tokenizers, templates, partitions, populations.
+
+Sources return records, tokenizers and templates turn them into examples, a
+partition assigns records to clients, and `build` returns a `Population`.
+"""
 
 from fedjax_llm.data import (
   collate,

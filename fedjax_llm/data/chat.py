@@ -1,4 +1,7 @@
-"""Chats in the form of the tokenizer's own template: what of it is learned."""
+"""Splits chats in the tokenizer's own template into learned and other text.
+
+`chat` returns a `Template`: a function from messages to dialogues of pieces.
+"""
 
 import functools
 import weakref
@@ -12,10 +15,10 @@ from fedjax_llm.types import Error
 
 
 class Piece(NamedTuple):
-  """A stretch of text that is learned as a whole or not at all.
+  """A part of a text that is learned as a whole or not at all.
 
-  With `end` the end token follows, as an id: the text does not contain it. A
-  reply of which the template left something out is `rewritten`.
+  With `end` the end token follows, as an id: the text does not contain it.
+  `rewritten` is True for a reply that the template shortened or changed.
 
   >>> Piece('Hello.', learned=True).end
   False
@@ -32,26 +35,26 @@ Template = Callable[[Sequence[Message], Tokenizer], list[list[Piece]]]
 
 
 def chat() -> Template:
-  """The tokenizer's own chat template.
+  """Returns the template that uses the tokenizer's own chat template.
 
-  The learned part of a turn is what the template writes after its generation
-  prompt, up to and with the marker that ends the turn (`end_mark`); where it
-  writes no marker, the end token. What it writes behind is not learned, nor a
-  reply whose `weight` is 0. If the template rewrites earlier turns (some leave
-  old reasoning out), each reply becomes a dialogue of its own.
+  The learned part of a turn begins after the template's generation prompt and
+  ends with the marker of the turn's end (`end_mark`), or with the end token if
+  the template writes no marker. Later text of the turn is not learned, nor a
+  reply with `weight` 0. If the template rewrites earlier turns (some remove old
+  reasoning), each reply becomes a dialogue of its own.
 
   Raises:
-    Error: from the template, where the tokenizer's own refuses the messages, or
-      does not write a message or a field of it.
+    Error: from the returned function, if the tokenizer's template refuses the
+      messages, or leaves a message or a field of it out.
 
   >>> from fedjax_llm.data import tokenizers
   >>> def render(messages, add_generation_prompt):
-  ...   said = ''.join(f'<{m["role"]}>{m["content"]}' for m in messages)
-  ...   return said + '<assistant>' * add_generation_prompt
+  ...   text = ''.join(f'<{m["role"]}>{m["content"]}' for m in messages)
+  ...   return text + '<assistant>' * add_generation_prompt
   >>> spell = tokenizers.bytes()._replace(chat=render)
-  >>> asked = {'role': 'user', 'content': 'Hi'}
+  >>> message = {'role': 'user', 'content': 'Hi'}
   >>> ((prompt, reply),) = chat()(
-  ...   [asked, {'role': 'assistant', 'content': 'Ho'}], spell)
+  ...   [message, {'role': 'assistant', 'content': 'Ho'}], spell)
   >>> prompt.text, reply.text
   ('<user>Hi<assistant>', 'Ho')
   """
@@ -93,7 +96,7 @@ def _reply(tokenizer, messages, i, before, after, mark) -> Piece:
   else:
     text = text[: len(text) - _header(tokenizer, messages[:i], before, text)]
     text = text.rstrip()
-  # Nothing is written after the reply: the end token has to be added.
+  # If the template writes nothing after the reply, the end token is added.
   end = spoken and text.endswith(content)
   if not content:
     end = spoken and not any(map(text.endswith, tokenizer.special))
@@ -106,9 +109,9 @@ def _reply(tokenizer, messages, i, before, after, mark) -> Piece:
 
 
 def _header(tokenizer, earlier, before: str, text: str) -> int:
-  """How much of the end of `text` begins the next reply already.
+  """Returns the length of the next generation prompt at the end of `text`.
 
-  Some templates write the generation prompt without being asked.
+  Some templates always write the generation prompt; for the others it is 0.
   """
   if before != _render(tokenizer, earlier, False):
     return 0
@@ -123,12 +126,12 @@ def _squeezed(text: str) -> str:
 
 
 def end_mark(tokenizer: Tokenizer) -> str:
-  """The token by which the chat template ends a reply, as text; or ''.
+  """Returns the text of the token that ends a reply in the template, or ''.
 
   >>> from fedjax_llm.data import tokenizers
   >>> def render(messages, add_generation_prompt):
-  ...   said = ''.join(f'<{m["role"]}>{m["content"]}</>' for m in messages)
-  ...   return said + '<assistant>' * add_generation_prompt
+  ...   text = ''.join(f'<{m["role"]}>{m["content"]}</>' for m in messages)
+  ...   return text + '<assistant>' * add_generation_prompt
   >>> end_mark(tokenizers.bytes()._replace(chat=render, special={'</>': 7}))
   '</>'
   """
@@ -142,30 +145,30 @@ def end_mark(tokenizer: Tokenizer) -> str:
 
 
 _MARKS: Any = weakref.WeakKeyDictionary()
-_ASKED, _SAID = 'What is new?', 'Nothing at all.'
+_QUESTION, _REPLY = 'What is new?', 'Nothing at all.'
 
 
 def _probed(tokenizer: Tokenizer) -> str:
   probe = [
-    {'role': 'user', 'content': _ASKED},
-    {'role': 'assistant', 'content': _SAID},
+    {'role': 'user', 'content': _QUESTION},
+    {'role': 'assistant', 'content': _REPLY},
   ]
   try:
     after = _render(tokenizer, probe, False)
   except Error:
-    return ''  # what it refuses is told where it is asked for
-  _, said, tail = after.rpartition(_SAID)
-  marks = [mark for mark in tokenizer.special if said and mark in tail]
+    return ''  # the error is raised when real messages are rendered
+  _, reply, tail = after.rpartition(_REPLY)
+  marks = [mark for mark in tokenizer.special if reply and mark in tail]
   return min(marks, key=lambda m: (tail.index(m), -len(m)), default='')
 
 
 def with_tools(
   tokenizer: Tokenizer, tools: Sequence[Any] | None, messages: Sequence[Message]
 ) -> Tokenizer:
-  """The tokenizer whose chat template is given the tools of a record.
+  """Returns a tokenizer that passes a record's tools to its chat template.
 
   Raises:
-    Error: the template does not write them.
+    Error: the template does not write the tools.
   """
   if not tools:
     return tokenizer
@@ -190,7 +193,7 @@ def with_tools(
 def _render(tokenizer, messages, add_generation_prompt: bool) -> str:
   try:
     text = _rendered(tokenizer, messages, add_generation_prompt)
-  except Exception as error:  # templates raise whatever they like
+  except Exception as error:  # a template may raise any exception
     reason = str(error)
     if not isinstance(error, Error):
       name = tokenizer.name
@@ -225,7 +228,7 @@ def _rendered(tokenizer, messages, add_generation_prompt: bool) -> str | None:
 
 
 def _check_written(tokenizer, messages, j: int, before: str) -> None:
-  """Raises an `Error` for a message that the template leaves out."""
+  """Raises an `Error` if the template leaves message j out."""
   content = messages[j]['content'].strip()
   if content and content not in before and messages[j]['role'] != 'assistant':
     other = {**messages[j], 'content': f'{messages[j]["content"]} and more'}
@@ -234,12 +237,12 @@ def _check_written(tokenizer, messages, j: int, before: str) -> None:
         f'message {j}: the chat template of {tokenizer.name} does not write '
         f'this message of the role {messages[j]["role"]!r}.'
       )
-  if messages[j]['role'] != 'assistant':  # whose fields are checked with it
+  if messages[j]['role'] != 'assistant':  # replies are checked by the caller
     _check_fields(tokenizer, messages[: j + 1], j)
 
 
 def _check_fields(tokenizer, messages, j: int, text: str | None = None) -> None:
-  """Raises an `Error` for a field of message j that the template leaves out."""
+  """Raises an `Error` if the template leaves out a field of message j."""
   for name in messages_lib.extras(messages[j]):
     other = {k: v for k, v in messages[j].items() if k != name}
     if not _matters(tokenizer, messages, j, other, text):
@@ -251,11 +254,11 @@ def _check_fields(tokenizer, messages, j: int, text: str | None = None) -> None:
 
 
 def _matters(tokenizer, messages, j, other, text: str | None = None) -> bool:
-  """Whether the text changes where message j is `other`."""
+  """Returns True if the text changes when message j is replaced by `other`."""
   changed = [*messages[:j], other, *messages[j + 1 :]]
   try:
     if text is None:
       text = _render(tokenizer, messages, False)
     return _render(tokenizer, changed, False) != text
   except Error:
-    return True  # it looks at it
+    return True  # the template reads the message

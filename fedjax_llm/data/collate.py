@@ -1,10 +1,10 @@
-"""Examples to arrays: one builder for each kind of batch.
+"""Turns examples into arrays: one builder for each kind of batch.
 
-A `Collate` looks once at all examples of a run, which decide the fields that
-there are, and returns a function from rows to arrays: `rows` is a list of M
-rows, each a list of the examples in it (none: padding; several: packed texts),
-and every array of the batch that comes back begins with M. All calls give the
-same shapes and the same structure for the same M.
+A `Collate` reads all examples of a run once, which determine the fields of the
+batch, and returns a function from rows to arrays: `rows` is a list of M rows,
+each a list of its examples (none: padding; several: packed texts), and every
+array of the returned batch has the first axis M. All calls with the same M
+return the same shapes and structure.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,21 +33,23 @@ Collate = Callable[[Sequence[Any], int, int], Callable[[Rows], Any]]
 def by_kind(
   examples: Sequence[Any], width: int, pad_id: int = 0
 ) -> Callable[[Rows], Any]:
-  """The `Collate` of `Example`, `Pair`, `Image` and `ImageWithText`.
+  """Returns the collating function for the type of the examples.
+
+  `Example`, `Pair`, `Image` and `ImageWithText` are supported.
 
   Raises:
-    Error: examples of two kinds, or of another kind.
+    Error: examples of different types, or of an unknown type.
 
   >>> text = Example(np.arange(2, dtype=np.int32), np.array([0, 1], bool))
   >>> by_kind([text], 3)([[text], []]).segments.tolist()
   [[1, 1, 0], [0, 0, 0]]
   """
-  found = {type(example) for example in examples} or {Example}
+  kinds = {type(example) for example in examples} or {Example}
   known = {Example: texts, Pair: pairs, Image: images}
   known[ImageWithText] = images_with_texts
-  kind = found.pop()
-  if found:
-    names = ' and '.join(sorted(x.__name__ for x in {kind, *found}))
+  kind = kinds.pop()
+  if kinds:
+    names = ' and '.join(sorted(x.__name__ for x in {kind, *kinds}))
     raise Error(f'examples are of different kinds, {names}; use one a run.')
   if kind not in known:
     names = ', '.join(x.__name__ for x in known)
@@ -61,7 +63,9 @@ def by_kind(
 def texts(
   examples: Sequence[Example], width: int, pad_id: int = 0
 ) -> Callable[[Rows], Batch]:
-  """The `Collate` of texts: `Batch` [M, T], with labels where they have some.
+  """Returns a function from rows of texts to a `Batch` [M, T].
+
+  The batch has labels if the examples have them.
 
   Raises:
     Error: some examples have a label and some have none.
@@ -99,7 +103,7 @@ def texts(
 def pairs(
   examples: Sequence[Pair], width: int, pad_id: int = 0
 ) -> Callable[[Rows], Pairs]:
-  """The `Collate` of preferences: `Pairs` of two batches [M, T].
+  """Returns a function from rows of preferences to `Pairs` of batches [M, T].
 
   >>> text = Example(np.arange(2, dtype=np.int32), np.array([0, 1], bool))
   >>> pair = Pair(text, text, reference_chosen=-0.5)
@@ -125,7 +129,7 @@ def pairs(
 def images(
   examples: Sequence[Image], width: int = 0, pad_id: int = 0
 ) -> Callable[[Rows], Images]:
-  """The `Collate` of pictures: `Images` [M, H, W, C].
+  """Returns a function from rows of pictures to `Images` [M, H, W, C].
 
   Raises:
     Error: pictures of different shapes.
@@ -153,7 +157,7 @@ def images(
 def images_with_texts(
   examples: Sequence[ImageWithText], width: int, pad_id: int = 0
 ) -> Callable[[Rows], ImagesWithTexts]:
-  """The `Collate` of pictures with texts: `ImagesWithTexts`.
+  """Returns a function from rows of pictures and texts to `ImagesWithTexts`.
 
   Raises:
     Error: pictures of different shapes.
@@ -209,7 +213,7 @@ def _write(
   at = (row, slice(start, start + length))
   batch.tokens[at] = example.tokens
   batch.loss_mask[at] = example.loss_mask
-  # Nothing of its own text stands before the first token.
+  # The first token has no earlier token of its text to be predicted from.
   batch.loss_mask[row, start] = False
   batch.segments[at] = segment
   batch.positions[at] = np.arange(length)
@@ -220,7 +224,7 @@ def _write(
 
 
 def _empty_pixels(examples: Sequence[Any]) -> np.ndarray:
-  """Zeros of the one shape that all pictures have."""
+  """Returns zeros of the shape that all pictures share."""
   shapes = sorted({np.shape(example.pixels) for example in examples})
   if len(shapes) != 1:
     raise Error(
@@ -231,7 +235,7 @@ def _empty_pixels(examples: Sequence[Any]) -> np.ndarray:
 
 
 def _stacked(rows: Rows, empty: Any) -> np.ndarray:
-  """The only value of each row, `empty` in rows without one: [M, ...]."""
+  """Stacks the only value of each row, `empty` for rows without: [M, ...]."""
   out = np.broadcast_to(empty, (len(rows), *np.shape(empty))).copy()
   for place, row in enumerate(rows):
     if len(row) > 1:

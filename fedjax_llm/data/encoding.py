@@ -1,4 +1,4 @@
-"""Records to examples, as a task asks for it."""
+"""Encoders of a task: functions from records to examples."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -14,10 +14,10 @@ from fedjax_llm.types import Example
 
 
 class Encoding(NamedTuple):
-  """The settings with which records become examples.
+  """The settings of an encoder.
 
-  All but `tokenizer` and `labels` are those of the section `population` of a
-  config; `labels` are what `Task.labels` returned.
+  All but `tokenizer` and `labels` are fields of the section `population` of a
+  config; `labels` is the result of `Task.labels`.
 
   >>> Encoding(tokenizer=None).max_length
   256
@@ -30,12 +30,12 @@ class Encoding(NamedTuple):
   labels: Sequence[str] | None = None
 
 
-# (record, settings) -> examples, with counts of what did not fit
+# (record, settings) -> examples, with counts of truncated and omitted parts
 Encode = Callable[[Record, Encoding], text.Encoded]
 
 
 def texts(record: Record, how: Encoding) -> text.Encoded:
-  """Returns the texts of a record to be learned: `text.encode_counted`.
+  """Encodes a record for language modelling: `text.encode_counted`.
 
   >>> from fedjax_llm.data import tokenizers
   >>> how = Encoding(tokenizers.bytes())
@@ -48,7 +48,7 @@ def texts(record: Record, how: Encoding) -> text.Encoded:
 
 
 def labelled(record: Record, how: Encoding) -> text.Encoded:
-  """Returns the text of a record to be classified: `text.classified`.
+  """Encodes a record for classification: `text.classified`.
 
   >>> from fedjax_llm.data import tokenizers
   >>> how = Encoding(tokenizers.bytes(), labels=('sad', 'glad'))
@@ -60,7 +60,7 @@ def labelled(record: Record, how: Encoding) -> text.Encoded:
 
 
 def content(example: Any) -> bytes:
-  """Returns bytes that are equal for examples that differ in labels alone.
+  """Returns bytes that identify an example's content without its label.
 
   >>> one = Example(np.arange(2, dtype=np.int32), np.ones(2, bool), label=1)
   >>> content(one) == content(one._replace(label=2))
@@ -71,12 +71,12 @@ def content(example: Any) -> bytes:
   is_text = lambda x: isinstance(x, Example)
   if getattr(example, 'label', None) is not None:
     example = example._replace(label=None)
-  found = hashlib.blake2b(digest_size=16)
+  digest = hashlib.blake2b(digest_size=16)
   for leaf in jax.tree.leaves(example, is_leaf=is_text):
     if is_text(leaf):
       part = repr(len(leaf.tokens)).encode() + content(leaf)
     else:
       x = np.asarray(leaf)
       part = repr((x.shape, x.dtype.str)).encode() + x.tobytes()
-    found.update(repr(len(part)).encode() + part)
-  return found.digest()
+    digest.update(repr(len(part)).encode() + part)
+  return digest.digest()

@@ -1,7 +1,6 @@
-"""Rows of data files: JSON lines, JSON, CSV and TSV, plain or gzipped.
+"""Reads rows of data files: JSON lines, JSON, CSV and TSV, plain or gzipped.
 
-Values are as they are written: a field of a CSV file is a string, whatever it
-looks like.
+Values are not converted: every field of a CSV file is a string.
 """
 
 import csv
@@ -18,9 +17,9 @@ from typing import Any
 from fedjax_llm import reading
 from fedjax_llm.types import Error
 
-Row = tuple[str, Any]  # where it stands ('file:line'), and its value
+Row = tuple[str, Any]  # its place ('file:line') and its value
 
-# The formats by the ends of files, without .gz and whatever their case.
+# The formats by file ending, in lower case and without .gz.
 FORMATS = {
   'csv': 'csv',
   'json': 'json',
@@ -32,7 +31,7 @@ FORMATS = {
 
 
 def format_of(file: str) -> str | None:
-  """The format that the end of a name says, None if it says none.
+  """Returns the format by the ending of a name, None if it is unknown.
 
   >>> format_of('rows.JSONL.GZ'), format_of('rows.tsv'), format_of('rows')
   ('jsonl', 'tsv', None)
@@ -42,10 +41,10 @@ def format_of(file: str) -> str | None:
 
 
 def matching(path: str | Sequence[str]) -> list[str]:
-  """The files that paths and patterns name.
+  """Returns the files that match paths and patterns.
 
   Raises:
-    Error: a path that is empty, a folder, or of no file.
+    Error: a path is empty, a folder, or matches no file.
   """
   if not path:
     raise Error(f'data.path is {path!r}; it must name a file.')
@@ -70,11 +69,11 @@ def matching(path: str | Sequence[str]) -> list[str]:
 
 
 def rows(file: str, format: str) -> Iterator[Row]:
-  """The rows of a file.
+  """Yields the rows of a file.
 
   Raises:
-    Error: naming the file and the line: it cannot be read, is no UTF-8 text,
-      is damaged, or has no row.
+    Error: the file cannot be read, is no UTF-8 text, is damaged, or has no row;
+      the message names the file and the line.
 
   >>> import tempfile, pathlib
   >>> with tempfile.TemporaryDirectory() as folder:
@@ -84,13 +83,13 @@ def rows(file: str, format: str) -> Iterator[Row]:
   [{'who': '001', 'text': 'NA'}]
   """
   if format == 'jsonl':
-    found = _json_lines(file)
+    entries = _json_lines(file)
   elif format == 'json':
-    found = _json(file)
+    entries = _json(file)
   else:
-    found = _table(file, '\t' if format == 'tsv' else ',')
+    entries = _table(file, '\t' if format == 'tsv' else ',')
   empty = True
-  for row in found:
+  for row in entries:
     empty = False
     yield row
   if empty:
@@ -127,7 +126,7 @@ def _reason(error: ValueError) -> str:
 
 
 def _json(file: str) -> Iterator[Row]:
-  """A list of records, or records one behind the other."""
+  """Yields the entries of a JSON list, or JSON values one after the other."""
   text = ''.join(_lines(file))
   first = text.lstrip()[:1]
   if first != '[':

@@ -1,4 +1,4 @@
-"""Rows of data sets that the `datasets` library reads."""
+"""Reads rows of data sets with the `datasets` library."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from fedjax_llm.types import Error
 
 
 def library() -> Any:
-  """The package `datasets`; `Error` where it is not installed."""
+  """Returns the package `datasets`; raises `Error` if it is not installed."""
   try:
     import datasets
   except ImportError:
@@ -20,25 +20,25 @@ def library() -> Any:
 
 
 def parquet(files: list[str], split: str) -> Any:
-  """The data set of some parquet files."""
+  """Returns the data set of some parquet files."""
   datasets = library()
   try:
     return datasets.load_dataset(
       'parquet', data_files={split: files}, split=split
     )
-  except Exception as error:  # whatever the library raises
+  except Exception as error:  # the library raises many types
     raise _refused(files[0], None, split, error) from error
 
 
 def load(
   name: str, subset: str | None, split: str, columns: Sequence[str] = ()
 ) -> Any:
-  """A directory of `save_to_disk`, a folder of files, or a name on the hub.
+  """Loads a data set by directory (`save_to_disk`), folder or hub name.
 
-  Of CSV files the `columns` are strings, whatever they look like.
+  The `columns` of CSV files are always read as strings.
 
   Raises:
-    Error: it cannot be had, or has no such split.
+    Error: the data set cannot be loaded, or has no such split.
   """
   datasets = library()
   try:
@@ -63,21 +63,21 @@ def load(
     return datasets.load_dataset(name, subset, split=split, **settings)
   except Error:
     raise
-  except Exception as error:  # whatever the library or the network raises
+  except Exception as error:  # library and network raise many types
     raise _refused(name, subset, split, error) from error
 
 
 def rows(data: Any, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
-  """The rows of a data set, with their numbers.
+  """Yields the rows of a data set with their numbers.
 
   Raises:
-    Error: a row cannot be read, for one because a text is no UTF-8.
+    Error: a row cannot be read, for example because a text is no UTF-8.
   """
   number, entries = 0, iter(data)
   while True:
     try:
       row = next(entries, None)
-    except Exception as error:  # of Arrow, and of the library
+    except Exception as error:  # Arrow and the library raise many types
       raise Error(
         f'{where}, at row {number} or behind: it cannot be read: '
         f'{_reason(error)}'
@@ -89,7 +89,7 @@ def rows(data: Any, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def class_name(feature: Any, value: Any, where: str) -> Any:
-  """The name of a class number; other values are returned as they are.
+  """Returns the name of a class number; other values are returned unchanged.
 
   Raises:
     Error: no class has this number.
@@ -115,7 +115,7 @@ def _refused(
 
 
 def _reason(error: BaseException) -> str:
-  """The innermost exception: the library wraps what readers raise."""
+  """Returns the type and text of the innermost cause of an exception."""
   while error.__cause__ is not None:
     error = error.__cause__
   text = f'{type(error).__name__}: {" ".join(str(error).split())}'

@@ -1,8 +1,9 @@
-"""Chats as they are written in data files, and what of them a model can learn.
+"""Reads and checks the messages of chats in data files.
 
-A message has a role, a content and what its template knows beside (reasoning,
-tool calls, a name). Lists in the ShareGPT form ({"from", "value"}) are read as
-well. What cannot be passed on is refused by name.
+A message has a role, a content and further fields for the chat template
+(reasoning, tool calls, a name). Lists in the ShareGPT form ({"from", "value"})
+are read as well. A field that cannot be passed on raises an `Error` that names
+it.
 """
 
 import contextlib
@@ -13,10 +14,10 @@ from typing import Any
 from fedjax_llm import reading
 from fedjax_llm.types import Error
 
-# {'role': ..., 'content': ..., and what else the message has}
+# {'role': ..., 'content': ..., and further fields}
 Message = Mapping[str, Any]
 
-# Who speaks in a list of the ShareGPT form.
+# The role of each 'from' in the ShareGPT form.
 _SPEAKERS = {
   'human': 'user',
   'user': 'user',
@@ -28,22 +29,23 @@ _SPEAKERS = {
   'tool': 'tool',
   'observation': 'tool',
 }
-# The reasoning of a reply, by the names that data sets and templates give it.
+# Names of the reasoning of a reply in data sets and templates.
 _REASONING = ('reasoning_content', 'thinking', 'reasoning')
 # Whether a message is learned: 0 or 1.
 WEIGHT = 'weight'
-# What only says which call a result belongs to.
+# Fields that only link a tool's result to its call.
 _BOOKKEEPING = ('tool_call_id', 'id')
 
 
 def read(value: Any, key: str, where: str) -> tuple[Message, ...]:
-  """The messages of a record's field.
+  """Reads the messages of a record's field.
 
   Contents are strings; parts of a content, {"type": "text", "text": ...}, are
   joined. Fields that are null are left out.
 
   Raises:
-    Error: naming the record, the message and the field that is wrong.
+    Error: a field is wrong; the message names it, the record and the chat
+      message.
 
   >>> read([{'from': 'human', 'value': 'Hi'}], 'conversations', 'x.jsonl:1')
   ({'role': 'user', 'content': 'Hi'},)
@@ -66,7 +68,7 @@ def _message(message: Any, where: str) -> Message:
   if not isinstance(message, Mapping):
     raise Error(f'{where}: {reading.short(message)} is no JSON object.')
   message = {k: v for k, v in message.items() if v is not None} | {
-    # A field that must be there is missed by its value.
+    # A required field that is null is kept, for the error below.
     k: None
     for k in ('role', 'content')
     if k in message and message[k] is None
@@ -149,7 +151,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def _calls(calls: Any, where: str) -> list[Any]:
-  """Tool calls, whose arguments are objects where they are written as JSON."""
+  """Returns the tool calls as a list of dicts; a JSON text is parsed."""
   if isinstance(calls, str):
     calls = reading.parse(calls, f'{where}: tool_calls')
   if not isinstance(calls, list | tuple) or not all(
@@ -176,7 +178,7 @@ def _check_weight(weight: Any, role: str, where: str) -> None:
 
 
 def _check_texts(value: Any, where: str) -> None:
-  """Raises an `Error` for half a character, and for what JSON cannot hold."""
+  """Raises an `Error` for lone surrogates and values that JSON cannot hold."""
   try:
     json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
   except UnicodeEncodeError:
@@ -195,10 +197,10 @@ def _names(message: Mapping[str, Any]) -> str:
 
 
 def tools(value: Any, where: str) -> tuple[Any, ...] | None:
-  """The tools of a record: what its assistant may call.
+  """Reads the tools of a record, which its assistant may call.
 
   Raises:
-    Error: they are no list of JSON objects.
+    Error: the value is no list of JSON objects.
 
   >>> tools('[{"name": "clock"}]', 'x.jsonl:1')
   ({'name': 'clock'},)
@@ -222,19 +224,19 @@ def tools(value: Any, where: str) -> tuple[Any, ...] | None:
 
 
 def weight(message: Message) -> bool:
-  """Whether a message may be learned."""
+  """Returns True if a message may be learned: its weight is not 0."""
   return bool(message.get(WEIGHT, 1))
 
 
 def is_spoken(message: Message) -> bool:
-  """Whether a reply says anything: a text, a reasoning or a call."""
+  """Returns True for a reply with a text, a reasoning or a tool call."""
   return bool(message['content'].strip()) or any(
     message.get(name) for name in (*_REASONING, 'tool_calls')
   )
 
 
 def extras(message: Message) -> list[str]:
-  """The fields that a template has to know, or they would be lost."""
+  """Returns the fields of a message that a template must write."""
   apart = ('role', 'content', WEIGHT, *_BOOKKEEPING)
   if message['role'] in ('tool', 'function'):
     apart = (*apart, 'name')
@@ -248,18 +250,18 @@ def extras(message: Message) -> list[str]:
 def for_template(
   messages: Sequence[Message], *, parsed: bool = True
 ) -> list[dict[str, Any]]:
-  """The messages as templates expect them.
+  """Returns the messages in the form that chat templates expect.
 
-  The reasoning goes by each of its usual names. With `parsed`, arguments of
-  calls that are JSON texts of objects become those objects, which most
-  templates write themselves.
+  The reasoning is repeated under each of its usual names. With `parsed`,
+  arguments of calls that are JSON texts of objects become those objects, which
+  most templates format themselves.
 
   >>> call = {'function': {'name': 'clock', 'arguments': '{"zone": 2}'}}
   >>> reply = {'role': 'assistant', 'content': '', 'tool_calls': [call]}
   >>> for_template([reply])[0]['tool_calls'][0]['function']['arguments']
   {'zone': 2}
   """
-  found = []
+  result = []
   for message in messages:
     message = {k: v for k, v in message.items() if k != WEIGHT}
     reasoning = next((message[k] for k in _REASONING if message.get(k)), None)
@@ -268,8 +270,8 @@ def for_template(
     if parsed and message.get('tool_calls'):
       calls = message['tool_calls'] or ()
       message['tool_calls'] = [_parsed(call) for call in calls]
-    found.append(message)
-  return found
+    result.append(message)
+  return result
 
 
 def _parsed(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,7 +292,7 @@ def _parsed(call: Mapping[str, Any]) -> dict[str, Any]:
 def check_plain(
   messages: Sequence[Message], template: str, where: str = ''
 ) -> None:
-  """Raises an `Error` for what a template of fixed strings does not write.
+  """Raises an `Error` for messages that a fixed template cannot write.
 
   >>> check_plain([{'role': 'tool', 'content': '7'}], 'alpaca')
   Traceback (most recent call last):

@@ -1,7 +1,8 @@
-"""Which client holds which record.
+"""Partitions: assign records to clients.
 
-A partition is a function `(records, seed) -> names`, one client name a record.
-Random ones depend on what the records say, not on their order in a file.
+Every builder returns a function `(records, seed) -> names` with the name of
+each record's client. Random partitions depend on the content of the records,
+not on their order in a file.
 """
 
 import hashlib
@@ -21,10 +22,10 @@ Partition = Callable[[Sequence[Record], int], list[str]]
 
 
 def keyed(seed: int, *parts: Hashable) -> bytes:
-  """A random number that depends on the seed and the parts, on nothing else.
+  """Returns 16 random bytes that depend only on the seed and the parts.
 
-  Sorting by it is a keyed permutation: the order of two items does not depend
-  on which others there are.
+  Sorting by them is a keyed permutation: the order of two items does not depend
+  on the other items.
   """
   return hashlib.blake2b(repr((seed, *parts)).encode(), digest_size=16).digest()
 
@@ -34,7 +35,7 @@ def _generator(seed: int, *parts: Hashable) -> np.random.Generator:
 
 
 def _shuffled(records: Sequence[Record], seed: int, tag: str) -> list[int]:
-  """Places of the records in keyed order."""
+  """Returns the places of the records in keyed order."""
   keys = [keyed(seed, tag, r._replace(where='')) for r in records]
   return sorted(range(len(records)), key=keys.__getitem__)
 
@@ -53,7 +54,7 @@ def _check_clients(rule: str, num_clients: int, most: int, what: str) -> None:
 
 
 def _assign(order: Sequence[int], sizes: Sequence[int]) -> list[str]:
-  """Hands out the records in `order`: the first `sizes[0]` to client 0, ..."""
+  """Assigns records in `order`: the first `sizes[0]` to client 0, and so on."""
   names: list[str] = [''] * len(order)
   owners = np.repeat(np.arange(len(sizes)), sizes)
   clients = _names(len(sizes))
@@ -63,7 +64,7 @@ def _assign(order: Sequence[int], sizes: Sequence[int]) -> list[str]:
 
 
 def _parts(total: int, shares: np.ndarray) -> np.ndarray:
-  """Whole numbers [N] that sum to `total`, as close to the shares as can be."""
+  """Rounds shares [N] to whole numbers that sum to `total`."""
   exact = total * shares / shares.sum()
   sizes = np.floor(exact).astype(int)
   most = np.argsort(sizes - exact, kind='stable')
@@ -75,7 +76,7 @@ def _parts(total: int, shares: np.ndarray) -> np.ndarray:
 
 
 def natural() -> Partition:
-  """The clients that the data has: the field that the source reads as client.
+  """Returns the partition by the clients of the data, `Record.client`.
 
   Raises `Error` if a record has no client.
 
@@ -98,7 +99,7 @@ def natural() -> Partition:
 
 
 def iid(num_clients: int) -> Partition:
-  """Records dealt out at random, as evenly as can be.
+  """Returns a random partition with sizes as equal as possible.
 
   Raises `Error` if there are more clients than records.
 
@@ -118,13 +119,13 @@ def iid(num_clients: int) -> Partition:
 def dirichlet(
   num_clients: int, alpha: float = 0.5, min_size: int = 1
 ) -> Partition:
-  """Label skew: each label is shared out by a draw from Dirichlet(alpha 1_N).
+  """Returns a partition with label skew: Dirichlet(alpha) for each label.
 
       p_c ~ Dirichlet(alpha, ..., alpha)  [N],  client n gets p_c[n] of label c
 
-  Small alpha gives clients of few labels, large alpha approaches iid. A client
-  short of `min_size` records then takes some, at random, from the largest one
-  of the time.
+  Small alpha gives clients with few labels, large alpha approaches iid. A
+  client with fewer than `min_size` records then takes random records, each from
+  the client that is the largest at that moment.
 
   Raises `Error` if a record has no label, if alpha is not positive or if there
   are fewer than num_clients * min_size records.
@@ -173,7 +174,7 @@ def dirichlet(
 
 
 def _lift(held: list[list[int]], min_size: int, rng) -> None:
-  """Moves records from the largest clients to those short of min_size."""
+  """Moves records from the largest clients to those below min_size."""
   heap = [(-len(places), n) for n, places in enumerate(held)]
   heapq.heapify(heap)
   for places in held:
@@ -185,7 +186,7 @@ def _lift(held: list[list[int]], min_size: int, rng) -> None:
 
 
 def quantity(num_clients: int, sigma: float = 1.0) -> Partition:
-  """Quantity skew: sizes are log-normal, what a client holds is iid.
+  """Returns a partition with quantity skew: log-normal sizes, iid records.
 
       size_n ~ exp(sigma * z_n),  z_n ~ N(0, 1),  at least one record each
 
@@ -209,9 +210,9 @@ def quantity(num_clients: int, sigma: float = 1.0) -> Partition:
 
 
 def one_label(num_clients: int | None = None) -> Partition:
-  """One label a client: the clients are the labels.
+  """Returns a partition with one label for each client, named by the label.
 
-  With `num_clients` a label's records are shared out evenly over several
+  With `num_clients` the records of a label are split evenly over several
   clients (`label/0000`, ...), more of them for larger labels.
 
   Raises `Error` if a record has no label or if there are fewer clients than
@@ -233,7 +234,7 @@ def one_label(num_clients: int | None = None) -> Partition:
         f'{len(sizes)} labels and the {len(records)} records.'
       )
     clients = dict.fromkeys(sizes, 1)
-    # The next client goes to the label whose clients hold most.
+    # The next client goes to the label with the largest clients.
     heap = [(-float(size), label) for label, size in sizes.items()]
     heapq.heapify(heap)
     for _ in range(num_clients - len(sizes)):
@@ -266,7 +267,7 @@ def _labels(rule: str, records: Sequence[Record]) -> list[str]:
 
 
 def histogram(names: Sequence[str], width: int = 40) -> str:
-  """Sizes of the clients as text, in bins that double.
+  """Formats the sizes of the clients as text, in bins that double.
 
   >>> print(histogram(['a', 'b', 'b', 'c', 'c', 'c'], width=8))
   3 clients, 6 records: min 1, median 2, max 3 a client

@@ -1,7 +1,7 @@
-"""Records to a federation: who trains on what, and what is held out.
+"""Builds a `Population` from records: training and held-out examples.
 
-Every choice is keyed by (seed, client name, content): it does not depend on
-the order of the records or on which other clients there are.
+Every random choice is keyed by (seed, client name, content): it does not depend
+on the order of the records or on the other clients.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ from fedjax_llm.data.sources import Record
 from fedjax_llm.data.tokenizers import Tokenizer
 from fedjax_llm.types import Error, Population
 
-_NUM_NAMED = 5  # clients named in the report; the rest is only counted
+_NUM_NAMED = 5  # left-out clients named in the report; all are counted
 
-Unit = list[Any]  # examples that are never torn apart: those of one record
+Unit = list[Any]  # examples of one record, which are never separated
 
 
 def build(
@@ -39,33 +39,34 @@ def build(
   seed: int = 0,
   encode: encoding.Encode | None = None,
 ) -> Population:
-  """The population of a federation.
+  """Builds the population of a federation.
 
-  `partition` says who holds which record. `encode` makes examples of a record,
+  `partition` assigns records to clients. `encode` turns a record into examples,
   with `template`, `max_length` and `long_replies` among its settings; it is the
-  task's, by default `encoding.texts`. Of each client's records a
-  `heldout_fraction` is held out: at least one if there are two, never all.
-  Copies of a text stay together, and what equals a training example of anybody
-  is not held out. (A client with one long text holds out some of its chunks.)
-  `new_clients` clients (a number below 1 is a fraction) never train at all.
+  task's encoder, by default `encoding.texts`. Of each client's records a
+  `heldout_fraction` is held out: at least one of two or more, never all. Copies
+  of a text stay together, and an example that equals a training example of any
+  client is not held out. (A client with one long text holds out some of its
+  chunks.) `new_clients` clients (a number below 1 is a fraction) never train.
   Clients with fewer than `min_examples` usable examples are left out;
-  `max_clients` keeps at most so many, new ones included. With `labels` the
-  examples are to be classified: the default is then `encoding.labelled`, and
-  each client keeps the labels of a share `labelled` of its training examples,
-  one at least; the others' become -1, for methods that label texts themselves.
+  `max_clients` limits the number of clients, new ones included. With `labels`
+  the examples are classified: the default is then `encoding.labelled`, and each
+  client keeps the labels of a share `labelled` of its training examples, at
+  least one; the other labels become -1, for methods that label texts
+  themselves.
 
   `report` has `num_records`, `num_clients`, `num_new_clients`,
   `clients_left_out` (with `clients_left_out_names`, the first few),
   `clients_not_drawn`, `empty_records`, `replies_left_out`, `replies_cut`,
-  `prompts_truncated`, `replies_rewritten` (of which the chat template left
-  something out), `heldout_duplicates`, `clients_without_heldout`,
-  `train_examples`, `heldout_examples`, `new_examples`, `tokens` (of training
-  examples), `loss_tokens` (of those, learned), `histogram` (examples a client,
-  as text), `texts_cut`, `unlabelled` and, of texts to be classified, `labels`
-  (training examples of each) and `labels_untrained` (the tested examples of
-  labels that nobody trains on).
+  `prompts_truncated`, `replies_rewritten` (replies that the chat template
+  changed), `heldout_duplicates`, `clients_without_heldout`, `train_examples`,
+  `heldout_examples`, `new_examples`, `tokens` (of training examples),
+  `loss_tokens` (learned tokens of these), `histogram` (examples per client, as
+  text), `texts_cut`, `unlabelled` and, for classification, `labels` (training
+  examples of each) and `labels_untrained` (tested examples of labels without a
+  training example).
 
-  Raises `Error` if a number makes no sense or no client is left.
+  Raises `Error` for an argument outside its range, or if no client is left.
 
   >>> from fedjax_llm.data import sources, tokenizers
   >>> population = build(
@@ -161,15 +162,15 @@ def build(
 def _labels(
   labels: Sequence[str], train: Sequence[Unit | Any], tested: Sequence[Any]
 ) -> dict[str, dict[str, int]]:
-  """How many examples of each label train, and what nobody can have learned."""
+  """Counts training examples by label, and tested ones of untrained labels."""
   trained = Counter(_label(example) for own in train for example in own)
-  asked = Counter(_label(example) for own in tested for example in own)
+  evaluated = Counter(_label(example) for own in tested for example in own)
   return {
     'labels': {name: trained[i] for i, name in enumerate(labels)},
     'labels_untrained': {
-      name: asked[i]
+      name: evaluated[i]
       for i, name in enumerate(labels)
-      if asked[i] and not trained[i]
+      if evaluated[i] and not trained[i]
     },
   }
 
@@ -179,7 +180,7 @@ def _label(example: Any) -> Any:
 
 
 def _tokens(examples: Iterable[Any]) -> int:
-  """Tokens in all texts of the examples."""
+  """Counts the tokens in all texts of the examples."""
   return sum(len(x.tokens) for e in examples for x in batching.texts_of(e))
 
 
@@ -195,10 +196,10 @@ def longest(
   max_positions: int,
   length: Callable[[Any], int] = batching.length,
 ) -> int:
-  """The length of the longest example, of all that a model is to read.
+  """Returns the length of the longest example of a population.
 
-  `length` is the task's. Raises `Error` if the model cannot read a text: its
-  vocabulary or its positions are too few.
+  `length` is the task's. Raises `Error` if a text has a token outside the
+  model's vocabulary or more tokens than its positions.
 
   >>> import numpy as np
   >>> from fedjax_llm.types import Example
@@ -226,10 +227,11 @@ def longest(
 
 
 def sizes(population: Population) -> dict[str, dict[str, dict[str, int]]]:
-  """What each client holds, by name: `clients` that train, and `new` ones.
+  """Returns the sizes of training clients (`clients`) and new ones (`new`).
 
-  `examples` and `tokens` of a client that trains are those it trains on,
-  `heldout` are its other examples; examples without texts have no tokens.
+  By the client's name: `examples` and `tokens` count its training examples,
+  `heldout` its other examples; for a new client they count all its examples.
+  Examples without texts have no tokens.
 
   >>> import numpy as np
   >>> from fedjax_llm.types import Example
@@ -253,7 +255,9 @@ def sizes(population: Population) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def digest(population: Population) -> str:
-  """A checksum of who holds which texts: a run goes on with the same alone.
+  """Returns a checksum of every client's examples.
+
+  A resumed run must have the same checksum.
 
   >>> import numpy as np
   >>> from fedjax_llm.types import Example
@@ -262,7 +266,7 @@ def digest(population: Population) -> str:
   >>> len(digest(ann)), digest(ann) == digest(ann._replace(names=('bob',)))
   (32, False)
   """
-  found = hashlib.blake2b(digest_size=16)
+  checksum = hashlib.blake2b(digest_size=16)
   sides = (
     (population.names, population.train),
     (population.names, population.heldout),
@@ -270,14 +274,14 @@ def digest(population: Population) -> str:
   )
   for names, part in sides:
     for name, own in zip(names, part, strict=True):
-      found.update(repr((name, len(own))).encode())
+      checksum.update(repr((name, len(own))).encode())
       for example in own:
         texts = batching.texts_of(example)
         lengths = ' '.join(repr(len(text.tokens)) for text in texts)
-        found.update(lengths.encode() + content(example))
+        checksum.update(lengths.encode() + content(example))
         if _label(example) is not None:
-          found.update(repr(_label(example)).encode())
-  return found.hexdigest()
+          checksum.update(repr(_label(example)).encode())
+  return checksum.hexdigest()
 
 
 def _check(
@@ -305,7 +309,7 @@ def _check(
 
 
 def _new(names: list[str], new_clients: float, seed: int) -> tuple[str, ...]:
-  """Names of the clients that never train, sorted."""
+  """Returns the names of the clients that never train, sorted."""
   count = int(new_clients)
   if 0 < new_clients < 1:
     count = max(1, round(new_clients * len(names)))
@@ -319,7 +323,7 @@ def _new(names: list[str], new_clients: float, seed: int) -> tuple[str, ...]:
 
 
 def _distinct(units: Iterable[Unit]) -> dict[tuple[bytes, ...], Unit]:
-  """Copies of a unit become one unit, that holds them all."""
+  """Groups equal units: returns one unit with all copies for each content."""
   distinct: dict[tuple[bytes, ...], Unit] = {}
   for unit in units:
     distinct.setdefault(tuple(map(content, unit)), []).extend(unit)
@@ -329,7 +333,7 @@ def _distinct(units: Iterable[Unit]) -> dict[tuple[bytes, ...], Unit]:
 def _split(
   name: str, units: list[Unit], fraction: float, seed: int
 ) -> tuple[Unit, Unit]:
-  """(training examples, held-out examples), both in keyed order."""
+  """Returns (training examples, held-out examples), both in keyed order."""
   distinct: dict[tuple[bytes, ...], Any] = _distinct(units)
   if len(distinct) == 1:
     distinct = _distinct([example] for unit in units for example in unit)
@@ -345,7 +349,7 @@ def _split(
 
 
 def _some_labelled(name: str, examples: Unit, share: float, seed: int) -> Unit:
-  """The examples, of which a share, one at least, keep their labels."""
+  """Sets the label to -1 except for a share of the examples, at least one."""
   if share == 1:
     return examples
   order = sorted(
@@ -361,7 +365,7 @@ def _some_labelled(name: str, examples: Unit, share: float, seed: int) -> Unit:
 def _without(
   known: set[bytes], examples: Sequence[Any], counts: Counter
 ) -> tuple[Any, ...]:
-  """The examples that nobody trains on; the others are counted."""
+  """Returns the examples that no client trains on, counting the others."""
   kept = tuple(e for e in examples if content(e) not in known)
   counts['heldout_duplicates'] += len(examples) - len(kept)
   return kept

@@ -1,8 +1,8 @@
-"""Chat templates of models, rendered in a process of their own.
+"""Renders chat templates of models in a child process.
 
-A template is a program that came with a model. It runs in Jinja's sandbox, and
-because the sandbox limits neither time nor memory, in a child process that ends
-where a rendering computes for too long or asks for too much.
+A template is a program that came with a model. It runs in Jinja's sandbox; the
+sandbox limits neither time nor memory, so it runs in a child process that ends
+if a rendering computes for too long or needs too much memory.
 """
 
 import json
@@ -21,16 +21,16 @@ _CHILD = pathlib.Path(__file__).with_name('rendering_child.py')
 
 
 class Limits(NamedTuple):
-  """What a template may use: characters of its own, and of a rendering.
+  """The limits of a chat template and of one rendering.
 
   >>> Limits().template
   1000000
   """
 
   template: int = 1_000_000  # characters
-  seconds: float = 5.0  # of computing, a rendering
-  memory: int = 2**30  # bytes, of the process
-  characters: int = 10_000_000  # that one rendering writes
+  seconds: float = 5.0  # of computing time for one rendering
+  memory: int = 2**30  # bytes of the process
+  characters: int = 10_000_000  # of the result of one rendering
 
 
 LIMITS = Limits()
@@ -44,20 +44,20 @@ def renderer(
   name: str,
   limits: Limits | None = None,
 ) -> Renderer:
-  """A function that renders a chat template: (messages, add, tools) -> text.
+  """Returns a function that renders a template: (messages, add, tools) -> text.
 
   The child process is started by the first rendering and ends with the
   function. Dates are always 26 July 2024.
 
   Args:
     template: Jinja source.
-    special: names and texts of the special tokens, as templates know them.
-    name: of the tokenizer, for messages.
+    special: texts of the special tokens by their names in templates.
+    name: of the tokenizer, for error messages.
     limits: of time, memory and lengths; by default `LIMITS`.
 
   Raises:
-    Error: the template is too long. From the function: the template raises, or
-      needs more than the limits allow.
+    Error: the template is too long; from the returned function, the template
+      raises or exceeds the limits.
 
   >>> source = '{{ bos_token }}{{ messages[0].content }}'
   >>> render = renderer(source, {'bos_token': '<s>'}, 'tiny')
@@ -80,7 +80,7 @@ def renderer(
       stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL,
       encoding='utf-8',
-      start_new_session=True,  # Ctrl-C is the parent's
+      start_new_session=True,  # Ctrl-C interrupts the parent only
     )
     settings = {
       'template': template,
@@ -111,7 +111,7 @@ def renderer(
         line = _read(child, 20 * limits.seconds)
       except (
         BaseException
-      ):  # an answer that nobody read would be the next one's
+      ):  # an unread answer would be taken for that of the next request
         _end(running)
         raise
       if not line:
@@ -139,13 +139,13 @@ def _write(child: subprocess.Popen[str], value: Any) -> None:
     child.stdin.write(json.dumps(value) + '\n')
     child.stdin.flush()
   except BrokenPipeError:
-    pass  # it has ended: reading finds that out
+    pass  # it has ended: `_read` returns ''
 
 
 def _read(child: subprocess.Popen[str], seconds: float) -> str:
-  """The next line of the child; '' if it ended, or is killed for its time."""
+  """Returns the child's next line; '' if it ended or was killed on time-out."""
   assert child.stdout is not None
-  # A child that does not compute, only waits, has no limit of its own.
+  # The child's own limit counts computing time only, not waiting.
   timer = threading.Timer(seconds, child.kill)
   timer.daemon = True
   timer.start()

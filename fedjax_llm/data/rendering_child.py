@@ -16,7 +16,7 @@ _TODAY = datetime.datetime(2024, 7, 26)
 
 
 def limit_memory(num_bytes):
-  """Memory that this process may address, where the system can limit it."""
+  """Limits the memory of this process, if the system supports it."""
   try:
     import resource
 
@@ -26,24 +26,24 @@ def limit_memory(num_bytes):
 
 
 def limit_time(seconds):
-  """Ends the process after `seconds` of computing; 0 takes the limit away."""
+  """Ends the process after `seconds` of computing; 0 removes the limit."""
   try:
     import signal
 
-    # The default action of the signal: no Python code has to run for it.
+    # The signal's default action ends the process without running Python code.
     signal.setitimer(signal.ITIMER_PROF, seconds)
   except (ImportError, AttributeError, ValueError):
     pass
 
 
 def environment():
-  """The sandbox in which templates of models are written to run."""
+  """Returns the Jinja sandbox with the functions that chat templates use."""
   import jinja2
   from jinja2.ext import Extension, loopcontrols
   from jinja2.sandbox import ImmutableSandboxedEnvironment
 
   class Generation(Extension):
-    """`{% generation %}` marks what a model writes; it changes no text."""
+    """The block `{% generation %}`, which marks replies and changes no text."""
 
     tags = {'generation'}  # noqa: RUF012 (a name of the library)
 
@@ -91,7 +91,7 @@ def main():
       answer({'text': text})
     except MemoryError:
       answer({'error': 'it needs too much memory'})
-    except Exception as error:  # templates raise whatever they like
+    except Exception as error:  # a template may raise any exception
       answer({'error': f'{error or type(error).__name__}'[:2000]})
     finally:
       limit_time(0)

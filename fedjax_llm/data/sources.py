@@ -1,4 +1,4 @@
-"""Where text comes from: each source returns a list of records.
+"""Sources of data: each returns a list of records.
 
 A record is in one of three forms: a prompt with its response, a plain text, or
 a chat (a list of messages in the OpenAI form).
@@ -22,13 +22,12 @@ __all__ = ['hf', 'jsonl', 'packaged']
 
 
 class Record(NamedTuple):
-  """One text of one client, before any tokenizer has seen it.
+  """One item of one client, before tokenization.
 
-  Exactly one form is there: `prompt` with `response`, `text`, or `messages`,
-  with the `tools` that the assistant of a chat may call; or `prompt` with
-  `chosen` and `rejected`, or an `image` [H, W, C] with or without a text, for
-  tasks that read them. `where` says where it stands ('file:line'), for error
-  messages.
+  Exactly one form is set: `prompt` with `response`, `text`, or `messages`, with
+  the `tools` that the assistant of a chat may call; or `prompt` with `chosen`
+  and `rejected`, or an `image` [H, W, C] with or without a text, for tasks that
+  read them. `where` is its place ('file:line'), for error messages.
 
   >>> Record(client='ann', prompt='2+2', response='4').text is None
   True
@@ -49,7 +48,7 @@ class Record(NamedTuple):
 
 
 class _Keys(NamedTuple):
-  """The names of the fields to read, checked to make exactly one form."""
+  """The names of the fields to read, of exactly one form."""
 
   client: str | None
   prompt: str | None
@@ -62,13 +61,13 @@ class _Keys(NamedTuple):
 
 
 def packaged(dataset: str = 'shakespeare_mini') -> list[Record]:
-  """A data set that comes with the package, so that it needs no network.
+  """Reads a data set of the package, which needs no network.
 
-  `shakespeare_mini`: 2,237 cue and speech pairs of 32 roles, one a play (the
-  clients), labelled with one of 6 genres. `packaged/PROVENANCE.md` says where
-  it comes from.
+  `shakespeare_mini`: 2,237 cue and speech pairs of 32 roles, one for each play
+  (the clients), labelled with one of 6 genres. `packaged/PROVENANCE.md` names
+  its source.
 
-  Raises `Error` if there is no such data set (and lists those there are).
+  Raises `Error` for an unknown data set; the message lists the known ones.
 
   >>> records = packaged('shakespeare_mini')
   >>> len(records), len({r.client for r in records})
@@ -102,22 +101,21 @@ def jsonl(
   context_key: str | None = None,
   text_pair_key: str | None = None,
 ) -> list[Record]:
-  """Records from files with one JSON object a line, plain or .gz.
+  """Reads records from files with one JSON object per line, plain or .gz.
 
   `path` is a file, a pattern such as `data/*.jsonl`, or a list of those.
   `client_key` names the field with the client (a string or an integer); with
-  None the records belong to nobody and only the partitions that need no
-  natural client can be used. The text is given by `prompt_key` with
-  `response_key`, or by `text_key`, or by `messages_key` (the default,
-  'messages': a list of `{"role": ..., "content": ...}`, or of ShareGPT's
+  None the records have no client, and only partitions other than `natural` can
+  be used. The text is that of `prompt_key` with `response_key`, of `text_key`,
+  or of `messages_key` (the default, 'messages': a list of
+  `{"role": ..., "content": ...}`, or of ShareGPT's
   `{"from": ..., "value": ...}`). A message may have more fields (reasoning,
   tool calls, a `weight` of 0 or 1), and its record a list `tools`; they are
-  passed on to the chat template. `context_key` may name a field that is
-  appended to the prompt after a blank line where it holds something.
-  `label_key` names the field with the class of the text, a string or
-  an integer, for label partitions and for classification; `text_pair_key` one
-  with a second text beside `text_key`, to be classified together. Blank lines
-  are skipped.
+  passed to the chat template. `context_key` may name a field that is appended
+  to the prompt after a blank line if it is not empty. `label_key` names the
+  field with the class of the text, a string or an integer, for label partitions
+  and for classification; `text_pair_key` a field with a second text to be
+  classified together with that of `text_key`. Blank lines are skipped.
 
   Raises `Error` for a missing or empty file, for a line that is no JSON object,
   and for a field that is missing or of the wrong type.
@@ -160,21 +158,22 @@ def hf(
   context_key: str | None = None,
   text_pair_key: str | None = None,
 ) -> list[Record]:
-  """Records from anything that the `datasets` library reads.
+  """Reads records from any data set of the `datasets` library.
 
   `path` is a name on the hub, a directory written by `save_to_disk`, a folder
   of data files, or files (.parquet, .csv, .tsv, .json, .jsonl, also .gz, which
-  are read here line by line). Columns are named as in `jsonl`; a field of a CSV
-  file is a string, as it is written; a column of class numbers gives the class
-  names, and -1 says that there is none.
+  are read here line by line). The keys are those of `jsonl`; every field of a
+  CSV file is read as a string; a column of class numbers is read as class
+  names, with -1 for no class.
 
-  Raises `Error` if the data set, its split or a column cannot be had.
+  Raises `Error` if the data set, its split or a column is missing or cannot be
+  read.
 
   >>> import json, pathlib, tempfile
   >>> with tempfile.TemporaryDirectory() as folder:
   ...   file = pathlib.Path(folder, 'lines.json')
-  ...   _ = file.write_text(json.dumps({'who': 'ann', 'said': 'Hello.'}))
-  ...   (record,) = hf(str(file), client_key='who', text_key='said')
+  ...   _ = file.write_text(json.dumps({'who': 'ann', 'line': 'Hello.'}))
+  ...   (record,) = hf(str(file), client_key='who', text_key='line')
   >>> record.client, record.text
   ('ann', 'Hello.')
   """
@@ -224,7 +223,7 @@ def _paths(path: str | Sequence[str]) -> list[str]:
 
 
 def _records(data: Any, keys: '_Keys', name: str) -> list[Record]:
-  """Records from a data set of the `datasets` library."""
+  """Reads records from a data set of the `datasets` library."""
   classes = {
     key: data.features[key]
     for key in (keys.client, keys.label)
@@ -233,7 +232,7 @@ def _records(data: Any, keys: '_Keys', name: str) -> list[Record]:
   records = []
   for number, row in hub.rows(data, name):
     where = f'{name}, row {number}'
-    # Test sets hide their classes so.
+    # Test sets hide their classes as -1 or null.
     hidden = keys.label in classes and row[keys.label] in (-1, None)
     for key, feature in classes.items():
       row[key] = hub.class_name(feature, row[key], where)
@@ -255,10 +254,10 @@ def _keys(
     'text_key': text,
     'messages_key': messages,
   }
-  given = [name for name, is_there in forms.items() if is_there]
-  if len(given) > 1:
+  chosen = [name for name, is_set in forms.items() if is_set]
+  if len(chosen) > 1:
     raise Error(
-      f'{source}: give one form of text, not {" together with ".join(given)}.'
+      f'{source}: give one form of text, not {" together with ".join(chosen)}.'
     )
   if bool(prompt) != bool(response):
     raise Error(
@@ -274,7 +273,7 @@ def _keys(
     raise Error(
       f'{source}: text_pair_key={pair!r} is a second text and needs text_key.'
     )
-  if not given:
+  if not chosen:
     messages = 'messages'
   return _Keys(client, prompt, response, text, messages, label, context, pair)
 

@@ -1,8 +1,8 @@
-"""Records to token arrays: templates, the loss mask, and what is too long.
+"""Encodes records as token arrays: templates, loss masks, truncation.
 
-The loss counts on what the client should learn to say: its reply and the token
-that ends it. The tokens before a reply in training are exactly the tokens from
-which that reply is generated later (`prompt`).
+The loss counts the tokens of the client's replies and the end token after each.
+The tokens before a reply in training are exactly the tokens from which that
+reply is generated later (`prompt`).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from fedjax_llm.types import Error, Example
 
 
 class Encoded(NamedTuple):
-  """The examples of one record, and what it cost to make them fit.
+  """The examples of one record, with counts of truncated and omitted parts.
 
   >>> Encoded([], replies_left_out=1).texts_cut
   0
@@ -45,10 +45,11 @@ def _fixed(
   reply: str = '',
   gap: str = '',
 ) -> Template:
-  """A template of fixed strings; a system message replaces the preamble.
+  """Returns a template of fixed strings.
 
-  `reply` comes before a reply (its last blank belongs to what is learned),
-  `gap` between the end token and the next turn.
+  A system message replaces the preamble. `reply` comes before a reply (its
+  trailing space is learned with the reply), `gap` between the end token and the
+  next turn.
   """
 
   def pieces(messages, tokenizer):
@@ -59,9 +60,9 @@ def _fixed(
     for i, message in enumerate(messages):
       role, content = message['role'], message['content']
       if role == 'assistant':
-        said = reply[len(start) :] + content
+        spoken = reply[len(start) :] + content
         learned = bool(content.strip()) and messages_lib.weight(message)
-        dialogue += [Piece(context + start), Piece(said, learned, end=True)]
+        dialogue += [Piece(context + start), Piece(spoken, learned, end=True)]
         context = gap
       elif role == 'system' and i == 0:
         context = f'{content}\n\n' if content else ''
@@ -73,7 +74,7 @@ def _fixed(
 
 
 def alpaca() -> Template:
-  """The instruction format of Stanford Alpaca (Taori et al., 2023).
+  """Returns the instruction template of Stanford Alpaca (Taori et al., 2023).
 
   >>> roles = ('system', 'user', 'assistant')
   >>> messages = [
@@ -93,7 +94,7 @@ def alpaca() -> Template:
 
 
 def vicuna() -> Template:
-  """The conversation format of Vicuna v1.1 (Chiang et al., 2023).
+  """Returns the conversation template of Vicuna v1.1 (Chiang et al., 2023).
 
   >>> roles = ('system', 'user', 'assistant')
   >>> messages = [
@@ -113,7 +114,7 @@ def vicuna() -> Template:
 
 
 def plain() -> Template:
-  """Nothing but the messages, one after the other on lines of their own.
+  """Returns the template that writes only the messages, each on its own line.
 
   >>> messages = [{'role': 'user', 'content': 'Hi'},
   ...   {'role': 'assistant', 'content': 'Ho'}]
@@ -141,7 +142,7 @@ def encode(
   max_length: int = 256,
   long_replies: str = 'drop',
 ) -> list[Example]:
-  """The examples of a record: one, unless it is long; none if nothing fits.
+  """Encodes a record: one example, several if it is long, none if none fits.
 
   `template` is 'chat' (the tokenizer's own), 'alpaca', 'vicuna', 'plain' or a
   function; plain texts use none. The tokens are
@@ -149,14 +150,14 @@ def encode(
       [bos] prompt reply eos        loss on `reply eos`
       [bos] text eos                loss on everything but the first token
 
-  with bos where the tokenizer has one and the template does not write it. At
-  most `max_length` tokens: prompts lose tokens on their left (never the bos).
-  A chat becomes several examples if need be, each reply learned exactly once
-  with as much as fits of what came before. A reply that does not fit (with one
-  token before it) is left out with `long_replies='drop'`; with 'cut' it loses
-  its end, and its prompt is cut to half of `max_length`. A long text is split
-  into consecutive rows, each with bos, that overlap by one token, so that each
-  token is learned once.
+  with bos if the tokenizer has one and the template does not write it. At most
+  `max_length` tokens: prompts lose tokens on their left (never the bos). A long
+  chat becomes several examples, in which each reply is learned exactly once
+  after as many earlier tokens as fit. A reply that does not fit (with one token
+  before it) is left out with `long_replies='drop'`; with 'cut' it loses its
+  end, and its prompt is cut to half of `max_length`. A long text is split into
+  consecutive rows, each with bos, that overlap by one token, so that each token
+  is learned once.
 
   Raises `Error` for an unknown template or option.
 
@@ -180,7 +181,7 @@ def encode_counted(
   max_length: int = 256,
   long_replies: str = 'drop',
 ) -> Encoded:
-  """`encode`, with counts of what was truncated and left out.
+  """Encodes a record as `encode` does, with counts of what was left out.
 
   >>> from fedjax_llm.data import tokenizers
   >>> record = Record(prompt='2+2', response='far too long')
@@ -194,7 +195,7 @@ def encode_counted(
     raise Error(
       f"long_replies is {long_replies!r}, but must be 'drop' or 'cut'."
     )
-  _template(template)  # refuses a misspelt one, though texts need none
+  _template(template)  # raises for a misspelt name, also for plain texts
   if record.text is not None:
     return Encoded(_chunks(record.text, tokenizer, max_length))
   parts, rewritten = [], 0
@@ -216,15 +217,15 @@ def classified(
   labels: Sequence[str],
   max_length: int = 256,
 ) -> Encoded:
-  """The example of a record whose text is to be classified; none if empty.
+  """Encodes the text of a record for classification; no example if empty.
 
-  The tokens are those that the tokenizer makes of a whole text, or of two:
+  The tokens are those of the tokenizer for one whole text, or for two:
 
       [CLS] text [SEP]    or    [CLS] text [SEP] second text [SEP]
 
-  What is longer than `max_length` is cut at its end, of two texts the longer
-  one first. A prompt with its response is read as two texts. No token has a
-  loss; the label is the place of the record's in `labels`.
+  Texts longer than `max_length` are cut at the end, the longer of two texts
+  first. A prompt with its response is read as two texts. No token has a loss;
+  the label is the index of the record's label in `labels`.
 
   Raises `Error` for a chat, a record without a label and an unknown label.
 
@@ -273,12 +274,12 @@ def prompt(
   template: str | Template = 'chat',
   max_length: int | None = None,
 ) -> list[int]:
-  """The token ids from which the record's last reply is generated.
+  """Returns the token ids from which the record's last reply is generated.
 
-  Exactly what precedes that reply in training. A chat that ends with somebody
-  else's message is prompted for the reply that comes next; of a plain text, the
-  first half is taken, at most 32 tokens. More than `max_length` tokens are cut
-  on the left, as in training.
+  They are exactly the tokens before that reply in training. A chat without a
+  final reply is prompted for the next reply; of a plain text the first half is
+  used, at most 32 tokens. More than `max_length` tokens are cut on the left, as
+  in training.
 
   >>> from fedjax_llm.data import tokenizers
   >>> record = Record(client='ann', prompt='2+2', response='4')
@@ -291,7 +292,7 @@ def prompt(
   else:
     messages = list(_messages(record))
     if messages[-1]['role'] != 'assistant':
-      messages.append({'role': 'assistant', 'content': 'x'})  # not looked at
+      messages.append({'role': 'assistant', 'content': 'x'})  # a placeholder
     dialogue = _dialogues(record, messages, tokenizer, template)[-1]
     ids, _ = _lay(dialogue[:-1], tokenizer)
   if max_length is not None and len(ids) > max_length:
@@ -338,7 +339,7 @@ def _template(template: str | Template) -> Template:
 
 
 def with_start(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-  """The ids, behind what the tokenizer puts in front of a text by itself.
+  """Returns the ids after the tokens that the tokenizer puts before a text.
 
   >>> from fedjax_llm.data import tokenizers
   >>> with_start([104, 105], tokenizers.bytes())
@@ -349,7 +350,7 @@ def with_start(ids: list[int], tokenizer: Tokenizer) -> list[int]:
 
 
 def _start(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-  """What stays in front of these ids where they are cut on the left."""
+  """Returns the tokens kept in front of these ids when they are cut left."""
   start = tokenizers.start(tokenizer)
   return start if ids[: len(start)] == start else []
 
@@ -357,15 +358,15 @@ def _start(ids: list[int], tokenizer: Tokenizer) -> list[int]:
 def _lay(
   dialogue: Sequence[Piece], tokenizer: Tokenizer
 ) -> tuple[list[int], list[tuple[int, int]]]:
-  """Token ids of the pieces in a row, and where the learned ones lie.
+  """Returns the token ids of all pieces and the spans of the learned ones.
 
-  A tokenizer may write a piece differently at the start of a text (a leading
-  blank), so a piece is what it adds to the text before it; only where it would
-  change the tokens of that text is it encoded alone.
+  A tokenizer may encode a piece differently at the start of a text (a leading
+  space), so the tokens of a piece are those that it adds to the text before it;
+  only if it would change the tokens of that text is it encoded alone.
   """
   ids: list[int] = []
   spans = []
-  text, done = '', []  # since the last end token
+  text, done = '', []  # the text and its ids since the last end token
   for piece in dialogue:
     whole = tokenizer.encode(text + piece.text)
     if whole[: len(done)] == done:
@@ -380,7 +381,7 @@ def _lay(
     before = len(ids)
     ids = ids + new if ids else with_start(new, tokenizer)
     if piece.learned:
-      # A bos that was put in front of a first reply belongs to no one.
+      # A bos before a first reply is not part of the reply.
       spans.append((before or len(ids) - len(new), len(ids)))
   return ids, spans
 
@@ -391,19 +392,19 @@ def _example(
   mask = np.zeros(len(tokens), bool)
   for start, end in spans:
     mask[start:end] = True
-  mask[:1] = False  # nothing comes before it
+  mask[:1] = False  # the first token cannot be predicted
   return Example(np.asarray(tokens, np.int32), mask)
 
 
 def _chunks(text: str, tokenizer: Tokenizer, max_length: int) -> list[Example]:
-  """Rows of a plain text; each begins as the tokenizer begins a text."""
+  """Splits a plain text into rows, each with the tokenizer's start tokens."""
   if not text.strip():
     return []
   start = tokenizers.start(tokenizer)
   ids = [*with_start(tokenizer.encode(text), tokenizer), tokenizer.eos_id]
   rows = [_example(ids[:max_length], [(0, max_length)])]
   lead = start[: max_length - 1]
-  # A later row repeats the last token of the row before it, where both fit.
+  # A later row repeats the last token of the row before it, if there is room.
   repeats = 1 if len(lead) + 2 <= max_length else 0
   room = max_length - len(lead) - repeats
   for first in range(max_length, len(ids), room):
@@ -419,16 +420,17 @@ def _windows(
   max_length: int,
   cut: bool,
 ) -> Encoded:
-  """Examples in which each reply is learned once, from the last to the first.
+  """Builds examples in which each reply is learned exactly once.
 
-  `keep` (the bos) stays in front of a prompt that is truncated.
+  Windows are cut from the last reply to the first. `keep` (the bos) stays in
+  front of a truncated prompt.
   """
   examples = []
   truncated = left_out = num_cut = 0
   rest = list(spans)
   while rest:
     first, end = rest[-1]
-    # What comes before is cut, but a reply keeps one token before it.
+    # Earlier tokens are cut, but a reply keeps one token before it.
     start = max(0, end - max_length)
     lead: list[int] = []
     if start:

@@ -1,4 +1,4 @@
-"""Reads the files of a pretrained tokenizer, and checks what they hold."""
+"""Reads and checks the files of a pretrained tokenizer."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ _TOKEN = reading.optional(
   reading.text(1000), reading.mapped(reading.anything())
 )
 _TEMPLATE = reading.text(rendering.LIMITS.template)
-# Of tokenizer_config.json.
+# The schema of tokenizer_config.json.
 _SCHEMA: reading.Schema = {
   **{
     f'{role}_token': _TOKEN
@@ -48,7 +48,7 @@ _SCHEMA: reading.Schema = {
   'truncation_side': reading.optional(reading.one_of('left', 'right')),
 }
 
-# Settings of tokenizer_config.json, and what they change in tokenizer.json.
+# Settings of tokenizer_config.json, and fields of tokenizer.json they change.
 _SETTINGS = {
   'add_prefix_space': 'add_prefix_space',
   'do_lower_case': 'lowercase',
@@ -58,11 +58,11 @@ _SETTINGS = {
 
 
 class Loaded(NamedTuple):
-  """A tokenizer of transformers, and what is known of it.
+  """A tokenizer of transformers with its special tokens and template.
 
-  `guarded(f)` is `f` whose exceptions are `Error`s of this tokenizer; `render`
-  is its chat template, None if it has none; `begin` what it puts in front of a
-  text.
+  `guarded(f)` is `f` with exceptions turned into `Error`s that name this
+  tokenizer; `render` is its chat template, None if it has none; `begin` are the
+  ids that it puts before a text.
   """
 
   tokenizer: Any
@@ -78,9 +78,9 @@ def load(where: str) -> Loaded:
   """Reads the tokenizer of a directory, or of a name on the hub.
 
   Raises:
-    Error: no directory, no files of a tokenizer, a file that is damaged or
-      holds something else than it should, a tokenizer that wants to run its own
-      code, or one without an end token.
+    Error: no directory, no files of a tokenizer, a file that is damaged or has
+      invalid values, a tokenizer that needs its own code, or one without an end
+      token.
   """
   settings: dict[str, Any] = {}
   if os.path.isdir(where):
@@ -121,7 +121,7 @@ def load(where: str) -> Loaded:
 
 
 def _checked(directory: pathlib.Path) -> dict[str, Any]:
-  """The settings of tokenizer_config.json; checks the files beside, too."""
+  """Returns the settings of tokenizer_config.json and checks all files."""
   settings: dict[str, Any] = {}
   file = directory / 'tokenizer_config.json'
   if file.is_file():
@@ -153,7 +153,7 @@ def _checked(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def _transformers(where: str) -> Any:
-  # On import the library advises to install a framework that is not needed.
+  # Hides the library's advice on import to install an unneeded framework.
   os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
   try:
     from transformers import AutoTokenizer
@@ -164,7 +164,7 @@ def _transformers(where: str) -> Any:
     ) from None
   try:
     return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-  except BaseException as error:  # whatever the library or the network raises
+  except BaseException as error:  # library and network raise many types
     if not _is_failure(error):
       raise
     if 'trust_remote_code' in str(error):
@@ -179,7 +179,7 @@ def _transformers(where: str) -> Any:
 
 
 def _guarded(where: str, function: Callable[..., Any]) -> Callable[..., Any]:
-  """The function, whose exceptions become an `Error` of this tokenizer."""
+  """Wraps a function: its exceptions become `Error`s that name `where`."""
 
   @functools.wraps(function)
   def call(*args, **kwargs):
@@ -207,7 +207,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _own_file(where: str) -> str | None:
-  """The path of tokenizer.json, if there is one."""
+  """Returns the path of tokenizer.json, None if there is none."""
   if os.path.isdir(where):
     file = os.path.join(where, 'tokenizer.json')
     return file if os.path.isfile(file) else None
@@ -215,20 +215,20 @@ def _own_file(where: str) -> str | None:
 
   try:
     return cached_file(where, 'tokenizer.json')
-  except Exception:  # the hub has none, or cannot be asked
+  except Exception:  # the hub has no such file, or cannot be reached
     return None
 
 
 def _as_its_file(
   tokenizer: Any, file: str, settings: Mapping[str, Any]
 ) -> None:
-  """Makes a tokenizer split texts as its tokenizer.json says.
+  """Makes a tokenizer split texts as its tokenizer.json defines.
 
-  transformers builds some tokenizers anew from their class, with the parts of
-  the class in place of those of the file.
+  transformers rebuilds some tokenizers from their class, with the parts of the
+  class instead of those of the file.
 
   Raises:
-    Error: the tokens of the file have other numbers.
+    Error: transformers gives a token another number than the file.
   """
   if not tokenizer.is_fast:
     return
@@ -250,7 +250,7 @@ def _as_its_file(
 
 
 def _state(part: Any, settings: Mapping[str, Any]) -> Any:
-  """What a part of a tokenizer consists of, without what settings change."""
+  """Returns the state of a tokenizer's part without fields of `settings`."""
   if part is None:
     return None
   state = part.__getstate__()
@@ -267,7 +267,7 @@ def _state(part: Any, settings: Mapping[str, Any]) -> Any:
 
 
 def _begin(tokenizer: Any) -> tuple[int, ...]:
-  """The ids that the tokenizer puts in front of a text by itself."""
+  """Returns the ids that the tokenizer puts before a text by itself."""
   whole = tokenizer.encode('a', verbose=False)
   alone = tokenizer.encode('a', add_special_tokens=False, verbose=False)
   if tokenizer.cls_token_id is not None and tokenizer.cls_token_id in whole:
@@ -281,7 +281,7 @@ def _begin(tokenizer: Any) -> tuple[int, ...]:
 
 
 def _special(tokenizer: Any) -> dict[str, int]:
-  """The tokens that are no pieces of words, by their texts."""
+  """Returns the ids of the special and added tokens by their texts."""
   special = dict(tokenizer.get_added_vocab())
   for text in tokenizer.all_special_tokens:
     special[text] = tokenizer.convert_tokens_to_ids(text)

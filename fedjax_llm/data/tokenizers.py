@@ -1,4 +1,7 @@
-"""Text to token ids and back: bytes, or a pretrained tokenizer."""
+"""Tokenizers: builders return functions between texts and token ids.
+
+`bytes` uses UTF-8 bytes, `pretrained` the files of a Hugging Face tokenizer.
+"""
 
 import builtins
 import os
@@ -9,7 +12,7 @@ from fedjax_llm.data import tokenizer_files
 
 
 class Whole(NamedTuple):
-  """A text as an encoder reads it; `types` say which of two a token is of.
+  """An encoder's input; `types` is 0 for the first text, 1 for the second.
 
   >>> Whole(tokens=[1, 5, 2], types=[0, 0, 0], is_cut=False).tokens
   [1, 5, 2]
@@ -21,15 +24,15 @@ class Whole(NamedTuple):
 
 
 class Tokenizer(NamedTuple):
-  """What the data room needs of a tokenizer.
+  """Functions between texts and token ids, and the special tokens.
 
   `encode(text) -> ids` adds no special token, but reads those written out in
   the text (chat templates write them). `decode(ids) -> text` leaves special
   tokens out. `chat(messages, add_generation_prompt) -> text` is the tokenizer's
-  own template, None if it has none; where a record has tools, they are its
-  third argument. `bos_id` is the token that the tokenizer puts in front of a
-  text by itself, None if it does not. `special` are the ids of the tokens that
-  are no pieces of words, by their texts.
+  own template and returns None if it has none; the tools of a record are its
+  third argument. `bos_id` is the token that the tokenizer puts before a text by
+  itself, None if there is none. `special` are the ids of special and added
+  tokens by their texts.
 
   >>> letters = bytes()
   >>> letters.encode('hi'), letters.decode([104, 105]), letters.vocab_size
@@ -44,16 +47,16 @@ class Tokenizer(NamedTuple):
   eos_id: int
   pad_id: int
   chat: Callable[..., str | None]
-  # (text, second text or None, max_length) -> tokens and types, with the
-  # special tokens of a whole text; cut at the end, of two the longer one first
+  # (text, second text or None, max_length) -> tokens and types, with special
+  # tokens; cut at the end, the longer of two texts first
   whole: Callable[[str, str | None, int], Whole] | None = None
-  # all that is put in front of a text, where that is more than `bos_id`
+  # all ids put before a text, if there are more than `bos_id`
   begin: tuple[int, ...] = ()
   special: Mapping[str, int] = {}
 
 
 def start(tokenizer: Tokenizer) -> list[int]:
-  """The ids that the tokenizer puts in front of a text by itself.
+  """Returns the ids that the tokenizer puts before a text by itself.
 
   >>> start(bytes()), start(bytes()._replace(bos_id=None))
   ([257], [])
@@ -64,9 +67,9 @@ def start(tokenizer: Tokenizer) -> list[int]:
 
 
 def bytes() -> Tokenizer:
-  """UTF-8 bytes and three special tokens: pad 256, bos 257, eos 258.
+  """Returns a tokenizer of UTF-8 bytes with pad 256, bos 257 and eos 258.
 
-  Needs no file. Its chat template writes `role: content`, one message a line.
+  Needs no file. Its chat template writes `role: content`, one message per line.
 
   >>> tokenizer = bytes()
   >>> tokenizer.encode('hé'), tokenizer.decode([104, 195, 169, 258])
@@ -85,7 +88,7 @@ def bytes() -> Tokenizer:
     return plain.decode('utf-8', errors='replace')
 
   def chat(messages, add_generation_prompt, tools=None):
-    del tools  # not told
+    del tools  # not written
     lines = [f'{m["role"]}: {m["content"]}\n' for m in messages]
     return ''.join(lines) + ('assistant: ' if add_generation_prompt else '')
 
@@ -113,18 +116,17 @@ def bytes() -> Tokenizer:
 
 
 def pretrained(path: str) -> Tokenizer:
-  """The tokenizer of a Hugging Face directory or hub name.
+  """Returns the tokenizer of a Hugging Face directory or hub name.
 
-  Texts are split as `tokenizer.json` says, also where transformers would build
-  the tokenizer anew from its class. Padding uses the tokenizer's pad token, or
-  its end token where it has none; the end token of an encoder is the one that
-  separates texts. A chat template that asks for today's date gets a fixed one,
-  so that a run that is resumed tomorrow sees the same tokens; it runs with
-  limits of time and memory (`rendering`). Python code beside a tokenizer is
-  never run.
+  Texts are split as `tokenizer.json` defines, also if transformers would
+  rebuild the tokenizer from its class. Padding uses the tokenizer's pad token,
+  or its end token if it has none; the end token of an encoder is its separator.
+  A chat template that reads today's date gets a fixed one, so that a run
+  resumed on another day has the same tokens; it runs with limits of time and
+  memory (`rendering`). Python code of a tokenizer is never run.
 
-  Raises `Error` if it cannot be had or has no end token, and if a file of it
-  holds something else than it should.
+  Raises `Error` if the tokenizer cannot be loaded or has no end token, or if
+  one of its files has invalid values.
 
   >>> pretrained('./nowhere')
   Traceback (most recent call last):

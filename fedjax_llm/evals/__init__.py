@@ -1,4 +1,8 @@
-"""Evals: what a model is worth on text that no round trained on."""
+"""Evaluators of a model on text that no round trained on.
+
+Its builders return functions that compute held-out loss, perplexity and
+accuracy, of all texts and of each client, and prompts for sampled replies.
+"""
 
 from fedjax_llm.evals import views as views
 from fedjax_llm.evals.likelihood import ClientSums as ClientSums

@@ -1,8 +1,8 @@
 """Held-out loss, perplexity and accuracy: of all text, and client by client.
 
 Data come as groups, one a length T: a `Batch` of [M, B, T] and the owner of
-every row, [M, B], -1 on padding. The loss gives sums for each row, `LossSum`
-of [B] (`per_row=True`), so that one program serves every question.
+every row, [M, B], -1 on padding. The loss returns sums for each row, `LossSum`
+of [B] (`per_row=True`), so that one program serves every evaluation.
 """
 
 import math
@@ -33,18 +33,18 @@ class ClientSums(NamedTuple):
 
 
 class Report(NamedTuple):
-  """What a test found, of all text and of each client.
+  """The result of an evaluation: metrics over all texts, sums by client.
 
   >>> Report({'evals/heldout/loss': 2.0}, {}).metrics['evals/heldout/loss']
   2.0
   """
 
-  metrics: dict[str, float]  # 'evals/heldout/loss' and its relatives
-  clients: dict[str, ClientSums]  # by the name in the middle: 'heldout'
+  metrics: dict[str, float]  # 'evals/heldout/loss' and so on
+  clients: dict[str, ClientSums]  # by the middle part of the name: 'heldout'
 
 
 def summary(sums: ClientSums, worst: float = 0.1) -> dict[str, float]:
-  """What the sums of n clients say.
+  """Returns metrics computed from the sums of n clients.
 
   With l_k = total_k / count_k: `loss` is sum(total) / sum(count) in nats a
   token, `perplexity` exp(loss), `accuracy` sum(correct) / sum(count),
@@ -72,18 +72,18 @@ def summary(sums: ClientSums, worst: float = 0.1) -> dict[str, float]:
 
 
 def worst_mean(each: np.ndarray, worst: float = 0.1) -> float:
-  """The mean of the ceil(worst * n) largest of n numbers."""
+  """Returns the mean of the ceil(worst * n) largest of n numbers."""
   # Rounded first: 0.1 * 30 is a little more than 3.
   num = max(1, math.ceil(round(worst * len(each), 6)))
   return float(np.mean(np.sort(each)[-num:]))
 
 
 def likelihood(loss: Loss, *, worst: float = 0.1) -> Callable[..., Report]:
-  """One model on everybody's text.
+  """Returns a function that evaluates one model on the texts of all clients.
 
   Args:
     loss: sums for each row of a batch, [B].
-    worst: the share of clients that `client_worst_10` speaks of.
+    worst: the share of clients averaged in `client_worst_10`.
 
   Returns:
     `evaluate(base, params, groups, key, name='heldout') -> Report`, with
@@ -116,10 +116,10 @@ def likelihood(loss: Loss, *, worst: float = 0.1) -> Callable[..., Report]:
     key: Key,
     name: str = 'heldout',
   ) -> Report:
-    told = [rows(base, params, batch, key) for batch, _ in groups]  # [M, B]
+    sums = [rows(base, params, batch, key) for batch, _ in groups]  # [M, B]
     owners = [owner for _, owner in groups]
-    sums = _by_owner(jax.device_get(told), owners, name)
-    return _report({name: sums}, worst)
+    clients = _by_owner(jax.device_get(sums), owners, name)
+    return _report({name: clients}, worst)
 
   return evaluate
 
@@ -127,22 +127,23 @@ def likelihood(loss: Loss, *, worst: float = 0.1) -> Callable[..., Report]:
 def personal(
   loss: Loss, *, chunk_size: int = 8, worst: float = 0.1
 ) -> Callable[..., Report]:
-  """Every client's own model, on its own text and on a common one.
+  """Returns a function that evaluates every client's own model.
+
+  Each model is evaluated on the client's own texts and on common texts.
 
   Args:
     loss: sums for each row of a batch, [B].
-    chunk_size: clients whose parameters are on the device at a time.
+    chunk_size: number of clients with parameters on the device at a time.
     worst: as in `likelihood`.
 
   Returns:
     `evaluate(base, params, ids, own, common, key, name='personal') -> Report`:
     row k of the stack `params` [K, ...] belongs to client `ids[k]`; `params`
     may also be a function from places in `ids` [C] to their stack [C, ...], if
-    all K do not fit. Of the groups `own` each client is tested on its rows
-    (those of clients not in `ids` are left out), on the groups `common` every
-    client is tested on all. Metrics are 'evals/{name}/own/loss' and
-    'evals/{name}/common/loss' and so on; groups that are empty give none.
-    Raises `Error` if both are.
+    all K do not fit. Of the groups `own` each client is tested on its own rows
+    (rows of clients not in `ids` are left out), of the groups `common` on all
+    rows. Metrics are 'evals/{name}/own/loss' and 'evals/{name}/common/loss' and
+    so on; empty groups have no metrics. Raises `Error` if both are empty.
 
   >>> def loss(base, params, batch, key):
   ...   n = jnp.sum(batch.loss_mask, -1, dtype=jnp.float32)
@@ -158,8 +159,8 @@ def personal(
 
   @jax.jit
   def own_rows(base, params, place, batches, key):
-    # Each row meets the parameters of its owner: the matmuls of the frozen
-    # base stay those of a whole batch, and any mix of clients is one program.
+    # Each row uses the parameters of its owner: matmuls with the frozen base
+    # keep the whole batch, and one program serves any mix of clients.
     def step(xs):
       at, batch = xs
       one = jax.tree.map(lambda x: x[:, None], batch)  # B batches of [1, T]
@@ -190,7 +191,7 @@ def personal(
     ids = np.asarray(ids)
     chunks = _chunks(len(ids), chunk_size)
     dealt = [_deal(batch, owner, ids, chunks) for batch, owner in own]
-    told: dict[str, list[Any]] = {'own': [], 'common': []}
+    results: dict[str, list[Any]] = {'own': [], 'common': []}
     owners: dict[str, list[np.ndarray]] = {'own': [], 'common': []}
     for c, chunk in enumerate(chunks):
       if callable(params):
@@ -203,13 +204,13 @@ def personal(
         batch = jax.tree.map(lambda x, c=c: x[c], batches)
         at = np.maximum(places[c], 0)
         sums = own_rows(base, mine, at, batch, key)
-        told['own'].append(jax.device_get(sums))
+        results['own'].append(jax.device_get(sums))
         owners['own'].append(np.where(places[c] < 0, -1, ids[chunk][at]))
       fresh = len(ids) - c * chunk_size
       for batch, owner in common:
         sums = common_rows(base, mine, batch, key)  # [M, C, B]
-        told['common'].append(jax.device_get(sums))
-        # The last chunk is filled up with clients that were tested before.
+        results['common'].append(jax.device_get(sums))
+        # The last chunk is filled with clients that were tested already.
         valid = (np.arange(len(chunk)) < fresh)[:, None]
         owners['common'].append(
           np.where(
@@ -217,7 +218,7 @@ def personal(
           )
         )
     kinds = {
-      f'{name}/{kind}': _by_owner(told[kind], owners[kind], f'{name}/{kind}')
+      f'{name}/{kind}': _by_owner(results[kind], owners[kind], f'{name}/{kind}')
       for kind, groups in (('own', own), ('common', common))
       if groups
     }
@@ -239,15 +240,15 @@ def _per_row(sums: LossSum, batch: Any) -> LossSum:
 
 
 def _by_owner(
-  told: Sequence[LossSum], owners: Sequence[np.ndarray], name: str
+  results: Sequence[LossSum], owners: Sequence[np.ndarray], name: str
 ) -> ClientSums:
-  """Adds up rows by owner in float64; clients without a token are left out."""
+  """Sums rows by owner in float64, leaving out clients without a token."""
   rows = [np.asarray(owner).ravel() for owner in owners]
   owner = np.concatenate([np.zeros(0, np.int64), *rows])
   ids, place = np.unique(owner[owner >= 0], return_inverse=True)
   sums = []
   for field in LossSum._fields:
-    flat = [np.asarray(getattr(t, field), np.float64).ravel() for t in told]
+    flat = [np.asarray(getattr(x, field), np.float64).ravel() for x in results]
     values = np.concatenate([np.zeros(0), *flat])[owner >= 0]
     sums.append(np.bincount(place, values, minlength=len(ids)))
   total, count, correct = sums
@@ -267,9 +268,9 @@ def _report(kinds: Mapping[str, ClientSums], worst: float) -> Report:
 
 
 def _chunks(num: int, chunk_size: int) -> list[np.ndarray]:
-  """Places 0 ... num - 1 in pieces of one size, so that one program serves.
+  """Splits places 0 ... num - 1 into chunks of one size, for one program.
 
-  The last is filled up from the front.
+  The last chunk is filled with the first places.
   """
   size = min(chunk_size, num)
   return [
@@ -280,27 +281,27 @@ def _chunks(num: int, chunk_size: int) -> list[np.ndarray]:
 def _deal(
   batch: Any, owner: np.ndarray, ids: np.ndarray, chunks: list[np.ndarray]
 ) -> tuple[Any, np.ndarray]:
-  """Rows [M, B, ...] sorted into chunks of clients: [chunks, M', B, ...].
+  """Sorts rows [M, B, ...] into chunks of clients: [chunks, M', B, ...].
 
-  Returns also the place of each row's owner within its chunk, -1 on padding.
+  Also returns the place of each row's owner within its chunk, -1 on padding.
   """
   num_rows, width = np.asarray(owner).size, np.asarray(owner).shape[1]
   flat = np.asarray(owner).ravel()
   order = {int(i): k for k, i in enumerate(ids) if i >= 0}
   place = np.array([order.get(int(o), -1) for o in flat])
   size = len(chunks[0]) if chunks else 1
-  found = [np.flatnonzero(place // size == c) for c in range(len(chunks))]
-  # -1 // size is -1: rows of nobody belong to no chunk.
-  depth = max((-(-len(rows) // width) for rows in found), default=0)
+  dealt_rows = [np.flatnonzero(place // size == c) for c in range(len(chunks))]
+  # -1 // size is -1: rows without an owner belong to no chunk.
+  depth = max((-(-len(rows) // width) for rows in dealt_rows), default=0)
   index = np.full((len(chunks), depth * width), -1)
-  for c, rows in enumerate(found):
+  for c, rows in enumerate(dealt_rows):
     index[c, : len(rows)] = rows
   index = index.reshape(len(chunks), depth, width)
 
   def deal(x):
     x = np.asarray(x).reshape(num_rows, *np.shape(x)[2:])
     empty = (index < 0).reshape(*index.shape, *(1,) * (x.ndim - 1))
-    # Zeros, in `segments` too: nothing counts a row without an example.
+    # Zeros, in `segments` too: a row without an example is not counted.
     return np.where(empty, np.zeros_like(x[:1]), x[index])
 
   dealt = jax.tree.map(deal, batch)

@@ -1,4 +1,8 @@
-"""What a run tests, each time: held-out text, new clients, replies."""
+"""The evaluation that a run repeats: held-out texts, new clients, replies.
+
+`loop` returns a function that computes all metrics 'evals/...'; the other
+functions pick prompts and lay out the replies to them.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -38,34 +42,34 @@ def loop(
   labelled: bool = False,
   together: Callable[..., Report] | None = None,
 ) -> Callable[..., dict[str, Any]]:
-  """Everything a run tests, as one function.
+  """Returns a function that computes every evaluation metric of a run.
 
-  The served parameters are tested on `heldout` (texts of clients that train),
-  on `new` (clients that never do) and on `common` (some of everybody's):
-  'evals/heldout/loss' and so on, and 'evals/heldout/clients', the loss of each
-  client by name. A method with
-  private parts is also tested client by client, each with what it is served:
-  'evals/personal/own/...' on the client's own held-out text and
+  The served parameters are evaluated on `heldout` (texts of clients that
+  train), on `new` (clients that never train) and on `common` (a sample of all
+  clients' texts): 'evals/heldout/loss' and so on, and 'evals/heldout/clients',
+  the loss of each client by name. A method with private parts is also evaluated
+  client by client, each with its own served parameters:
+  'evals/personal/own/...' on the client's own held-out texts and
   'evals/personal/common/...' on `common`. Clients that no round has trained yet
-  are served the initial private parts, so they are what 'evals/heldout' tests;
+  are served the initial private parts, the model of 'evals/heldout';
   'evals/personal/untrained' counts them.
 
   Args:
     loss: sums for each row, [B].
-    algorithm: whose `personal` says what is served.
+    algorithm: its `personal` returns the served parameters.
     heldout: groups of batches with owners, ids into `names`.
     new: the same for clients that never train, ids into `new_names`.
-    common: texts on which the served and every personal model is tested.
+    common: texts on which the served and every personal model is evaluated.
     names: of the clients that train.
-    new_names: of the others.
+    new_names: of the clients that never train.
     has_private: whether clients keep parameters of their own.
-    labelled: texts are classified. Then 'evals/heldout/accuracies' has the
-      accuracy of each client by name, and 'client_accuracy_mean' and
+    labelled: whether texts are classified. Then 'evals/heldout/accuracies' has
+      the accuracy of each client by name, and 'client_accuracy_mean' and
       'client_accuracy_worst_10' their mean and that of the worst tenth.
-    together: `likelihood(loss)`, where other runs use the same program.
+    together: `likelihood(loss)`, to share its compiled program between runs.
 
   Returns:
-    `examine(base, params, store, key) -> {'evals/...': ...}`; `store` has
+    `examine(base, params, store, key) -> {'evals/...': value}`; `store` has
     `gather(ids) -> ClientState` and `seen() -> ids`.
 
   >>> from fedjax_llm.types import Batch, LossSum
@@ -76,8 +80,8 @@ def loop(
   >>> group = Batch(full, full > 0, full, full), np.array([[0, 1]])
   >>> method = FederatedAlgorithm(None, None, None, lambda p, state: p)
   >>> examine = loop(loss, method, heldout=[group], names=['ann', 'bob'])
-  >>> told = examine(None, jnp.float32(2), None, jax.random.key(0))
-  >>> told['evals/heldout/clients']
+  >>> metrics = examine(None, jnp.float32(2), None, jax.random.key(0))
+  >>> metrics['evals/heldout/clients']
   {'ann': 2.0, 'bob': 2.0}
   """
   together = together or likelihood(loss)
@@ -87,7 +91,7 @@ def loop(
   def examine(
     base: Base, params: Params, store: Any, key: Key
   ) -> dict[str, Any]:
-    told: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     served = algorithm.personal(params, None)
     for name, groups, who in (
       ('heldout', heldout, names),
@@ -96,26 +100,26 @@ def loop(
     ):
       if groups:
         report = together(base, served, groups, key, name)
-        told |= told_of(report, who, labelled)
+        metrics |= told_of(report, who, labelled)
     if has_private:
       ids = store.seen()
-      told['evals/personal/untrained'] = len(names) - len(ids)
+      metrics['evals/personal/untrained'] = len(names) - len(ids)
     else:
       ids = ()
-    # Clients with a model of their own may be others than those with text.
+    # A client may have a model of its own and no held-out text.
     own = heldout if np.isin(ids, owners).any() else ()
     if len(ids) and (own or common):
 
       def stack(places: np.ndarray) -> Params:
         states: ClientState = store.gather(ids[places])
-        # Leaves that no client keeps come out repeated.
+        # Leaves that no client keeps are repeated along the first axis.
         return jax.vmap(lambda one: algorithm.personal(params, one))(
           jax.tree.map(jnp.asarray, states)
         )
 
       report = apart(base, stack, ids, own, common, key)
-      told |= told_of(report, names, labelled)
-    return told
+      metrics |= told_of(report, names, labelled)
+    return metrics
 
   return examine
 
@@ -123,30 +127,35 @@ def loop(
 def told_of(
   report: Report, names: Sequence[str], labelled: bool
 ) -> dict[str, Any]:
-  """A report's numbers, with the loss of each client by its name.
+  """Returns a report's metrics and the loss of each client by its name.
+
+  With `labelled` also the accuracy of each client, their mean and the mean of
+  the worst tenth.
 
   >>> from fedjax_llm.evals.likelihood import ClientSums
   >>> sums = ClientSums(np.array([0]), *np.array([[8.0], [4.0], [1.0]]))
   >>> told_of(Report({}, {'heldout': sums}), ['ann'], labelled=False)
   {'evals/heldout/clients': {'ann': 2.0}}
   """
-  told: dict[str, Any] = dict(report.metrics)
+  metrics: dict[str, Any] = dict(report.metrics)
   for kind, sums in report.clients.items():
     who = [names[i] for i in sums.ids]
     by_name = lambda x, who=who: dict(zip(who, map(float, x), strict=True))
-    told[f'evals/{kind}/clients'] = by_name(sums.total / sums.count)
+    metrics[f'evals/{kind}/clients'] = by_name(sums.total / sums.count)
     if labelled:
       each = sums.correct / sums.count
-      told |= {
+      metrics |= {
         f'evals/{kind}/accuracies': by_name(each),
         f'evals/{kind}/client_accuracy_mean': float(np.mean(each)),
         f'evals/{kind}/client_accuracy_worst_10': 0.0 - worst_mean(-each),
       }
-  return told
+  return metrics
 
 
 def in_turn(heldout: Sequence[Sequence[Any]], num: int) -> list[list[Any]]:
-  """Each client's share of `num` texts: one of each, a second of each, ...
+  """Picks `num` texts in turn: the first of each client, then the second, ...
+
+  Returns the picked texts client by client.
 
   >>> from fedjax_llm.types import Example
   >>> text = Example(np.ones(1, np.int32), np.ones(1, bool))
@@ -167,7 +176,7 @@ def in_turn(heldout: Sequence[Sequence[Any]], num: int) -> list[list[Any]]:
 
 
 class Question(NamedTuple):
-  """How a held-out text begins, and how its client went on.
+  """A prompt from a held-out text, and the client's own continuation.
 
   >>> Question(client=3, prompt=[5, 6], reply=[7]).reply
   [7]
@@ -175,7 +184,7 @@ class Question(NamedTuple):
 
   client: int
   prompt: list[int]  # tokens
-  reply: list[int]  # what the client really said
+  reply: list[int]  # the client's own continuation, tokens
 
 
 def questions(
@@ -185,11 +194,12 @@ def questions(
   max_prompt: int | None = None,
   begin: Sequence[int] = (),
 ) -> list[Question]:
-  """The first held-out texts of the first `num` clients that have any.
+  """Returns prompts from the first text of the first `num` clients with texts.
 
-  Of a pair it is the chosen text. One that is learned from its start is cut in
-  half; of prompts above `max_prompt` tokens the end is kept, and in front of it
-  the tokens `begin` that every text begins with.
+  A preference pair gives its chosen text. The prompt ends where the loss mask
+  begins; a text that is learned from its start is cut in half. Of a prompt
+  above `max_prompt` tokens the end is kept, after the tokens `begin` that every
+  text begins with.
 
   >>> from fedjax_llm.types import Example
   >>> tokens, learned = np.arange(4), np.array([False, False, True, True])
@@ -198,9 +208,9 @@ def questions(
   """
   if max_prompt is not None and max_prompt < 1:
     return []
-  found, begin = [], list(begin)
+  prompts, begin = [], list(begin)
   for client, own in enumerate(heldout):
-    if len(found) == num:
+    if len(prompts) == num:
       break
     for example in batching.texts_of(own[0])[:1] if own else ():
       start = int(np.argmax(example.loss_mask))
@@ -212,40 +222,48 @@ def questions(
         lead = begin if tokens[: len(begin)] == begin else []
         lead = lead[: max_prompt - 1]
         prompt = lead + tokens[start - max_prompt + len(lead) : start]
-      found.append(Question(client, prompt, tokens[start:]))
-  return found
+      prompts.append(Question(client, prompt, tokens[start:]))
+  return prompts
 
 
 def replies(
-  asked: Sequence[Question],
+  prompts: Sequence[Question],
   generated: Mapping[str, Sequence[list[int]]],
   decode: Callable[[Sequence[int]], str],
 ) -> str:
-  """Prompts, what the client really said, and what the models say, as text.
+  """Formats prompts, the clients' replies and generated replies as text.
+
+  `generated` has the replies of each model by its name, in the order of the
+  prompts; `decode` turns tokens into text.
 
   >>> spell = lambda tokens: ''.join(map(chr, tokens))
-  >>> asked = [Question(0, prompt=[72, 105], reply=[79, 104])]
-  >>> print(replies(asked, {'after': [[72, 109]]}, spell).rstrip())
+  >>> prompts = [Question(0, prompt=[72, 105], reply=[79, 104])]
+  >>> print(replies(prompts, {'after': [[72, 109]]}, spell).rstrip())
     prompt  Hi
     client  Oh
     after   Hm
   """
   show = lambda tokens: ' / '.join(decode(tokens).split('\n')).strip()
   lines = []
-  for i, (_, prompt, reply) in enumerate(asked):
+  for i, (_, prompt, reply) in enumerate(prompts):
     lines += [f'  prompt  {show(prompt)}', f'  client  {show(reply)}']
-    lines += [f'  {who:7} {show(said[i])}' for who, said in generated.items()]
+    lines += [
+      f'  {name:7} {show(tokens[i])}' for name, tokens in generated.items()
+    ]
     lines.append('')
   return '\n'.join(lines)
 
 
 def samples(
-  asked: Sequence[Question],
+  prompts: Sequence[Question],
   generated: Mapping[str, Sequence[list[int]]],
   decode: Callable[[Sequence[int]], str],
   names: Sequence[str],
 ) -> list[dict[str, str]]:
-  """The same as data: `client` by name, `prompt`, `reply`, who says what.
+  """Returns the prompts and replies of `replies` as one dict of text each.
+
+  Its keys are `client` (the name), `prompt`, `reply` (the client's own) and the
+  name of every model in `generated`.
 
   >>> spell = lambda tokens: ''.join(map(chr, tokens))
   >>> samples([Question(0, [97], [98])], {'after': [[99]]}, spell, ['ann'])
@@ -256,7 +274,7 @@ def samples(
       'client': names[client],
       'prompt': decode(prompt),
       'reply': decode(reply),
-      **{who: decode(said[i]) for who, said in generated.items()},
+      **{name: decode(tokens[i]) for name, tokens in generated.items()},
     }
-    for i, (client, prompt, reply) in enumerate(asked)
+    for i, (client, prompt, reply) in enumerate(prompts)
   ]

@@ -1,4 +1,8 @@
-"""A client's own texts as a memory beside the model (FedMem)."""
+"""A retrieval memory of a client's own texts beside the model (FedMem).
+
+`remember` returns a function that builds the memory, `recalling` a loss that
+mixes its predictions with those of the model.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,30 +23,30 @@ from fedjax_llm.types import (
 
 
 class Memory(NamedTuple):
-  """A model, and the states that its client's texts went through.
+  """A model's parameters, and (hidden state, next token) pairs of a client.
 
-  >>> seen = Memory(None, jnp.ones((1, 3)), jnp.array([4]), jnp.ones(1, bool))
-  >>> seen.values.tolist()
+  >>> memory = Memory(None, jnp.ones((1, 3)), jnp.array([4]), jnp.ones(1, bool))
+  >>> memory.values.tolist()
   [4]
   """
 
   params: Params
-  keys: Any  # [M, D] float32: states before a token
-  values: Any  # [M] int32: that token
-  valid: Any  # [M] bool
+  keys: Any  # [M, D] float32: the state before a token
+  values: Any  # [M] int32: the token
+  valid: Any  # [M] bool: False on padding and on tokens that are not learned
 
 
 def remember(model: Model) -> Callable[[Base, Params, Batch], Memory]:
-  """The memory of a batch [B, T] of training texts, M = B (T - 1) entries.
+  """Returns a function that builds the memory of a batch [B, T] of texts.
 
-  An entry is a state h_{t-1} of the last layer and the token x_t, for every
-  token to be learned; the others are not valid.
+  The memory has M = B (T - 1) entries. An entry is the last layer's state
+  h_{t-1} and the token x_t; it is valid where x_t is a learned token.
 
   >>> hidden = lambda base, params, batch: batch.tokens[..., None] * 10.0
   >>> tokens = jnp.array([[3, 4, 5]])
   >>> text = Batch(tokens, jnp.array([[False, True, True]]), tokens, tokens)
-  >>> found = remember(Model(hidden, None))(None, {}, text)
-  >>> found.keys.tolist(), found.values.tolist()  # before 4, before 5
+  >>> memory = remember(Model(hidden, None))(None, {}, text)
+  >>> memory.keys.tolist(), memory.values.tolist()  # before 4, before 5
   ([[30.0], [40.0]], [4, 5])
   """
 
@@ -62,7 +66,7 @@ def recalling(
   weight: float = 0.25,
   temperature: float = 10.0,
 ) -> Loss:
-  """Next-token loss of the model and its memory, mixed.
+  """Returns the next-token loss of a model mixed with its memory.
 
       p(y | x) = weight p_mem(y | x) + (1 - weight) p_model(y | x)
       p_mem(y | x) ~ sum_{i in the k nearest} [y = v_i] exp(-||h - k_i||^2 / T)
@@ -73,8 +77,8 @@ def recalling(
   weight is kNN-LM's, k and T are choices here.
 
   Returns:
-    A `Loss` on `Memory` with sums for each row, [B], for `evals.personal`. An
-    empty memory leaves the model alone.
+    A `Loss` on `Memory` with sums for each row, [B], for `evals.personal`. With
+    an empty memory it is the loss of the model.
 
   Raises:
     Error: a weight that is not between 0 and 1, fewer than one neighbour, a
@@ -130,7 +134,7 @@ def recalling(
         jnp.sum(m & hit, dtype=jnp.float32),
       )
 
-    # A row at a time: [T, V] probabilities and [T, M] distances exist once.
+    # One row at a time keeps a single [T, V] and [T, M] array in memory.
     return LossSum(*jax.lax.map(row, (hidden, targets, mask)))
 
   return loss

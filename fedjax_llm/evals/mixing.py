@@ -1,7 +1,7 @@
-"""How much of a personal adapter a text gets, decided when it is tested.
+"""Mixtures of a personal and a shared adapter, chosen at test time.
 
-Each is a `Loss` or a search over `Dual` parameters, so `evals.personal` tests
-every client with them: the parameters of a client are what the loss needs.
+Builders return a `Loss` or a search over `Dual` parameters, so that
+`evals.personal` can evaluate every client with them.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from fedjax_llm.types import (
 
 
 class Instances(NamedTuple):
-  """A client's adapters, and what some of its own texts look like.
+  """A client's adapters, and the hidden states of some of its own texts.
 
   >>> Instances(Dual(shared={}, personal={}), jnp.ones((5, 2))).states.shape
   (5, 2)
@@ -33,16 +33,16 @@ class Instances(NamedTuple):
 
   params: Dual
   states: Any  # [S, D], by `text_states` of the local model
-  valid: Any = None  # [S] bool: which of them are of a text; None: all
+  valid: Any = None  # [S] bool: states that belong to a text; None: all
 
 
 def text_states(model: Model, *, at: str = 'prompt') -> Callable[..., Any]:
-  """h(x), the last layer's state of one token of each text.
+  """Returns a function for h(x), the last layer's state at one token of a text.
 
   Args:
-    model: of which `hidden` is used.
-    at: 'prompt', the token before the first one to be learned, so that a reply
-      says nothing about its own weight; 'end', the last token. One text a row.
+    model: its `hidden` is used.
+    at: 'prompt', the token before the first learned one, so that a reply does
+      not influence its own weight; 'end', the last token. One text a row.
 
   Returns:
     `states(base, params, batch) -> [B, D]` float32.
@@ -74,7 +74,9 @@ def text_states(model: Model, *, at: str = 'prompt') -> Callable[..., Any]:
 
 
 def local_model(params: Dual) -> Params:
-  """The personal adapter alone, at the base that both parts share.
+  """Returns the personal adapter alone, with the residuals of the shared one.
+
+  Residuals belong to the base, which both adapters share.
 
   >>> local_model(Dual({'q': 1.0}, {'q': 2.0}))
   {'q': 2.0}
@@ -85,7 +87,7 @@ def local_model(params: Dual) -> Params:
 def instance_weights(
   model: Model, *, strength: float = 0.5, at: str = 'prompt'
 ) -> Callable[..., jax.Array]:
-  """FedDPA's weight of the local adapter for each text.
+  """Returns a function for FedDPA's weight of the local adapter on each text.
 
       alpha(x) = strength / S sum_{j <= S} cos(h(x), h(x_j))
 
@@ -121,11 +123,14 @@ def instance_weights(
 def instance_mixed(
   loss: Loss, model: Model, *, strength: float = 0.5, at: str = 'prompt'
 ) -> Loss:
-  """The loss of W x + alpha(x) local x + (1 - alpha(x)) global x, a row each.
+  """Returns the loss of W x + alpha(x) local x + (1 - alpha(x)) global x.
+
+  alpha is computed for each row by `instance_weights`.
 
   Args:
     loss: sums for each row of a batch, [B].
-    model: gives the states; others as in `instance_weights`.
+    model: computes the states.
+    strength, at: see `instance_weights`.
 
   Returns:
     A `Loss` on `Instances`, for `evals.personal`.
@@ -139,7 +144,7 @@ def instance_mixed(
   >>> tokens = jnp.ones((1, 3), jnp.int32)
   >>> text = Batch(tokens, tokens > 0, tokens, tokens)
   >>> sums = instance_mixed(loss, Model(hidden, None))(None, mine, text, None)
-  >>> round(float(sums.total[0]), 3)  # like the client's own texts: 8 / 2
+  >>> round(float(sums.total[0]), 3)  # cosine 1 to the own texts: 8 / 2
   4.0
   """
   weigh = instance_weights(model, strength=strength, at=at)
@@ -169,14 +174,15 @@ def fuse(
   num_generations: int = 20,
   spread: float = 0.5,
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-  """FDLoRA's fusion: the weights of two adapters, found without gradients.
+  """Returns FDLoRA's gradient-free search for the weights of two adapters.
 
       min over (w_1, w_2) of L(w_1 theta_p + w_2 theta_s)
                              + penalty (|w_1| + |w_2|)
 
   on a few texts, L the token mean (Qi et al. 2024, arXiv 2406.07925). The paper
   leaves the search to a library; here every generation draws `num_candidates`
-  normal steps of a `spread` that shrinks by 0.85, and keeps the best so far.
+  normal steps with standard deviation `spread`, which shrinks by 0.85 each
+  generation, and keeps the best weights so far.
 
   Returns:
     `search(base, params: Dual, batch, key) -> (weights [2], objective)`, to be
@@ -189,7 +195,7 @@ def fuse(
   ...   return LossSum((params['w'] - 4.0) ** 2, *jnp.float32([1, 1]))
   >>> pair = Dual(shared={'w': jnp.float32(0)}, personal={'w': jnp.float32(4)})
   >>> search = jax.jit(fuse(loss, penalty=0.0))
-  >>> weights, found = search(None, pair, None, jax.random.key(0))
+  >>> weights, objective = search(None, pair, None, jax.random.key(0))
   >>> round(float(weights[0]), 1)  # all of the personal one
   1.0
   """

@@ -1,8 +1,8 @@
-"""Ways to test clients that look at their own texts first.
+"""Evaluations of clients that use some of the client's own training texts.
 
-A view is named in the section `evals.personal` of a config; a run then tells
-'evals/{name}/own/...' and 'evals/{name}/common/...' beside what the algorithm
-serves ('evals/personal/...').
+A builder returns a `View`, named in the section `evals.personal` of a config; a
+run then reports 'evals/{name}/own/...' and 'evals/{name}/common/...' beside the
+metrics of the served parameters ('evals/personal/...').
 """
 
 from collections.abc import Callable, Sequence
@@ -22,11 +22,12 @@ __all__ = ['fused', 'instance_mixed', 'recalled']
 
 
 class View(NamedTuple):
-  """What is tested of a client, and by which loss.
+  """One evaluation of a client: how to prepare its parameters, and the loss.
 
-  `prepare(base, params, texts, key)` makes of the client's parameters and some
-  of its training texts [S, T] what `loss` takes; rows without a text are
-  padding. With `dual` the parameters are a `Dual`, else what is served.
+  `prepare(base, params, texts, key)` returns the parameters that `loss` takes,
+  from the client's parameters and some of its training texts [S, T]; rows
+  without a text are padding. With `dual` the client's parameters are a `Dual`,
+  otherwise the served parameters.
   """
 
   name: str
@@ -44,12 +45,13 @@ def instance_mixed(
   at: str = 'prompt',
   num_texts: int = 5,
 ) -> View:
-  """FedDPA's test: each text weighs the local adapter by its likeness.
+  """Returns FedDPA's view: local and global adapter, mixed for each text.
 
-  `mixing.instance_mixed` with the states of `num_texts` of the client's texts
-  (Yang et al. 2024, arXiv 2403.19211).
+  The weight of the local adapter is the similarity of the text to `num_texts`
+  of the client's texts: see `mixing.instance_mixed` (Yang et al. 2024, arXiv
+  2403.19211).
 
-  >>> view = instance_mixed(lambda *given: None, Model(None, None))
+  >>> view = instance_mixed(lambda *args: None, Model(None, None))
   >>> view.num_texts, view.dual
   (5, True)
   """
@@ -73,12 +75,12 @@ def fused(
   num_generations: int = 20,
   num_texts: int = 8,
 ) -> View:
-  """FDLoRA's test: two adapters, fused by the weights that a search finds.
+  """Returns FDLoRA's view: two adapters, fused with searched weights.
 
-  `mixing.fuse` on `num_texts` of the client's texts (Qi et al. 2024, arXiv
-  2406.07925).
+  `mixing.fuse` searches the weights on `num_texts` of the client's texts (Qi et
+  al. 2024, arXiv 2406.07925).
 
-  >>> fused(lambda *given: None, Model(None, None), num_texts=3).num_texts
+  >>> fused(lambda *args: None, Model(None, None), num_texts=3).num_texts
   3
   """
   del model
@@ -105,11 +107,12 @@ def recalled(
   temperature: float = 10.0,
   num_texts: int = 8,
 ) -> View:
-  """FedMem's test: what is served, beside a memory of the client's texts.
+  """Returns FedMem's view: the served model with a memory of the texts.
 
-  `memory.recalling` (Du et al. 2024, arXiv 2401.10070) after any method.
+  `memory.recalling` over `num_texts` of the client's texts (Du et al. 2024,
+  arXiv 2401.10070), after any method.
 
-  >>> recalled(lambda *given: None, Model(None, None)).dual
+  >>> recalled(lambda *args: None, Model(None, None)).dual
   False
   """
   del loss
@@ -130,7 +133,7 @@ def recalled(
 
 
 def has_two(params: Any) -> bool:
-  """Whether these are two adapters of one structure.
+  """Returns True for a `Dual` of two adapters with the same structure.
 
   >>> has_two(Dual({'w': jnp.ones(2)}, {'w': jnp.ones(2)})), has_two({})
   (True, False)
@@ -149,18 +152,18 @@ def viewing(
   own: Sequence[Group],
   common: Sequence[Group] = (),
 ) -> Callable[..., Report | None]:
-  """Tests clients through a view.
+  """Returns a function that evaluates clients through a view.
 
   Args:
-    view: what is tested.
-    parameters: `(params, store, ids) -> ` those of clients, [C, ...].
-    texts: `(ids) -> Batch [C, S, T]`, training texts of each.
-    own: groups whose rows meet their owner.
-    common: groups that every client meets.
+    view: prepares the parameters and provides the loss.
+    parameters: `(params, store, ids) -> params [C, ...]` of these clients.
+    texts: `(ids) -> Batch [C, S, T]`, training texts of these clients.
+    own: groups whose rows are tested with the parameters of their owner.
+    common: groups that are tested with the parameters of every client.
 
   Returns:
-    `examine(base, params, store, ids, key) -> Report`; None where there is no
-    client, or nothing to test one on.
+    `examine(base, params, store, ids, key) -> Report | None`: None without a
+    client or without a text to test on.
   """
   apart = personal(view.loss)
   owners = np.concatenate([np.zeros(0), *(o.ravel() for _, o in own)])

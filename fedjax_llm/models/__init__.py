@@ -1,6 +1,6 @@
 """Models: frozen networks as plain functions over stacked-layer pytrees.
 
-The names in `__all__` are those that a config may use.
+Builders return a `LoadedModel`. A config may use the names in `__all__`.
 """
 
 from fedjax_llm.models import families as families

@@ -1,7 +1,7 @@
-"""What a network is: its configuration, the shapes of its weights, a start.
+"""The configuration of a network, the shapes of its weights, a random base.
 
-The tree of weights has the same names in every family, so that adapters and
-their targets read alike:
+The tree of weights has the same names in every family, so that targets of
+adapters have the same names too:
 
     embed_tokens, embed_positions, embed_types, embed_norm
     layers/  input_layernorm, self_attn/{q,k,v,o}_proj, self_attn/{q,k}_norm,
@@ -21,13 +21,14 @@ from fedjax_llm.types import Base, Key
 
 
 class Config(NamedTuple):
-  """What a network is; static and hashable.
+  """The configuration of a network; static and hashable.
 
-  `windows[l]` is how many places back layer l looks, itself included (0: the
-  whole text; an empty tuple: every layer sees the whole text), and
-  `layer_ropes[l]` how it rotates (an empty tuple: all of them by `rope`).
+  `windows[l]` is the number of places that a token of layer l attends to, its
+  own included (0: the whole text; an empty tuple: the whole text in every
+  layer), and `layer_ropes[l]` its rotation (an empty tuple: `rope` in every
+  layer).
 
-  `residual` says where the norms stand in a block:
+  `residual` names the order of norms and additions in a block:
 
       pre        x += attention(norm x);  x += mlp(norm x)
       post       x = norm(x + attention(x));  x = norm(x + mlp(x))
@@ -68,7 +69,7 @@ class Config(NamedTuple):
   embedding_scale: float = 1.0
   num_learned_positions: int = 0  # rows of the table; 0: there is none
   first_position: int = 0  # the row of a text's first token
-  num_token_types: int = 0  # `Batch.types`; every token is of type 0 without
+  num_token_types: int = 0  # `Batch.types`; None there means type 0
   embedding_norm: bool = False
   # Head.
   head: str = 'lm'  # 'lm' | 'masked_lm' | 'classifier' | 'none'
@@ -76,7 +77,7 @@ class Config(NamedTuple):
   head_bias: bool = False
   head_activation: str = ''
   logit_cap: float = 0.0
-  labels: tuple[str, ...] = ()  # of a classifier
+  labels: tuple[str, ...] = ()  # names of a classifier's classes
   # Tokens.
   bos_id: int | None = None
   eos_ids: tuple[int, ...] = ()
@@ -88,14 +89,14 @@ class Config(NamedTuple):
 
 
 def longest_text(config: Config) -> int:
-  """Tokens that a text may have."""
+  """Returns the largest number of tokens that a text may have."""
   ropes = (config.rope, *config.layer_ropes)
   bounds = [rope_lib.longest_text(r, config.max_positions) for r in ropes]
   return min([config.max_positions, *(b for b in bounds if b is not None)])
 
 
 def shapes(config: Config) -> dict[str, Any]:
-  """The shape of every weight, in the structure of the base.
+  """Returns the shape of every weight, in the structure of the base.
 
   >>> from fedjax_llm import models
   >>> shapes(models.random().config)['norm']
@@ -147,7 +148,7 @@ def shapes(config: Config) -> dict[str, Any]:
   return {**tree, **_head_shapes(c, norm, matrix)}
 
 
-# The norms of one block, by where they stand.
+# The names of the norms of one block, by `Config.residual`.
 NORMS_OF = {
   'pre': ('input_layernorm', 'post_attention_layernorm'),
   'post': ('post_attention_layernorm', 'post_mlp_layernorm'),
@@ -186,13 +187,13 @@ def _is_shape(x: Any) -> bool:
 
 
 def num_params(config: Config) -> int:
-  """How many numbers the base holds (tied weights once)."""
+  """Returns the number of parameters of the base (tied weights once)."""
   leaves = jax.tree.leaves(shapes(config), is_leaf=_is_shape)
   return sum(math.prod(shape) for shape in leaves)
 
 
 def init(config: Config, key: Key, dtype: Any = jnp.float32) -> Base:
-  """A random base: matrices ~ N(0, 1 / fan-in), norms one, biases zero."""
+  """Draws a random base: matrices ~ N(0, 1 / fan-in), norms 1, biases 0."""
   paths, structure = jax.tree.flatten_with_path(
     shapes(config), is_leaf=_is_shape
   )

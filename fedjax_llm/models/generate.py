@@ -1,9 +1,9 @@
-"""Text from a model: greedy or sampled, many prompts at once.
+"""Generates text with a model, greedy or sampled, many prompts at once.
 
-Rows of a batch may be of different adapters (`tenants`). Prompts are padded on
-the right to a few lengths, so that few programs are compiled. Tokens see
-places, not slots: the gap between a short prompt and its reply is padding that
-nobody reads.
+Rows of a batch may use different adapters (`tenants`). Prompts are padded on
+the right to a few lengths, so that few programs are compiled. Attention masks
+by positions, not by cache slots: the gap between a short prompt and its reply
+is padding that is never read.
 """
 
 import functools
@@ -38,28 +38,27 @@ def generate(
   which: Sequence[int] | None = None,
   batch_size: int = 32,
 ) -> list[list[int]]:
-  """The new tokens of each prompt, without the one that ended it.
+  """Returns the new tokens of each prompt, without the stop token.
 
   Greedy at `temperature` 0, otherwise sampled from softmax(logits /
-  temperature) by `key`, folded with the prompt's seed (its place in the list
-  unless `seeds` says otherwise) and the number of the new token: what else is
-  in the batch does not matter. With `top_p` < 1 only the likeliest tokens
-  count, as few as have that probability together (Holtzman et al. 2019,
-  arXiv:1904.09751, section 3.1), and with the last of them those that are just
-  as likely.
+  temperature) with `key`, folded with the prompt's seed (`seeds`, by default
+  its place in the list) and the number of the new token, so that a reply does
+  not depend on the other prompts. With `top_p` < 1 tokens are sampled from the
+  smallest set of likeliest tokens with that total probability (Holtzman et al.
+  2019, arXiv:1904.09751, section 3.1), and those that tie with its last token.
 
-  Either all prompts are read with `params`, or prompt i with
-  `adapters[which[i]]` (-1: with none), whose ranks may differ; then `params`
-  is empty. A `LoadedModel` keeps keys and values in a cache; a bare `Model`
-  reads the whole text again for each token, to the same end.
+  Either all prompts use `params`, or prompt i uses `adapters[which[i]]` (-1:
+  no adapter) and `params` is empty; the adapters' ranks may differ. A
+  `LoadedModel` keeps keys and values in a cache; a bare `Model` reads the whole
+  text again for each token, with the same result.
 
-  A soft prompt or a prefix in `params` (`nodes.Prompt`, `nodes.Prefix`) stands
-  in front of every text and takes as many of the model's positions as it has
-  rows; adapters that share a batch have none.
+  A soft prompt or a prefix in `params` (`nodes.Prompt`, `nodes.Prefix`) comes
+  before every text and takes one of the model's positions for each row;
+  adapters that share a batch cannot have them.
 
   Raises `Error` for an empty prompt, a token outside the vocabulary, a text
   longer than the model's positions, a temperature without key and seeds, and
-  adapters that are not of this base.
+  adapters that do not fit the base.
 
   >>> from fedjax_llm import models
   >>> loaded = models.random(vocab_size=32)
@@ -89,7 +88,7 @@ def generate(
       tenants.check(base, adapter, f'adapter {index}')
     params = tenants.stack(base, adapters)
   stops = np.atleast_1d(np.asarray([] if eos_id is None else eos_id, np.int32))
-  # -1 is no token: one program serves any few stop tokens.
+  # Padded with -1, which is no token: one program for up to 8 stop tokens.
   stops = np.pad(stops, (0, -len(stops) % 8), constant_values=-1)
   if isinstance(model, LoadedModel):
     network, decoder = model.model, model.decoder
@@ -126,21 +125,24 @@ def generate(
 
 
 class _Reader(NamedTuple):
-  """`start() -> (hidden [B, D], state)` behind the prompt;
-  `more(token [B], step, state) -> (hidden, state)` behind one token more."""
+  """Functions that read the prompt and then one token at a time.
+
+  `start() -> (hidden [B, D], state)` after the prompt;
+  `more(token [B], step, state) -> (hidden, state)` after one more token.
+  """
 
   start: Callable[[], tuple[jax.Array, Any]]
   more: Callable[..., tuple[jax.Array, Any]]
 
 
 def _at(hidden, index) -> jax.Array:
-  """hidden[b, index[b]], [B, T, D] -> [B, D]."""
+  """Returns hidden[b, index[b]], [B, T, D] -> [B, D]."""
   index = jnp.maximum(index, 0)[:, None, None]
   return jnp.take_along_axis(hidden, index, axis=1)[:, 0]
 
 
 def _texts(tokens, lengths) -> Batch:
-  """Texts that start at the left end of their rows."""
+  """Returns a batch of texts that start at the left end of their rows."""
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   inside = positions < lengths[:, None]
   return Batch(tokens, inside, inside.astype(jnp.int32), positions)
@@ -184,10 +186,10 @@ def _uncached(model: Model, base, params, tokens, lengths, num_new):
 
 
 def _nucleus(logits, top_p) -> jax.Array:
-  """Minus infinity outside of the likeliest tokens, [V] -> [V]."""
+  """Sets all but the likeliest tokens to minus infinity, [V] -> [V]."""
   ordered = jnp.sort(logits, descending=True)
   share = jax.nn.softmax(ordered)
-  kept = jnp.cumsum(share) - share < top_p  # what is before a token
+  kept = jnp.cumsum(share) - share < top_p  # the share of likelier tokens
   least = jnp.min(jnp.where(kept, ordered, jnp.inf))
   return jnp.where(logits >= least, logits, -jnp.inf)
 
@@ -214,7 +216,7 @@ def _run(
   greedy: bool,
   nucleus: bool,
 ):
-  """New tokens [B, num_new], -1 from the end of a reply on."""
+  """Generates new tokens [B, num_new], -1 from the end of a reply on."""
   if which is not None:
     params = tenants.rows(params, which)
     network = tenants.model(network)

@@ -1,18 +1,19 @@
-"""A network of one's own as a client model: Flax modules and plain functions.
+"""Turns a user's network into a client model: Flax modules, plain functions.
 
     own(module) -> base, bind, loss, model, loaded
 
-`base` is the frozen weights as nested dicts, in which adapters find their
-targets ('hidden', 'layers/0/up', '.*'); `bind` gives the network with a
-client's adapter in it, and `loss` or `model` make of it what a recipe takes.
+`base` holds the frozen weights as nested dicts, in which adapters find their
+targets ('hidden', 'layers/0/up', '.*'); `bind` returns the network with a
+client's adapter applied, `loss` and `model` the `Loss` and `Model` that recipes
+take.
 
-Low-rank factors on a matrix [D, F] of `nnx.Linear` and `linen.Dense` are a
-product of their own beside theirs, so that under `vmap` over clients the base
-is one unbatched matmul. Every other change (of layers that a scan stacks, of
-convolutions, of biases, of plain functions) is written into the weights, which
-costs a copy of these weights for each client: fine for small modules. A node
-that no weight can hold (experts, bottlenecks, prompts) is refused with its
-reason, and there are no statistics of nodes.
+Low-rank factors on a matrix [D, F] of `nnx.Linear` and `linen.Dense` are
+computed as a separate product, so that under `vmap` over clients the product
+with the base is one unbatched matmul. Every other change (of layers that a scan
+stacks, of convolutions, of biases, of plain functions) is written into the
+weights, which costs a copy of these weights for each client: suitable for small
+modules. A node that cannot be written into a weight (experts, bottlenecks,
+prompts) is refused with its reason. Statistics of nodes are not supported.
 """
 
 import functools
@@ -39,7 +40,7 @@ from fedjax_llm.types import (
 )
 
 Path = tuple[str, ...]
-# What only a transformer of ours has.
+# Fields of `Config` that are unknown for a user's network.
 _UNKNOWN = (
   'hidden_size', 'intermediate_size', 'num_layers', 'num_heads',
   'num_kv_heads', 'head_dim',
@@ -48,22 +49,23 @@ Network = Callable[..., Any]
 
 
 class Own(NamedTuple):
-  """A user's network with its weights apart.
+  """A user's network, with its weights and functions on them.
 
-  `bind(base, params, key=None) -> net` is the network as the adapter changes
-  it, to be called like the original; the key is for dropout.
+  `bind(base, params, key=None) -> net` returns the network with the adapter
+  applied, to be called like the original; the key is for dropout.
 
-  `loss(score)` is a `Loss`, where `score(net, batch)` gives a loss for each
-  example or token (an array of any shape), a pair of that and a mask of what
-  counts (a step in which nothing counts is padding), or a `LossSum`.
+  `loss(score)` returns a `Loss`. `score(net, batch)` returns a loss for each
+  example or token (an array of any shape), a pair of such losses and a mask (a
+  step with an empty mask is padding), or a `LossSum`.
 
-  `model(hidden, logits)` is a `Model` of tokens, for `local.causal_lm`, with
-  `hidden(net, batch) -> [B, T, D]` and `logits(net, x [..., D]) -> [..., V]`;
-  where the second is left out the first gives logits.
+  `model(hidden, logits)` returns a `Model` of tokens, for `local.causal_lm`,
+  with `hidden(net, batch) -> [B, T, D]` and `logits(net, x [..., D]) ->
+  [..., V]`; without `logits`, `hidden` returns the logits.
 
-  `loaded(model, vocab_size=V, max_positions=T, name='own')` is what a builder
-  returns that a config names: `--config.model.name=my_lab.models:build`. Such
-  a run shows no replies, and writes base and adapter under its own names.
+  `loaded(model, vocab_size=V, max_positions=T, name='own')` returns the
+  `LoadedModel` for a builder that a config names:
+  `--config.model.name=my_lab.models:build`. Such a run generates no replies,
+  and saves base and adapter under the network's own names.
 
   >>> twice = own(lambda weights, x: weights['w'] * x, {'w': jnp.float32(2)})
   >>> float(twice.bind(twice.base, {})(3.0))
@@ -78,16 +80,17 @@ class Own(NamedTuple):
 
 
 def own(network: Any, weights: Any = None) -> Own:
-  """A Flax module or a function as a client model.
+  """Turns a Flax module or a function into a client model.
 
   Args:
     network: an `nnx.Module` with its weights in it; a `linen.Module`; or a
       function f(weights, ...).
-    weights: what Linen's `init` gave, or the function's: nested dicts.
+    weights: the result of Linen's `init`, or the weights of the function:
+      nested dicts.
 
-  What is not a parameter (batch statistics, counters) stays as it is given.
-  `net` of an NNX module is such a module, so that its methods may be called;
-  of a Linen module it is `net(..., method='name')`.
+  State that is no parameter (batch statistics, counters) never changes. For an
+  NNX module `net` is an NNX module too, with its methods; for a Linen module a
+  method is called as `net(..., method='name')`.
 
   Raises:
     Error: weights that are missing or superfluous, or a network of another
@@ -134,7 +137,7 @@ def own(network: Any, weights: Any = None) -> Own:
     )
 
   def bind(base, params, key):
-    del key  # a function gets its randomness with its arguments
+    del key  # a function takes random keys as its own arguments
     return functools.partial(network, changes.merge(base, params))
 
   return _door(_nested(weights, 'own(function, weights)'), bind)
@@ -154,8 +157,8 @@ def _door(base: Base, assemble: Callable[..., Network]) -> Own:
 
   def loss(score: Callable[[Network, Any], Any]) -> Loss:
     def run(base: Base, params: Params, batch: Any, key: Key) -> LossSum:
-      found = score(bind(base, params, key), batch)
-      return found if isinstance(found, LossSum) else _summed(found)
+      losses = score(bind(base, params, key), batch)
+      return losses if isinstance(losses, LossSum) else _summed(losses)
 
     return run
 
@@ -181,14 +184,14 @@ def _door(base: Base, assemble: Callable[..., Network]) -> Own:
       max_positions=max_positions,
       **dict.fromkeys(_UNKNOWN, 0),
     )
-    nothing: Any = None  # no cache, so no text is written
+    nothing: Any = None  # no cache, so no text is generated
     return LoadedModel(config, model, nothing, base, name)
 
   return Own(base, bind, loss, model, loaded)
 
 
-def _summed(found: Any) -> LossSum:
-  nats, mask = found if isinstance(found, tuple) else (found, None)
+def _summed(losses: Any) -> LossSum:
+  nats, mask = losses if isinstance(losses, tuple) else (losses, None)
   nats = jnp.asarray(nats).astype(jnp.float32)
   if nats.ndim == 0:
     raise Error(
@@ -209,7 +212,7 @@ def _summed(found: Any) -> LossSum:
 
 
 def _nested(tree: Any, what: str) -> dict[str, Any]:
-  """Mappings of any kind as dicts; anything else is refused at the top."""
+  """Converts nested mappings to dicts; raises `Error` for any other tree."""
   if not isinstance(tree, Mapping) or not tree:
     raise Error(f'{what} must be nested dicts of arrays, got {tree!r:.60}.')
   plain = lambda x: (
@@ -221,7 +224,7 @@ def _nested(tree: Any, what: str) -> dict[str, Any]:
 def _apart(
   params: Any, beside: Callable[[Path], bool], path: Path = ()
 ) -> tuple[dict[Path, LowRank], Any]:
-  """(LoRA that acts beside its matrix, the changes to write into weights)."""
+  """Splits an adapter into (LoRA beside its matrix, changes to write in)."""
   if not isinstance(params, Mapping):
     node = protocol.factors(params)
     if node is not None and jnp.ndim(node.a) == 2:
@@ -231,13 +234,13 @@ def _apart(
     return {}, params
   acting, written = {}, {}
   for name, child in params.items():
-    found, written[name] = _apart(child, beside, (*path, name))
-    acting |= found
+    nodes, written[name] = _apart(child, beside, (*path, name))
+    acting |= nodes
   return acting, written
 
 
 def _added(y: jax.Array, x: jax.Array, node: LowRank) -> jax.Array:
-  """y with the change of a node, in y's dtype."""
+  """Adds a node's change to y, in y's dtype."""
   return node.act(x.astype(y.dtype), y)
 
 
@@ -249,7 +252,7 @@ def _adapted_linear() -> Any:
   from flax import nnx
 
   class Adapted(nnx.Linear):
-    """A matrix beside which LoRA acts."""
+    """An `nnx.Linear` with LoRA factors beside its matrix."""
 
     def __call__(self, inputs, *args, **keywords):
       y = super().__call__(inputs, *args, **keywords)
@@ -288,7 +291,7 @@ def _nnx(module: Any) -> tuple[Base, Callable[..., Network]]:
     return tree
 
   def bind(base, params, key):
-    # Of a user's subclass nobody knows what it does with its kernel.
+    # Exactly `nnx.Linear`: a user's subclass may use its kernel differently.
     beside = lambda path: nodes.get(path) is nnx.Linear
     acting, written = _apart(params, beside)
     base = changes.merge(base, written)
@@ -302,8 +305,8 @@ def _nnx(module: Any) -> tuple[Base, Callable[..., Network]]:
     there = {tuple(map(str, p)): node for p, node in nnx.iter_graph(net)}
     for path, factors in acting.items():
       node = there[path]
-      given = {k: v for k, v in factors._asdict().items() if v is not None}
-      node.factors = nnx.Dict({k: nnx.Variable(v) for k, v in given.items()})
+      arrays = {k: v for k, v in factors._asdict().items() if v is not None}
+      node.factors = nnx.Dict({k: nnx.Variable(v) for k, v in arrays.items()})
       object.__setattr__(node, '__class__', _adapted_linear())
     if key is not None and streams:
       keys = jax.random.split(key, len(streams))
@@ -341,7 +344,7 @@ def _linen(module: Any, variables: Any) -> tuple[Base, Callable[..., Network]]:
         )
 
     def net(*args, **keywords):
-      # Which matrices are of `Dense` is known once the module has run.
+      # A traced call lists the matrices that belong to `Dense` modules.
       seen = set()
       note = lambda path, y, *_, **__: (seen.add(path), y)[1]
       jax.eval_shape(lambda: call(base, note, *args, **keywords))

@@ -1,9 +1,9 @@
-"""A frozen base in few bits, as in QLoRA (Dettmers et al. 2023, 2305.14314).
+"""Quantises the frozen base, as in QLoRA (Dettmers et al. 2023, 2305.14314).
 
 The matrices of the layers become integers with scales, W ~ scale * values;
-embeddings, norms, biases and the head stay as they are. A matrix is written out
-again where it is multiplied, one layer at a time and once for all clients; the
-adapter trains beside it in float32. The arrays are qwix's, `qwix.QArray`.
+embeddings, norms, biases and the head are unchanged. A matrix is dequantised
+for its product, one layer at a time and once for all clients; the adapter
+trains beside it in float32. The arrays are qwix's, `qwix.QArray`.
 
     int8   a scale a feature:      |W - deq W| <= scale / 2
     int4   a scale a feature and block of inputs, the same bound
@@ -28,13 +28,13 @@ BLOCK = 64  # inputs that share a scale, where 64 divides their number
 
 
 def quantise(kernel: jax.Array, kind: str) -> Any:
-  """A kernel [D, F] or [L, D, F] as a `qwix.QArray` of the same shape.
+  """Quantises a kernel [D, F] or [L, D, F] to a `qwix.QArray` of its shape.
 
   `int8` has scales [L, 1, F], `int4` and `nf4` [L, D / block, F]: a block
   is 64 inputs, or the largest of 32 and 16 that divides D. Scales are float32.
 
   Raises:
-    Error: another kind; qwix is missing; D is no multiple of 16.
+    Error: an unknown kind; qwix is missing; D is no multiple of 16.
   """
   check(kind)
   inputs = kernel.shape[-2]
@@ -57,12 +57,12 @@ def _quantise(kernel, kind, block):
       tiled_axes={} if kind == 'int8' else {0: block},
     )
 
-  # One layer after another: nf4 compares every weight with 16 levels.
+  # One layer at a time, for memory: nf4 compares every weight with 16 levels.
   return jax.lax.map(one, kernel) if kernel.ndim > 2 else one(kernel)
 
 
 def leaf(path: Sequence[str], value: jax.Array, kind: str | None) -> Any:
-  """A leaf of the base, quantised if it is a matrix of the layers.
+  """Quantises a leaf of the base if it is a matrix of the layers.
 
   >>> leaf(('layers', 'norm', 'scale'), jnp.ones(3), 'int8').dtype
   dtype('float32')
@@ -76,7 +76,7 @@ def leaf(path: Sequence[str], value: jax.Array, kind: str | None) -> Any:
 
 
 def base(tree: Base, kind: str | None) -> Base:
-  """The base with the matrices of its layers quantised."""
+  """Quantises the matrices of the base's layers."""
 
   def walk(node, path):
     if not isinstance(node, Mapping):
@@ -87,9 +87,9 @@ def base(tree: Base, kind: str | None) -> Base:
 
 
 def num_bytes(tree: Base) -> int:
-  """Bytes that the devices of this process hold for the base.
+  """Returns the bytes that the devices of this process hold for the base.
 
-  Copies on several devices count each. Four bits take a byte on CPU.
+  Copies on several devices are all counted. Four bits take a byte on CPU.
 
   >>> num_bytes({'scale': jnp.ones(3)})
   12
@@ -102,7 +102,7 @@ def num_bytes(tree: Base) -> int:
 
 
 def check(kind: str | None) -> None:
-  """Raises `Error` for a kind that does not exist, or cannot be had here."""
+  """Raises `Error` for an unknown kind, or if qwix is missing."""
   if kind is None:
     return
   if kind not in KINDS:

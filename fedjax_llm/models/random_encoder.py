@@ -26,7 +26,10 @@ def random_encoder(
   attention: str = 'auto',
   compute_dtype: Any = 'float32',
 ) -> load.LoadedModel:
-  """A tiny BERT-type network: a classifier of `labels`, or a masked model.
+  """Builds a tiny BERT-type network: a classifier or a masked model.
+
+  With `labels` it classifies into them, otherwise it is a masked language
+  model.
 
   >>> loaded = random_encoder(labels=('sad', 'glad'))
   >>> loaded.base['classifier']['kernel'].shape

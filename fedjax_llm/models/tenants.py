@@ -1,11 +1,11 @@
-"""Many adapters in one batch: each row of it is read with its own.
+"""Runs a model on a batch with a different adapter for each row.
 
-The rows are a `vmap` over adapters with the base outside, so that the product
+The rows are a `vmap` over adapters that shares the base, so that the product
 with a weight of the base stays one matmul of all rows, and only the small
 products differ from row to row.
 
-In a stack the adapters lie on axis 1 below 'layers', where axis 0 is walked by
-`lax.scan`, and on axis 0 elsewhere: nothing is transposed on the way.
+`stack` puts the adapters on axis 1 below 'layers', where axis 0 is that of
+`lax.scan`, and on axis 0 elsewhere, so that nothing is transposed later.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,15 +43,15 @@ of the model is [4, 6].
 
 
 def stack(base: Base, adapters: Sequence[Params]) -> Params:
-  """One tree of M + 1 adapters: these, and after them one that says nothing.
+  """Stacks M adapters and an empty one into a tree of M + 1 adapters.
 
-  Ranks are padded with zeros to the largest, and a weight that only some
-  change is changed by zero, or replaced by itself, in the others: they compute
-  what they did.
+  Ranks are padded with zeros to the largest. A weight that only some adapters
+  change gets a zero change, or itself as the replacement, in the others, so
+  that every adapter computes the same as alone.
 
   Raises:
-    Error: two change a weight in ways that do not stack (a low-rank node and a
-      dense change), or the shapes of what they change differ; a DoRA.
+    Error: two adapters change a weight in ways that do not stack (a low-rank
+      node and a dense change), or weights of different shapes; a DoRA.
 
   >>> node = lambda rank: LowRank(
   ...   jnp.ones([1, 4, rank]), jnp.ones([1, rank, 6]), jnp.ones(1)
@@ -106,9 +106,9 @@ def _join(base: Any, trees: Sequence[Any], path: Path) -> Any:
     return jnp.pad(x, pad)
 
   def field(name, change=lambda x: x):
-    found = [None if x is None else getattr(x, name) for x in trees]
-    found = [None if x is None else change(jnp.asarray(x)) for x in found]
-    return _rows(found, path)
+    values = [None if x is None else getattr(x, name) for x in trees]
+    values = [None if x is None else change(jnp.asarray(x)) for x in values]
+    return _rows(values, path)
 
   return LowRank(
     a=field('a', lambda x: padded(x, x.ndim - 1)),
@@ -145,8 +145,8 @@ def _axes(params: Params) -> Any:
 
 
 def rows(stacked: Params, which: jax.Array) -> Params:
-  """The adapter of every row, [B] places in the stack; -1 is none."""
-  # From the end: the last of the stack says nothing.
+  """Returns the adapters of the rows, `which` [B] in the stack; -1 is none."""
+  # -1 wraps around to the last adapter of the stack, which changes nothing.
   pick = lambda axis, part: jax.tree.map(
     lambda x: jnp.take(x, which, axis=axis, mode='wrap'), part
   )
@@ -154,7 +154,7 @@ def rows(stacked: Params, which: jax.Array) -> Params:
 
 
 def model(network: Model) -> Model:
-  """The network where every row has parameters of its own (`rows`)."""
+  """Returns the network with separate parameters for every row (`rows`)."""
 
   def hidden(base, params, batch):
     def one(own, row):
@@ -171,7 +171,7 @@ def model(network: Model) -> Model:
 
 
 def decoder(plain: Decoder) -> Decoder:
-  """The decoder where every row has parameters of its own (`rows`)."""
+  """Returns the decoder with separate parameters for every row (`rows`)."""
   of_cache = Cache(1, 1, Places(0, 0))
 
   def alone(x: Cache, change) -> Cache:

@@ -1,7 +1,7 @@
-"""Nodes: what a change of a network can be, behind one small protocol.
+"""Nodes: the kinds of changes of a network, with one small protocol.
 
-`protocol` says what a node can do; a file a kind. A user's own `NamedTuple`
-with these methods works wherever the nodes here do.
+`protocol` defines the methods of a node; every other file holds one kind. A
+user's own `NamedTuple` with these methods works wherever the nodes here do.
 """
 
 from fedjax_llm.nodes import protocol as protocol

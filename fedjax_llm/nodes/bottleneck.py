@@ -22,7 +22,11 @@ from fedjax_llm.types import Error
 
 @jax.tree_util.register_static
 class Activation(enum.Enum):
-  """The function inside of a bottleneck; a constant, not a leaf."""
+  """The activation function of a bottleneck; a constant, not a leaf.
+
+  >>> Activation.RELU(jnp.array([-1.0, 2.0])).tolist()
+  [0.0, 2.0]
+  """
 
   IDENTITY = 'identity'
   RELU = 'relu'
@@ -48,7 +52,7 @@ _FUNCTIONS = {
 class Bottleneck(NamedTuple):
   """y' = y + scale * (f(y @ down + down_bias) @ up + up_bias).
 
-  It stands at the 'output' of a module. It is no linear map of the module's
+  Its place is the 'output' of a module. It is no linear map of the module's
   inputs, so it cannot be written into a weight.
 
   >>> one = jnp.ones((1, 1))

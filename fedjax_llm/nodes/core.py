@@ -12,6 +12,11 @@ class Core(NamedTuple):
 
   Over H heads of rank R. `gain` (None: ones) is for training: see
   `recipes.ravan`.
+
+  >>> eye = jnp.eye(2)
+  >>> node = Core(3 * eye[None], p=eye, q=eye, scale=jnp.float32(2))
+  >>> node.factors().change().tolist()
+  [[6.0, 0.0], [0.0, 6.0]]
   """
 
   core: Any  # [L, H, R, R]

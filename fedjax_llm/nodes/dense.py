@@ -1,7 +1,7 @@
-"""Dense changes of a weight, and weights that nothing can be written into.
+"""Dense changes of a weight, and arithmetic with quantised weights.
 
 Dense(value)              W' = value: a weight that is trained whole
-Added(delta)              W' = W + delta: what a plain array stands for
+Added(delta)              W' = W + delta: the meaning of a plain array
 Amended(weight, change)   in the base: a quantised W with a change beside it
 """
 
@@ -14,7 +14,7 @@ from fedjax_llm.types import Error
 
 
 class Dense(NamedTuple):
-  """A node that takes the place of its weight: the head of a classifier.
+  """A node that replaces its weight, for example a classifier's head.
 
   >>> Dense(jnp.ones(2)).value.shape
   (2,)
@@ -23,7 +23,7 @@ class Dense(NamedTuple):
   value: Any
 
   def replacement(self) -> Any:
-    """The weight that the network reads; None leaves it as it is."""
+    """Returns the weight that the network uses; None keeps the base's."""
     return self.value
 
   def write(self, weight: Any) -> Any:
@@ -34,7 +34,7 @@ class Dense(NamedTuple):
 class Added(NamedTuple):
   """A node that adds an array to its weight: W' = W + delta.
 
-  A plain array among the parameters means this node.
+  A plain array in an adapter's tree means this node.
 
   >>> Added(jnp.ones((2, 2))).act(jnp.ones((1, 2)), jnp.zeros((1, 2))).tolist()
   [[2.0, 2.0]]
@@ -54,10 +54,14 @@ class Added(NamedTuple):
 
 
 class Amended(NamedTuple):
-  """A quantised weight of the base, and the dense change that belongs to it.
+  """A quantised weight of the base with a dense change beside it.
 
-  Nothing can be written into the integers of a quantised weight, so the change
-  stays a matrix of its own: x @ weight + x @ change.
+  The integers of a quantised weight are never rewritten, so the change stays a
+  separate matrix: x @ weight + x @ change.
+
+  >>> both = Amended(jnp.ones((1, 2)), change=jnp.ones((1, 2)))
+  >>> times(jnp.ones((1, 1)), both, jnp.float32).tolist()
+  [[2.0, 2.0]]
   """
 
   weight: Any  # has a `qvalue`
@@ -80,8 +84,8 @@ def add(weight: Any, delta: Any) -> Any:
 def times(x: jax.Array, weight: Any, dtype: Any) -> jax.Array:
   """Multiplies x [..., D] by a weight [D, F] of any kind, in x's precision.
 
-  `dtype` is that of the result. A quantised weight is written out for this
-  product alone.
+  `dtype` is that of the result. A quantised weight is dequantised for this
+  product only.
 
   >>> times(jnp.ones((1, 2)), jnp.eye(2), jnp.float32).tolist()
   [[1.0, 1.0]]
@@ -93,7 +97,7 @@ def times(x: jax.Array, weight: Any, dtype: Any) -> jax.Array:
 
 
 def values(weight: Any, dtype: Any) -> jax.Array:
-  """Returns a weight as an array: what it stands for if it is quantised."""
+  """Returns a weight as an array, dequantised if it is quantised."""
   if isinstance(weight, Amended):
     whole = values(weight.weight, jnp.float32) + weight.change
     return whole.astype(dtype)
@@ -103,7 +107,7 @@ def values(weight: Any, dtype: Any) -> jax.Array:
 
 
 def is_quantised(weight: Any) -> bool:
-  """Whether a weight holds integers, with or without a change beside them."""
+  """Returns True for a quantised weight, with or without a dense change."""
   return isinstance(weight, Amended) or hasattr(weight, 'qvalue')
 
 

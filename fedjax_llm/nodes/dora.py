@@ -1,4 +1,4 @@
-"""The node of DoRA: a direction, and a length for each output feature."""
+"""The node of DoRA: a low-rank direction and a norm per output feature."""
 
 from typing import Any, NamedTuple
 
@@ -47,8 +47,8 @@ class Dora(NamedTuple):
   def gain(self, weight: jax.Array) -> jax.Array:
     """Returns m / ||W + scale * a @ b|| for each output feature, [..., F].
 
-    Through products with the factors, so that clients in a `vmap` share W: the
-    matrix of none of them is ever formed. The norm has no gradient.
+    Computed from products with the factors, so that clients in a `vmap` share W
+    and no client's matrix is formed. The norm has no gradient.
     """
     highest = jax.lax.Precision.HIGHEST
     dot = lambda x, y: jnp.matmul(x, y, precision=highest)

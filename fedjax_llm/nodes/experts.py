@@ -1,12 +1,12 @@
-"""The node of FedAMoLE: low-rank experts, of which every token uses a few.
+"""The node of FedAMoLE: a shared low-rank expert and routed ones.
 
     y = x W + s x A B + sum_{e in top 2} g_e s x A_e B_e
     p = softmax over the experts held of <x A_e, x P> / sqrt(R)
     g_e = p_e / (p_i + p_j)   over the two largest, i and j
 
-Zhang et al. 2024, arXiv 2411.19128: A, B belong to an expert for every token,
-and P projects a token for its comparison with what each expert's own A makes
-of it.
+Zhang et al. 2024, arXiv 2411.19128: A, B are the expert that every token uses,
+and P projects a token x to be compared with its projection x A_e of each
+expert.
 """
 
 from typing import Any, NamedTuple
@@ -25,8 +25,11 @@ class Routing(NamedTuple):
 
       balance = E_k <mean over tokens of p, mean over tokens of c / 2>
 
-  with E_k the experts held and c = 1 for the experts of a token: 1 where the
-  tokens go to all experts alike.
+  with E_k the number of experts held and c = 1 for the experts of a token. The
+  balance is 1 if the tokens use all experts equally.
+
+  >>> Routing(1.0, experts=0.0, tokens=0.0, count=8).count
+  8
   """
 
   balance: Any  # [L]
@@ -36,11 +39,11 @@ class Routing(NamedTuple):
 
 
 class Experts(NamedTuple):
-  """An expert for every token, and for each token some out of a pool of E.
+  """A shared expert for every token, and for each token two of a pool of E.
 
-  Which change a token gets depends on it, so no weight can hold it. A client
-  works with the experts that it holds: one that is not held has no influence,
-  whatever is in it, and where fewer than two are held, a token uses those.
+  The change depends on the token, so it cannot be written into a weight. A
+  client uses only the experts that it holds: the others have no influence,
+  whatever their values, and if fewer than two are held, a token uses those.
 
   >>> one = jnp.ones((1, 1))
   >>> node = Experts(
@@ -63,9 +66,9 @@ class Experts(NamedTuple):
   def act_with_statistics(self, x, y, weight, real) -> tuple[jax.Array, Any]:
     """Returns y with the change of every token, and a `Routing`.
 
-    `real` marks the tokens that count, in the leading shape of x; None leaves
-    the statistics out. All E experts are computed, as factors of rank E R, and
-    the gates of those that a token does not use are zero.
+    `real` is True for tokens that count, in the leading shape of x; None skips
+    the statistics. All E experts are computed, as factors of rank E R, with
+    gates of zero for those that a token does not use.
     """
     del weight
     dtype = x.dtype
@@ -104,7 +107,7 @@ class Experts(NamedTuple):
     return y, Routing(balance, over(inner), over(token), count)
 
   def no_statistics(self) -> Routing:
-    """The statistics of no token: zeros, in float32."""
+    """Returns the statistics of zero tokens: zeros, in float32."""
     *lead, num, _, rank = self.pool.a.shape
     zeros = lambda *shape: jnp.zeros((*lead, *shape), jnp.float32)
     return Routing(zeros(), zeros(num, rank), zeros(rank), zeros())
@@ -113,7 +116,7 @@ class Experts(NamedTuple):
     del weight
     raise Error(
       'which experts act depends on the token, so they cannot be written '
-      'into a weight: what everybody is served has the shared expert alone.'
+      'into a weight: write the shared expert alone.'
     )
 
   def fold(self, weight: Any) -> tuple[Any, 'Experts']:
@@ -131,7 +134,7 @@ class Experts(NamedTuple):
 
 
 def _routed(alike: jax.Array, mine: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Probabilities over the experts held, and which ones a token uses."""
+  """Returns probabilities over the held experts and the mask of those used."""
   low = jnp.finfo(alike.dtype).min
   alike = jnp.where(mine, alike, low)
   p = jnp.where(mine, jax.nn.softmax(alike, -1), 0)

@@ -1,4 +1,4 @@
-"""The node of every LoRA-like adapter: two thin factors beside a weight."""
+"""The node of LoRA: two low-rank factors beside a weight."""
 
 from typing import Any, NamedTuple
 
@@ -13,9 +13,9 @@ class LowRank(NamedTuple):
 
   Stacked over layers every field has a leading L axis, so that one `lax.scan`
   walks the base and the adapter together. `scale` (alpha / R, or
-  alpha / sqrt(R) for rsLoRA) is never trained and never averaged. `residual`
-  is what an average of factors missed; it is dense, one a target, and is added
-  to the base once a round, outside `vmap`.
+  alpha / sqrt(R) for rsLoRA) is never trained and never averaged. `residual` is
+  the dense part of a change that the factors do not hold, such as the error of
+  averaged factors; it is added to the base once a round, outside `vmap`.
 
   Hu et al. 2021, arXiv 2106.09685.
 
@@ -35,7 +35,7 @@ class LowRank(NamedTuple):
     return self
 
   def act(self, x, y, weight=None) -> jax.Array:
-    """Adds scale * (x @ a) @ b as a product of its own.
+    """Adds scale * (x @ a) @ b as a separate product.
 
     Under `vmap` over adapters the product with the base is then one unbatched
     matmul with the rows of all clients.
@@ -61,5 +61,5 @@ class LowRank(NamedTuple):
     return add(weight, self.residual), self._replace(residual=None)
 
   def weight_shape(self) -> tuple[int, ...]:
-    """The shape of the weights that it fits, [..., D, F]."""
+    """Returns the shape of a fitting weight, [..., D, F]."""
     return (*jnp.shape(self.a)[:-1], jnp.shape(self.b)[-1])

@@ -1,4 +1,4 @@
-"""Parameters made of two parts that have the structure of an adapter's."""
+"""Parameters of two parts, each with the structure of an adapter's tree."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,11 @@ from typing import Any, NamedTuple
 class Controlled(NamedTuple):
   """Parameters with the server's control variate c (SCAFFOLD).
 
-  In an update: the client's update, and the change of its own c_k.
+  In an update, `params` is the client's update and `control` the change of its
+  own c_k.
+
+  >>> Controlled({'w': 1.0}, control={'w': 0.5}).control
+  {'w': 0.5}
   """
 
   params: Any  # those of the adapter
@@ -14,10 +18,14 @@ class Controlled(NamedTuple):
 
 
 class Dual(NamedTuple):
-  """Two sets of parameters at one base: everybody's, and a client's own.
+  """Two sets of parameters of one base: shared, and a client's own.
 
-  A scope keeps `personal` with the client. What is served is a view of both.
+  A scope keeps `personal` on the client. The served parameters are computed
+  from both.
+
+  >>> Dual(shared={'w': 1.0}, personal={'w': 2.0}).personal
+  {'w': 2.0}
   """
 
-  shared: Any  # everybody's: sent and averaged
-  personal: Any  # a client's own: it stays there
+  shared: Any  # sent and averaged
+  personal: Any  # stays on the client

@@ -1,14 +1,14 @@
-"""Nodes at places that are no weight: rows and keys in front of every text.
+"""Nodes at places that are no weight: prompt rows and keys before every text.
 
     params['inputs'] = Prompt(rows)                       before the first layer
     params['layers']['self_attn']['prefix'] = Prefix(keys, values)   in each
 
-The network owns these places. A text of T tokens still gives T hidden states:
-those of prompt rows are computed and cut off. With P rows in front the tokens
-stand at the places P, P + 1, ..., as in PEFT's prompt and prefix tuning, where
+The network defines these places. A text of T tokens still has T hidden states:
+those of prompt rows are computed and removed. With P rows in front the tokens
+have the positions P, P + 1, ..., as in PEFT's prompt and prefix tuning, where
 the rows count as tokens; sliding windows count them too. Several texts packed
-in one causal row share the rows: each sees them as if they stood directly in
-front of it. Where both nodes are present, the prefix comes first.
+in one causal row share the rows: each text sees them as directly before it. If
+both nodes are present, the prefix comes first.
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from fedjax_llm.types import Error
 
 
 class Prompt(NamedTuple):
-  """A soft prompt: P rows in the place of rows of `embed_tokens`.
+  """A soft prompt: P trained rows, used like rows of `embed_tokens`.
 
   Lester et al. 2021, arXiv 2104.08691. The network treats the rows as it treats
   embedded tokens: it scales them, adds learned positions and token type 0, and
@@ -64,8 +64,8 @@ class Prompt(NamedTuple):
 class Prefix(NamedTuple):
   """Keys and values of P places in front of the text, in every layer.
 
-  Li and Liang 2021, arXiv 2101.00190. The keys are compared as they are: they
-  are neither normalised nor rotated by the network.
+  Li and Liang 2021, arXiv 2101.00190. The network neither normalises nor
+  rotates these keys.
 
   >>> node = Prefix(jnp.ones((3, 2, 4)), jnp.ones((3, 2, 4)))
   >>> keys, values = node.before(jnp.zeros((5, 7, 2, 4)))
@@ -82,7 +82,7 @@ class Prefix(NamedTuple):
     return jnp.shape(self.keys)[-3]
 
   def before(self, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns what stands in front of keys [B, T, KV, head_dim] of a layer."""
+    """Returns keys and values to put before keys [B, T, KV, head_dim]."""
     if self.keys.shape[-2:] != keys.shape[-2:]:
       raise mismatch(
         ('layers', 'self_attn', 'prefix'),
@@ -102,7 +102,7 @@ class Prefix(NamedTuple):
     )
 
   def check(self, shape: tuple[int, ...], path: tuple[str, ...]) -> None:
-    """`shape` is that of the keys of one place, [L, KV * head_dim]."""
+    """Raises `Error` unless one place has `shape`, [L, KV * head_dim]."""
     for name, value in (('keys', self.keys), ('values', self.values)):
       here = jnp.shape(value)
       fits = len(here) == len(shape) + 2 and here[-3] == self.length() > 0

@@ -1,28 +1,28 @@
-"""What a change of a network can do: the methods of a node.
+"""The protocol of nodes: the methods of a change of a network.
 
-A node is a `NamedTuple` of arrays that stands in an adapter's tree beside a
-weight. It has methods, of which only the first is needed:
+A node is a `NamedTuple` of arrays in an adapter's tree, at the path of a
+weight. It has methods, of which only the first is required:
 
-    act(x, y, weight) -> y'     how it acts: x [..., D] are the module's inputs,
-                                y [..., F] is x @ weight before the bias
-    write(weight) -> weight'    the weight with the node in it; raises `Error`
-                                with the reason where that cannot be
-    check(shape, path)          raises `Error` where it does not fit a weight
+    act(x, y, weight) -> y'     changes y [..., F], which is x @ weight before
+                                the bias; x [..., D] are the module's inputs
+    write(weight) -> weight'    writes the node into the weight; raises `Error`
+                                with the reason if that is impossible
+    check(shape, path)          raises `Error` if it does not fit a weight
                                 [L, D, F] at `path`, which ends in 'kernel'
-    fold(weight) -> (weight', node')   moves what is frozen and dense into the
-                                weight, once a round
-    peft() -> Peft              how it leaves as PEFT, or `Error` with a reason
+    fold(weight) -> (weight', node')   moves frozen dense parts into the weight,
+                                once a round
+    peft() -> Peft              returns its form in PEFT, or raises `Error`
     act_with_statistics(x, y, weight, real) -> (y', statistics)
-    no_statistics() -> statistics of no token
+    no_statistics()             returns the statistics of zero tokens
 
-and class attributes `FROZEN`, the names of fields that nobody trains, and
-`PLACES`, where it may stand: ('kernel',) if it says nothing. Over layers all
-arrays have a leading L axis; `act` sees one layer, the others all of them.
+and class attributes `FROZEN`, the names of fields that are never trained, and
+`PLACES`, the allowed places: ('kernel',) by default. Over layers all arrays
+have a leading L axis; `act` gets one layer, the other methods all layers.
 
-A node with a method `factors() -> LowRank` needs nothing else: it does what its
-factors do. `weight_shape() -> tuple` is enough in the place of `check`. A
-method `replacement() -> weight` in the place of `act` takes the weight's place
-before anything else is computed. A plain array means `Added`.
+A node with a method `factors() -> LowRank` needs no other: it acts as its
+factors do. `weight_shape() -> tuple` may replace `check`. A node with a method
+`replacement() -> weight` instead of `act` replaces the weight before anything
+is computed. A plain array means `Added`.
 
 Other places than weights:
 
@@ -42,7 +42,7 @@ import jax
 from fedjax_llm.nodes.dense import Added, add
 from fedjax_llm.types import Error
 
-# Of a module, the weight that a leaf without a name is about.
+# Names of a module's main weight, which a leaf without a name changes.
 MAIN = ('kernel', 'scale', 'embedding')
 # Places of a network that are no weights.
 BESIDE = ('input', 'output', 'inputs', 'prefix')
@@ -51,7 +51,7 @@ _METHODS = ('act', 'factors', 'replacement', 'before')
 
 
 class Peft(NamedTuple):
-  """How a node leaves as PEFT: its factors, and a magnitude if it is a DoRA."""
+  """The form of a node in PEFT: low-rank factors, and a DoRA's magnitude."""
 
   factors: Any  # a `LowRank`
   magnitude: Any = None  # [L, F]
@@ -60,8 +60,8 @@ class Peft(NamedTuple):
 class Record(NamedTuple):
   """Statistics of the nodes of one layer, gathered while it is traced.
 
-  `real` marks the tokens that count, [B, T]; `statistics` has them by the
-  identity of the node, with the node, so that no other takes its identity.
+  `real` is True for the tokens that count, [B, T]. `statistics` maps id(node)
+  to (node, statistics); keeping the node keeps its id unique.
   """
 
   real: Any
@@ -69,7 +69,11 @@ class Record(NamedTuple):
 
 
 def is_node(leaf: Any) -> bool:
-  """Whether a leaf of an adapter has one of the methods of a node."""
+  """Returns True for a leaf with one of the methods of a node.
+
+  >>> is_node(Added(1.0)), is_node(1.0)
+  (True, False)
+  """
   return any(callable(getattr(leaf, name, None)) for name in _METHODS)
 
 
@@ -78,9 +82,9 @@ def kind(leaf: Any) -> str:
 
 
 def at(leaf: Any, name: str, main: str = 'kernel') -> Any:
-  """Returns what an adapter's leaf says about the place `name` of a module.
+  """Returns the node or array at the place `name` of a module, or None.
 
-  A leaf that is no dict is about the module's `main` weight.
+  A leaf that is no dict belongs to the module's `main` weight.
   """
   if isinstance(leaf, Mapping):
     return leaf.get(name)
@@ -88,7 +92,7 @@ def at(leaf: Any, name: str, main: str = 'kernel') -> Any:
 
 
 def factors(leaf: Any) -> Any:
-  """The `LowRank` that a leaf acts as, None where it is no low-rank change."""
+  """Returns the `LowRank` that a leaf acts as; None if it is not low-rank."""
   method = getattr(leaf, 'factors', None)
   return method() if callable(method) else None
 
@@ -96,7 +100,7 @@ def factors(leaf: Any) -> Any:
 def act(
   leaf: Any, x: Any, y: jax.Array, weight: Any, record: Record | None = None
 ) -> jax.Array:
-  """Returns y as the leaf changes it, in y's dtype; None changes nothing."""
+  """Returns y with the leaf's change, in y's dtype; None changes nothing."""
   if leaf is None:
     return y
   if not hasattr(leaf, 'act'):
@@ -109,7 +113,7 @@ def act(
 
 
 def statistics_of(params: Any, record: Record | None) -> Any:
-  """Returns the tree of what a record holds, with None at other leaves."""
+  """Returns the tree of recorded statistics, with None at other leaves."""
   if record is None:
     return None
   kept = record.statistics
@@ -133,12 +137,12 @@ def write(leaf: Any, weight: Any) -> Any:
 
 
 def fold(leaf: Any, weight: Any) -> tuple[Any, Any]:
-  """Returns (weight, leaf) with what is frozen and dense in the weight."""
+  """Returns (weight, leaf) with frozen dense parts moved into the weight."""
   return leaf.fold(weight) if hasattr(leaf, 'fold') else (weight, leaf)
 
 
 def check(leaf: Any, shape: tuple[int, ...], path: tuple[str, ...]) -> None:
-  """Raises `Error` where a leaf does not fit a place of this shape.
+  """Raises `Error` if a leaf does not fit a place of this shape.
 
   `path` ends in the name of the place.
   """
@@ -166,7 +170,7 @@ def check(leaf: Any, shape: tuple[int, ...], path: tuple[str, ...]) -> None:
 
 
 def mismatch(path: tuple[str, ...], here: Any, there: Any) -> Error:
-  """The error of a leaf at `path` whose shape is not that of the model."""
+  """Returns the `Error` for a leaf at `path` with a wrong shape."""
   where = '/'.join(path[:-1] if path[-1] in MAIN else path)
   return Error(
     f'its {where} is {list(here)}, that of the model is {list(there)}.'
@@ -174,17 +178,17 @@ def mismatch(path: tuple[str, ...], here: Any, there: Any) -> Error:
 
 
 def replacement(leaf: Any) -> tuple[bool, Any]:
-  """Whether a leaf takes its weight's place, and with what (or None)."""
+  """Returns (whether a leaf replaces its weight, the replacement or None)."""
   if not hasattr(leaf, 'replacement'):
     return False, None
   return True, leaf.replacement()
 
 
 def peft(leaf: Any) -> Peft | None:
-  """How a leaf leaves as PEFT; None for an array, which has no form there.
+  """Returns the form of a leaf in PEFT; None for an array, which has none.
 
   Raises:
-    Error: the node's reason, or that it has no form.
+    Error: the node has no form in PEFT, with its reason.
   """
   if hasattr(leaf, 'peft'):
     return leaf.peft()

@@ -14,10 +14,10 @@ class Scaled(NamedTuple):
   """Scales each feature: y' = y * scale.
 
   Liu et al. 2022, arXiv 2205.05638, equation 1. At a weight ('kernel') y is
-  x @ W before the bias, so W' = W diag(scale); at 'output' it is what the
-  module gives, bias included; at 'input' the module's inputs are scaled, as the
-  paper does between the two matrices of a perceptron. A norm's 'scale' is
-  scaled too.
+  x @ W before the bias, so W' = W diag(scale); at 'output' y is the module's
+  output, bias included; at 'input' the module's inputs are scaled, as in the
+  paper between the two matrices of a perceptron. A norm's 'scale' can be scaled
+  too.
 
   >>> node = Scaled(jnp.array([2.0, 0.5]))
   >>> node.act(None, jnp.ones((1, 2))).tolist()

@@ -15,6 +15,11 @@ class TensorTrain(NamedTuple):
       dW[i1 ... id, j1 ... jd] = scale G1[i1] ... Gd[id] Gd+1[j1] ... G2d[jd]
 
   The first half of the cores spans the inputs, the second half the features.
+
+  >>> cores = (jnp.ones((1, 3, 2)), jnp.ones((2, 4, 1)))
+  >>> node = TensorTrain(cores, jnp.float32(1))
+  >>> node.weight_shape(), float(node.factors().change()[0, 0])
+  ((3, 4), 2.0)
   """
 
   cores: tuple[Any, ...]  # each [L, R, modes, R]; R = 1 at both ends
@@ -38,7 +43,7 @@ class TensorTrain(NamedTuple):
 
 
 def _chain(cores: Sequence[Any]) -> Any:
-  """[..., R, modes of all, R']"""
+  """Multiplies a chain of cores out, [..., R, product of the modes, R']."""
   total = cores[0]
   for core in cores[1:]:
     total = jnp.einsum('...ris,...sjt->...rijt', total, core)

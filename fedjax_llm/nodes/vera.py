@@ -11,6 +11,11 @@ class Vera(NamedTuple):
   """Trained vectors: W' = W + p diag(d) q diag(b), with p and q frozen.
 
   Kopiczko et al. 2024, arXiv 2310.11454.
+
+  >>> ones = jnp.ones((2, 2))
+  >>> node = Vera(jnp.ones(2), jnp.array([1.0, 3.0]), p=ones, q=ones)
+  >>> node.factors().change().tolist()
+  [[2.0, 6.0], [2.0, 6.0]]
   """
 
   d: Any  # [L, R]

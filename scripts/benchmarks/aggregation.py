@@ -1,12 +1,12 @@
-"""Aggregation alone: rules on a stack of adapters, against other libraries.
+"""Measures aggregation rules on a stack of adapters, and other libraries.
 
-The stack is that of K clients' LoRA factors: rank 8 on q and v of 6 layers of
-width 512, float32, 393 kB a client. Everybody has it in memory in the form they
-like best. A rule reads the stack once, a copy reads and writes it; the rate of
-either is the bytes that it has to move over its time. A copy is that of torch
-on all cores, or of NumPy where that is faster. The mean of products computes
-2 K R D F operations a product and is bound by them: their rate is told too, and
-so is Krum's, whose inner products are 2 K^2 operations an entry.
+The stack holds K clients' LoRA factors: rank 8 on q and v of 6 layers of width
+512, float32, 393 kB a client. Every library has it in memory in its own form. A
+rule reads the stack once, a copy reads and writes it; the rate of either is the
+number of bytes to move divided by its time. The copy is torch's on all cores,
+or NumPy's if that is faster. The mean of products computes 2 K R D F operations
+for each product and is bound by them, so their rate is reported too, as is that
+of Krum, with inner products of 2 K^2 operations an entry.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ TRIMMED = 0.1
 
 
 def uploads_of(num: int, seed: int) -> Uploads:
-  """What the server has received: two nodes, of every client the whole."""
+  """Returns random uploads: two full low-rank nodes of every client."""
   rng = np.random.default_rng(seed)
   draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
   node = lambda: LowRank(
@@ -141,7 +141,7 @@ def in_torch(arrays: list[np.ndarray]) -> Calls:
 
 
 def in_flower(arrays: list[np.ndarray]) -> Calls:
-  """What its strategies call on the records that clients have sent."""
+  """Returns the functions of Flower's strategies on the clients' records."""
   from flwr.app import ArrayRecord, MetricRecord, RecordDict
   from flwr.serverapp.strategy import fedtrimmedavg, multikrum, strategy_utils
 
@@ -199,18 +199,18 @@ def measured(num: int, repeats: int, seed: int) -> dict[str, Any]:
     'krum': 2 * num * size / 4,
     'product mean': 2 * 2 * num * RANK * LAYERS * WIDTH**2,
   }
-  told: dict[str, Any] = {}
+  results: dict[str, Any] = {}
   for name, spent in sorted(taken.items()):
     rule = name.split(':')[0]
     rate = size * (2 if rule == 'copy' else 1) / spent
-    told[name] = {
+    results[name] = {
       'seconds': spent,
       'gb_per_second': rate / 1e9,
       'share_of_copy': rate / copy,
     }
     if rule in done:
-      told[name]['gflop_per_second'] = done[rule] / spent / 1e9
-  return told
+      results[name]['gflop_per_second'] = done[rule] / spent / 1e9
+  return results
 
 
 def main() -> None:
@@ -222,10 +222,10 @@ def main() -> None:
   repeats = args.repeats or (3 if args.quick else 7)
   kept = records.Records(args.out, seed=args.seed, repeats=repeats)
   for num in numbers:
-    told = kept.keep(
+    results = kept.keep(
       'rules', num, lambda num=num: measured(num, repeats, args.seed)
     )
-    print('\n' + tables.aggregation(num, told), flush=True)
+    print('\n' + tables.aggregation(num, results), flush=True)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,8 @@
 """Runs every framework on every workload and writes the table.
 
 Each run is a fresh process; runs are interleaved, so that a slow minute of the
-machine hits everybody; medians are quoted with the spread. No speed is quoted
-of a run whose final adapter is off the float64 reference.
+machine affects all frameworks; medians are quoted with the spread. No speed is
+quoted for a run with a final adapter that differs from the float64 reference.
 """
 
 import argparse
@@ -31,9 +31,9 @@ HERE = pathlib.Path(__file__).parent
 PEERS = sys.executable  # one environment holds them all
 
 
-# What a final adapter may be off by, relative to the largest move of an entry.
+# Allowed error of a final adapter, relative to the largest change of an entry.
 TOLERANCE = {'sgd': 1e-3, 'adamw': 5e-2}
-# Freed memory is kept, and in large pages: measured to help both frameworks.
+# Keeps freed memory, in large pages, which speeds up both frameworks.
 ALLOCATOR = {
   'MALLOC_MMAP_THRESHOLD_': str(1 << 32),
   'MALLOC_TRIM_THRESHOLD_': str(1 << 36),
@@ -54,7 +54,7 @@ def environment(name: str) -> dict[str, str]:
 
 
 def run(name, work, out, rounds, optimizer, more=(), limit=900) -> Any:
-  """One fresh process: its result with peak memory, or why there is none."""
+  """Runs one fresh process; returns its result with peak memory or an error."""
   runner = RUNNERS[name]
   shutil.rmtree(out, ignore_errors=True)
   command = [PEERS, HERE / runner.program, '--work', work, '--out', out]
@@ -86,7 +86,7 @@ def run(name, work, out, rounds, optimizer, more=(), limit=900) -> Any:
 
 
 def _watch(pid: int, peak: list[int]) -> None:
-  """The largest proportional set size of the process tree, at 5 Hz."""
+  """Records the largest proportional set size of a process tree, at 5 Hz."""
   while psutil.pid_exists(pid):
     try:
       root = psutil.Process(pid)
@@ -103,7 +103,10 @@ def _watch(pid: int, peak: list[int]) -> None:
 
 
 def gate(work, out, reference, optimizer) -> tuple[float, bool]:
-  """How far the final adapter is off, relative to the largest move."""
+  """Returns the error of the final adapter and whether it is tolerated.
+
+  The error is relative to the largest change of an entry.
+  """
   with np.load(out / 'adapter.npz') as a, np.load(reference) as b:
     off = max(np.abs(a[n].astype('f8') - b[n]).max() for n in b.files)
     from safetensors.numpy import load_file
@@ -115,7 +118,8 @@ def gate(work, out, reference, optimizer) -> tuple[float, bool]:
 
 
 def compare(args, folder: pathlib.Path) -> dict[str, Any]:
-  told: dict[str, Any] = {}
+  """Runs the frameworks on all regimes and returns the results by regime."""
+  measured: dict[str, Any] = {}
   for regime in args.regimes:
     work = folder / regime
     try:
@@ -159,18 +163,18 @@ def compare(args, folder: pathlib.Path) -> dict[str, Any]:
       for name, by in checks.items()
       for optimizer, result in by.items()
     }
-    told[regime] = {'tokens': tokens, 'off': off}
+    measured[regime] = {'tokens': tokens, 'off': off}
     for name, results in timed.items():
-      # The first round compiles and warms up; it is told apart.
+      # The first round compiles and warms up; it is reported separately.
       seconds = [statistics.median(r['rounds'][1:]) for r in results]
-      told[regime][name] = {
+      measured[regime][name] = {
         'tokens_per_second': tokens / statistics.median(seconds),
         'spread': [tokens / max(seconds), tokens / min(seconds)],
         'first_round': statistics.median(r['rounds'][0] for r in results),
         'peak_mb': statistics.median(r['peak_mb'] for r in results),
         'runs': len(results),
       }
-  return told
+  return measured
 
 
 def _short(result: dict[str, Any]) -> str:
@@ -210,7 +214,7 @@ def main() -> None:
     prog='scripts/benchmark',
     description=__doc__.splitlines()[0],
     epilog='scripts/benchmark aggregation, rounding and costs measure rules, '
-    'the low-rank algebra and a round by themselves: --help tells more.',
+    'the low-rank algebra and a round by themselves: see their --help.',
   )
   parser.add_argument('--quick', action='store_true', help='two regimes, once')
   parser.add_argument('--regimes', nargs='+', choices=list(regimes.REGIMES))
@@ -223,8 +227,8 @@ def main() -> None:
   parser.add_argument('--show', type=pathlib.Path, help='tables of that file')
   args = parser.parse_args()
   if args.show:
-    told = json.loads(args.show.read_text())['regimes']
-    print(table(told) + '\n\n' + overview(told))
+    measured = json.loads(args.show.read_text())['regimes']
+    print(table(measured) + '\n\n' + overview(measured))
     return
   quick = args.quick
   args.repeats = args.repeats or (1 if quick else 3)
@@ -235,21 +239,21 @@ def main() -> None:
   args.frameworks = args.frameworks or (some if quick else list(RUNNERS))
   here, before = machine(), {}  # on the day that the run begins
   if args.out and args.out.exists():
-    found = json.loads(args.out.read_text())
-    before = found['regimes']
-    if found['machine'] != here:
+    earlier = json.loads(args.out.read_text())
+    before = earlier['regimes']
+    if earlier['machine'] != here:
       raise SystemExit(
         f'{args.out} is of another day or machine: take another --out.'
       )
-  told = compare(args, args.work.resolve())
+  measured = compare(args, args.work.resolve())
   for regime, results in before.items():
-    new = told.get(regime, {})
+    new = measured.get(regime, {})
     off = results['off'] | new.get('off', {})
-    told[regime] = results | new | {'off': off}
-  result = {'machine': here, 'regimes': told}
+    measured[regime] = results | new | {'off': off}
+  result = {'machine': here, 'regimes': measured}
   if args.out:
     args.out.write_text(json.dumps(result, indent=1) + '\n')
-  print('\n' + json.dumps(result['machine']) + '\n\n' + table(told))
+  print('\n' + json.dumps(result['machine']) + '\n\n' + table(measured))
 
 
 if __name__ == '__main__':

@@ -1,14 +1,15 @@
-"""What a round of ours costs, against everything that it may grow with.
+"""Measures the time of a round by cohort, width, row length and block size.
 
 (a) the cohort: 1 to 256 clients in blocks of 16, each one step on one row of 8
-tokens, 2 layers of width 64: nearly all of it is overhead. A line a + b N is
-fitted from 16 clients on; b without its matrix products at the machine's own
-rate is the fixed cost of a client. (b) width, 4 layers, 16 clients of one row
-of 64 tokens; (c) length of a row, 4 layers of width 256, 4 clients; (d) block
-size, 64 clients of one row of 64 tokens. One step everywhere. Points of a panel
-are interleaved in one process; those of the eager torch loop (needed logits)
-are processes of their own. Then the share that rounds of three regimes of
-`compare.py` reach of this machine's matrix products, measured between them.
+tokens, 2 layers of width 64: nearly all of the time is overhead. A line a + b N
+is fitted from 16 clients on; b minus the time of its matrix products at the
+machine's rate is the fixed cost of a client. (b) width, 4 layers, 16 clients of
+one row of 64 tokens; (c) length of a row, 4 layers of width 256, 4 clients; (d)
+block size, 64 clients of one row of 64 tokens. One step everywhere. Points of a
+panel are interleaved in one process; each point of the eager torch loop (needed
+logits) runs in its own process. Then, for three regimes of `compare.py`, the
+rate of a round's operations as a share of the rate of this machine's matrix
+products, which are measured between the rounds.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def shape(width: int, layers: int = 4, vocabulary: int = 2048) -> dict:
 
 
 def panels(quick: bool) -> dict[str, dict[int, regimes.Regime]]:
-  """Regimes by panel and by what is varied there."""
+  """Returns the regimes by panel and by the panel's variable."""
   row = lambda clients, length, of: regimes.Regime(clients, 1, length, 1, of)
   some = lambda values: values[::2][:2] if quick else values
   small = regimes.REGIMES['overhead'].shape
@@ -64,7 +65,7 @@ def panels(quick: bool) -> dict[str, dict[int, regimes.Regime]]:
 
 
 def work_of(folder: pathlib.Path, name: str, regime: Any = None) -> Any:
-  """The workload in a folder of its own, as the runners' arguments."""
+  """Writes a workload into its own folder; returns the runners' arguments."""
   regimes.make(name, folder / name, 0, regime)
   return argparse.Namespace(
     work=folder / name, optimizer='adamw', rate=peer.RATE['adamw']
@@ -74,7 +75,7 @@ def work_of(folder: pathlib.Path, name: str, regime: Any = None) -> Any:
 def measured(
   panel: str, points: dict[int, regimes.Regime], args: Any
 ) -> dict[str, Any]:
-  """Milliseconds a round by point, of ours and of torch, and the peak."""
+  """Measures milliseconds per round of ours and of torch, and the peak rate."""
   calls, done = peak.products()
   counts = {}
   for n, regime in points.items():
@@ -85,9 +86,9 @@ def measured(
     calls[f'{n}'] = run.step
     needed = regime.batch * (regime.length // 2)
     counts[f'{n}'] = peak.counted(regime, run.loaded.config, needed)
-  short = 5 if panel == 'cohort' else 1  # milliseconds: more of them
+  short = 5 if panel == 'cohort' else 1  # rounds of milliseconds: repeat more
   taken = records.seconds(calls, short * args.repeats)
-  told: dict[str, Any] = {
+  results: dict[str, Any] = {
     'gflop_per_second': peak.rate(taken, done) / 1e9,
     'ours': {n: 1e3 * taken[n] for n in counts},
     'counted_gflop': {n: x / 1e9 for n, x in counts.items()},
@@ -97,23 +98,23 @@ def measured(
     },
   }
   if panel != 'block':
-    told['torch'] = {n: by_torch(f'{panel}-{n}', args) for n in counts}
-  return told
+    results['torch'] = {n: by_torch(f'{panel}-{n}', args) for n in counts}
+  return results
 
 
 def by_torch(name: str, args: Any) -> float | None:
-  """Milliseconds a round of the eager loop, in a fresh process."""
+  """Measures milliseconds per round of the eager loop in a fresh process."""
   out = args.work / 'out'
   rounds = args.repeats + 1
-  found = compare.run('p0+', args.work / name, out, rounds, 'adamw')
-  if 'error' in found:
-    print(f'{name}: torch failed: {found["error"]}', file=sys.stderr)
+  result = compare.run('p0+', args.work / name, out, rounds, 'adamw')
+  if 'error' in result:
+    print(f'{name}: torch failed: {result["error"]}', file=sys.stderr)
     return None
-  return 1e3 * statistics.median(found['rounds'][1:])
+  return 1e3 * statistics.median(result['rounds'][1:])
 
 
 def share(name: str, args: Any) -> dict[str, float]:
-  """Of the machine's matrix products, what a round of the regime reaches."""
+  """Measures a round's share of the machine's rate of matrix products."""
   regime = regimes.REGIMES[name]
   work = work_of(args.work, name)
   run = ours.ready(work)
@@ -138,7 +139,7 @@ def main() -> None:
   missing = {
     k: v for k, v in compare.ALLOCATOR.items() if os.environ.get(k) != v
   }
-  if missing:  # as in the comparison; it is read when a process begins
+  if missing:  # as in the comparison; the allocator reads it at process start
     words = [sys.executable, *sys.argv]
     os.execve(sys.executable, words, {**os.environ, **missing})
   parser = records.arguments(__doc__, 'costs.json')
@@ -157,10 +158,10 @@ def main() -> None:
     print(f'{panel} is measured', flush=True)
   for name in SHARES[:1] if args.quick else SHARES:
     kept.keep('shares', name, lambda name=name: share(name, args))
-  print('\n' + tables.costs(kept.told))
+  print('\n' + tables.costs(kept.results))
   from costs_figure import save
 
-  save(args.out.with_suffix('.png'), kept.told, tables.overhead)
+  save(args.out.with_suffix('.png'), kept.results, tables.overhead)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Four panels: a round against cohort, width, length and block."""
+"""Draws the time of a round by cohort, width, length and block."""
 
 import io
 import pathlib
@@ -7,7 +7,7 @@ from typing import Any
 
 from fedjax_llm.report import drawing
 
-# Marks and dashes differ too: colours are not needed to tell lines apart.
+# Marks and dashes differ too, so that lines differ without colours.
 LOOKS = {
   'ours': ('fedjax_llm', drawing.COLOURS[0], 'o', 'solid'),
   'torch': ('torch + peft, eager loop', drawing.COLOURS[1], 's', 'dashed'),
@@ -21,8 +21,9 @@ PANELS = {
 
 
 def save(
-  path: pathlib.Path, told: dict[str, Any], fit: Callable[[Any], Any]
+  path: pathlib.Path, results: dict[str, Any], fit: Callable[[Any], Any]
 ) -> None:
+  """Writes the figure of `costs.py`; `fit` returns the fitted line's costs."""
   import matplotlib
 
   matplotlib.use('Agg')
@@ -36,12 +37,13 @@ def save(
   for (panel, (across, up)), axes in zip(
     PANELS.items(), grid.flat, strict=True
   ):
-    found = told['costs'][panel]
+    measured = results['costs'][panel]
     for key, (label, colour, mark, dash) in LOOKS.items():
-      points = {int(n): y for n, y in found.get(key, {}).items() if y}
+      points = {int(n): y for n, y in measured.get(key, {}).items() if y}
       if not points:
         continue
-      each = lambda n, y, found=found: y * 1e3 / found['tokens'][str(n)]
+      tokens = measured['tokens']
+      each = lambda n, y, tokens=tokens: y * 1e3 / tokens[str(n)]
       scale = each if panel != 'cohort' else lambda n, y: y
       axes.plot(
         list(points),
@@ -54,7 +56,7 @@ def save(
         label=label,
       )
     axes.set(xscale='log', yscale='log', xlabel=across, ylabel=up)
-    numbers = [int(n) for n in found['ours']]
+    numbers = [int(n) for n in measured['ours']]
     axes.set_xticks(numbers, [str(n) for n in numbers])
     axes.xaxis.set_minor_locator(NullLocator())
     low, high = axes.get_ylim()
@@ -66,8 +68,8 @@ def save(
     axes.set_axisbelow(True)
     axes.spines[['top', 'right']].set_visible(False)
   first = grid.flat[0]
-  line = fit(told['costs']['cohort'])
-  numbers = [int(n) for n in told['costs']['cohort']['ours']]
+  line = fit(results['costs']['cohort'])
+  numbers = [int(n) for n in results['costs']['cohort']['ours']]
   first.plot(
     numbers,
     [line['a_ms'] + line['b_ms'] * n for n in numbers],

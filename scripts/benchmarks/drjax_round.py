@@ -1,4 +1,4 @@
-"""P6: DrJAX places the clients; what a client computes is ours."""
+"""P6: DrJAX places the clients and runs our client computation."""
 
 import drjax
 import jax
@@ -25,7 +25,7 @@ def main() -> None:
   def one(params, batches, base):
     started = drjax.broadcast((params, base))
     ends = drjax.map_fn(
-      lambda given, batches: client(given[1], given[0], batches),
+      lambda state, batches: client(state[1], state[0], batches),
       (started, batches),
     )
     return drjax.reduce_mean(ends)

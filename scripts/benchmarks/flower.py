@@ -55,9 +55,9 @@ def main() -> None:
   stamps, server = [], flwr.serverapp.ServerApp()
 
   class Timed(FedAvg):
-    def configure_train(self, *given, **keywords):
+    def configure_train(self, *args, **keywords):
       stamps.append(time.perf_counter())
-      return super().configure_train(*given, **keywords)
+      return super().configure_train(*args, **keywords)
 
   final = {}
 

@@ -1,5 +1,7 @@
-"""P1: a Hugging Face Trainer per client and round, as OpenFedLLM and Shepherd
-are built."""
+"""P1: a Hugging Face Trainer for each client and round.
+
+OpenFedLLM and Shepherd are built so.
+"""
 
 import logging
 import tempfile
@@ -34,7 +36,7 @@ def main() -> None:
   )
 
   class InOrder(Trainer):
-    """The same batches in the same order as everybody else."""
+    """Returns the batches in the same order as all other runners."""
 
     def _get_train_sampler(self, dataset=None):
       return torch.utils.data.SequentialSampler(dataset or self.train_dataset)

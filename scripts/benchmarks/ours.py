@@ -1,6 +1,6 @@
-"""fedjax_llm: the cohort as one program, through the public interface.
+"""fedjax_llm: runs the cohort as one program, through the public interface.
 
-`--devices 2` makes JAX see the CPU as two devices, to which clients are dealt:
+`--devices 2` makes JAX use the CPU as two devices, with clients on both:
 `cpu_devices` of a config.
 """
 
@@ -22,7 +22,7 @@ from fedjax_llm.types import Batch, Cohort
 
 
 def setting(args, **model_settings):
-  """The model, the adapter, the cohort on the device, and the loss."""
+  """Returns the model, the adapter, the cohort on the device, and the loss."""
   loaded = models.pretrained(str(args.work / 'model'), **model_settings)
   params = peft.load(
     args.work / 'adapter',
@@ -48,13 +48,13 @@ def optimizer(args):
 
 
 def as_auto(cohort) -> int:
-  """What block_size='auto' chooses where memory is no matter."""
+  """Returns the choice of block_size='auto' with unlimited memory."""
   k, _, b, t = cohort.batches.tokens.shape
   return blocks.rule(b * t, k, jax.default_backend())
 
 
 class Run(NamedTuple):
-  """A method that stands ready: `step()` is one round."""
+  """A method that is ready to train: `step()` runs one round."""
 
   step: Callable[[], None]
   params: Callable[[], Any]  # what the server has now
@@ -63,7 +63,7 @@ class Run(NamedTuple):
 
 
 def ready(args, block: int = 0, **model_settings) -> Run:
-  """FedAvg on all devices, in blocks of `block` clients (0: as auto)."""
+  """Prepares FedAvg on all devices in blocks of `block` clients (0: auto)."""
   loaded, params, cohort, loss = setting(args, **model_settings)
   mesh = sharding.mesh() if jax.device_count() > 1 else None
   base = loaded.base
@@ -85,8 +85,8 @@ def ready(args, block: int = 0, **model_settings) -> Run:
 
   def one_round():
     nonlocal state
-    state, _, told = step(state, cohort, base)
-    jax.block_until_ready((state.params, told))
+    state, _, info = step(state, cohort, base)
+    jax.block_until_ready((state.params, info))
 
   return Run(one_round, lambda: state.params, program, loaded)
 
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def save(args, params, config) -> None:
-  """Through our PEFT directory, so that the names are PEFT's."""
+  """Saves the adapter as a PEFT directory and reads it, for PEFT's names."""
   from safetensors.numpy import load_file
 
   peft.save(

@@ -1,4 +1,4 @@
-"""Matrix products of this machine, and how many of them a round holds."""
+"""Measures matrix products of this machine and counts those of a round."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ PRODUCTS = ((1024, 1024, 1024), (2048, 2048, 2048), (1024, 256, 688))
 
 
 def products() -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
-  """Float32 products through XLA, and the operations of each call."""
+  """Returns float32 products through XLA, and the operations of each call."""
   calls: dict[str, Callable[[], Any]] = {}
   done: dict[str, float] = {}
   rng = np.random.default_rng(0)
@@ -32,21 +32,21 @@ def products() -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
 
 
 def rate(taken: dict[str, float], done: dict[str, float]) -> float:
-  """Operations a second of the product that is fastest."""
+  """Returns the operations per second of the fastest product."""
   return max(done[name] / taken[name] for name in done)
 
 
 def counted(regime: regimes.Regime, config: Any, needed: int) -> float:
-  """Operations that a round cannot do without.
+  """Counts the operations that a round needs at least.
 
       tokens (4 N_matmul + 6 T H Dh L) + 4 D V targets
 
   N_matmul are the entries of all kernels of the layers: a product forwards and
   one for the gradient of activations. Attention is causal, two products
   forwards and four backwards over half of T x T places, of H heads of Dh.
-  Logits are counted where a token is learned, `needed` of a batch of a client.
-  Factors of the adapter, recomputation, and gradients that nobody needs in the
-  first layer are left out.
+  Logits are counted for learned tokens, `needed` in each client's batch.
+  Factors of the adapter, recomputation, and unneeded gradients of the first
+  layer are left out.
   """
   c, t = config, regime.length
   heads = c.num_heads * c.head_dim
@@ -59,5 +59,5 @@ def counted(regime: regimes.Regime, config: Any, needed: int) -> float:
 
 
 def executed(program: Any, steps: int) -> float:
-  """Operations of all matrix products in the traced round."""
+  """Counts the operations of all matrix products in the traced round."""
   return math.fsum(costs.of(program, trips=steps).flops.values())

@@ -1,8 +1,8 @@
-"""What every framework's runner shares: arguments, the clock, the result.
+"""Shared parts of the frameworks' runners: arguments, clock, result.
 
 A runner is a fresh process: `RUNNER.py --work DIR --out DIR --rounds R
---optimizer adamw`. It writes `result.json` (seconds of every round, the first
-one too) and `adapter.npz` (the final factors under PEFT's names), which the
+--optimizer adamw`. It writes `result.json` (seconds of every round, with the
+first) and `adapter.npz` (the final factors under PEFT's names), which the
 driver compares with the float64 reference before it quotes any speed.
 """
 
@@ -35,7 +35,7 @@ def arguments(*more: str) -> argparse.Namespace:
 
 
 def data(work: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens [K, S, B, T] and the loss mask."""
+  """Reads the tokens [K, S, B, T] and the loss mask."""
   with np.load(work / 'data.npz') as file:
     return file['tokens'], file['mask']
 
@@ -52,8 +52,8 @@ def measure(args: Any, one_round: Callable[[], Any]) -> None:
 
 def write(args: Any, setup: float, seconds: list[float]) -> None:
   args.out.mkdir(parents=True, exist_ok=True)
-  told = {'setup': setup, 'rounds': seconds}
-  (args.out / 'result.json').write_text(json.dumps(told) + '\n')
+  result = {'setup': setup, 'rounds': seconds}
+  (args.out / 'result.json').write_text(json.dumps(result) + '\n')
 
 
 def save(args: Any, named: dict[str, Any]) -> None:

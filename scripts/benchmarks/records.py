@@ -1,4 +1,4 @@
-"""What the measuring programs share: the clock, and a file that remembers."""
+"""Shared parts of the measuring programs: the clock and the results file."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from compare import machine
 
 
 def arguments(doc: str, out: str) -> argparse.ArgumentParser:
-  """Flags of all of them; results are kept in `out` unless told otherwise."""
+  """Returns a parser with the shared flags; `out` is the default of --out."""
   parser = argparse.ArgumentParser(
     prog=f'scripts/benchmark {pathlib.Path(out).stem}',
     description=doc,
@@ -31,27 +31,27 @@ def arguments(doc: str, out: str) -> argparse.ArgumentParser:
 
 
 class Records:
-  """Results by name, written after each, so that a run can be taken up."""
+  """Results by name, written after each one, so that a run can be resumed."""
 
   def __init__(self, path: pathlib.Path, **settings: Any):
     self.path = path
-    self.told: dict[str, Any] = {'machine': machine(), **settings}
+    self.results: dict[str, Any] = {'machine': machine(), **settings}
     if path.exists():
       before = json.loads(path.read_text())
-      if any(before.get(k) != v for k, v in self.told.items()):
+      if any(before.get(k) != v for k, v in self.results.items()):
         raise SystemExit(
           f'{path} is of another day, machine or setting: take another --out.'
         )
-      self.told = before
+      self.results = before
 
   def keep(self, part: str, name: Any, measure: Callable[[], Any]) -> Any:
-    """`told[part][name]`, measured unless it is there."""
-    by_name = self.told.setdefault(part, {})
+    """Returns the result `name` of a part, measuring it if it is missing."""
+    by_name = self.results.setdefault(part, {})
     if str(name) not in by_name:
       by_name[str(name)] = measure()
       self.path.parent.mkdir(parents=True, exist_ok=True)
       new = self.path.with_suffix('.new')
-      new.write_text(json.dumps(self.told, indent=1) + '\n')
+      new.write_text(json.dumps(self.results, indent=1) + '\n')
       new.replace(self.path)
     return by_name[str(name)]
 
@@ -59,11 +59,10 @@ class Records:
 def seconds(
   functions: Mapping[str, Callable[[], Any]], repeats: int, pause: float = 0.0
 ) -> dict[str, float]:
-  """Medians of interleaved calls; the first, which compiles, is not counted.
+  """Returns medians of interleaved calls, without the first, which compiles.
 
-  A slow minute of the machine hits them all. Where libraries take turns there
-  is a pause before each: threads of the one before spin on for some time, and
-  nobody shall pay for them.
+  A slow minute of the machine affects all functions. `pause` waits before each
+  call until the threads of the previous library stop spinning.
   """
   for call in functions.values():
     jax.block_until_ready(call())

@@ -2,8 +2,8 @@
 
 A workload is a folder: `model/` and `adapter/` (Hugging Face and PEFT
 directories, random weights from one seed), `data.npz` (tokens [K, S, B, T] and
-the loss mask) and `work.json`. The second half of every row carries loss, as
-replies do.
+the loss mask) and `work.json`. The second half of every row has a loss, like a
+reply.
 """
 
 import json
@@ -109,5 +109,5 @@ def make(
   tokens = rng.integers(0, loaded.config.vocab_size, shape).astype(np.int32)
   mask = np.broadcast_to(np.arange(regime.length) >= regime.length // 2, shape)
   np.savez(folder / 'data.npz', tokens=tokens, mask=mask)
-  told = {'name': name, 'seed': seed, **regime._asdict()}
-  (folder / 'work.json').write_text(json.dumps(told, indent=2) + '\n')
+  work = {'name': name, 'seed': seed, **regime._asdict()}
+  (folder / 'work.json').write_text(json.dumps(work, indent=2) + '\n')

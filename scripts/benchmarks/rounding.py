@@ -1,11 +1,11 @@
-"""`svd_round` of a mean product, against a dense SVD of it.
+"""Compares `svd_round` of a mean product with a dense SVD.
 
-Clients' factors are common ones and each client's own noise, a twentieth of
-them: singular values of the mean product fall from 1 to 1/4 over the rank that
-is kept, and what is beyond is smaller, so that the best product of that rank is
-one and well defined. The truth is a dense SVD in float64. Two errors are told:
-of the product, relative to the truth, and how much further from the mean
-product it is than the truth, relative to its distance.
+Clients' factors are common factors plus each client's own noise of a twentieth
+of their size: singular values of the mean product fall from 1 to 1/4 over the
+kept rank, and the others are smaller, so that the best product of that rank is
+unique. The reference is a dense SVD in float64. Two errors are reported: that
+of the product, relative to the reference, and its excess distance from the mean
+product over that of the reference, relative to the latter.
 """
 
 from typing import Any, NamedTuple
@@ -96,7 +96,7 @@ def main() -> None:
   for case in QUICK if args.quick else CASES:
     measure = lambda case=case: measured(case, repeats, args.seed)
     kept.keep('svd_round', case, measure)
-  print(tables.rounding(kept.told['svd_round']))
+  print(tables.rounding(kept.results['svd_round']))
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The frameworks that are compared: a program each, and how it is called."""
+"""The compared frameworks: the program of each and its flags."""
 
 from typing import NamedTuple
 

@@ -12,14 +12,14 @@ from runners import RUNNERS
 BLOCK = 16  # clients that train at once in the panel `cohort` of `costs.py`
 
 
-def table(told: dict[str, Any]) -> str:
-  """Returns speed, first round and memory: a row a regime and framework."""
+def table(regimes: dict[str, Any]) -> str:
+  """Returns speed, first round and memory by regime and framework."""
   lines = [
     '| regime | framework | tokens/s (spread) | our best / it | '
     'first round, s | peak, MB |',
     '|---|---|---|---|---|---|',
   ]
-  for regime, results in told.items():
+  for regime, results in regimes.items():
     there = [x for x in results if x.startswith('ours')]
     ours = max((results[x]['tokens_per_second'] for x in there), default=None)
     for name, runner in RUNNERS.items():
@@ -36,11 +36,11 @@ def table(told: dict[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def overview(told: dict[str, Any]) -> str:
+def overview(regimes: dict[str, Any]) -> str:
   """Returns frameworks by regimes: tokens/s, and our best as a multiple."""
   lines = [
-    '| tokens/s (our best / it) | ' + ' | '.join(told) + ' |',
-    '|---' * (len(told) + 1) + '|',
+    '| tokens/s (our best / it) | ' + ' | '.join(regimes) + ' |',
+    '|---' * (len(regimes) + 1) + '|',
   ]
   speed = {
     regime: {
@@ -48,7 +48,7 @@ def overview(told: dict[str, Any]) -> str:
       for name, r in results.items()
       if name in RUNNERS
     }
-    for regime, results in told.items()
+    for regime, results in regimes.items()
   }
   for name, runner in RUNNERS.items():
     cells = []
@@ -81,7 +81,7 @@ def aggregation(number: Any, results: dict[str, Any]) -> str:
 
 
 def rounding(results: dict[str, Any]) -> str:
-  """Returns the table of `rounding.py`: a row a case."""
+  """Returns the table of `rounding.py`, one row for each case."""
   lines = [
     '| `svd_round` of | fedjax_llm, s | dense SVD, s (jax, numpy) | '
     'times faster | relative error | excess distance |',
@@ -98,7 +98,7 @@ def rounding(results: dict[str, Any]) -> str:
 
 
 def line(by_number: dict[str, float], least: int) -> tuple[float, float]:
-  """Fits a + b N from `least` clients on; relative errors count alike."""
+  """Fits a + b N from `least` clients on, by relative errors."""
   points = [(int(n), ms) for n, ms in by_number.items() if int(n) >= least]
   n, ms = np.array(points).T
   slope, start = np.polyfit(n, ms, 1, w=1 / ms)

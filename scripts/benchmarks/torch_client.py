@@ -1,4 +1,4 @@
-"""One client in PyTorch and PEFT, as lean as an eager loop can be."""
+"""One client in PyTorch and PEFT, with as little overhead as possible."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ class Client:
     return [p.detach().clone() for p in self.params]
 
   def full_loss(self, tokens, mask):
-    """As the libraries write it: logits everywhere, labels of -100."""
+    """Computes the loss as libraries do: all logits, labels of -100."""
     labels = torch.where(mask, tokens, -100)
     logits = self.model(input_ids=tokens).logits[:, :-1]
     return torch.nn.functional.cross_entropy(
@@ -45,7 +45,7 @@ class Client:
     )
 
   def needed_loss(self, tokens, mask):
-    """Logits only where the mask carries loss."""
+    """Computes the loss with logits only where the mask is set."""
     inner = self.model.base_model.model
     hidden = inner.model(input_ids=tokens).last_hidden_state[:, :-1]
     hidden = hidden.reshape(-1, hidden.shape[-1])[self.index]
@@ -54,7 +54,7 @@ class Client:
     return torch.nn.functional.cross_entropy(logits, targets)
 
   def train(self, start: list[torch.Tensor], client: int) -> None:
-    """Local steps from `start`; the result is in `self.params`."""
+    """Runs local steps from `start`; the result is in `self.params`."""
     with torch.no_grad():
       torch._foreach_copy_(self.params, start)
     if self.optimizer == 'adamw':

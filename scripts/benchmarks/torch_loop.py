@@ -1,9 +1,9 @@
-"""P0: one client after another in PyTorch and PEFT.
+"""P0: trains one client after another in PyTorch and PEFT.
 
-`--loss full` is what libraries do, `--loss needed` computes logits only at the
-reply (P0+); `--compile 1` puts the loss under torch.compile; `--processes 2` is
-one process a core, each with half of the clients; `--dtype float64` is the
-reference of the correctness gate.
+`--loss full` computes all logits, as libraries do, `--loss needed` only those
+of the reply (P0+); `--compile 1` uses torch.compile for the loss;
+`--processes 2` runs one process per core, each with half of the clients;
+`--dtype float64` is the reference of the correctness check.
 """
 
 import peer

@@ -1,14 +1,14 @@
-"""Trains every method with every seed, then tells what was found.
+"""Trains every method with every seed, then prints and saves the results.
 
 One process runs all of them, one after another, and a method compiles once.
-Every run is a workdir: one that is finished is skipped, one that was killed, or
-that has done fewer rounds than are asked for, goes on from its last round.
+Every run is a workdir: a finished run is skipped, a stopped run, or one with
+fewer rounds than requested, resumes from its last round.
 
-All methods see the same clients, texts and order of texts: with one seed they
-differ in nothing but the method. The local optimizer is the same as well, AdamW
-at 2e-3, its moments afresh in every round, except where nothing is sent
-(local_only goes on with its own). Methods that train two parts one after the
-other give each half of a client's steps, so that nobody trains on more tokens.
+All methods get the same clients, texts and order of texts: runs of one seed
+differ in the method only. The local optimizer is the same too, AdamW at 2e-3
+with new moments in every round (local_only, which sends nothing, keeps its
+moments). Methods that train two parts one after the other give each part half
+of a client's steps, so that every method trains on the same number of tokens.
 """
 
 import argparse
@@ -23,22 +23,22 @@ ROOT = pathlib.Path(__file__).parents[2]
 SEEDS = (0, 1, 2)
 ALIKE = {
   # Eight roles train and four never do; half of the eight take part in a round,
-  # in one block, or the error of a rule that streams would not be measured.
+  # in one block, so that the error of streaming rules is measured too.
   'population.template': 'plain',
   'population.max_length': 64,
   'population.max_clients': 12,
   'clients.cohort_size': 4,
   'block_size': 4,
   'cohort.packing': True,
-  # Some rules have no weights: for all of them every client counts the same.
+  # Some rules have no weights: in every method all clients have equal weight.
   'cohort.weight_by': 'uniform',
   'evals.every': 1000,  # before the first round and after the last one only
   'evals.per_client': 2,
   'evals.samples': 0,
 }
-# Clients that can carry 2, 4 or all 8 ranks, a third each.
+# Clients with a capacity of 2, 4 or all 8 ranks, a third each.
 MIXED = ('--config.profiles={"name": "ranks", "choices": [2, 4, 8]}',)
-# Two of the four steps of a client for the part that it keeps.
+# Two of a client's four steps train its private part.
 HALVES = ('--config.algorithm.private_steps=2',)
 METHODS = {
   'local_only': (),
@@ -58,9 +58,9 @@ def run(
 ) -> None:
   config = str(ROOT / 'configs/quickstart.py') + (':smoke' if smoke else '')
   settings = {**ALIKE, 'seed': seed, 'num_rounds': rounds}
-  said = [f'--config.{field}={value}' for field, value in settings.items()]
-  said += [f'--config.algorithm.name={name}', *METHODS[name]]
-  status = train.main(['--config', config, '--workdir', str(workdir), *said])
+  flags = [f'--config.{field}={value}' for field, value in settings.items()]
+  flags += [f'--config.algorithm.name={name}', *METHODS[name]]
+  status = train.main(['--config', config, '--workdir', str(workdir), *flags])
   if status:
     raise SystemExit(status)
   if tables.num_rounds(workdir) < rounds:
@@ -88,9 +88,9 @@ def main() -> None:
     for number, ((name, seed), folder) in enumerate(runs.items(), 1):
       print(f'\n== {number}/{len(runs)}: {name}, seed {seed}', flush=True)
       run(folder, name, seed=seed, rounds=args.rounds, smoke=args.smoke)
-  found = tables.collect(runs)
-  tables.write(found, out)
-  print(tables.markdown(found))
+  results = tables.collect(runs)
+  tables.write(results, out)
+  print(tables.markdown(results))
   print(f'\n{out}/results.json and {out}/results.png', file=sys.stderr)
 
 

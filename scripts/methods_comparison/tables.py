@@ -1,4 +1,4 @@
-"""What the workdirs of a comparison say: numbers, a table, a figure."""
+"""Collects the results of a comparison: numbers, a table and a figure."""
 
 import datetime
 import json
@@ -23,28 +23,29 @@ BRANCH = {name: branch for branch, own in BRANCHES.items() for name in own}
 
 
 def records(workdir: pathlib.Path) -> list[dict]:
-  """The rounds of a run, the tests before the first one included."""
+  """Returns the records of a run, with the evaluation before round 1 first."""
   text = (workdir / 'metrics.jsonl').read_text()
   return [json.loads(line) for line in text.splitlines()]
 
 
 def num_rounds(workdir: pathlib.Path) -> int:
-  """How many rounds a run has done."""
-  return max((told['round'] for told in records(workdir)), default=0)
+  """Returns the number of completed rounds of a run."""
+  return max((record['round'] for record in records(workdir)), default=0)
 
 
 def collect(runs: Mapping[tuple[str, int], pathlib.Path]) -> dict:
-  """{'before': {seed: numbers}, 'methods': {name: {seed: numbers}}, ...}.
+  """Returns {'before': {seed: losses}, 'methods': {name: {seed: numbers}}}.
 
-  Exits where a run is missing, or not all trained on the same tokens.
+  Also the date and the tokens by seed. Exits if a run is missing, or if runs of
+  one seed trained on different numbers of tokens.
   """
   methods: dict[str, dict[int, dict]] = {}
   before, tokens = {}, {}
   for (name, seed), workdir in runs.items():
     if not (workdir / 'metrics.jsonl').exists():
       raise SystemExit(f'{workdir} is missing: run without --table first.')
-    told = records(workdir)
-    by_round = [told_round['local/tokens'] for told_round in told[1:]]
+    rounds = records(workdir)
+    by_round = [record['local/tokens'] for record in rounds[1:]]
     if tokens.setdefault(seed, by_round) != by_round:
       raise SystemExit(
         f'{workdir} trained on {sum(by_round):.0f} tokens, another run of seed '
@@ -52,8 +53,8 @@ def collect(runs: Mapping[tuple[str, int], pathlib.Path]) -> dict:
       )
     if sum(by_round) > MAX_TOKENS:
       raise SystemExit(f'{workdir} trained on more than {MAX_TOKENS} tokens.')
-    before[seed] = losses(told[0])
-    methods.setdefault(name, {})[seed] = numbers(told)
+    before[seed] = losses(rounds[0])
+    methods.setdefault(name, {})[seed] = numbers(rounds)
   return {
     'date': datetime.date.today().isoformat(),
     'tokens': {seed: sum(by_round) for seed, by_round in tokens.items()},
@@ -63,9 +64,10 @@ def collect(runs: Mapping[tuple[str, int], pathlib.Path]) -> dict:
 
 
 def losses(record: dict) -> dict[str, float]:
-  """Each client's loss with what it is served; a newcomer's is the served one.
+  """Returns the mean loss of clients, of the worst tenth and of new clients.
 
-  A client that no round trained has the model that everybody starts with.
+  Each client is evaluated with its own served parameters; a client that no
+  round has trained has the initial model.
   """
   clients = dict(record['evals/heldout/clients'])
   clients |= record.get('evals/personal/own/clients', {})
@@ -77,14 +79,15 @@ def losses(record: dict) -> dict[str, float]:
   }
 
 
-def numbers(told: list[dict]) -> dict[str, float | None]:
-  rounds = told[1:]
+def numbers(run: list[dict]) -> dict[str, float | None]:
+  """Returns the losses after the last round, bytes, error and seconds."""
+  rounds = run[1:]
   total = lambda field: sum(each[field] for each in rounds)
   error = [
     each['aggregators/error'] for each in rounds if 'aggregators/error' in each
   ]
   return {
-    **losses(told[-1]),
+    **losses(run[-1]),
     'up': total('uploads/bytes') / 1e6,
     'down': total('downloads/bytes') / 1e6,
     'error': float(np.mean(error)) if error else None,
@@ -94,19 +97,20 @@ def numbers(told: list[dict]) -> dict[str, float | None]:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-  """The mean and half of its 95 % interval (Student's t over seeds)."""
+  """Returns the mean and half of its 95 % interval (Student's t over seeds)."""
   mean, n = float(np.mean(values)), len(values)
   spread = float(np.std(values, ddof=1)) / math.sqrt(n)
   return mean, float(stats.t.ppf(0.975, n - 1)) * spread
 
 
-def against(found: dict, name: str, field: str) -> tuple[float, float]:
-  """The difference to the baseline, seed by seed, and its interval."""
-  own, other = found['methods'][name], found['methods'][BASELINE]
+def against(results: dict, name: str, field: str) -> tuple[float, float]:
+  """Returns the mean difference to the baseline by seed, and its interval."""
+  own, other = results['methods'][name], results['methods'][BASELINE]
   return interval([own[seed][field] - other[seed][field] for seed in own])
 
 
-def markdown(found: dict) -> str:
+def markdown(results: dict) -> str:
+  """Returns the results as a Markdown table with one row for each method."""
   lines = [
     '| method | branch | clients that train | their worst tenth | clients that '
     'do not | against FedIT, paired | up, MB | down, MB | aggregation error '
@@ -116,37 +120,37 @@ def markdown(found: dict) -> str:
   show = lambda pair: f'{pair[0]:.3f} ± {pair[1]:.3f}'
   over = lambda by_seed, field: interval([x[field] for x in by_seed.values()])
   kinds = ('loss', 'worst', 'unseen')
-  before = ' | '.join(show(over(found['before'], kind)) for kind in kinds)
+  before = ' | '.join(show(over(results['before'], kind)) for kind in kinds)
   lines.append(f'| before | | {before} | | | | | |')
-  for name, by_seed in found['methods'].items():
+  for name, by_seed in results['methods'].items():
     mean = lambda field, by_seed=by_seed: over(by_seed, field)[0]
-    paired = '' if name == BASELINE else show(against(found, name, 'loss'))
+    paired = '' if name == BASELINE else show(against(results, name, 'loss'))
     error = by_seed[min(by_seed)]['error']
     # In float32 the metric resolves about 1e-3 where a rule changes the basis.
-    told = '' if error is None else f'{mean("error"):.1e}'
+    error = '' if error is None else f'{mean("error"):.1e}'
     cells = ' | '.join(show(over(by_seed, kind)) for kind in kinds)
     lines.append(
       f'| `{name}` | {BRANCH[name]} | {cells} | {paired} | {mean("up"):.1f} '
-      f'| {mean("down"):.1f} | {told} | {mean("seconds"):.1f} |'
+      f'| {mean("down"):.1f} | {error} | {mean("seconds"):.1f} |'
     )
   return '\n'.join(lines)
 
 
-def write(found: dict, out: pathlib.Path) -> None:
-  """`results.json` and `results.png`."""
+def write(results: dict, out: pathlib.Path) -> None:
+  """Writes `results.json` and `results.png` into a folder."""
   out.mkdir(parents=True, exist_ok=True)
-  (out / 'results.json').write_text(json.dumps(found, indent=1) + '\n')
-  figure(found, out / 'results.png')
+  (out / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
+  figure(results, out / 'results.png')
 
 
-def figure(found: dict, path: pathlib.Path) -> None:
-  """Each method's loss, its difference to the baseline, and what travels."""
+def figure(results: dict, path: pathlib.Path) -> None:
+  """Draws each method's loss, its difference to the baseline, and its bytes."""
   import matplotlib
 
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
 
-  names = list(found['methods'])[::-1]
+  names = list(results['methods'])[::-1]
   colors = dict(zip(BRANCHES, ('0.4', '#0072b2', '#d55e00', '#009e73')))
   whole, panels = plt.subplots(
     1, 3, figsize=(11, 0.45 * len(names) + 2), sharey=True,
@@ -155,12 +159,12 @@ def figure(found: dict, path: pathlib.Path) -> None:
   loss, paired, moved = panels
   sides = (('loss', 0.15, 'o', True), ('unseen', -0.15, 's', False))
   for row, name in enumerate(names):
-    by_seed, color = found['methods'][name], colors[BRANCH[name]]
+    by_seed, color = results['methods'][name], colors[BRANCH[name]]
     fill = lambda full, color=color: color if full else 'white'
     for kind, shift, marker, full in sides:
-      told = interval([numbers[kind] for numbers in by_seed.values()])
-      apart = against(found, name, kind) if name != BASELINE else (0.0, 0.0)
-      for axes, (mean, half) in ((loss, told), (paired, apart)):
+      own = interval([numbers[kind] for numbers in by_seed.values()])
+      apart = against(results, name, kind) if name != BASELINE else (0.0, 0.0)
+      for axes, (mean, half) in ((loss, own), (paired, apart)):
         axes.errorbar(
           mean, row + shift, xerr=half, fmt=marker, color=color,
           markerfacecolor=fill(full), capsize=3, markersize=6, linewidth=1.4,
@@ -210,7 +214,8 @@ def figure(found: dict, path: pathlib.Path) -> None:
     handles=order, loc='outside upper center', ncols=4, frameon=False
   )
   whole.supxlabel(
-    f'mean and 95 % interval over {len(found["before"])} seeds; left is better',
+    f'mean and 95 % interval over {len(results["before"])} seeds; '
+    'left is better',
     fontsize=10,
   )
   for axes in panels:

@@ -1,8 +1,9 @@
-"""Builds the API reference with pdoc, and refuses names that lead nowhere.
+"""Builds the API reference with pdoc, and fails for unresolved names.
 
-A page a module. A room's page has what `fl.room.name` offers, wherever it is
-written down. Names in docstrings, `aggregators.fedex`, become links; those that
-begin with a room and name nothing are told, and so are pdoc's own warnings.
+Every module has a page. A package's page has all names of its `__init__`,
+wherever they are defined. Names in docstrings such as `aggregators.fedex`
+become links; names that begin with a package but do not exist are errors, and
+so are pdoc's own warnings.
 """
 
 import argparse
@@ -31,16 +32,16 @@ REFERENCE = re.compile(r'<code>([a-z_]\w*(?:\.\w+)*)(\(\))?</code>')
 
 
 def modules() -> dict[str, object]:
-  """All that is not private, imported, by full name; `__main__` runs."""
-  found = pkgutil.walk_packages(fedjax_llm.__path__, f'{NAME}.')
+  """Imports all public modules, by full name; `__main__` would run."""
+  walked = pkgutil.walk_packages(fedjax_llm.__path__, f'{NAME}.')
   hidden = lambda name: any(part[0] == '_' for part in name.split('.')[1:])
-  names = [NAME, *(m.name for m in found if not hidden(m.name))]
+  names = [NAME, *(m.name for m in walked if not hidden(m.name))]
   return {name: importlib.import_module(name) for name in names}
 
 
-def offer_all(found: dict[str, object]) -> None:
-  """Makes a package's page tell all that its `__init__` brings together."""
-  for name, module in found.items():
+def offer_all(pages: dict[str, object]) -> None:
+  """Sets `__all__` of packages to all names that their `__init__` imports."""
+  for name, module in pages.items():
     if not hasattr(module, '__path__'):
       continue
     source = ast.parse(pathlib.Path(inspect.getfile(module)).read_text())
@@ -58,15 +59,15 @@ def offer_all(found: dict[str, object]) -> None:
       if getattr(x, '__module__', None) == name and key[0] != '_'
     ]
     below = [
-      n.rpartition('.')[2] for n in found if n.rpartition('.')[0] == name
+      n.rpartition('.')[2] for n in pages if n.rpartition('.')[0] == name
     ]
-    # A function may have the name of the file it is written in.
+    # A function may have the same name as its file.
     below = [n for n in below if inspect.ismodule(getattr(module, n, None))]
     module.__all__ = list(dict.fromkeys([*names, *own, *below]))
 
 
 def tell_fields(module: object) -> None:
-  """Makes the comment beside a field of a named tuple its docstring."""
+  """Uses the comment after a field of a named tuple as its docstring."""
   lines = inspect.getsource(module).splitlines()
   for node in ast.parse('\n'.join(lines)).body:
     kind = isinstance(node, ast.ClassDef) and getattr(module, node.name)
@@ -80,15 +81,15 @@ def tell_fields(module: object) -> None:
         field.__doc__ = comment.removeprefix('#').strip()
 
 
-def resolve(name: str, found: dict[str, object]) -> str | None:
-  """The address of `room.name` or `room.module.name`, from the top."""
+def resolve(name: str, pages: dict[str, object]) -> str | None:
+  """Returns the address of `package.name` or `package.module.name`, or None."""
   parts = name.split('.')
   for cut in range(len(parts), 0, -1):
     module = '.'.join([NAME, *parts[:cut]])
-    if module not in found:
+    if module not in pages:
       continue
     page, rest = module.replace('.', '/') + '.html', parts[cut:]
-    thing = found[module]
+    thing = pages[module]
     for part in rest:
       if not hasattr(thing, part) and part not in getattr(
         thing, '__annotations__', ()
@@ -100,9 +101,9 @@ def resolve(name: str, found: dict[str, object]) -> str | None:
 
 
 def linked(
-  found: dict[str, object], missing: dict[str, set[str]]
+  pages: dict[str, object], missing: dict[str, set[str]]
 ) -> Callable[..., str]:
-  """pdoc's links, and those from the top of the package."""
+  """Returns pdoc's link filter with links for names from the top package."""
   inner = pdoc.render.env.filters['linkify']
 
   @jinja2.pass_context
@@ -114,9 +115,9 @@ def linked(
       is_file = name.endswith(('.json', '.jsonl'))
       is_word = '.' not in name and here != NAME
       top = f'{NAME}.{name.split(".")[0]}'
-      if is_file or is_word or top not in found:
+      if is_file or is_word or top not in pages:
         return match[0]
-      address = resolve(name, found)
+      address = resolve(name, pages)
       if address is None:
         missing.setdefault(name, set()).add(here)
         return match[0]
@@ -130,7 +131,7 @@ def linked(
 
 
 def dead_links(out: pathlib.Path) -> list[str]:
-  """Links of the pages to pages or places that are not there."""
+  """Returns the links of the pages to missing pages or anchors."""
   script = re.compile(r'<script.*?</script>', re.DOTALL)
   pages = {
     page: script.sub('', page.read_text()) for page in out.rglob('*.html')
@@ -150,19 +151,19 @@ def dead_links(out: pathlib.Path) -> list[str]:
 
 
 def build(out: pathlib.Path) -> list[str]:
-  """Writes the pages; what is wrong with them, a sentence each."""
-  found, missing = modules(), {}
-  offer_all(found)
-  for module in found.values():
+  """Writes the pages and returns their problems, one sentence each."""
+  pages, missing = modules(), {}
+  offer_all(pages)
+  for module in pages.values():
     tell_fields(module)
   pdoc.render.configure(docformat='google', footer_text=NAME, show_source=False)
-  pdoc.render.env.filters['linkify'] = linked(found, missing)
-  with warnings.catch_warnings(record=True) as told:
+  pdoc.render.env.filters['linkify'] = linked(pages, missing)
+  with warnings.catch_warnings(record=True) as messages:
     warnings.simplefilter('always')
     pdoc.pdoc(NAME, output_directory=out)
-  trouble = sorted({str(each.message) for each in told})
+  trouble = sorted({str(each.message) for each in messages})
   trouble += [
-    f'{", ".join(sorted(where))}: `{name}` is nowhere'
+    f'{", ".join(sorted(where))}: `{name}` does not exist'
     for name, where in sorted(missing.items())
   ]
   return trouble + dead_links(out.resolve())

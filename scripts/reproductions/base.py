@@ -1,10 +1,10 @@
-"""The small base model of the trends: pre-trained once, then kept.
+"""Builds the small base model of the trends: pre-trained once, then cached.
 
 A decoder of 1.0 million parameters on bytes learns English from the reference
 manual that every CPython carries (`pydoc_data.topics`, some 700 kB), text that
 has nothing in common with the roles of Shakespeare that the trends fine-tune it
 on. The manual differs a little between versions of Python, and so do the
-weights; results are told with the version.
+weights; results are reported with the version.
 """
 
 import os
@@ -27,7 +27,7 @@ RATE = 4e-3
 
 
 def network(smoke: bool = False, seed: int = 0) -> fl.models.LoadedModel:
-  """The network with random weights."""
+  """Returns the network with random weights."""
   sizes = dict(hidden_size=128, intermediate_size=448, num_layers=4)
   if smoke:
     sizes = dict(hidden_size=32, intermediate_size=64, num_layers=2)
@@ -44,9 +44,9 @@ def network(smoke: bool = False, seed: int = 0) -> fl.models.LoadedModel:
 def pretrained(
   smoke: bool = False, say: Callable[[str], None] = print
 ) -> fl.models.LoadedModel:
-  """The base of all trends, from the cache or made now (about a minute).
+  """Returns the base of all trends, cached or trained now (about a minute).
 
-  A `smoke` base has random weights: it tries the machinery alone.
+  A `smoke` base has random weights, to test the program only.
   """
   if smoke:
     return network(smoke=True)
@@ -68,7 +68,7 @@ def pretrained(
 def learn(
   model: fl.models.LoadedModel, say: Callable[[str], None]
 ) -> tuple[dict, float, float, float]:
-  """The weights after plain AdamW steps; loss first and last; seconds."""
+  """Trains with AdamW; returns weights, first and last loss, seconds."""
   text = np.frombuffer(manual().encode(), np.uint8).astype(np.int32)
   loss = fl.local.causal_lm(model.model, chunk_size=2048)
   optimizer = optax.chain(
@@ -93,22 +93,22 @@ def learn(
     updates, state = optimizer.update(grads, state, base)
     return optax.apply_updates(base, updates), state, value
 
-  rng, base, told = np.random.default_rng(0), model.base, []
+  rng, base, losses = np.random.default_rng(0), model.base, []
   state, start = optimizer.init(base), time.monotonic()
   for number in range(STEPS):
     at = rng.integers(0, len(text) - WIDTH, ROWS)
     tokens = text[at[:, None] + np.arange(WIDTH)]
     base, state, value = step(base, state, tokens)
-    told.append(value)
+    losses.append(value)
     if number % 50 == 49:
       say(f'  step {number + 1}: {float(value):.3f} nats a byte')
-  values = np.asarray(jax.device_get(told))
+  values = np.asarray(jax.device_get(losses))
   seconds = time.monotonic() - start
   return base, float(values[0]), float(values[-20:].mean()), seconds
 
 
 def manual() -> str:
-  """Python's reference manual, without the underlining of its headings."""
+  """Returns Python's reference manual without underlines of headings."""
   try:
     from pydoc_data.topics import topics
   except ImportError as error:

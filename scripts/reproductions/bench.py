@@ -1,9 +1,9 @@
-"""What the trends share: clients, programs, held-out loss.
+"""Shared parts of the trends: clients, compiled programs, held-out loss.
 
-Everything that a run draws (which roles take part, held-out texts, batches,
-initial factors) follows from its seed, so two methods of one seed are a pair.
-Numbers that are swept (rates, noise, ranks, local steps) are arguments of the
-compiled round: a method is compiled once for all its settings and seeds.
+All random choices of a run (roles, held-out texts, batches, initial factors)
+are drawn from its seed, so two methods with one seed are a pair. Numbers that
+are swept (rates, noise, ranks, local steps) are arguments of the compiled
+round: a method is compiled once for all its settings and seeds.
 """
 
 import functools
@@ -20,14 +20,14 @@ from fedjax_llm.data.sources import Record
 from fedjax_llm.types import Cohort, FederatedAlgorithm, Params, Population
 
 WIDTH = 64  # bytes of a row
-TUNING = 1_000  # a seed that is in no result
+TUNING = 1_000  # a seed for tuning, used in no result
 
 # (numbers of a setting) -> the algorithm; the numbers may be traced.
 Make = Callable[[Mapping[str, Any]], FederatedAlgorithm]
 
 
 class Bench(NamedTuple):
-  """The base that all start from, and the size of a trial."""
+  """The base model of all runs, and whether this is a small test run."""
 
   model: fl.models.LoadedModel
   smoke: bool
@@ -41,7 +41,7 @@ class Bench(NamedTuple):
     return fl.local.causal_lm(self.model.model, chunk_size=4096)
 
   def adapter(self, seed: int, rank: int, alpha: float = 16.0) -> Params:
-    """LoRA on every matrix of the layers."""
+    """Draws LoRA factors for every matrix of the layers."""
     make = fl.adapters.lora(rank=rank, alpha=alpha, targets='all-linear')
     return make.init(jax.random.key(seed), self.base)
 
@@ -57,7 +57,7 @@ def bench(smoke: bool = False, say: Callable[[str], None] = print) -> Bench:
 def people(
   seed: int, num_clients: int, partition: str = 'natural'
 ) -> Population:
-  """Roles of Shakespeare drawn by the seed: cues and speeches as plain text."""
+  """Draws roles of Shakespeare by seed, with cues and speeches as text."""
   records = [
     Record(client=r.client, text=f'{r.prompt}\n{r.response}')
     for r in fl.data.sources.packaged()
@@ -78,7 +78,7 @@ def people(
 def assembler(
   people: Population, seed: int, *, steps: int, rows: int = 1, profiles=None
 ) -> Callable[[int], Cohort]:
-  """Everybody takes part in every round, and all count the same."""
+  """Returns a function from rounds to cohorts: all clients, equal weights."""
   make = fl.clients.cohorts.cohorts(
     people.train,
     num_steps=steps,
@@ -94,9 +94,9 @@ def assembler(
 
 
 def shortened(cohort: Cohort, steps: int) -> Cohort:
-  """The first local steps only: the rest becomes padding, which costs nothing.
+  """Keeps the first local steps; the others become padding.
 
-  The shapes stay, so one program serves any number of steps.
+  The shapes do not change, so one program serves any number of steps.
   """
 
   def cut(x):
@@ -111,7 +111,7 @@ def shortened(cohort: Cohort, steps: int) -> Cohort:
 
 
 class Program(NamedTuple):
-  """A method compiled once.
+  """The compiled functions of a method.
 
   `init(numbers, seed, params) -> (state, states [K])`;
   `round(numbers, state, cohort, base) -> (state, states, metrics)`.
@@ -149,19 +149,22 @@ def train(
   rounds: int,
   seed: int,
 ) -> tuple[Any, Any, list[dict[str, Any]]]:
-  """The server's state, the clients' states and the metrics of each round."""
+  """Trains; returns the server's state, client states and rounds' metrics."""
   numbers = {k: jnp.float32(v) for k, v in numbers.items()}
   state, states = method.init(numbers, seed, params)
-  told = []
+  records = []
   for number in range(rounds):
     cohort = cohort_of(number)._replace(states=states)
     state, states, metrics = method.round(numbers, state, cohort, base)
-    told.append(jax.device_get(metrics))
-  return state, states, told
+    records.append(jax.device_get(metrics))
+  return state, states, records
 
 
 def tester(bench: Bench) -> Callable[[Params | None, Population], float]:
-  """Nats a byte on the held-out texts of those who train."""
+  """Returns a function for the loss on training clients' held-out texts.
+
+  In nats a byte.
+  """
   loss = fl.local.causal_lm(bench.model.model, chunk_size=4096, per_row=True)
   evaluate = fl.evals.likelihood(loss)
   merge = jax.jit(fl.adapters.merge)
@@ -173,8 +176,8 @@ def tester(bench: Bench) -> Callable[[Params | None, Population], float]:
     rows = fl.clients.cohorts.rows(texts, batch_size=16, max_length=WIDTH)
     groups = [(group.batches, group.owners) for group in rows]
     base = bench.base if params is None else merge(bench.base, params)
-    found = evaluate(base, {}, groups, jax.random.key(0))
-    return found.metrics['evals/heldout/loss']
+    report = evaluate(base, {}, groups, jax.random.key(0))
+    return report.metrics['evals/heldout/loss']
 
   return test
 
@@ -182,9 +185,9 @@ def tester(bench: Bench) -> Callable[[Params | None, Population], float]:
 def tuned(
   run: Callable[[float, int], float], rates: Sequence[float]
 ) -> tuple[float, dict[str, float]]:
-  """The rate with the least held-out loss on the roles of the tuning seed."""
-  found = {rate: run(rate, TUNING) for rate in rates}
-  clean = {r: v if np.isfinite(v) else np.inf for r, v in found.items()}
+  """Returns the best rate for the tuning seed, and the loss of each rate."""
+  losses = {rate: run(rate, TUNING) for rate in rates}
+  clean = {r: v if np.isfinite(v) else np.inf for r, v in losses.items()}
   return min(clean, key=clean.__getitem__), {
-    f'{r:g}': v for r, v in found.items()
+    f'{r:g}': v for r, v in losses.items()
   }

@@ -1,13 +1,13 @@
-"""FedEx-LoRA: what averaging the factors misses.
+"""FedEx-LoRA: measures the error of averaging the factors.
 
 Singhal et al. 2025 (arXiv 2410.09432) report that the deviation of the mean of
 the factors from the mean of the products,
 
     ||mean_k a_k b_k - (mean_k a_k)(mean_k b_k)||_F,
 
-grows with local training and falls with the rank. It is told here as it is and
-relative to the norm of the mean product; the scale of LoRA is alpha / R once,
-with alpha fixed as papers have it, and once the same for every rank.
+grows with local training and falls with the rank. It is reported as an absolute
+number and relative to the norm of the mean product, with two scales of LoRA:
+alpha / R with a fixed alpha, as in papers, and the same scale for every rank.
 """
 
 import jax
@@ -37,14 +37,14 @@ def run(bench: lab.Bench, seeds) -> Outcome:
   method = lab.program(make, CLIENTS)
 
   def one(seed, steps, rank, scale):
-    """Of the last round: absolute, and relative to the mean product."""
+    """Returns the last round's deviation, absolute and relative."""
     people = lab.people(seed, CLIENTS)
     profiles = {'rank': np.full(CLIENTS, rank, np.int32)}
     cohort_of = lab.assembler(
       people, seed, steps=max(all_steps), profiles=profiles
     )
     params = scaled(bench.adapter(seed, max(ranks)), scale)
-    _, _, told = lab.train(
+    _, _, metrics = lab.train(
       method,
       {'rate': RATE},
       params,
@@ -53,8 +53,8 @@ def run(bench: lab.Bench, seeds) -> Outcome:
       rounds=ROUNDS,
       seed=seed,
     )
-    missed, wanted = told[-1].metrics['missed'], told[-1].metrics['wanted']
-    return [float(missed), float(missed / wanted)]
+    last = metrics[-1].metrics
+    return [float(last['missed']), float(last['missed'] / last['wanted'])]
 
   by_steps, by_rank, by_rank_same = [], [], []
   for seed in seeds:
@@ -64,10 +64,10 @@ def run(bench: lab.Bench, seeds) -> Outcome:
     bench.say(f'seed {seed}: relative deviation by steps '
               f'{[round(x[1], 4) for x in by_steps[-1]]}, by rank '
               f'{[round(x[1], 4) for x in by_rank[-1]]}')  # fmt: skip
-  power = lambda xs, found, which: [
-    slope(xs, [point[which] for point in row]) for row in found
+  power = lambda xs, rows, which: [
+    slope(xs, [point[which] for point in row]) for row in rows
   ]
-  fall = lambda found, which: [-p for p in power(ranks, found, which)]
+  fall = lambda rows, which: [-p for p in power(ranks, rows, which)]
   claims = [
     Claim(
       'relative deviation grows with local steps (exponent)',
@@ -114,7 +114,7 @@ def run(bench: lab.Bench, seeds) -> Outcome:
 
 
 def deviation(uploads, old, new):
-  """Norms over all nodes of what is missed, and of the mean product."""
+  """Returns the norms of the deviation and of the mean product, all nodes."""
   weight = fl.tree.normalise(uploads.weight)
   nodes = _nodes(fl.tree.whole(uploads))
   served = _nodes(new)
@@ -155,8 +155,8 @@ def draw(figure, measured):
   size.legend(frameon=False, fontsize=8)
 
 
-def band(axes, xs, found, which, label):
-  rows = np.asarray(found)[..., which]
+def band(axes, xs, values, which, label):
+  rows = np.asarray(values)[..., which]
   (line,) = axes.plot(xs, rows.mean(0), marker='o', label=label)
   axes.plot(xs, rows.T, color=line.get_color(), alpha=0.25, lw=0.8)
   axes.set_xscale('log')

@@ -1,13 +1,14 @@
-"""FedSA-LoRA: do clients agree on A and differ in B?
+"""FedSA-LoRA: tests whether clients agree on A and differ in B.
 
 Guo et al. 2025 (arXiv 2410.01463, section 3) fine-tune LoRA on each client
-alone, from one start, and find the mean cosine between two clients' A above
-that of their B, in every layer, and B less alike the less alike the clients'
-texts are. Their A is a here, the factor that meets the input.
+alone, from one initial adapter, and report that the mean cosine between two
+clients' A is above that of their B, in every layer, and that their B are less
+similar if their texts are less similar. Their A is a here, the factor that
+multiplies the input.
 
-All a start from the same draw, and b from zero: whole a are alike before
-anybody has learned. So the cosine of what was learned, a - a_0 and b, stands
-beside it.
+All a start from the same random values, and b from zero, so the a are similar
+before any training. The cosine of the learned changes, a - a_0 and b, is
+therefore reported too.
 """
 
 import jax
@@ -37,10 +38,10 @@ def run(bench: lab.Bench, seeds) -> Outcome:
   method = lab.program(make, CLIENTS)
 
   def one(seed, partition):
-    """Cosines [layers] of a, of b, and of what was learned of a."""
+    """Returns the cosines [layers] of a, of b, and of the change of a."""
     people = lab.people(seed, CLIENTS, partition)
     params = bench.adapter(seed, RANK)
-    _, states, told = lab.train(
+    _, states, metrics = lab.train(
       method,
       {'rate': RATE},
       params,
@@ -49,7 +50,7 @@ def run(bench: lab.Bench, seeds) -> Outcome:
       rounds=1,
       seed=seed,
     )
-    loss = float(told[0].metrics['local/loss'])
+    loss = float(metrics[0].metrics['local/loss'])
     bench.say(f'seed {seed}, {partition}: {loss:.3f} nats a byte in training')
     return jax.tree.map(lambda x: np.asarray(x).tolist(), alike(
       states.private, params
@@ -57,8 +58,8 @@ def run(bench: lab.Bench, seeds) -> Outcome:
 
   own = [one(seed, 'natural') for seed in seeds]
   mixed = [one(seed, 'iid') for seed in seeds]
-  of = lambda found, name: np.array([row[name] for row in found])  # [n, L]
-  mean = lambda found, name: of(found, name).mean(1)
+  of = lambda rows, name: np.array([row[name] for row in rows])  # [n, L]
+  mean = lambda rows, name: of(rows, name).mean(1)
   gap = of(own, 'a') - of(own, 'b')
   claims = [
     Claim('cosine of a minus cosine of b', gap.mean(1).tolist()),
@@ -85,19 +86,19 @@ def run(bench: lab.Bench, seeds) -> Outcome:
 
 @jax.jit
 def alike(own, start):
-  """Mean cosine over pairs of clients and targets, [L] each."""
+  """Returns the mean cosine over pairs of clients and targets, [L] each."""
   is_node = fl.aggregators.low_rank.is_node
   flat = lambda tree: jax.tree.leaves(tree, is_leaf=is_node)
-  found = {'a': [], 'b': [], 'learned': []}
+  cosines = {'a': [], 'b': [], 'learned': []}
   for node, first in zip(flat(own), flat(start)):
-    found['a'].append(pairwise(node.a))
-    found['b'].append(pairwise(node.b))
-    found['learned'].append(pairwise(node.a - first.a))
-  return {name: sum(x) / len(x) for name, x in found.items()}
+    cosines['a'].append(pairwise(node.a))
+    cosines['b'].append(pairwise(node.b))
+    cosines['learned'].append(pairwise(node.a - first.a))
+  return {name: sum(x) / len(x) for name, x in cosines.items()}
 
 
 def pairwise(x: jax.Array) -> jax.Array:
-  """[K, L, ...] -> [L]: the mean cosine over pairs of different clients."""
+  """Returns the mean cosine over pairs of clients, [K, L, ...] -> [L]."""
   num, layers = x.shape[:2]
   flat = x.reshape(num, layers, -1)
   flat = flat / jnp.maximum(jnp.linalg.norm(flat, axis=-1, keepdims=True), 1e-9)
@@ -108,9 +109,9 @@ def pairwise(x: jax.Array) -> jax.Array:
 
 def draw(figure, measured):
   panels = figure.subplots(1, 2, sharey=True)
-  for axes, (title, found) in zip(panels, measured.items()):
+  for axes, (title, runs) in zip(panels, measured.items()):
     for name in ('a', 'learned', 'b'):
-      rows = np.array([row[name] for row in found])
+      rows = np.array([row[name] for row in runs])
       layers = np.arange(1, rows.shape[1] + 1)
       label = {'learned': 'a - a₀'}.get(name, name)
       (line,) = axes.plot(layers, rows.mean(0), marker='o', label=label)

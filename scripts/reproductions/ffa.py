@@ -1,13 +1,13 @@
-"""FFA-LoRA beside LoRA when every update is noisy.
+"""FFA-LoRA: compares it with LoRA when every update is noisy.
 
 Sun et al. 2024 (arXiv 2403.12313, section 3): noise on both factors,
 
     (a + x)(b + y) - a b = a y + x b + x y,
 
-has a term that is quadratic in the noise, and with one factor frozen there is
-none, so private training loses less. Here every client's update is clipped to
-norm `CLIP` and gets Gaussian noise on each entry that travels; the learning
-rate is tuned on other roles for each method and noise.
+has a term that is quadratic in the noise; with one factor frozen it has none,
+so private training loses less. Here every client's update is clipped to norm
+`CLIP` and gets Gaussian noise on each entry that is sent; the learning rate is
+tuned on other roles for each method and noise.
 """
 
 import jax
@@ -66,10 +66,10 @@ def run(bench: lab.Bench, seeds) -> Outcome:
         lambda rate, seed, n=name, x=noise: one(n, x, rate, seed), rates
       )
       chosen[f'{name} at noise {noise:g}'] = best
-      found = [one(name, noise, best, seed) for seed in seeds]
-      losses[f'{name}/{noise:g}'] = found
+      results = [one(name, noise, best, seed) for seed in seeds]
+      losses[f'{name}/{noise:g}'] = results
       bench.say(
-        f'{name}, noise {noise:g}: {np.mean(found):.4f} (rates {tried})'
+        f'{name}, noise {noise:g}: {np.mean(results):.4f} (rates {tried})'
       )
   before = [test(None, lab.people(seed, CLIENTS)) for seed in seeds]
   of = lambda name, noise: np.array(losses[f'{name}/{noise:g}'])
@@ -123,7 +123,7 @@ def run(bench: lab.Bench, seeds) -> Outcome:
 
 
 def noisy(clip, noise) -> Codec:
-  """Updates clipped to a norm, then N(0, noise^2) on all that was trained."""
+  """Clips updates to a norm and adds N(0, noise^2) to all trained entries."""
   inner = fl.uploads.identity()
 
   def encode(update, masks, state, context):
@@ -144,13 +144,13 @@ def noisy(clip, noise) -> Codec:
 
 
 def exponent(params, noise, seed, name) -> float:
-  """p of error ~ noise^p of the products, around `noise`."""
+  """Fits p in error ~ noise^p of the products, around `noise`."""
   around = [noise / 2, noise, 2 * noise]
   return slope(around, [float(error(params, x, seed, name)) for x in around])
 
 
 def error(params, noise, seed, name):
-  """The norm of the change of all products when noise is on the factors."""
+  """Returns the norm of the change of all products by noise on the factors."""
   is_node = fl.aggregators.low_rank.is_node
   total = 0.0
   for i, node in enumerate(jax.tree.leaves(params, is_leaf=is_node)):

@@ -1,4 +1,4 @@
-"""One figure a trend, small enough to be kept beside the code."""
+"""Draws one figure for each trend, small enough to be committed."""
 
 import io
 import pathlib
@@ -6,7 +6,7 @@ import pathlib
 from fedjax_llm.types import Error
 
 
-def save(path: pathlib.Path, trend, found) -> None:
+def save(path: pathlib.Path, trend, result) -> None:
   try:
     import matplotlib
   except ImportError as error:
@@ -18,11 +18,11 @@ def save(path: pathlib.Path, trend, found) -> None:
   from PIL import Image  # matplotlib brings it
 
   figure = pyplot.figure(figsize=(8, 3.2), dpi=100, layout='constrained')
-  trend.draw(figure, found['measured'])
+  trend.draw(figure, result['measured'])
   for axes in figure.axes:
     axes.spines[['top', 'right']].set_visible(False)
   figure.suptitle(
-    f'{trend.TITLE} (verdict: {found["verdict"]})',
+    f'{trend.TITLE} (verdict: {result["verdict"]})',
     fontsize=10,
     x=0.01,
     ha='left',

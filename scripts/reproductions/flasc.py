@@ -1,11 +1,11 @@
-"""FLASC: loss against bytes.
+"""FLASC: compares loss and bytes with dense LoRA.
 
 Kuo et al. 2024 (arXiv 2406.05233) report that top-k of LoRA both ways, with
 dense local training, matches dense LoRA at a fraction of the bytes, and beats a
-LoRA of a smaller rank at the same bytes. FedAdam on the server throughout; its
-rate is tuned on other roles for each method. Bytes count values and places,
-both ways. The paper chooses entries over all factors together; 'by leaf' is
-beside it because b starts at zero.
+LoRA of a smaller rank at the same bytes. The server uses FedAdam for all
+methods; its rate is tuned on other roles for each method. Bytes count values
+and places, both ways. The paper selects entries over all factors together; the
+selection by leaf is tested too, because b starts at zero.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ TITLE = 'FLASC: loss against bytes'
 PAPER = '2406.05233'
 CLIENTS, ROUNDS, STEPS, RANK, RATE = 8, 8, 4, 16, 4e-3
 DENSITIES, SERVER_RATES = (1 / 4, 1 / 16), (3e-3, 1e-2)
-KEPT = 0.95  # of the dense gain, for "matches"
+KEPT = 0.95  # share of the dense gain that counts as "matches"
 
 
 def run(bench: lab.Bench, seeds) -> Outcome:
@@ -61,7 +61,7 @@ def run(bench: lab.Bench, seeds) -> Outcome:
     program, rank = methods[name]
     people = lab.people(seed, CLIENTS)
     profiles = {'rank': np.full(CLIENTS, rank, np.int32)}
-    state, _, told = lab.train(
+    state, _, infos = lab.train(
       program,
       {'rate': rate},
       bench.adapter(seed, RANK),
@@ -70,7 +70,7 @@ def run(bench: lab.Bench, seeds) -> Outcome:
       rounds=rounds,
       seed=seed,
     )
-    sent = sum(int(m.bytes_up.sum()) + int(m.bytes_down.sum()) for m in told)
+    sent = sum(int(m.bytes_up.sum()) + int(m.bytes_down.sum()) for m in infos)
     traffic[name] = sent / 1e6
     return test(state.params, people)
 

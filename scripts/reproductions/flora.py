@@ -1,11 +1,11 @@
-"""FLoRA's fresh start: few long rounds, and many short ones.
+"""FLoRA's restart: compares few long rounds with many short ones.
 
 FLoRA (Wang et al. 2024, arXiv 2409.05976) merges the exact mean of the products
-into the base and draws new factors after every round, where FedIT goes on with
-mean factors. The paper reports that it is better; its users report that it is
-worse when rounds are short, since b starts at zero again each time. Equal
-tokens: rounds times local steps is the same. The learning rate is tuned on
-other roles for each method and schedule.
+into the base and draws new factors after every round, while FedIT continues
+with the mean factors. The paper reports that FLoRA is better; users report that
+it is worse when rounds are short, since b starts at zero in each round. All
+runs have the same tokens: rounds times local steps is constant. The learning
+rate is tuned on other roles for each method and schedule.
 """
 
 import numpy as np
@@ -60,11 +60,11 @@ def run(bench: lab.Bench, seeds) -> Outcome:
       best, tried = lab.tuned(
         lambda rate, seed, n=name, r=rounds: one(n, r, rate, seed), rates
       )
-      found = [one(name, rounds, best, seed) for seed in seeds]
+      results = [one(name, rounds, best, seed) for seed in seeds]
       chosen[f'{name}, {rounds} rounds'] = best
-      losses[f'{name}/{rounds}'] = found
+      losses[f'{name}/{rounds}'] = results
       bench.say(
-        f'{name}, {rounds} x {total // rounds}: {np.mean(found):.4f} '
+        f'{name}, {rounds} x {total // rounds}: {np.mean(results):.4f} '
         f'(rates {tried})'
       )
   before = [test(None, lab.people(seed, CLIENTS)) for seed in seeds]

@@ -1,4 +1,4 @@
-"""Clients of ranks 4, 8 and 16: zero padding beside what replaced it.
+"""Clients of ranks 4, 8 and 16: compares zero padding with later rules.
 
 FlexLoRA (Bai et al. 2024, arXiv 2402.11505), HLoRA and FLoRA (Wang et al. 2024,
 arXiv 2409.05976) each report that averaging factors padded with zeros, the

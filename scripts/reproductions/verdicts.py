@@ -1,4 +1,4 @@
-"""What a handful of seeds says about a claim: an interval, and a word."""
+"""Judges claims by a few seeds: a confidence interval and a verdict."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,11 @@ AGREES, CONTRADICTS, CANNOT_TELL = 'agrees', 'contradicts', 'cannot tell'
 
 
 class Claim(NamedTuple):
-  """'This number is above its bound', of one number a seed.
+  """The claim that the mean of `values`, one for each seed, is above a bound.
 
-  The numbers are paired where two runs are compared: differences of runs of
-  the same seed. `published` says whether a paper makes the claim; the others
-  are checks of our own, and do not count in the verdict.
+  To compare two runs, the values are differences of runs of the same seed.
+  `published` is True if a paper makes the claim; the others are our own checks
+  and do not count in the verdict.
   """
 
   text: str
@@ -30,7 +30,7 @@ class Interval(NamedTuple):
 
 
 class Outcome(NamedTuple):
-  """What a trend found: claims, numbers to draw, settings to tell."""
+  """The result of a trend: claims, numbers to draw, settings to report."""
 
   claims: Sequence[Claim]
   measured: Mapping[str, Any]
@@ -38,11 +38,11 @@ class Outcome(NamedTuple):
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-  """Student's t interval of the mean of n independent numbers.
+  """Computes Student's t interval of the mean of n independent numbers.
 
   mean +- t s / sqrt(n), with t the (1 + confidence) / 2 quantile of n - 1
-  degrees of freedom and s the sample's standard deviation. One number says
-  nothing: its interval is infinite.
+  degrees of freedom and s the sample's standard deviation. The interval of one
+  number is infinite.
   """
   x = np.asarray(values, float)
   mean = float(np.mean(x))
@@ -56,17 +56,20 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
 
 
 def judge(claim: Claim) -> str:
-  """The interval lies above the bound, below it, or holds it."""
-  found = interval(claim.values)
-  if not all(map(math.isfinite, (found.low, found.high))):
+  """Returns the verdict of a claim: its interval is above the bound or not.
+
+  Above: agrees; below: contradicts; around it: cannot tell.
+  """
+  span = interval(claim.values)
+  if not all(map(math.isfinite, (span.low, span.high))):
     return CANNOT_TELL
-  if found.low > claim.bound:
+  if span.low > claim.bound:
     return AGREES
-  return CONTRADICTS if found.high < claim.bound else CANNOT_TELL
+  return CONTRADICTS if span.high < claim.bound else CANNOT_TELL
 
 
 def overall(words: Sequence[str]) -> str:
-  """One contradiction contradicts; all have to agree to agree."""
+  """Returns 'contradicts' if any claim does, 'agrees' if all claims do."""
   if CONTRADICTS in words:
     return CONTRADICTS
   done = words and all(word == AGREES for word in words)
@@ -74,16 +77,16 @@ def overall(words: Sequence[str]) -> str:
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-  """The exponent p of y ~ x^p, by least squares in logarithms."""
+  """Fits the exponent p of y ~ x^p by least squares in logarithms."""
   return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 def told(outcome: Outcome) -> dict[str, Any]:
-  """The outcome with its verdict, as JSON."""
+  """Returns the outcome with its verdicts as a dict for JSON."""
   claims = []
   for claim in outcome.claims:
-    found = interval(claim.values)
-    finite = [x if math.isfinite(x) else None for x in found]
+    span = interval(claim.values)
+    finite = [x if math.isfinite(x) else None for x in span]
     claims.append(
       {
         'claim': claim.text,
@@ -104,10 +107,10 @@ def told(outcome: Outcome) -> dict[str, Any]:
   }
 
 
-def sentences(found: Mapping[str, Any]) -> str:
-  """`told`, to be read."""
-  lines = [f'Verdict: {found["verdict"]}.']
-  for claim in found['claims']:
+def sentences(result: Mapping[str, Any]) -> str:
+  """Formats the result of `told` as text."""
+  lines = [f'Verdict: {result["verdict"]}.']
+  for claim in result['claims']:
     low, high = claim['interval_95']
     span = (
       'one seed only' if low is None else f'95 %: {low:+.4g} .. {high:+.4g}'

@@ -1,4 +1,4 @@
-"""Adapters of low-rank factors and their relatives."""
+"""Adapters of low-rank factors: every builder returns an `Adapter`."""
 
 from fedjax_llm.adapters.low_rank.lora import factorised as factorised
 from fedjax_llm.adapters.low_rank.lora import federa as federa

@@ -1,4 +1,7 @@
-"""Small trained matrices between bases that nobody trains."""
+"""Adapters with small trained matrices between frozen bases.
+
+`lora_xs` and `ravan` return an `Adapter` with `Core` nodes.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,14 +25,15 @@ def lora_xs(
   targets: str | Sequence[str] = ('q_proj', 'v_proj'),
   modules_to_save: str | Sequence[str] = (),
 ) -> Adapter:
-  """LoRA-XS: an R x R matrix between the base's largest singular directions.
+  """Returns LoRA-XS: an R x R matrix between the base's singular directions.
 
       W = U S V':   W' = W + s p core q,   p = U_r S_r,   q = V_r',
       s = alpha / rank
 
-  Balazy et al. 2024, arXiv 2405.17604. `core` starts normal with the standard
-  deviation `sigma`, near zero. Only it is trained, and the change is linear in
-  it: see `recipes.fed_sb`.
+  Balazy et al. 2024, arXiv 2405.17604. U_r, S_r, V_r are those of the R largest
+  singular values. `core` starts normal with the standard deviation `sigma`,
+  near zero. Only `core` is trained, and the change is linear in it: see
+  `recipes.fed_sb`.
 
   Raises:
     Error: as in `lora`; a quantised base, which has no singular vectors.
@@ -62,12 +66,12 @@ def ravan(
   targets: str | Sequence[str] = ('q_proj', 'v_proj'),
   modules_to_save: str | Sequence[str] = (),
 ) -> Adapter:
-  """The heads of RAVAN: W + s sum_h p_h core_h q_h, with orthonormal p and q.
+  """Returns RAVAN's heads: W + s sum_h p_h core_h q_h, p and q orthonormal.
 
   Raje et al. 2025, arXiv 2506.05568. All columns of p and all rows of q are
   drawn together and made orthonormal, so that heads do not overlap; cores start
-  at zero. s = alpha / rank. H R^2 numbers a matrix are trained, of a change of
-  rank up to H R. The gains of `recipes.ravan` live in training alone.
+  at zero. s = alpha / rank. H R^2 numbers a matrix are trained, and the change
+  has rank up to H R. The gains of `recipes.ravan` exist in training only.
 
   Raises:
     Error: as in `lora`; no head; heads * rank above a target's smaller side.
@@ -101,7 +105,7 @@ def ravan(
 
 
 def with_gains(params: Params) -> Params:
-  """Every `Core` with a gain of one a head."""
+  """Returns the tree with a gain of one for each head of every `Core`."""
   return jax.tree.map(
     lambda x: (
       x._replace(gain=jnp.ones(x.core.shape[:-2], x.core.dtype))
@@ -114,7 +118,7 @@ def with_gains(params: Params) -> Params:
 
 
 def without_gains(params: Params) -> Params:
-  """Every `Core` with its gains inside: core_h <- gain_h core_h."""
+  """Multiplies the gains of every `Core` in: core_h <- gain_h core_h."""
   return jax.tree.map(
     lambda x: (
       x._replace(core=x.core * x.gain[..., None, None], gain=None)

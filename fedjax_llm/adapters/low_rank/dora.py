@@ -1,4 +1,7 @@
-"""Weight-decomposed adaptation: a direction with a magnitude of its own."""
+"""Weight-decomposed adaptation: a low-rank direction and a magnitude.
+
+`dora` returns an `Adapter` with `Dora` nodes.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,17 +21,16 @@ def dora(
   targets: str | Sequence[str] = ('q_proj', 'v_proj'),
   modules_to_save: str | Sequence[str] = (),
 ) -> Adapter:
-  """DoRA: low-rank factors turn a weight, and a vector gives it its length.
+  """Returns DoRA: low-rank factors for the direction, a vector for the norm.
 
       V = W + s a b,   W' = m V / ||V||_c,   s = alpha / rank,   m = ||W||_c
 
   Liu et al. 2024, arXiv 2402.09353, equation 5. ||.||_c [F] is the norm over
   the inputs of each output feature, as in the authors' code and in PEFT, and no
-  gradient flows through it (section 4.3). m is a trained leaf, so that the
-  factors of `direction` are those that every rule of LoRA knows; a rule that is
-  exact there is exact for V, not for W'. The adapted model starts as the base.
-  Arguments and errors as in `lora`, and a quantised base has no norms to start
-  from.
+  gradient flows through it (section 4.3). m is a trained leaf. Aggregators of
+  LoRA apply to the factors of `direction`; one that is exact for LoRA is exact
+  for V, not for W'. The adapted model starts as the base. Arguments and errors
+  as in `lora`; a quantised base is refused, as it has no norms to start from.
 
   >>> import jax
   >>> base = {'layers': {'q_proj': {'kernel': jnp.full((2, 4, 3), 0.5)}}}

@@ -11,13 +11,13 @@ from fedjax_llm.types import Error, Key, Params
 
 
 def pooled(key: Key, params: Params, num_experts: int) -> Params:
-  """Every low-rank node as the shared expert beside a pool of new ones.
+  """Makes every low-rank node the shared expert beside a pool of new experts.
 
-  All A_e and P are uniform in +-1/sqrt(D), all B_e zero: what is computed does
-  not change. Nobody holds an expert.
+  All A_e and P are uniform in +-1/sqrt(D), all B_e zero: the outputs do not
+  change. `held` is zero: no client holds an expert.
 
   Raises:
-    Error: no low-rank node; one that is not in the layers.
+    Error: no low-rank node; a low-rank node outside the layers.
 
   >>> node = LowRank(jnp.ones((2, 5, 4)), jnp.ones((2, 4, 3)), jnp.ones(2))
   >>> wide = pooled(jax.random.key(0), {'layers': {'q': node}}, num_experts=6)
@@ -56,7 +56,7 @@ def pooled(key: Key, params: Params, num_experts: int) -> Params:
 
 
 def no_statistics(params: Params) -> Params:
-  """Returns the statistics of no token: zeros in the place of every pool.
+  """Returns zero statistics (`Routing`) in the place of every `Experts` node.
 
   >>> node = LowRank(jnp.ones((2, 5, 4)), jnp.ones((2, 4, 3)), jnp.ones(2))
   >>> wide = pooled(jax.random.key(0), {'layers': {'q': node}}, num_experts=6)
@@ -72,7 +72,7 @@ def no_statistics(params: Params) -> Params:
 
 
 def shared(params: Params) -> Params:
-  """The tree with the shared expert alone: an ordinary low-rank adapter.
+  """Returns the tree with the shared experts alone: a low-rank adapter.
 
   >>> node = LowRank(jnp.ones((2, 5, 4)), jnp.ones((2, 4, 3)), jnp.ones(2))
   >>> params = {'layers': {'q': node}}

@@ -25,21 +25,21 @@ def lora(
   targets: str | Sequence[str] = ('q_proj', 'v_proj'),
   modules_to_save: str | Sequence[str] = (),
 ) -> Adapter:
-  """LoRA: scale = alpha / rank (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+  """Returns LoRA, with scale = alpha / rank.
 
-  A starts uniform in +-1/sqrt(D), B at zero, as in PEFT: the adapted model
-  starts as the base.
+  Hu et al. 2021, arXiv 2106.09685, section 4.1. A starts uniform in
+  +-1/sqrt(D), B at zero, as in PEFT: the adapted model starts as the base.
 
   Args:
     rank: R, at most the smaller side of every target.
     alpha: numerator of the scale.
     targets: see `targets.find`.
-    modules_to_save: modules that are trained whole beside, such as the head
-      of a classifier: see `dense`.
+    modules_to_save: modules that are trained whole, such as the head of a
+      classifier: see `dense`.
 
   Raises:
-    Error: a rank below one or above a target's sides; no target or module
-      found; a target that is also trained whole.
+    Error: a rank below one or above a target's sides; no matching target or
+      module; a target that is also trained whole.
 
   >>> import jax, jax.numpy as jnp
   >>> base = {'layers': {'q_proj': {'kernel': jnp.zeros((2, 6, 4))}}}
@@ -57,7 +57,7 @@ def rslora(
   targets: str | Sequence[str] = ('q_proj', 'v_proj'),
   modules_to_save: str | Sequence[str] = (),
 ) -> Adapter:
-  """Rank-stabilised LoRA: scale = alpha / sqrt(rank).
+  """Returns rank-stabilised LoRA, with scale = alpha / sqrt(rank).
 
   Keeps the size of activations and gradients as the rank grows (Kalajdzievski
   2023, arXiv 2312.03732, theorem 3.2). Arguments and errors as in `lora`.
@@ -79,15 +79,15 @@ def federa(
   targets: str | Sequence[str] = ('q_proj', 'v_proj'),
   modules_to_save: str | Sequence[str] = (),
 ) -> Adapter:
-  """LoRA that starts on the largest singular directions of the base.
+  """Returns LoRA that starts from the largest singular directions of the base.
 
       W = U S V':   a = U_r sqrt(S_r / s),   b = sqrt(S_r / s) V_r',
                     W <- W - s a b,           s = alpha / rank
 
   so that the adapted model starts as the base. FeDeRA (Yan et al. 2024, arXiv
   2404.18848), which is PiSSA's start (Meng et al. 2024, arXiv 2404.02948) in
-  federated training; every client has the same, since it follows from the base.
-  What is taken from the base sits in `residual`, which `fold` adds once a
+  federated training; every client has the same start, computed from the base.
+  The subtracted product is in `residual`, which `fold` adds to the base once a
   round. Arguments and errors as in `lora`.
 
   >>> import jax, jax.numpy as jnp
@@ -119,13 +119,13 @@ def factorised(
   targets: str | Sequence[str] = ('q_proj', 'v_proj'),
   modules_to_save: str | Sequence[str] = (),
 ) -> Adapter:
-  """The weight itself as a product: nothing of W is left beside it.
+  """Returns an adapter that replaces W by its best product of rank R.
 
       W = U S V':   W' = a b,   a = U_r sqrt(S_r),   b = sqrt(S_r) V_r'
 
-  The clients' models of FedHM (Yao et al. 2021, arXiv 2111.14655): what a rank
-  cannot hold of W is lost, unless it is the smaller side. `residual` takes W
-  away. Arguments and errors as in `federa`.
+  The clients' models of FedHM (Yao et al. 2021, arXiv 2111.14655): the part of
+  W above rank R is lost, unless R is the smaller side. `residual` is -W.
+  Arguments and errors as in `federa`.
 
   >>> import jax, jax.numpy as jnp
   >>> base = {'layers': {'q_proj': {'kernel': jnp.diag(jnp.arange(3.0))[None]}}}
@@ -152,7 +152,7 @@ def factorised(
 
 
 def _beside(params: Any, base: Any, change: Callable) -> Any:
-  """`change(node, weights)` on every adapter node and the base beside it."""
+  """Maps `change(node, weights)` over adapter nodes and their base modules."""
   if isinstance(params, LowRank):
     return change(params, base)
   return {name: _beside(params[name], base[name], change) for name in params}
@@ -172,7 +172,7 @@ def _low_rank(rank: int, scale: float, targets: str | Sequence[str]) -> Adapter:
           f'adapter.rank is {rank}, above the smaller side of '
           f'{"/".join(path)} ({d} x {f}).'
         )
-      # Keyed by the target's name: adding a target changes no other.
+      # Keyed by the target's path: adding a target changes no other node.
       name_key = jax.random.fold_in(key, zlib.crc32('/'.join(path).encode()))
       bound = d**-0.5
       a = jax.random.uniform(

@@ -1,4 +1,4 @@
-"""Several adapters at one base that act as a single one."""
+"""Combinations of several adapters of one base into a single adapter."""
 
 import zlib
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from fedjax_llm.types import Key, Params
 
 
 def mix(adapters: Sequence[Params], weights: Sequence[Any]) -> Params:
-  """One adapter that changes the base by sum_i w_i change_i.
+  """Returns one adapter that changes the base by sum_i w_i change_i.
 
-  Low-rank factors go side by side, so the sum is exact and a model sees one
-  adapter of the sum of the ranks:
+  Low-rank factors are concatenated, so the sum is exact and the rank of the
+  result is the sum of the ranks:
 
       a = [a_1 ... a_n],   b = [w_1 b_1; ...; w_n s_n / s_1 b_n],   s = s_1
 
@@ -23,8 +23,8 @@ def mix(adapters: Sequence[Params], weights: Sequence[Any]) -> Params:
   The residuals of factors belong to the base, so they are added as they are.
 
   Args:
-    adapters: of one structure, where a node is a `LowRank` or an array.
-    weights: a number each, traced or not.
+    adapters: trees of one structure with `LowRank` nodes or arrays.
+    weights: one number for each adapter, traced or not.
 
   >>> node = lambda x: LowRank(jnp.full((1, 1), x), jnp.ones((1, 1)), 2.0)
   >>> both = mix([{'q': node(1.0)}, {'q': node(3.0)}], [0.25, 0.75])['q']
@@ -37,7 +37,7 @@ def mix(adapters: Sequence[Params], weights: Sequence[Any]) -> Params:
 
 
 def with_residuals(params: Params, other: Params) -> Params:
-  """`params` with the residuals of `other`, which belong to the base.
+  """Returns `params` with the residuals of `other`, which belong to the base.
 
   >>> bare, full = LowRank(1.0, 2.0, 3.0), LowRank(4.0, 5.0, 6.0, 7.0)
   >>> with_residuals({'q': bare}, {'q': full})['q'].residual
@@ -61,7 +61,7 @@ def without_residuals(params: Params) -> Params:
 
 
 def dense_part(params: Params) -> Params:
-  """A dense change for every node, [..., D, F]: its residual, or zero."""
+  """Returns the residual of every node, or zeros, as a dense [..., D, F]."""
 
   def node(x):
     if not _is_node(x):
@@ -74,9 +74,10 @@ def dense_part(params: Params) -> Params:
 
 
 def fresh(key: Key, params: Params) -> Params:
-  """Factors of the same shapes drawn anew, as `lora` starts; the rest stays.
+  """Draws new factors of the same shapes, as `lora` starts.
 
-  a is uniform in +-1/sqrt(D), b is zero, and residuals are left out.
+  a is uniform in +-1/sqrt(D), b is zero, and residuals are left out. Leaves
+  that are no `LowRank` are unchanged.
   """
 
   def node(path, x):
@@ -97,7 +98,7 @@ def fresh(key: Key, params: Params) -> Params:
 
 
 def blend(adapters: Sequence[Params], weights: Sequence[Any]) -> Params:
-  """sum_i w_i params_i, leaf by leaf: of factors, not of their products.
+  """Returns sum_i w_i params_i, leaf by leaf: it adds factors, not products.
 
   The scale and the residual are those of the last adapter.
 

@@ -1,4 +1,4 @@
-"""Starts of adapters that take the weights apart."""
+"""Initial values of adapters from a decomposition of the base's weights."""
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,16 @@ from fedjax_llm.types import Error
 def singular(
   name: str, kernel: jax.Array, rank: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The first `rank` singular triplets of kernels [..., D, F], float32.
+  """Computes the `rank` largest singular triplets of kernels [..., D, F].
+
+  In float32.
 
   Returns:
     u [..., D, R], s [..., R], v' [..., R, F].
 
   Raises:
-    Error: quantised kernels, which have no singular vectors; `name` is that of
-      the adapter.
+    Error: quantised kernels, which have no singular vectors; the message names
+      the adapter `name`.
 
   >>> u, s, v = singular('federa', jnp.diag(jnp.array([1.0, 5.0]))[None], 1)
   >>> u.shape, s.tolist(), v.shape

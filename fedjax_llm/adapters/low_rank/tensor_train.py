@@ -1,4 +1,7 @@
-"""Changes of a weight as a train of small cores."""
+"""Changes of a weight in tensor-train form, a chain of small cores.
+
+`tensor_train` returns an `Adapter` with `TensorTrain` nodes.
+"""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +23,7 @@ def tensor_train(
   targets: str | Sequence[str] = ('q_proj', 'v_proj'),
   modules_to_save: str | Sequence[str] = (),
 ) -> Adapter:
-  """The change of a weight in tensor-train form.
+  """Returns an adapter with changes of weights in tensor-train form.
 
       dW[i1 ... id, j1 ... jd] = s G1[i1] ... Gd[id] Gd+1[j1] ... G2d[jd],
       D = n1 ... nd,   F = m1 ... md,   s = alpha / rank
@@ -28,19 +31,18 @@ def tensor_train(
   where G[i] are rank x rank matrices (a row and a column at the ends): the
   factors of FedTT (Ghiasvand et al. 2025, arXiv 2410.13097, section 3) and of
   its tensorised adapters. The paper puts bottlenecks of such matrices behind
-  attention and perceptron; here they change the weight beside which they stand,
-  as LoRA does, so that the change can be merged. It is a low-rank change of
-  that rank, with structured factors. The last core starts at zero: the adapted
-  model starts as the base.
+  attention and perceptron; here they change a weight, as LoRA does, so that the
+  change can be merged. It is a change of rank `rank` with structured factors.
+  The last core starts at zero: the adapted model starts as the base.
 
   Args:
-    rank: of the train, everywhere; the paper's is 5.
-    order: d, the modes that a side is split into, as equal as they can be.
+    rank: of all inner bonds of the train; 5 in the paper.
+    order: d, the number of modes of each side, as equal as possible.
     alpha: numerator of the scale.
     targets, modules_to_save: see `lora`.
 
   Raises:
-    Error: a rank or an order below one; no target found.
+    Error: a rank or an order below one; no matching target.
 
   >>> base = {'layers': {'q_proj': {'kernel': jnp.zeros((1, 12, 8))}}}
   >>> adapter = tensor_train(rank=2, order=2, targets='q_proj')
@@ -61,7 +63,7 @@ def tensor_train(
     keys = jax.random.split(key, len(modes))
     cores = []
     for i, size in enumerate(modes):
-      # Entries of the left half's product vary as LoRA's a, 1 / (3 D).
+      # The left half's product has the variance of LoRA's a, 1 / (3 D).
       variance = 1 / (size if i < order else 1) / (3 if i == 0 else ranks[i])
       shape = (*lead, ranks[i], size, ranks[i + 1])
       core = variance**0.5 * jax.random.normal(keys[i], shape)
@@ -77,7 +79,7 @@ def tensor_train(
 
 
 def split(size: int, order: int) -> list[int]:
-  """`size` as a product of `order` whole numbers that are nearly equal.
+  """Factors `size` into `order` whole numbers that are nearly equal.
 
   >>> split(768, 3), split(7, 2)
   ([12, 8, 8], [7, 1])

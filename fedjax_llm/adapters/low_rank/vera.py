@@ -1,4 +1,7 @@
-"""Vectors between random matrices that nobody trains."""
+"""Trained vectors between frozen random matrices.
+
+`vera` returns an `Adapter` with `Vera` nodes.
+"""
 
 from collections.abc import Sequence
 
@@ -18,25 +21,24 @@ def vera(
   targets: str | Sequence[str] = ('q_proj', 'v_proj'),
   modules_to_save: str | Sequence[str] = (),
 ) -> Adapter:
-  """VeRA: random matrices for everybody, and two vectors that are trained.
+  """Returns VeRA: shared random matrices and two trained vectors.
 
       W' = W + p diag(d) q diag(b),   p [D, R], q [R, F] frozen
 
   Kopiczko et al. 2024, arXiv 2310.11454, section 3.1. p and q are uniform with
   variance 2 / D and 2 / R (Kaiming) from the run's seed, the same in every
-  layer and for all weights with that side, so they never travel. d starts at
+  layer and for all weights with that side, so they are never sent. d starts at
   `d_initial` and b at zero: the adapted model starts as the base. R + F numbers
   a matrix are trained. The change is linear in each vector alone, so the mean
-  of both is not the mean of the changes; a scope that freezes '/d$' makes it
-  so.
+  of both vectors is not the mean of the changes, unless a scope freezes '/d$'.
 
   Args:
-    rank: R; costs computation and memory, hardly any communication.
-    d_initial: as in PEFT, where the paper tunes it.
+    rank: R; costs computation and memory, little communication.
+    d_initial: the default is PEFT's; the paper tunes it.
     targets, modules_to_save: see `lora`.
 
   Raises:
-    Error: a rank below one; no target found.
+    Error: a rank below one; no matching target.
 
   >>> base = {'layers': {'q_proj': {'kernel': jnp.zeros((2, 6, 4))}}}
   >>> params = vera(rank=3, targets='q_proj').init(jax.random.key(0), base)

@@ -1,4 +1,4 @@
-"""PEFT directories, written and read."""
+"""Writes and reads adapters as PEFT directories."""
 
 from fedjax_llm.adapters.peft.directory import CONFIG as CONFIG
 from fedjax_llm.adapters.peft.directory import WEIGHTS as WEIGHTS

@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT: what it may say, and what it means here."""
+"""Reads PEFT's adapter_config.json: allowed fields, ranks and alphas."""
 
 import functools
 import pathlib
@@ -8,8 +8,8 @@ from typing import Any
 from fedjax_llm import patterns, reading
 from fedjax_llm.types import Error
 
-# Fields that do not change what the adapter computes, or that are read. Any
-# other field must be unset: its meaning would be lost.
+# Fields that are read, or that do not change what the adapter computes. Any
+# other field must be unset, as it would be ignored.
 _UNDERSTOOD = frozenset(
   [
     'alpha_pattern', 'auto_mapping', 'base_model_name_or_path',
@@ -21,7 +21,7 @@ _UNDERSTOOD = frozenset(
     'use_rslora',
   ]
 )  # fmt: skip
-# Ways to start that leave the base as it is; the others rewrite it.
+# Initialisations that leave the base as it is; the others rewrite it.
 _STARTS = (None, True, False, 'gaussian', 'eva', 'orthogonal')
 
 _SWITCH = reading.optional(reading.boolean())
@@ -52,11 +52,11 @@ _SCHEMA: reading.Schema = {
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-  """The config of a LoRA or a DoRA.
+  """Reads and checks the config of a LoRA or a DoRA.
 
   Raises:
-    Error: it cannot be read, a field has a value that it cannot have, or it is
-      of another kind of adapter.
+    Error: the file cannot be read, a field has an invalid or unsupported value,
+      or the adapter is of another kind.
   """
   config = reading.read(path)
   if config.get('peft_type') != 'LORA':
@@ -81,7 +81,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
   if others.get('bias') == 'none':
     del others['bias']
   for field, value in others.items():
-    # A configuration block whose entries are all unset says nothing.
+    # A block with all entries unset has no effect.
     entries = value.values() if isinstance(value, dict) else [value]
     if any(entries):
       raise Error(f'{path}: {field} = {reading.short(value)} is not supported.')
@@ -91,8 +91,10 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 def by_pattern(
   config: Mapping[str, Any], field: str, default: str
 ) -> Callable[[str], Any]:
-  """A module's own number: of the first pattern that matches the end of its
-  name, as in PEFT; else that of the config's field `default`.
+  """Returns a function from a module's name to its rank or alpha.
+
+  It is the value of the first pattern in `field` that matches the end of the
+  name, as in PEFT, else the value of the config's field `default`.
 
   >>> config = {'r': 4, 'rank_pattern': {'mlp.*': 8}}
   >>> rank = by_pattern(config, 'rank_pattern', 'r')
@@ -123,10 +125,10 @@ def check_layers(
   num_layers: int,
   file: pathlib.Path,
 ) -> None:
-  """Raises an `Error` where layers lack an adapter that should have one.
+  """Raises an `Error` if a layer lacks an adapter that it should have.
 
-  Those that `layers_to_transform` leaves out, or a `target_modules` that names
-  layers, compute as the base does.
+  Layers that `layers_to_transform` or a `target_modules` with layer numbers
+  leaves out need none.
   """
   missing = [i for i in range(num_layers) if i not in layers]
   wanted = config.get('layers_to_transform')

@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT directories: what other tools load, and back.
+"""Writes LoRA adapters as PEFT directories for other tools, and reads them.
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors`. There
 A is (R, D) and B is (F, R), one pair a layer, under the name of the module in
@@ -9,13 +9,14 @@ tree. The two ways of naming belong to a model family, so they are arguments:
     path_of(name) -> (path, layer)       'model.layers.3.self_attn.q_proj'
 
 `layer` is `None` where a weight is not stacked over layers (an output head).
-Where several targets lie in one module, it is named for each of them, `path_of`
-gives all of their paths, and a third argument says where they lie:
+Where one module holds several targets, `module_name` returns it for each of
+them, `path_of` returns all of their paths, and a third argument returns the
+features of each:
 
     fused(path) -> (features, total)    of the module's output, or None
 
-Modules that are trained whole (`Dense` leaves: PEFT's `modules_to_save`) go by
-the names of their tensors, which two more arguments translate:
+Modules that are trained whole (`Dense` leaves: PEFT's `modules_to_save`) are
+saved under the names of their tensors, which two more arguments translate:
 
     to_tensors({path of a leaf: our array}) -> {name: array}, and from_tensors
 """
@@ -53,7 +54,7 @@ Path = tuple[str, ...]
 ModuleName = Callable[[Path, int | None], str]
 PathOf = Callable[[str], tuple[Path | tuple[Path, ...], int | None]]
 Fused = Callable[[Path], tuple[np.ndarray, int] | None]
-# (tensors) -> whether they are an embedding or a head as the base has it
+# (tensors) -> True if they equal an embedding or a head of the base
 OfBase = Callable[[Mapping[str, np.ndarray]], bool]
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
@@ -89,25 +90,25 @@ def save(
 ) -> None:
   """Writes an adapter as a PEFT directory, in float32.
 
-  The scale is kept through alpha = scale * R, or scale * sqrt(R) with
-  `use_rslora`; where ranks or alphas differ, the config's `r` and `lora_alpha`
-  are the most frequent ones and patterns tell the rest. The directory appears
-  at once or not at all; in one that exists the two files are replaced, others
-  are left alone, and it never holds files of two adapters that look like one.
+  The scale is saved as alpha = scale * R, or scale * sqrt(R) with `use_rslora`;
+  where ranks or alphas differ, the config's `r` and `lora_alpha` are the most
+  frequent ones and its patterns hold the others. The directory is created
+  atomically; in an existing one the two files are replaced, others are kept,
+  and an interrupted save never leaves a mixture of two adapters.
 
   Args:
-    directory: where to write; its parents are made.
-    params: nested dicts of nodes, each of which says how it leaves as PEFT
-      (`nodes.protocol`): as factors, as factors with a magnitude, or whole.
+    directory: where to write; its parents are created.
+    params: nested dicts of nodes; each node's `peft` method (`nodes.protocol`)
+      returns its form: factors, factors with a magnitude, or a whole weight.
     module_name, fused, to_tensors: see above.
-    base_model: name or directory of the base, for who loads the adapter.
-    task_type: as PEFT names them.
-    use_rslora: how the scale is told, not what it is.
+    base_model: name or directory of the base, saved for loading the adapter.
+    task_type: PEFT's name of the task.
+    use_rslora: how alpha encodes the scale; the scale itself does not change.
 
   Raises:
-    Error: there is no low-rank adapter in `params`, or something that has no
-      place in PEFT's files (residuals, changes that are added to a weight), or
-      the disk refuses.
+    Error: `params` holds no low-rank adapter, or a node without a form in PEFT
+      (residuals, changes that are added to a weight), or the directory cannot
+      be written.
   """
   params, whole = peft_whole.split(params)
   params, magnitudes = peft_dora.split(params)
@@ -116,7 +117,7 @@ def save(
   for path, node in _nodes(params):
     if node.residual is not None:
       raise Error(
-        f'The residual of {"/".join(path)} cannot be told by a PEFT adapter: '
+        f'The residual of {"/".join(path)} has no place in a PEFT adapter: '
         'fold it into the base and save that, or save without residuals.'
       )
     a, b, scale = (np.asarray(x, np.float32) for x in node[:3])
@@ -197,16 +198,16 @@ def _nodes(params: Any, path: Path = ()) -> Iterator[tuple[Path, LowRank]]:
   elif params is not None:
     raise Error(
       f'{"/".join(path) or "The tree"} holds {type(params).__name__}, and a '
-      'PEFT adapter only tells low-rank nodes and weights that are saved whole.'
+      'PEFT adapter holds only low-rank nodes and weights that are saved whole.'
     )
 
 
-# Names that several modules of a network end in.
+# Last names that several modules of one network share.
 _COMMON = {'dense', 'c_proj', 'out_proj'}
 
 
 def _target_modules(names: Iterable[str]) -> list[str] | str:
-  """The ends of the names, or a regular expression where they are common.
+  """Returns the last names, or a regular expression if they are ambiguous.
 
   >>> _target_modules(['h.0.attn.c_proj', 'h.1.attn.c_proj'])
   'h\\\\.\\\\d+\\\\.attn\\\\.c_proj'
@@ -225,7 +226,7 @@ def _divisor(rank: int, use_rslora: bool) -> float:
 
 
 def _alpha(scale: float, divisor: float) -> float:
-  """The simplest alpha with float32(alpha / divisor) == scale.
+  """Returns the simplest alpha with float32(alpha / divisor) == scale.
 
   >>> _alpha(float(np.float32(16 / 3)), 3), _alpha(0.25, 4)
   (16, 1)
@@ -265,8 +266,8 @@ def _write(
         file.flush()
         os.fsync(file.fileno())
     if directory.is_dir():
-      # Without its config a directory is no adapter, so a kill between these
-      # lines leaves none rather than a mixture.
+      # A directory without its config is no adapter: an interruption between
+      # these lines leaves no adapter rather than a mixture.
       (directory / CONFIG).unlink(missing_ok=True)
       for name in (WEIGHTS, CONFIG):
         os.replace(partial / name, directory / name)
@@ -291,21 +292,21 @@ def load(
 ) -> Params:
   """Reads a PEFT LoRA directory as nested dicts of `LowRank`, in float32.
 
-  What it saves beside, `modules_to_save`, becomes `Dense` leaves; nodes of a
-  DoRA are `Dora`.
+  Modules of `modules_to_save` become `Dense` leaves; nodes of a DoRA are
+  `Dora`.
 
-  Layers of one target whose ranks differ are padded with zeros to the largest
-  rank, which computes the same; layers that the config leaves out get zeros.
-  `num_layers` is that of the model, by default as many as any target has. An
-  embedding or a head that PEFT wrote beside an adapter of its own accord is
-  left out where it is `of_base(tensors)`, as it nearly always is. With a
-  `template` (say, of `Adapter.init`, or its shapes) targets, layers and shapes
-  must be those of the template.
+  If the layers of a target differ in rank, they are padded with zeros to the
+  largest rank, which does not change the result; layers that the config leaves
+  out get zeros. `num_layers` is that of the model, by default as many as any
+  target has. PEFT may add an embedding or a head of the base to an adapter: it
+  is left out where `of_base(tensors)` is True. With a `template` (for example
+  the result of `Adapter.init`, or its shapes) targets, layers and shapes must
+  be those of the template.
 
   Raises:
-    Error: a file is missing or cannot be read, the adapter is of another kind
-      than LoRA or uses something that LoRA and DoRA do not have, a tensor is
-      missing, superfluous or of a wrong shape, or it does not fit the template.
+    Error: a file is missing or cannot be read, the adapter is neither LoRA nor
+      DoRA or uses an unsupported option, a tensor is missing, superfluous or of
+      a wrong shape, or the adapter does not fit the template.
   """
   directory = pathlib.Path(directory)
   config = peft_config.read(directory / CONFIG)
@@ -354,7 +355,7 @@ def load(
     _check_template(params, bare, directory)
     peft_whole.check(whole, wanted_whole, directory)
     if bool(wanted_lengths) != bool(vectors):
-      kind = lambda found: 'a DoRA' if found else 'a LoRA without magnitudes'
+      kind = lambda has: 'a DoRA' if has else 'a LoRA without magnitudes'
       raise Error(
         f'{directory} is {kind(vectors)}, and {kind(wanted_lengths)} is needed.'
       )
@@ -368,14 +369,14 @@ def _split(
   fused: Fused,
   wanted: Mapping[Path, LowRank],
 ) -> dict[Path, dict[int | None, Factors]]:
-  """One entry a target: those of fused modules get their parts.
+  """Returns the factors of each target, splitting those of fused modules.
 
-  A part that the adapter leaves alone, and that is not wanted, gets none.
+  A part with factors of zero that `wanted` does not name gets no entry.
   """
-  found: dict[Path, dict[int | None, Factors]] = {}
+  targets: dict[Path, dict[int | None, Factors]] = {}
   for paths, group in layers.items():
     if len(paths) == 1:
-      found[paths[0]] = dict(group)
+      targets[paths[0]] = dict(group)
       continue
     rows = {}
     for path in paths:
@@ -388,7 +389,7 @@ def _split(
       for path in paths
       if path in wanted or any(x.b[:, rows[path]].any() for x in group.values())
     ]
-    used = sorted(used or paths)  # as they were joined
+    used = sorted(used or paths)  # the order in which they were joined
     ranks = [wanted[p].a.shape[-1] for p in used if p in wanted]
     parts = fused_lib.split(
       list(group.values()),
@@ -396,8 +397,8 @@ def _split(
       ranks if len(ranks) == len(used) else None,
     )
     for path, factors in zip(used, parts, strict=True):
-      found[path] = dict(zip(group, factors, strict=True))
-  return found
+      targets[path] = dict(zip(group, factors, strict=True))
+  return targets
 
 
 def _read_modules(
@@ -410,8 +411,11 @@ def _read_modules(
   dict[str, np.ndarray],
   dict[str, np.ndarray],
 ]:
-  """Module name -> {'A': [R, D], 'B': [F, R]}; what is saved beside; and of a
-  DoRA the magnitude [F] of every module."""
+  """Reads the tensors of an adapter file.
+
+  Returns the factors {'A': [R, D], 'B': [F, R]} by module, the tensors of
+  modules that are saved whole, and for a DoRA the magnitude [F] by module.
+  """
   import safetensors
   import safetensors.numpy
 
@@ -444,7 +448,7 @@ def _read_modules(
     if match is None and of_base is not None and name != key:
       plain = name.replace('.base_layer.', '.')
       if of_base({plain: tensors[key]}):
-        continue  # PEFT writes embeddings beside adapters of its own accord
+        continue  # PEFT may add embeddings of the base to an adapter
     module, _, last = name.rpartition('.')
     if dora and last == peft_dora.SUFFIX:
       vectors[module] = tensors[key].astype(np.float32)
@@ -482,9 +486,9 @@ def _stack(
   config: Mapping[str, Any],
   directory: pathlib.Path,
 ) -> LowRank:
-  """One target's layers as one node, ranks padded to the largest.
+  """Stacks one target's layers into one node, padding to the largest rank.
 
-  A layer without an adapter has factors of zeros.
+  A layer without an adapter gets factors of zeros.
   """
   if None in layers:
     return LowRank(*layers[None])
@@ -512,15 +516,15 @@ def _stack(
 def _check_template(
   params: Params, template: Params, directory: pathlib.Path
 ) -> None:
-  found, wanted = dict(_nodes(params)), dict(_nodes(template))
+  nodes, wanted = dict(_nodes(params)), dict(_nodes(template))
   for paths, what in [
-    (wanted.keys() - found.keys(), 'has no adapter for'),
-    (found.keys() - wanted.keys(), 'has an adapter too many, for'),
+    (wanted.keys() - nodes.keys(), 'has no adapter for'),
+    (nodes.keys() - wanted.keys(), 'has an adapter too many, for'),
   ]:
     if paths:
       names = ', '.join(sorted('/'.join(path) for path in paths))
       raise Error(f'{directory} {what} {names}.')
-  for path, node in found.items():
+  for path, node in nodes.items():
     for field in ('a', 'b'):
       here = getattr(node, field).shape
       there = tuple(getattr(wanted[path], field).shape)

@@ -1,7 +1,7 @@
 """The magnitudes of DoRA in a PEFT directory.
 
-PEFT writes one vector a module beside its factors, `NAME.lora_magnitude_vector`
-[F], and says `use_dora` of the whole adapter.
+PEFT writes one vector for each module, `NAME.lora_magnitude_vector` [F], beside
+its factors, and sets `use_dora` for the whole adapter.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ SUFFIX = 'lora_magnitude_vector'
 
 
 def split(params: Params) -> tuple[Params, dict[Path, Any]]:
-  """The tree with directions in the place of `Dora` nodes, and magnitudes.
+  """Splits the tree into factors, as `LowRank` nodes, and DoRA's magnitudes.
 
   Raises:
     Error: some nodes have a magnitude and some have none; a node that has no
@@ -28,7 +28,7 @@ def split(params: Params) -> tuple[Params, dict[Path, Any]]:
   >>> split({'q': Dora(LowRank(1, 2, 3), 4)})
   ({'q': LowRank(a=1, b=2, scale=3, residual=None)}, {('q',): 4})
   """
-  found: dict[Path, Any] = {}
+  magnitudes: dict[Path, Any] = {}
   bare: list[Path] = []
 
   def take(path, leaf):
@@ -44,20 +44,21 @@ def split(params: Params) -> tuple[Params, dict[Path, Any]]:
     if form.magnitude is None:
       bare.append(path)
     else:
-      found[path] = form.magnitude
+      magnitudes[path] = form.magnitude
     return form.factors
 
   rest = jax.tree_util.tree_map_with_path(take, params, is_leaf=is_node)
-  if found and bare:
+  if magnitudes and bare:
     raise Error(
-      f'{"/".join(min(bare))} has no magnitude, and {"/".join(min(found))} '
-      'has one: a PEFT adapter is DoRA everywhere or nowhere.'
+      f'{"/".join(min(bare))} has no magnitude, and '
+      f'{"/".join(min(magnitudes))} has one: a PEFT adapter is DoRA everywhere '
+      'or nowhere.'
     )
-  return rest, found
+  return rest, magnitudes
 
 
 def put(params: Any, magnitudes: Mapping[Path, Any], path: Path = ()) -> Params:
-  """The inverse of `split`."""
+  """Makes `Dora` nodes of factors and magnitudes: the inverse of `split`."""
   if isinstance(params, LowRank) and path in magnitudes:
     return Dora(params, jnp.asarray(magnitudes[path], jnp.float32))
   if not isinstance(params, Mapping):
@@ -70,11 +71,10 @@ def named(
   module_name: Callable[[Path, int | None], str],
   fused: Callable[[Path], tuple[np.ndarray, int] | None],
 ) -> dict[str, np.ndarray]:
-  """The vector of every module, by the names of the tensors.
+  """Returns the magnitude vector of every module by the name of its tensor.
 
   Raises:
-    Error: a module of which only some parts have a magnitude: what the others
-      have is in the base.
+    Error: only some parts of a fused module have a magnitude.
   """
   vectors: dict[str, np.ndarray] = {}
   for path, value in magnitudes.items():
@@ -103,7 +103,7 @@ def stacked(
   path_of: Callable[[str], tuple[Any, int | None]],
   fused: Callable[[Path], tuple[np.ndarray, int] | None],
 ) -> dict[Path, np.ndarray]:
-  """Magnitudes by the paths of our tree, [L, F], from vectors by module."""
+  """Stacks the modules' vectors into magnitudes [L, F] by path in our tree."""
   layers: dict[Path, dict[int | None, np.ndarray]] = {}
   for name, vector in vectors.items():
     paths, layer = path_of(name)
@@ -113,8 +113,8 @@ def stacked(
       one = vector if place is None else vector[place[0]]
       layers.setdefault(path, {})[layer] = one
   return {
-    path: found[None]
-    if None in found
-    else np.stack([found[layer] for layer in range(len(found))])
-    for path, found in layers.items()
+    path: rows[None]
+    if None in rows
+    else np.stack([rows[layer] for layer in range(len(rows))])
+    for path, rows in layers.items()
   }

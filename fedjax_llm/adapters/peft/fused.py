@@ -1,4 +1,4 @@
-"""Adapters of several targets that lie in one module of a checkpoint.
+"""Joins and splits adapters of targets that share one checkpoint module.
 
 A fused projection computes all of its parts at once, y = x W with the features
 of W split among them. Separate adapters of the parts are exactly one adapter
@@ -17,7 +17,7 @@ import numpy as np
 
 
 class Factors(NamedTuple):
-  """One layer: a [D, R], b [R, F] and the scale."""
+  """The low-rank factors of one layer: a [D, R], b [R, F] and the scale."""
 
   a: Any
   b: Any
@@ -25,9 +25,9 @@ class Factors(NamedTuple):
 
 
 def join(parts: Sequence[tuple[np.ndarray, Factors]], total: int) -> Factors:
-  """The adapter of the whole; a part is (its features, its factors).
+  """Returns the adapter of the whole module; a part is (features, factors).
 
-  Where scales differ, the first is kept and the others' B are multiplied.
+  If scales differ, the first is kept and the other parts' B are rescaled.
 
   >>> one = Factors(np.ones([2, 1]), np.ones([1, 2]), 0.5)
   >>> join([(np.array([0, 1]), one), (np.array([2, 3]), one)], 4).b.tolist()
@@ -50,10 +50,10 @@ def split(
   rows: Sequence[np.ndarray],
   ranks: Sequence[int] | None = None,
 ) -> list[list[Factors]]:
-  """[part][layer]: the parts of an adapter of the whole.
+  """Splits a whole module's adapter into factors by [part][layer].
 
-  Where `join` made it of parts of these `ranks` (None: of equal ones), each
-  part gets its own block back; otherwise every part gets all of A.
+  If the adapter is a `join` of parts of these `ranks` (None: equal ranks), each
+  part gets its own block; otherwise every part gets all of A.
   """
   rank, num = layers[0].a.shape[1], len(rows)
   sizes = ranks or [rank // num] * num
@@ -65,7 +65,7 @@ def split(
       return False
     for own, features in zip(blocks, rows):
       b = layer.b[:, features].copy()
-      # An adapter that has not learnt yet may be of parts or of the whole.
+      # Zero factors (an untrained adapter) may be of parts or of the whole.
       if ranks is None and not b[own].any():
         return False
       b[own] = 0

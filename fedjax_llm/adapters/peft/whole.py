@@ -20,13 +20,12 @@ Leaves = Mapping[Path, Any]
 ToTensors = Callable[[Leaves], Mapping[str, np.ndarray]]
 FromTensors = Callable[[Mapping[str, np.ndarray]], Leaves]
 
-# PEFT saves these of a classifier whole, whatever its config says, with all
-# that is in them.
+# Modules of a classifier that PEFT always saves whole, with all their content.
 _HEADS = {'SEQ_CLS': ('classifier', 'score')}
 
 
 def split(params: Params) -> tuple[Params, dict[Path, Any]]:
-  """The tree without its `Dense` leaves, and those by their paths.
+  """Splits the tree into its other leaves and the values of `Dense` by path.
 
   >>> split({'q': jnp.ones(3), 'score': {'bias': Dense(4)}})[1]
   {('score', 'bias'): 4}
@@ -45,7 +44,7 @@ def split(params: Params) -> tuple[Params, dict[Path, Any]]:
 
 
 def put(params: Params, whole: Leaves) -> Params:
-  """The inverse of `split`."""
+  """Puts whole weights back as `Dense` leaves: the inverse of `split`."""
   for path, value in whole.items():
     node = params
     for name in path[:-1]:
@@ -55,20 +54,20 @@ def put(params: Params, whole: Leaves) -> Params:
 
 
 def named(whole: Leaves, to_tensors: ToTensors | None) -> dict[str, np.ndarray]:
-  """The tensors of these leaves, in float32."""
+  """Returns the tensors of these leaves by their PEFT names, in float32."""
   if not whole:
     return {}
   if to_tensors is None:
     raise Error(
-      f'{"/".join(min(whole))} is trained whole, and `to_tensors` does not say '
-      'what PEFT calls it.'
+      f'{"/".join(min(whole))} is trained whole, but `to_tensors` does not say '
+      'its name in PEFT.'
     )
   wide = {path: np.asarray(x, np.float32) for path, x in whole.items()}
   return dict(to_tensors(wide))
 
 
 def modules(tensors: Iterable[str], task_type: str) -> list[str]:
-  """The names for `modules_to_save`.
+  """Returns the module names for PEFT's `modules_to_save`.
 
   >>> modules(['classifier.dense.bias', 'bert.pooler.dense.bias'], 'SEQ_CLS')
   ['bert.pooler.dense', 'classifier']
@@ -80,9 +79,9 @@ def modules(tensors: Iterable[str], task_type: str) -> list[str]:
 
 
 def is_saved(name: str, saved: Iterable[str]) -> bool:
-  """Whether a tensor belongs to a module that `modules_to_save` names.
+  """Returns True if a tensor belongs to a module of `modules_to_save`.
 
-  PEFT takes every module whose name ends so, and what is in it.
+  PEFT saves every module with a name that ends in a saved one, and its content.
 
   >>> is_saved('classifier.dense.bias', ['classifier', 'score'])
   True
@@ -101,8 +100,8 @@ def read(
     return {}
   if from_tensors is None:
     raise Error(
-      f'{directory} saves {min(tensors)} whole, and `from_tensors` does not '
-      'say what that is here.'
+      f'{directory} saves {min(tensors)} whole, but `from_tensors` does not '
+      'say its path in the model.'
     )
   try:
     return from_tensors(tensors)
@@ -110,12 +109,12 @@ def read(
     raise Error(f'{directory}: {error}') from error
 
 
-def check(found: Leaves, wanted: Leaves, directory: pathlib.Path) -> None:
+def check(leaves: Leaves, wanted: Leaves, directory: pathlib.Path) -> None:
   """Raises an `Error` unless both have the same leaves of the same shapes."""
-  for path in sorted(found.keys() ^ wanted.keys()):
+  for path in sorted(leaves.keys() ^ wanted.keys()):
     what = 'does not save' if path in wanted else 'also saves'
     raise Error(f'{directory} {what} {"/".join(path)} whole.')
-  for path, value in found.items():
+  for path, value in leaves.items():
     if tuple(value.shape) != tuple(wanted[path].shape):
       raise Error(
         f'{directory}: {"/".join(path)} is {tuple(value.shape)}, and '

@@ -1,7 +1,7 @@
-"""Hugging Face checkpoints and ours: the same network in two vocabularies.
+"""Translates Hugging Face checkpoints to this project's networks and back.
 
-A family says how its `config.json` becomes a `Config` and back, and which
-tensor of a checkpoint is which leaf of the base.
+A family converts its `config.json` to a `Config` and back, and maps the tensors
+of a checkpoint to leaves of the base.
 """
 
 from fedjax_llm.models.families.config_json import from_hf as from_hf

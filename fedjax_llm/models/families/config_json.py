@@ -1,7 +1,8 @@
-"""config.json to `Config` and back.
+"""Converts config.json to `Config` and back.
 
-A value that the network does not implement is refused by name. What training
-alone uses (dropout, initial ranges) is not read: dropout is never applied.
+A value that the network does not implement raises an `Error` that names it.
+Fields for training (dropout, initial ranges) are not read: dropout is never
+applied.
 """
 
 import os
@@ -17,8 +18,8 @@ from fedjax_llm.models.families.tables import Family
 from fedjax_llm.models.network import layers
 from fedjax_llm.types import Error
 
-# Switches that other networks have: here they have one value or none, unless
-# a family says that it handles them.
+# Switches of other networks with the values that are allowed here, unless a
+# family lists them in `handled`.
 _ONLY = {
   'is_encoder_decoder': (False,),
   'is_decoder': (False,),
@@ -57,10 +58,10 @@ def read_config(
   *,
   labels: Sequence[str] | None = None,
 ) -> Config:
-  """The `Config` of a Hugging Face directory.
+  """Reads the `Config` of a Hugging Face directory.
 
-  `labels` asks for a classifier of these classes whatever head the checkpoint
-  has.
+  With `labels` the head is a classifier of these classes, whatever head the
+  checkpoint has.
 
   Raises `Error` for a directory without a readable config.json, an
   architecture outside `FAMILIES`, and any value that is not implemented.
@@ -88,21 +89,21 @@ def read_config(
     hf = _auto_config().from_pretrained(
       str(file.parent), trust_remote_code=False
     )
-  except Exception as error:  # of many kinds, by the version of transformers
+  except Exception as error:  # the type depends on the transformers version
     text = ' '.join(str(error).split()).rstrip('.')
     raise Error(f'{file} is not a valid {kind} config: {text}.') from error
   try:
     return from_hf(hf, raw, labels=labels)
   except Error as error:
     raise Error(f'{file}: {error}') from error
-  except Exception as error:  # of values that the schema lets pass
+  except Exception as error:  # for values that the schema allows
     raise Error(
       f'{file} does not fit together: {type(error).__name__}: {error}'
     ) from error
 
 
 def _what_it_is(directory: pathlib.Path) -> str:
-  """A hint at what a directory is that is no model, or ''."""
+  """Returns a hint about a directory that is no model directory, or ''."""
   if (directory / 'adapter_config.json').is_file():
     return (
       ' It is an adapter of PEFT: name the model that it was trained on, and '
@@ -123,12 +124,12 @@ def from_hf(
   *,
   labels: Sequence[str] | None = None,
 ) -> Config:
-  """A transformers config object to ours.
+  """Converts a transformers config object to a `Config`.
 
-  `raw` is its file, for the fields that the object does not keep.
+  `raw` is the content of its file, for fields that the object does not keep.
   """
   raw = {} if raw is None else raw
-  if hf.model_type not in FAMILIES:  # transformers may read it as another
+  if hf.model_type not in FAMILIES:  # transformers may change the model_type
     raise Error(
       f'model_type {hf.model_type!r} is not supported; supported: '
       f'{", ".join(FAMILIES)}.'
@@ -174,7 +175,7 @@ def _head(hf: Any, kind: Family, labels: Sequence[str] | None) -> str:
 
 
 def _common(hf: Any, kind: Family) -> dict[str, Any]:
-  """The fields that the families share, under the family's names."""
+  """Reads the fields that all families share, by the family's names."""
   values: dict[str, Any] = {}
   for ours, theirs in kind.fields.items():
     if theirs is None or ours in ('rope_theta', 'partial_rotary'):
@@ -196,7 +197,7 @@ def _common(hf: Any, kind: Family) -> dict[str, Any]:
   if kind.fields['rope_theta'] is None:
     return values
   rope = hf.rope_parameters
-  if 'rope_theta' in rope:  # otherwise by kinds of layers: the family reads it
+  if 'rope_theta' in rope:  # otherwise per kind of layer: the family reads it
     partial = kind.fields['partial_rotary'] is not None
     values['rope'] = ropes.read(rope, values['max_positions'], partial=partial)
     if partial:
@@ -232,9 +233,9 @@ def _check(config: Config, kind: Family) -> None:
 
 
 def to_hf(config: Config) -> dict[str, Any]:
-  """The config.json of a network, read alike by old and new transformers.
+  """Returns the config.json of a network, for old and new transformers.
 
-  Raises `Error` where the family's fields cannot say what the network is.
+  Raises `Error` if the family's fields cannot describe the network.
   """
   c, kind = config, family(config)
   values: dict[str, Any] = {
@@ -260,7 +261,7 @@ def to_hf(config: Config) -> dict[str, Any]:
 
 
 def _auto_config() -> Any:
-  # On import the library advises to install a framework that is not needed.
+  # Hides the library's advice on import to install an unneeded framework.
   os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
   from transformers import AutoConfig
 
@@ -269,7 +270,7 @@ def _auto_config() -> Any:
 
 def _check_written(config: Config, values: Mapping[str, Any]) -> None:
   rest = {k: v for k, v in values.items() if k != 'model_type'}
-  if rest.get('rope_scaling'):  # transformers writes into its arguments
+  if rest.get('rope_scaling'):  # transformers changes its arguments
     rest['rope_scaling'] = dict(rest['rope_scaling'])
   again = from_hf(_auto_config().for_model(config.family, **rest), values)
   if again != config:

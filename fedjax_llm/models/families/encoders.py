@@ -1,7 +1,7 @@
 """BERT (and MiniLM), RoBERTa and DistilBERT, with their heads.
 
-A classifier reads the state of a text's first token: `logits` gives
-W2 act(W1 h) for every token, of which the first one's counts.
+A classifier reads the state of a text's first token: `logits` computes
+W2 act(W1 h) for every token, and only the first token's are used.
 """
 
 from fedjax_llm.models.families.tables import (

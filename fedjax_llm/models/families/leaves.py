@@ -1,4 +1,4 @@
-"""Some leaves of the base as the tensors of a checkpoint, and back."""
+"""Converts some leaves of the base to tensors of a checkpoint, and back."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ from fedjax_llm.types import Error
 def to_checkpoint(
   leaves: Mapping[Path, np.ndarray], config: Config
 ) -> dict[str, np.ndarray]:
-  """Some of our leaves, as the tensors of a checkpoint.
+  """Returns some leaves of the base as tensors of a checkpoint, by name.
 
   >>> from fedjax_llm import models
   >>> norm = {('norm', 'scale'): np.ones(64)}
@@ -40,7 +40,7 @@ def to_checkpoint(
   for name in written:
     if missing := known[name] - leaves.keys():
       raise Error(
-        f'{name} also holds {"/".join(min(missing))}, which is not given.'
+        f'{name} also holds {"/".join(min(missing))}, which is missing.'
       )
   return {name: np.ascontiguousarray(x) for name, x in written.items()}
 
@@ -48,10 +48,11 @@ def to_checkpoint(
 def from_checkpoint(
   weights: Mapping[str, np.ndarray], config: Config
 ) -> dict[Path, np.ndarray]:
-  """The inverse of `to_checkpoint`.
+  """Returns leaves by path from tensors: the inverse of `to_checkpoint`.
 
   Raises:
-    Error: a tensor is unknown or of another shape, or some layers lack theirs.
+    Error: a tensor is unknown or has a wrong shape, or is missing in some
+      layers.
   """
   rows: dict[Path, dict[int | None, np.ndarray]] = {}
   left = set(weights)
@@ -69,12 +70,12 @@ def from_checkpoint(
   if left:
     raise Error(f'{min(left)} is no weight of this {config.family} model.')
   leaves = {}
-  for path, found in rows.items():
-    if None in found:
-      leaves[path] = found[None]
+  for path, layers in rows.items():
+    if None in layers:
+      leaves[path] = layers[None]
       continue
-    missing = [i for i in range(config.num_layers) if i not in found]
+    missing = [i for i in range(config.num_layers) if i not in layers]
     if missing:
       raise Error(f'{"/".join(path)} is missing in the layers {missing}.')
-    leaves[path] = np.stack([found[i] for i in range(config.num_layers)])
+    leaves[path] = np.stack([layers[i] for i in range(config.num_layers)])
   return leaves

@@ -1,4 +1,4 @@
-"""Llama and the families that change one thing about it."""
+"""Llama and close variants: Mistral, Qwen 2 and 3, SmolLM3 and Phi-3."""
 
 from fedjax_llm.models.families import ropes
 from fedjax_llm.models.families.tables import (

@@ -1,4 +1,7 @@
-"""The same network in two vocabularies: which tensor is which leaf."""
+"""Maps the tensors of checkpoints to leaves of the base, and module names.
+
+"Theirs" is the name in transformers, "ours" the path in the base.
+"""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +34,7 @@ FAMILIES: Mapping[str, Family] = {
   'distilbert': encoders.DISTILBERT,
 }
 
-# The family of a user's own network, whose names are those of its base.
+# The family of a user's own network: tensors have the names of its base.
 OWN = 'own'
 
 
@@ -56,12 +59,12 @@ def _node(tree: Any, path: Path) -> Any:
 
 
 def modules(config: Config) -> tuple[Module, ...]:
-  """The modules of this network, in the order of the computation."""
+  """Returns the modules of this network, in the order of the computation."""
   tree, kind = config_lib.shapes(config), family(config)
-  found = [m for m in kind.modules if _node(tree, m.path) is not None]
+  table = [m for m in kind.modules if _node(tree, m.path) is not None]
   if config.head == 'none':  # then the body is the whole model
-    found = [m._replace(name=m.name.removeprefix(kind.prefix)) for m in found]
-  return tuple(found)
+    table = [m._replace(name=m.name.removeprefix(kind.prefix)) for m in table]
+  return tuple(table)
 
 
 def hf_module_name(
@@ -71,11 +74,11 @@ def hf_module_name(
   *,
   part: bool = False,
 ) -> str:
-  """What transformers (and PEFT) call the module at `path`.
+  """Returns the name of the module at `path` in transformers (and PEFT).
 
   `path` is a tuple or 'layers/self_attn/q_proj'; `layer` is None outside the
-  layers. With `part` it may also be one of several in one module of theirs:
-  `fused_rows` says where in it.
+  layers. With `part` the path may also be one of several in one fused module:
+  `fused_rows` returns its features.
 
   >>> from fedjax_llm import models
   >>> config = models.random().config
@@ -97,7 +100,10 @@ def hf_module_name(
 
 
 def our_paths(name: str, config: Config) -> tuple[tuple[Path, ...], int | None]:
-  """The inverse of `hf_module_name`: (paths, layer); several where fused."""
+  """Returns (paths, layer) of a module name; several paths if it is fused.
+
+  The inverse of `hf_module_name`.
+  """
   by_name: dict[str, list[Path]] = {}
   for module in modules(config):
     by_name.setdefault(module.name, []).append(module.path)
@@ -113,7 +119,7 @@ def our_paths(name: str, config: Config) -> tuple[tuple[Path, ...], int | None]:
 
 
 def our_path(name: str, config: Config) -> tuple[Path, int | None]:
-  """`our_paths` of a module that holds one of ours: (path, layer).
+  """Returns (path, layer) of a name that is exactly one of our modules.
 
   >>> from fedjax_llm import models
   >>> our_path('model.layers.1.mlp.up_proj', models.random().config)
@@ -127,9 +133,9 @@ def our_path(name: str, config: Config) -> tuple[Path, int | None]:
 
 
 def fused_rows(config: Config, path: Path) -> tuple[np.ndarray, int] | None:
-  """Which features of their module are ours, and how many it has.
+  """Returns (features of `path` in its fused module, features of the module).
 
-  None where the module at `path` is one of theirs by itself.
+  None if the module at `path` is not part of a fused one.
   """
   table = () if config.family == OWN else modules(config)
   module = next((m for m in table if m.path == path), None)
@@ -150,21 +156,21 @@ def fused_rows(config: Config, path: Path) -> tuple[np.ndarray, int] | None:
 
 
 class Tensor(NamedTuple):
-  """One tensor of a checkpoint, or a part of one, and where it is in the base.
+  """A tensor of a checkpoint, or a part of one, and its place in the base.
 
-  `rows` are the features of a fused tensor that are ours (None: all).
+  `rows` are the features of a fused tensor that belong to `path` (None: all).
   """
 
   name: str  # 'model.layers.3.self_attn.q_proj.weight'
   path: Path  # ('layers', 'self_attn', 'q_proj', 'kernel')
   layer: int | None  # row of the stacked leaf
-  transpose: bool  # torch keeps matrices as (out, in), we as (in, out)
-  shape: tuple[int, ...]  # as the checkpoint has it
+  transpose: bool  # torch stores matrices as (out, in), the base as (in, out)
+  shape: tuple[int, ...]  # in the checkpoint
   rows: Any = None
 
 
 def tensors(config: Config) -> Iterator[Tensor]:
-  """Every tensor that a checkpoint of this network holds."""
+  """Yields every tensor that a checkpoint of this network holds."""
   tree = config_lib.shapes(config)
   for module in modules(config):
     node = _node(tree, module.path)
@@ -190,7 +196,7 @@ def tensors(config: Config) -> Iterator[Tensor]:
 
 
 def ours(tensor: Tensor, value: np.ndarray) -> np.ndarray:
-  """Our leaf (of one layer) from what the checkpoint holds."""
+  """Returns our leaf (of one layer) from the checkpoint's tensor."""
   value = value.T if tensor.transpose else value
   return value if tensor.rows is None else value[..., tensor.rows]
 
@@ -207,7 +213,7 @@ def put(tensor: Tensor, leaf: np.ndarray, weights: dict[str, np.ndarray]):
 
 
 def spellings(name: str, config: Config) -> list[str]:
-  """The names under which checkpoints of this family hold a tensor."""
+  """Returns all names of a tensor in checkpoints of this family."""
   kind = family(config)
   names = [name]
   for pattern, other in kind.spellings:
@@ -222,27 +228,27 @@ def spellings(name: str, config: Config) -> list[str]:
 
 
 def copies(config: Config) -> dict[str, str]:
-  """Tensors that a checkpoint may hold a second time: name -> the first."""
+  """Returns tensors that a checkpoint may repeat: copy's name -> original."""
   if config.head not in ('lm', 'masked_lm'):
     return {}
   named = {t.path: t.name for t in tensors(config)}
-  found = {}
+  repeated = {}
   for module in family(config).modules:
     if module.path != ('lm_head',):
       continue
     if config.tied:
-      found[f'{module.name}.weight'] = named['embed_tokens', 'embedding']
+      repeated[f'{module.name}.weight'] = named['embed_tokens', 'embedding']
     if config.head_bias:
-      found[f'{module.name}.bias'] = named['lm_head', 'bias']
+      repeated[f'{module.name}.bias'] = named['lm_head', 'bias']
   known = set(named.values())
   return {
     spelling: first
-    for name, first in found.items()
+    for name, first in repeated.items()
     if name not in known
     for spelling in spellings(name, config)
   }
 
 
 def says_nothing(name: str, config: Config) -> bool:
-  """Whether a checkpoint may hold this tensor although nothing reads it."""
+  """Returns True for a tensor of a checkpoint that may be ignored."""
   return re.fullmatch(family(config).unread, name) is not None

@@ -1,4 +1,4 @@
-"""`Rope` and the rope fields of a config.json."""
+"""Converts the rope fields of a config.json to `Rope` and back."""
 
 import math
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ def check(values: Mapping[str, Any], where: str) -> None:
   """Checks the numbers of a rotation, or of one for each kind of layer.
 
   Raises:
-    Error: naming the field that has a value outside its range.
+    Error: a field has a value outside its range; the message names it.
   """
   if any(isinstance(value, Mapping) for value in values.values()):
     for kind, inner in values.items():
@@ -46,10 +46,10 @@ def check(values: Mapping[str, Any], where: str) -> None:
 def read(
   values: Mapping[str, Any], max_positions: int, *, partial: bool = False
 ) -> Rope:
-  """The rotation of one `rope_parameters`.
+  """Reads the `Rope` of one `rope_parameters`.
 
-  Raises `Error` for a type or a field that is not implemented; `partial` says
-  that the family reads partial_rotary_factor.
+  `partial` is True if the family reads partial_rotary_factor. Raises `Error`
+  for a type or a field that is not implemented.
   """
   if not isinstance(values, Mapping):
     raise Error(f'rope_parameters is {values!r}, but must be an object.')
@@ -102,10 +102,13 @@ def read(
 
 
 def _yarn_attention(values: Mapping[str, Any], factor: float) -> float:
-  """0.1 ln(factor) + 1 unless told otherwise (arXiv:2309.00071, eq. 22)."""
-  given = values.get('attention_factor')
-  if given is not None:
-    return float(given)
+  """Returns attention_factor, by default 0.1 ln(factor) + 1.
+
+  arXiv:2309.00071, equation 22.
+  """
+  attention = values.get('attention_factor')
+  if attention is not None:
+    return float(attention)
 
   def temperature(weight):
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
@@ -124,22 +127,22 @@ def _read_longrope(values, rope: Rope, max_positions: int) -> Rope:
       raise Error(f'rope_parameters.{name}={entries!r} is no list of numbers.')
     lists[name] = tuple(float(x) for x in entries)
   original = rope.original_max_positions
-  factor, given = values.get('factor'), values.get('attention_factor')
+  factor, attention = values.get('factor'), values.get('attention_factor')
   factor = max_positions / original if factor is None else float(factor)
-  if given is None:
-    given = 1.0
+  if attention is None:
+    attention = 1.0
     if factor > 1:
-      given = math.sqrt(1 + math.log(factor) / math.log(original))
+      attention = math.sqrt(1 + math.log(factor) / math.log(original))
   return rope._replace(
     factor=factor,
-    attention_factor=float(given),
+    attention_factor=float(attention),
     short=lists['short_factor'],
     long=lists['long_factor'],
   )
 
 
 def write(rope: Rope) -> dict[str, Any] | None:
-  """`rope_scaling` of a config.json; None where nothing is stretched."""
+  """Returns `rope_scaling` of a config.json; None for unscaled rotations."""
   if rope.kind in ('default', 'none'):
     return None
   values: dict[str, Any] = {'rope_type': rope.kind, 'factor': rope.factor}

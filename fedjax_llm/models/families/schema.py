@@ -1,7 +1,7 @@
-"""Which values the fields of a model's config.json may have.
+"""The allowed values of the fields of a model's config.json.
 
-Fields that no family reads are not looked at. Names are those of all families
-together: a field means the same wherever it stands.
+Fields that no family reads are not checked. One schema serves all families,
+since a field has the same meaning in each.
 """
 
 from fedjax_llm import reading

@@ -1,4 +1,7 @@
-"""What a family is: the names of its modules and the fields of its config."""
+"""Types for model families: names of modules, fields of configs.
+
+"Ours" is the name in this project, "theirs" the name in transformers.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,9 +15,9 @@ Path = tuple[str, ...]
 class Module(NamedTuple):
   """One module: our path, their name ('{}' is the layer), and its kind.
 
-  Where one of their modules holds several of ours, `fused` says how: their
-  features lie one module after the other ('stacked'), or head by head
-  ('by_head'), in the order of the table.
+  If one of their modules holds several of ours, `fused` is the order of their
+  features: one module after the other ('stacked') or head by head ('by_head'),
+  in the order of the table.
   """
 
   path: Path
@@ -23,7 +26,7 @@ class Module(NamedTuple):
   fused: str = ''
 
 
-# Our leaf and their tensor. Torch keeps the matrices of 'linear' as (out, in).
+# Our leaf and their tensor. Torch stores matrices of 'linear' as (out, in).
 LEAVES = {
   'linear': (('kernel', 'weight'), ('bias', 'bias')),
   'conv1d': (('kernel', 'weight'), ('bias', 'bias')),
@@ -33,8 +36,8 @@ LEAVES = {
   'bias': (('bias', 'bias'),),
 }
 
-# Our field and theirs; a family replaces what it calls otherwise, and by None
-# what it does not have.
+# Our field and theirs. A family replaces the names that differ, and sets fields
+# that it lacks to None.
 FIELDS: Mapping[str, str | None] = {
   'vocab_size': 'vocab_size',
   'hidden_size': 'hidden_size',
@@ -53,11 +56,11 @@ FIELDS: Mapping[str, str | None] = {
 
 
 class Family(NamedTuple):
-  """A kind of checkpoint.
+  """One model family: its architectures, modules and config fields.
 
   `heads` maps an architecture to our kind of head, the default first.
-  `read(hf, head) -> Config fields` beside those of `fields`;
-  `write(config) -> config.json fields`, likewise.
+  `read(hf, head)` returns `Config` fields that are not in `fields`,
+  `write(config)` such fields of config.json.
   """
 
   heads: Mapping[str, str]
@@ -68,13 +71,16 @@ class Family(NamedTuple):
   handled: frozenset[str] = frozenset()  # switches that `read` understands
   prefix: str = 'model.'  # of the body; checkpoints of the body alone lack it
   spellings: tuple[tuple[str, str], ...] = ()  # (pattern, older name)
-  unread: str = r'.*rotary_emb\.inv_freq'  # tensors that say nothing to us
+  unread: str = r'.*rotary_emb\.inv_freq'  # names of tensors that are ignored
 
 
 def layer_modules(
   prefix: str, table: Mapping[str, tuple[str, str]]
 ) -> tuple[Module, ...]:
-  """Modules of a layer: 'self_attn/q_proj' -> (their name, kind[ fused])."""
+  """Returns the modules of a layer from {our path: (their name, kind)}.
+
+  A kind may be followed by a space and the value of `Module.fused`.
+  """
   modules = []
   for path, (name, kind) in table.items():
     kind, _, fused = kind.partition(' ')
@@ -89,7 +95,7 @@ WINDOW_TYPES = ('full_attention', 'sliding_attention')
 
 
 def read_windows(hf: Any) -> tuple[int, ...]:
-  """`Config.windows` by layer_types and sliding_window."""
+  """Reads `Config.windows` from layer_types and sliding_window."""
   window = hf.sliding_window or 0
   known = dict(zip(WINDOW_TYPES, (0, window)))
   types = hf.layer_types
@@ -118,7 +124,7 @@ def write_windows(config: Config) -> dict[str, Any]:
 
 
 def read_one_window(hf: Any) -> tuple[int, ...]:
-  """`Config.windows` of a family whose layers are all alike."""
+  """Reads `Config.windows` of a family with one window for all layers."""
   window = hf.sliding_window
   types = set(getattr(hf, 'layer_types', None) or ())
   if len(types) > 1 or (types and types != {WINDOW_TYPES[bool(window)]}):

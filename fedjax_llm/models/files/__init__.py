@@ -1,1 +1,1 @@
-"""Weights in files: safetensors, GGUF, loading into shards."""
+"""Reads and writes weights: safetensors, GGUF, loading into shards."""

@@ -1,9 +1,9 @@
-"""GGUF files of the Llama kind to ordinary Hugging Face directories.
+"""Converts GGUF files of Llama models to ordinary Hugging Face directories.
 
-A GGUF file holds a quantised model with its tokenizer. `convert` undoes the
-quantisation with NumPy (no torch) and writes what any other tool loads too:
-`config.json`, `generation_config.json`, `model.safetensors`, `tokenizer.json`
-and `tokenizer_config.json`.
+A GGUF file holds a quantised model with its tokenizer. `convert` dequantises it
+with NumPy (no torch) and writes `config.json`, `generation_config.json`,
+`model.safetensors`, `tokenizer.json` and `tokenizer_config.json`, which other
+tools load too.
 
 The layout of the file is described by the GGUF specification (ggml,
 docs/gguf.md).
@@ -54,10 +54,10 @@ def convert(
   `out_dir` must exist; files of the same names are overwritten. Weights pass
   through memory one at a time. A quantised number is a product of a half
   precision scale and an integer, plus an offset, which neither float16 nor
-  bfloat16 can hold: `dtype='float32'` keeps every weight exactly.
+  bfloat16 can represent: `dtype='float32'` keeps every weight exactly.
 
-  Raises `Error` if the file is no GGUF file, is of another architecture than
-  'llama', or holds anything that the written files could not say.
+  Raises `Error` if the file is no GGUF file, has another architecture than
+  'llama', or holds anything that the written files cannot represent.
   """
   if dtype not in _DTYPES:
     raise Error(f'dtype must be one of {", ".join(_DTYPES)}, got {dtype!r}.')
@@ -162,7 +162,7 @@ def _config(
     if tensor.name == _ROPE_FACTORS:
       rope = _llama3_rope(np.asarray(tensor.data), theta, head_dim, fields)
 
-  # A chat model may end a turn by a token that is not its end of text.
+  # A chat model may end a turn with another token than its end of text.
   ends = [fields.get('tokenizer.ggml.eos_token_id')]
   turn = fields.get('tokenizer.ggml.eot_token_id', ends[0])
   ends += [turn] if turn != ends[0] else []
@@ -186,7 +186,7 @@ def _config(
     'num_key_value_heads': kv_heads,
     'pad_token_id': fields.get('tokenizer.ggml.padding_token_id', None),
     'rms_norm_eps': _short(get('attention.layer_norm_rms_epsilon')),
-    # Both spellings: of transformers before version 5, and since.
+    # Both spellings: before transformers 5, and since.
     'rope_theta': theta,
     'rope_scaling': None if rope['rope_type'] == 'default' else rope,
     'rope_parameters': {'rope_theta': theta, **rope},
@@ -197,7 +197,7 @@ def _config(
 
 
 def _short(x: float) -> float:
-  """A float32 as the shortest decimal that names it: 1e-05, not 9.99...e-06.
+  """Returns the shortest decimal of a float32: 1e-05, not 9.99...e-06.
 
   >>> _short(9.999999747378752e-06)
   1e-05
@@ -208,10 +208,10 @@ def _short(x: float) -> float:
 def _llama3_rope(
   factors: np.ndarray, theta: float, head_dim: int, fields: _Fields
 ) -> dict[str, Any]:
-  """The rope scaling of Llama 3 whose divisors are `factors` [head_dim / 2].
+  """Returns Llama 3's rope scaling with the divisors `factors` [head_dim / 2].
 
-  The file keeps only the divisors. The largest is the factor; the other three
-  numbers are those that every Llama 3 model has, and are checked against all
+  The file holds only the divisors. The largest is the factor; the other three
+  numbers are the same in every Llama 3 model, which is checked against all
   divisors.
   """
   rope = {
@@ -222,7 +222,7 @@ def _llama3_rope(
     'original_max_position_embeddings': 8192,
   }
   inverse = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-  turns = 8192 * inverse / (2 * np.pi)  # in the original context
+  turns = 8192 * inverse / (2 * np.pi)  # rotations in the original context
   smooth = np.clip((turns - 1.0) / (4.0 - 1.0), 0.0, 1.0)
   expected = 1 / (smooth + (1 - smooth) / rope['factor'])
   if factors.shape != expected.shape or not np.allclose(
@@ -236,7 +236,7 @@ def _llama3_rope(
 
 
 def _hf_name(name: str) -> str | None:
-  """The Hugging Face name of a tensor, None if there is none.
+  """Returns the Hugging Face name of a tensor, None if there is none.
 
   >>> _hf_name('blk.3.attn_q.weight')
   'model.layers.3.self_attn.q_proj.weight'
@@ -253,7 +253,7 @@ def _hf_name(name: str) -> str | None:
 
 
 def _unpermute(w: np.ndarray, heads: int) -> np.ndarray:
-  """Rows of q or k [heads * head_dim, ...] in the order of Hugging Face.
+  """Reorders rows of q or k [heads * head_dim, ...] as Hugging Face does.
 
   GGUF files of this architecture interleave the two halves of every head,
   which rotary embeddings rotate against each other.
@@ -269,12 +269,15 @@ def _unpermute(w: np.ndarray, heads: int) -> np.ndarray:
 def _weights(
   reader: Any, config: Mapping[str, Any], fields: _Fields
 ) -> Iterator[tuple[str, tuple[int, ...], Any]]:
-  """(Hugging Face name, shape, function that reads the float32 array)."""
+  """Yields (Hugging Face name, shape, function that reads the array).
+
+  The function returns float32.
+  """
   import gguf
 
   for tensor in reader.tensors:
     if tensor.name == _ROPE_FACTORS:
-      continue  # told by the config
+      continue  # written into the config
     name = _hf_name(tensor.name)
     if name is None:
       raise fields.refuse(f'the tensor {tensor.name!r} is not known.')
@@ -324,7 +327,7 @@ def _write_weights(
     file.write(len(head).to_bytes(8, 'little'))
     file.write(head)
     for _, _, read in weights:
-      # As bytes: NumPy gives nobody a buffer of bfloat16.
+      # As bytes: NumPy has no buffers of bfloat16.
       w = np.ascontiguousarray(read().astype(kind, copy=False))
       file.write(w.view(np.uint8).data)
 

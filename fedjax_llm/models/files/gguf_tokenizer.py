@@ -1,9 +1,10 @@
-"""The tokenizer that a GGUF file holds, as Hugging Face keeps one."""
+"""Converts the tokenizer of a GGUF file to Hugging Face files."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# How text is cut before the merges, by `tokenizer.ggml.pre`.
+# Regular expression that splits text before the merges for 'llama-bpe', and the
+# supported values of `tokenizer.ggml.pre`.
 _LLAMA3_SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
   r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
@@ -16,7 +17,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # token types
 def tokenizer_of(
   fields: Any, config: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-  """The tokenizer, its config, and the generation config."""
+  """Returns the tokenizer, its config, and the generation config."""
   import tokenizers
 
   get = lambda name, *default: fields.get(f'tokenizer.ggml.{name}', *default)
@@ -92,7 +93,7 @@ def tokenizer_of(
     'add_prefix_space': bool(get('add_space_prefix', False)),
     'clean_up_tokenization_spaces': False,
     'model_max_length': config['max_position_embeddings'],
-    # This class takes tokenizer.json as it is; the named ones rebuild it.
+    # This class loads tokenizer.json unchanged; specific classes rebuild it.
     'tokenizer_class': 'PreTrainedTokenizerFast',
     **{name: tokens[i] for name, i in ids.items()},
   }

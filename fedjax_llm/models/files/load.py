@@ -1,4 +1,7 @@
-"""Models to use: those of Hugging Face directories, and random ones."""
+"""Loads models from Hugging Face directories, and builds random ones.
+
+`pretrained`, `random` and `assemble` return a `LoadedModel`.
+"""
 
 import functools
 import os
@@ -25,7 +28,7 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 
 
 class LoadedModel(NamedTuple):
-  """A network, its frozen weights, and where they came from.
+  """A network, its frozen weights, and their source.
 
   >>> loaded = random(num_layers=3)
   >>> loaded.config.num_layers, loaded.directory
@@ -36,7 +39,7 @@ class LoadedModel(NamedTuple):
   model: Model
   decoder: Decoder
   base: Base
-  name: str  # as asked for; what an exported adapter names as its base
+  name: str  # as requested; an exported adapter names it as its base
   directory: pathlib.Path | None = None  # config and tokenizer; None if random
 
 
@@ -52,7 +55,7 @@ def assemble(
   logits_dtype: Any = 'float32',
   attention: str = 'auto',
 ) -> LoadedModel:
-  """A base that is already there, with the functions that read it."""
+  """Returns a `LoadedModel` of an existing base with its functions."""
   if compute_dtype == 'auto':
     compute_dtype = 'float32' if _on_cpu() else 'bfloat16'
   dtype = _dtype(compute_dtype, 'compute_dtype', 'auto')
@@ -90,9 +93,9 @@ def random(
   quantisation: str | None = None,
   attention: str = 'auto',
 ) -> LoadedModel:
-  """A tiny Llama-type network with random weights.
+  """Builds a tiny Llama-type network with random weights.
 
-  Precision, quantisation and attention are those of `pretrained`.
+  Precision, quantisation and attention are as in `pretrained`.
 
   >>> loaded = random(num_layers=3)
   >>> loaded.base['layers']['mlp']['up_proj']['kernel'].shape
@@ -155,30 +158,30 @@ def pretrained(
   quantisation: str | None = None,
   attention: str = 'auto',
 ) -> LoadedModel:
-  """The network of a Hugging Face directory, or of a name on the hub.
+  """Loads the network of a Hugging Face directory, or of a name on the hub.
 
   `dtype` is that of the weights in memory, `compute_dtype` that of activations
   and products ('auto': bfloat16 on accelerators, float32 on CPU) and
   `logits_dtype` that of the head's products, forwards and backwards. Norms,
-  rotations, softmax and losses are computed in float32 in any case, and
-  adapters are kept in it.
+  rotations, softmax and losses are always computed in float32, and adapters are
+  stored in float32.
 
-  `quantisation` ('int8', 'int4', 'nf4') keeps the matrices of the layers in few
-  bits, each quantised as soon as it is read (`quantised`). `attention` is how
-  it is computed (`attention.choose`).
+  `quantisation` ('int8', 'int4', 'nf4') stores the matrices of the layers in
+  few bits, each quantised as soon as it is read (`quantised`). `attention` is
+  the implementation (`attention.choose`).
 
-  Tensors are read one at a time into stacked arrays, so that
-  memory grows by little more than the parameters. `place(path, shape)` gives
-  the sharding of each leaf (`sharding.placement(mesh)`): every device then gets
-  its shard as it is read, and no whole copy is on the host.
+  Tensors are read one at a time into stacked arrays, so that memory grows by
+  little more than the parameters. `place(path, shape)` returns the sharding of
+  each leaf (`sharding.placement(mesh)`): every device then gets its shard as it
+  is read, without a whole copy on the host.
 
-  An encoder has the head that its checkpoint has. `labels` asks for a
-  classifier of these classes: where the checkpoint lacks its weights they are
-  drawn by `seed`, N(0, 0.02^2), with zero biases.
+  An encoder has the head of its checkpoint. With `labels` the head is a
+  classifier of these classes: weights that the checkpoint lacks are drawn with
+  `seed` from N(0, 0.02^2), with zero biases.
 
   Raises `Error` for a directory without config.json or safetensors, an
   architecture or value that is not implemented, tensors that are missing,
-  unknown or of another shape, files that are damaged or missing, and a
+  unknown or of a wrong shape, files that are damaged or missing, and a
   tokenizer with more tokens than the embedding.
 
   >>> pretrained('./nowhere')  # doctest: +ELLIPSIS
@@ -215,14 +218,14 @@ def _on_cpu() -> bool:
   return jax.default_backend() == 'cpu'
 
 
-# What a tokenizer puts into texts by itself.
+# Roles of the special tokens that a tokenizer adds to texts.
 _ROLES = ('bos', 'eos', 'pad', 'unk', 'sep', 'cls', 'mask')
 
 
 def _check_tokenizer(directory: pathlib.Path, config: Config) -> None:
-  """Every token of the tokenizer beside the weights has a row.
+  """Raises `Error` if a token of the tokenizer has no row in the embedding.
 
-  Special tokens without a role in texts may lie beyond (Gemma 3 has one for
+  Special tokens without a role in texts may lie outside (Gemma 3 has one for
   pictures).
   """
   file, settings = directory / 'tokenizer.json', 'tokenizer_config.json'
@@ -263,7 +266,7 @@ def _dtype(name: Any, field: str = 'dtype', *others: str) -> np.dtype:
 
 
 def _find(path: str | os.PathLike) -> pathlib.Path:
-  """A directory that exists, or the hub's copy of it."""
+  """Returns an existing directory, or a downloaded copy from the hub."""
   directory = pathlib.Path(path).expanduser()
   if directory.is_dir():
     return directory
@@ -277,14 +280,14 @@ def _find(path: str | os.PathLike) -> pathlib.Path:
   try:
     from huggingface_hub import snapshot_download
 
-    found = snapshot_download(
+    copy = snapshot_download(
       name,
       allow_patterns=['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja'],
     )
-  except Exception as error:  # offline, unknown, gated: many kinds
+  except Exception as error:  # offline, unknown or gated: many types
     text = ' '.join(str(error).split())[:200]
     raise Error(
       f'{name} is no directory here and could not be fetched from the hub: '
       f'{type(error).__name__}: {text}'
     ) from error
-  return pathlib.Path(found)
+  return pathlib.Path(copy)

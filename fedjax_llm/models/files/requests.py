@@ -1,4 +1,4 @@
-"""What is asked of `generate`: checked, and padded to a few shapes."""
+"""Checks the arguments of `generate` and pads prompts to a few shapes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,15 +10,16 @@ from fedjax_llm.models.config import Config, longest_text
 from fedjax_llm.types import Error, Params
 
 
-def seeds(given: Sequence[int] | None, num: int) -> np.ndarray:
-  if given is None:
+def seeds(values: Sequence[int] | None, num: int) -> np.ndarray:
+  """Returns the seed of each prompt [num]: 0, 1, ... if `values` is None."""
+  if values is None:
     return np.arange(num, dtype=np.uint32)
-  if len(given) != num:
-    raise Error(f'There are {len(given)} seeds for {num} prompts.')
-  for seed in given:
+  if len(values) != num:
+    raise Error(f'There are {len(values)} seeds for {num} prompts.')
+  for seed in values:
     if not 0 <= seed < 2**32:
       raise Error(f'The seed {seed} is not between 0 and 2**32 - 1.')
-  return np.asarray(given, np.uint32)
+  return np.asarray(values, np.uint32)
 
 
 def owners(
@@ -27,7 +28,7 @@ def owners(
   adapters: Sequence[Any],
   num: int,
 ) -> np.ndarray | None:
-  """Which adapter reads which prompt; None where there is but one for all."""
+  """Returns the index of each prompt's adapter; None without `adapters`."""
   if which is None and not adapters:
     return None
   if jax.tree.leaves(params):
@@ -54,9 +55,9 @@ def check(
   max_new_tokens: int,
   num_rows: int = 0,
 ) -> None:
-  """Raises `Error` for a prompt that cannot be read, or not be gone on with.
+  """Raises `Error` for a prompt that cannot be read or continued.
 
-  `num_rows` is the number of places that an adapter takes in front of it.
+  `num_rows` is the number of positions that an adapter takes before it.
   """
   if config is not None and not config.causal:
     raise Error(f'A {config.family} model is an encoder: it writes no text.')
@@ -80,12 +81,15 @@ def check(
 
 
 def _bucket(number: int, least: int) -> int:
-  """The next power of two, at least `least`."""
+  """Returns the next power of two, at least `least`."""
   return max(least, 1 << (number - 1).bit_length())
 
 
 def pad(prompts) -> tuple[np.ndarray, np.ndarray]:
-  """[B, P] padded on the right and their lengths [B]; extra rows have 0."""
+  """Pads prompts on the right to [B, P]; returns them and their lengths [B].
+
+  Extra rows have length 0.
+  """
   rows = _bucket(len(prompts), 1)
   width = _bucket(max(map(len, prompts)), 16)
   tokens = np.zeros((rows, width), np.int32)

@@ -1,4 +1,4 @@
-"""Weights in and out: safetensors files and our tree of stacked arrays."""
+"""Reads safetensors files into a tree of stacked arrays, and writes them."""
 
 import contextlib
 import json
@@ -20,9 +20,9 @@ from fedjax_llm.types import Base, Error
 _READABLE = {'F32', 'BF16', 'F16'}
 _INDEX = 'model.safetensors.index.json'
 _SINGLE = 'model.safetensors'
-_LFS = b'version https://git-lfs.github.com'  # how such a file begins
+_LFS = b'version https://git-lfs.github.com'  # first bytes of a pointer file
 
-# (path, shape) of a leaf of the base -> how it lies on the devices.
+# (path, shape) of a leaf of the base -> its sharding.
 Place = Callable[[families.Path, tuple[int, ...]], jax.sharding.Sharding]
 Bounds = tuple[tuple[int, int], ...]  # (start, end) of every axis
 
@@ -49,7 +49,7 @@ def _open(file: pathlib.Path) -> Iterator[Any]:
 
 
 def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Where each tensor of a checkpoint lies."""
+  """Returns the file of each tensor of a checkpoint."""
   single, index = directory / _SINGLE, directory / _INDEX
   if single.is_file():
     with _open(single) as handle:
@@ -87,14 +87,14 @@ def _some(names: Sequence[str]) -> str:
   return ', '.join(names[:3]) + more
 
 
-# What a checkpoint of another head may lack.
+# Modules that a checkpoint with another head may lack.
 _CLASSIFIER = ('pooler', 'classifier')
 
 
 def _stored(directory, config, files, may_lack) -> dict[str, str]:
-  """Under which name the checkpoint holds each tensor; checks all of them.
+  """Returns the name of each tensor in the checkpoint, and checks them all.
 
-  Names, shapes and dtypes, before any weight is read.
+  Names, shapes and dtypes are checked before any weight is read.
   """
   table = {t.name: t for t in families.tensors(config)}
   stored = {}
@@ -141,7 +141,7 @@ def _stored(directory, config, files, may_lack) -> dict[str, str]:
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """An empty array at a multiple of 64 bytes: jax on CPU takes it as it is."""
+  """Returns an empty array, aligned to 64 bytes so that jax never copies it."""
   size = int(np.prod(shape)) * dtype.itemsize
   raw = np.empty(size + 64, np.uint8)
   start = -raw.ctypes.data % 64
@@ -149,7 +149,7 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _is_finite(array: np.ndarray, size: int = 2**24) -> bool:
-  """Whether all values are finite; looks at `size` of them at a time."""
+  """Returns True if all values are finite, reading `size` of them at a time."""
   flat = array.reshape(-1)
   return all(
     bool(np.isfinite(flat[start : start + size]).all())
@@ -158,7 +158,10 @@ def _is_finite(array: np.ndarray, size: int = 2**24) -> bool:
 
 
 def _sliced(tensor: families.Tensor, bounds: Bounds):
-  """What to read of a tensor for these bounds of ours, and how to take it."""
+  """Returns the slices of a file's tensor for these bounds of our leaf.
+
+  Also returns the tensor with `rows` relative to the slices.
+  """
   slices = [slice(*pair) for pair in bounds]
   if tensor.rows is not None:
     rows = tensor.rows[slices[-1]]
@@ -169,9 +172,9 @@ def _sliced(tensor: families.Tensor, bounds: Bounds):
 
 
 class _Reader:
-  """Reads slices of tensors, each from a file opened for it alone.
+  """Reads slices of tensors, opening the file for each read.
 
-  The pages of a mapped file that were read count as memory until it is closed.
+  Pages read from a mapped file use memory until the file is closed.
   """
 
   def __init__(self, files: dict[str, pathlib.Path]):
@@ -186,7 +189,7 @@ class _Reader:
       return handle.get_slice(name)[slices]
 
   def equal(self, one: str, other: str, rows: int = 8192) -> bool:
-    """Whether two tensors are the same, a few rows in memory at a time."""
+    """Returns True if two tensors are equal, reading a few rows at a time."""
     shape = self.shape(one)
     return shape == self.shape(other) and all(
       np.array_equal(self.read(one, part), self.read(other, part))
@@ -200,7 +203,7 @@ def _on_devices(
   sharding: jax.sharding.Sharding,
   part: Callable[[Bounds], np.ndarray],
 ) -> jax.Array:
-  """An array of which every device gets its own part, read once for all."""
+  """Builds a sharded array, reading each part once for all its devices."""
   owners: dict[Bounds, list[Any]] = {}
   for device, index in sharding.addressable_devices_indices_map(shape).items():
     bounds = tuple(s.indices(n)[:2] for s, n in zip(index or (), shape))
@@ -208,7 +211,7 @@ def _on_devices(
   arrays = []
   for bounds, devices in owners.items():
     value = part(bounds)
-    # Only one part waits on the host at a time.
+    # Only one part at a time is in host memory.
     arrays += jax.block_until_ready([jax.device_put(value, d) for d in devices])
   return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
@@ -222,12 +225,12 @@ def read_base(
   place: Place | None = None,
   change: Callable[[families.Path, jax.Array], Any] | None = None,
 ) -> Base:
-  """The weights of a checkpoint as our tree of stacked arrays.
+  """Reads the weights of a checkpoint into a tree of stacked arrays.
 
   With a `seed` the weights of a classifier may be missing and are drawn.
-  `place` says how each leaf lies on the devices: then only what this process
-  needs is read, a shard at a time. `change(path, leaf)` replaces a leaf as soon
-  as it is there (quantisation).
+  `place` returns the sharding of each leaf: then only the shards of this
+  process are read, one at a time. `change(path, leaf)` replaces a leaf as soon
+  as it is read (quantisation).
   """
   files = _files(directory)
   stored = _stored(
@@ -271,7 +274,7 @@ def read_base(
         if tensor.name in stored:
           slices, tensor = _sliced(tensor, tuple(inner))
           name = stored[tensor.name]
-          with np.errstate(over='ignore'):  # told below
+          with np.errstate(over='ignore'):  # raises an `Error` below
             row[...] = families.ours(tensor, reader.read(name, slices))
           if not _is_finite(row):
             raise Error(
@@ -293,7 +296,7 @@ def read_base(
 
 
 def _layer(leaf: Any, layer: int | None) -> np.ndarray:
-  """One layer of a leaf; a quantised one is written out."""
+  """Returns one layer of a leaf, dequantised if it is quantised."""
   if isinstance(leaf, np.ndarray | jax.Array):
     value = np.asarray(leaf)
     return value if layer is None else value[layer]
@@ -305,8 +308,8 @@ def save(directory: str | os.PathLike, config: Config, base: Base) -> None:
   """Writes a Hugging Face directory that transformers loads.
 
   config.json and model.safetensors, in the dtype of the base; quantised
-  matrices are written out in float32. Files appear whole or not at all. Leaves
-  of a user's own network are written as they are, under their paths with dots.
+  matrices are dequantised to float32. Files are written atomically. Leaves of a
+  user's own network are written unchanged, named by their paths with dots.
 
   >>> import tempfile
   >>> from fedjax_llm.models.own import own
@@ -325,9 +328,9 @@ def save(directory: str | os.PathLike, config: Config, base: Base) -> None:
   if not known:
     for path, leaf in jax.tree.leaves_with_path(base):
       weights['.'.join(key.key for key in path)] = np.asarray(leaf)
-    said: Any = {'model_type': families.OWN}
+    fields: Any = {'model_type': families.OWN}
   else:
-    said = families.to_hf(config)
+    fields = families.to_hf(config)
   for tensor in known:
     leaf = base
     for name in tensor.path:
@@ -341,7 +344,7 @@ def save(directory: str | os.PathLike, config: Config, base: Base) -> None:
       )
   weights = {n: np.ascontiguousarray(w) for n, w in weights.items()}
   dtype = str(next(iter(weights.values())).dtype)
-  text = json.dumps({**said, 'torch_dtype': dtype}, indent=2)
+  text = json.dumps({**fields, 'torch_dtype': dtype}, indent=2)
 
   files = {name: directory / name for name in (_SINGLE, 'config.json')}
   drafts = {n: f.with_name(f'.{n}.{os.getpid()}') for n, f in files.items()}

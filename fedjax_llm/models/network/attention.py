@@ -1,12 +1,12 @@
-"""Attention: one function, computed in one of several ways.
+"""Attention: one function with several implementations.
 
-    blocked   a block of queries at a time: T x T numbers never exist
+    blocked   a block of queries at a time: T x T numbers are never stored
     xla       `jax.nn.dot_product_attention`
     cudnn     the same by cuDNN's fused kernel: on GPU, in half precision
     splash    the Pallas kernel of TPUs
 
-All give softmax(cap(scale * q k^T)) v over the visible keys, the softmax in
-float32 on queries and keys of any dtype.
+All compute softmax(cap(scale * q k^T)) v over the visible keys, with the
+softmax in float32 for queries and keys of any dtype.
 """
 
 import functools
@@ -28,7 +28,7 @@ GROUPS = 4  # loops over blocks of queries
 
 
 class Places(NamedTuple):
-  """Where tokens stand; both [B, T] int32. Segment 0 is padding."""
+  """Positions and segments of tokens, both [B, T] int32; segment 0: padding."""
 
   positions: Any
   segments: Any
@@ -37,11 +37,11 @@ class Places(NamedTuple):
 def visible(
   queries: Places, keys: Places, window, causal: bool, shared: int = 0
 ) -> jax.Array:
-  """Which keys a query may read, bool [B, T, S].
+  """Returns the mask of the keys that each query may read, bool [B, T, S].
 
-  The same text, no later place, and fewer than `window` places back (0: the
-  whole text). It reads places, not indices, so a cache may have gaps. The first
-  `shared` keys are of every text.
+  A query reads keys of the same text, at no later position, and fewer than
+  `window` positions back (0: the whole text). Positions are used, not indices,
+  so a cache may have gaps. The first `shared` keys are visible to every text.
   """
   same = queries.segments[:, :, None] == keys.segments[:, None, :]
   distance = queries.positions[:, :, None] - keys.positions[:, None, :]
@@ -56,7 +56,7 @@ def visible(
 
 
 def softcapped(x, cap: float):
-  """cap * tanh(x / cap), or x where there is no cap (0)."""
+  """Returns cap * tanh(x / cap), or x for a cap of 0."""
   return cap * jnp.tanh(x / cap) if cap else x
 
 
@@ -68,14 +68,15 @@ def choose(
   compute_dtype: Any = jnp.float32,
   backend: str | None = None,
 ) -> str:
-  """The way to go: 'auto' is 'xla' on accelerators where it can, or 'blocked'.
+  """Returns the name of the implementation to use, resolving 'auto'.
 
-  `mixed_windows` says that layers differ in their window; `backend` is that of
-  jax unless given.
+  'auto' is 'xla' on accelerators if the model has no soft cap, else 'blocked'.
+  `mixed_windows` is True if layers differ in their window; `backend` defaults
+  to that of jax.
 
   Raises:
-    Error: a way that does not exist, or not on this backend, for this dtype, a
-      soft cap or mixed windows.
+    Error: an unknown implementation, or one that does not support this backend,
+      this dtype, a soft cap or mixed windows.
 
   >>> choose('auto', backend='cpu'), choose('auto', backend='gpu')
   ('blocked', 'xla')
@@ -120,25 +121,24 @@ def attention(
   shared: int = 0,
   ahead: int = 0,
 ) -> jax.Array:
-  """softmax(cap(scale * q k^T)) v over the visible keys.
+  """Computes softmax(cap(scale * q k^T)) v over the visible keys.
 
-  `scale` is 1 / sqrt(head_dim) unless given; cap is `softcapped`.
+  `scale` defaults to 1 / sqrt(head_dim); cap is `softcapped`.
 
   `q` [B, T, H, head_dim]; `k`, `v` [B, S, KV, head_dim] where H is a multiple
   of KV: the query heads of one group share their keys, which are never
-  repeated. `window` is None, an int or a traced scalar. A query that sees no
-  key (padding) gives a finite value without meaning.
+  repeated. `window` is None, an int or a traced scalar. A query without a
+  visible key (padding) gets a finite value without meaning.
 
-  `implementation` is checked by `choose`, which knows the backend. 'blocked'
-  takes `block` queries at a time, against the keys up to their own end and no
-  further back than the window, and computes the weights again in the backward
-  pass; like 'splash', which reads `window` as a constant, it is for rows whose
-  texts stand in the order of their places. Rows of up to `block` tokens are
-  one block.
+  `implementation` is checked by `choose`. 'blocked' takes `block` queries at a
+  time, against the keys up to their own end and no further back than the
+  window, and recomputes the weights in the backward pass. 'blocked' and
+  'splash' need rows with tokens in the order of their positions; 'splash' needs
+  a constant `window`. Rows of up to `block` tokens are one block.
 
-  The first `shared` keys are prompt rows, which every text sees, in the
-  segment 0 where each query should see them once; the first `ahead` of them
-  have no query, so that S = ahead + T where texts are compared with themselves.
+  The first `shared` keys are prompt rows, visible to every text, with segment 0
+  so that each query sees them once; the first `ahead` of them have no query, so
+  that S = ahead + T in self-attention.
 
   >>> x = jnp.ones([1, 3, 2, 4])
   >>> places = Places(jnp.arange(3)[None], jnp.ones([1, 3], jnp.int32))
@@ -167,7 +167,7 @@ def attention(
 
 
 def plain(q, k, v, queries, keys, *, window, causal, scale, softcap, shared=0):
-  """The formula as it stands: all scores at once, [B, KV, T, H / KV, S]."""
+  """Computes attention with all scores at once, [B, KV, T, H / KV, S]."""
   groups = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
   scores = jnp.einsum(
     'btkgd,bskd->bktgs', groups, k, preferred_element_type=jnp.float32
@@ -181,10 +181,10 @@ def plain(q, k, v, queries, keys, *, window, causal, scale, softcap, shared=0):
 def _heads_first(
   q, k, v, queries, keys, *, window, causal, scale, softcap, shared
 ):
-  """`plain` on q [B, KV, G, T, D] and k, v [B, KV, S, D].
+  """Computes `plain` for q [B, KV, G, T, D] and k, v [B, KV, S, D].
 
-  Divides by the sum of the weights after the product, so that of all T x S
-  numbers only the weights are written.
+  Divides by the sum of the weights after the product, so that the weights are
+  the only T x S array that is written.
   """
   scores = jnp.einsum(
     'bkgtd,bksd->bkgts', q * scale, k, preferred_element_type=jnp.float32
@@ -192,7 +192,7 @@ def _heads_first(
   seen = visible(queries, keys, window, causal, shared)[:, None, None]
   scores = jnp.where(seen, softcapped(scores, softcap), MASKED)
   largest = scores.max(-1, keepdims=True)
-  # The weights do not depend on what is subtracted.
+  # The normalised weights do not depend on the subtracted maximum.
   weights = jnp.exp(scores - _kept(jax.lax.stop_gradient(largest)))
   total = _kept(weights.sum(-1, keepdims=True))
   out = _kept(
@@ -206,7 +206,7 @@ def _heads_first(
   return (out / total).astype(v.dtype)
 
 
-# What the backward pass of a block finds again: all but the T x S numbers.
+# Saved for the backward pass of a block: everything but the T x S arrays.
 _kept = functools.partial(checkpoint_name, name='attention')
 _again = functools.partial(
   jax.checkpoint,
@@ -220,7 +220,7 @@ def _blocked(
 ):
   length, size, heads = q.shape[1], k.shape[1], k.shape[2]
   settings.update(window=window, causal=causal, shared=shared)
-  if length <= block and length < size - ahead:  # a cache stays as it lies
+  if length <= block and length < size - ahead:  # a cache is not transposed
     return plain(q, k, v, queries, keys, **settings)
   attend = functools.partial(_heads_first, **settings)
   q = jnp.moveaxis(q.reshape(*q.shape[:2], heads, -1, q.shape[-1]), 1, 3)
@@ -248,7 +248,7 @@ def _blocked(
   reach = min(block + back - 1, size) if back else size
 
   def near(index, block_of_q, places):
-    """One block against the keys of its window, and those of every text."""
+    """Computes one block against the keys of its window and the shared keys."""
     start = jnp.clip(ahead + index * block - back + 1, 0, size - reach)
 
     def cut(x, axis):
@@ -262,16 +262,16 @@ def _blocked(
     return attend(block_of_q, cut(k, 2), cut(v, 2), places, own)
 
   def upto(end):
-    """One block against the keys before `end`."""
+    """Returns a function that computes one block against keys before `end`."""
     own = jax.tree.map(lambda x: x[:, :end], keys)
     return lambda _, block_of_q, places: attend(
       block_of_q, k[:, :, :end], v[:, :, :end], places, own
     )
 
-  # Loops, since a compiler may run what is unrolled all at once; and their
-  # bodies anew in the backward pass: the weights of all blocks together would
-  # be T x T numbers again. A few loops, each up to its own last key, save
-  # most of what the causal mask allows.
+  # Loops, since a compiler may run unrolled blocks at the same time; their
+  # bodies are recomputed in the backward pass, since the weights of all blocks
+  # together are T x T numbers. A few loops, each up to its own last key, skip
+  # most of the keys that the causal mask hides.
   groups = 1 if reach < size or not ordered else min(GROUPS, num)
   out = []
   for group in range(groups):
@@ -300,11 +300,11 @@ def splash(
   softcap: float = 0.0,
   interpret: bool = False,
 ) -> jax.Array:
-  """Block-sparse flash attention as a Pallas kernel of TPUs.
+  """Computes block-sparse flash attention with a Pallas kernel for TPUs.
 
   Rows are padded to a multiple of 128 tokens; blocks that the causal mask and
-  the window leave empty are skipped. `interpret` runs the kernel's program
-  anywhere, slowly.
+  the window leave empty are skipped. `interpret` runs the kernel slowly on any
+  backend.
   """
   from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 

@@ -1,6 +1,6 @@
-"""One block: attention and a perceptron, with norms around them.
+"""Computes one block: attention and a perceptron, with norms and residuals.
 
-`Config.residual` says where the norms stand and what is added to what.
+`Config.residual` selects the order of norms and additions.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from fedjax_llm.nodes.protocol import Record
 
 
 class Layer(NamedTuple):
-  """What travels through the scan beside the activations."""
+  """The inputs of one layer in the scan, beside the activations."""
 
   base: Any
   params: Any
@@ -31,12 +31,12 @@ def child(params: Any, name: str) -> Any:
 
 
 class Context(NamedTuple):
-  """What all layers share."""
+  """The inputs that all layers share."""
 
-  queries: Places  # of the rows, [B, T]
-  keys: Places  # of what they are compared with, [B, S]
-  slot: Any = 0  # of the cache, where the first row goes
-  shared: int = 0  # keys in front that every text sees
+  queries: Places  # of the tokens, [B, T]
+  keys: Places  # of the keys, [B, S]
+  slot: Any = 0  # of the cache, where the first token is written
+  shared: int = 0  # number of keys in front that every text sees
 
 
 def block(
@@ -47,7 +47,7 @@ def block(
   context: Context,
   record: Record | None = None,
 ):
-  """One layer, [B, T, D] -> [B, T, D], and its keys and values."""
+  """Computes one layer, [B, T, D] -> [B, T, D], and its keys and values."""
   w = layer.base
   p: Mapping[str, Any] = layer.params or {}
 
@@ -108,7 +108,7 @@ def _attention(
     put = jax.lax.dynamic_update_slice_in_dim
     k = put(layer.keys, k, context.slot, axis=1)
     v = put(layer.values, v, context.slot, axis=1)
-  elif p.get('prefix') is not None:  # a cache has it already
+  elif p.get('prefix') is not None:  # a cache holds the prefix already
     front = p['prefix'].before(k)
     ahead = front[0].shape[1]
     k, v = (

@@ -1,8 +1,8 @@
 """The arithmetic of a transformer block: plain functions on arrays.
 
-Weights are the base's own dicts ({'kernel': [D, F], 'bias': [F]}); a leaf of
-the adapter rides beside each. Norms, rotations and softmax run in float32
-whatever the compute dtype is.
+Weights are the base's dicts ({'kernel': [D, F], 'bias': [F]}), each with a leaf
+of the adapter as the next argument. Norms, rotations and softmax are computed
+in float32 for every compute dtype.
 """
 
 import functools
@@ -29,17 +29,17 @@ def linear(
   out_dtype: Any = None,
   record: Record | None = None,
 ) -> jax.Array:
-  """Returns x @ W (+ bias) as the adapter changes it, [..., D] -> [..., F].
+  """Returns x @ W (+ bias) with the adapter's change, [..., D] -> [..., F].
 
-  The one place where an adapter acts. `leaf` is a node on W, or a dict of what
-  stands at 'kernel', 'bias', 'input' and 'output'; a node says itself what it
-  does there (`nodes.protocol`), and `record` gathers the statistics of those
-  that have any.
+  The only function that applies an adapter to a matrix. `leaf` is a node on W,
+  or a dict of nodes at 'kernel', 'bias', 'input' and 'output', which act as
+  `nodes.protocol` defines; `record` gathers the statistics of nodes that have
+  any.
 
-  The change stays a product of its own, so that under `vmap` over adapters
-  the base product is one unbatched matmul with the rows of all clients. A
-  quantised kernel is written out for that product alone; what was folded into
-  it is a product of its own (`nodes.Amended`).
+  The change is a separate product, so that under `vmap` over adapters the base
+  product is one unbatched matmul with the rows of all clients. A quantised
+  kernel is dequantised for this product only; a dense change that was folded
+  into it is a separate product (`nodes.Amended`).
 
   >>> from fedjax_llm.nodes import LowRank
   >>> x = jnp.ones([1, 2])
@@ -59,7 +59,7 @@ def linear(
 
 
 def changed(w: Mapping[str, Any], leaf: Any, name: str, main: str = 'kernel'):
-  """Returns the vector `name` of a module as the adapter changes it."""
+  """Returns the vector `name` of a module with the adapter's change."""
   change = protocol.at(leaf, name, main)
   if change is None:
     return w[name]
@@ -69,7 +69,7 @@ def changed(w: Mapping[str, Any], leaf: Any, name: str, main: str = 'kernel'):
 
 
 def embed(tokens, w: Mapping[str, Any], leaf, dtype) -> jax.Array:
-  """Rows of the embedding (+ those of a dense change), [...] -> [..., D]."""
+  """Looks up embedding rows (+ a dense change of them), [...] -> [..., D]."""
   rows = jnp.take(w['embedding'], tokens, axis=0).astype(dtype)
   leaf = protocol.at(leaf, 'embedding', 'embedding')
   if leaf is None:
@@ -119,8 +119,10 @@ def mlp(
   activation: str,
   record: Record | None = None,
 ) -> jax.Array:
-  """down(act(up x)), or down(act(gate x) * up x) where there is a gate
-  (arXiv:2002.05202)."""
+  """Computes down(act(up x)), or down(act(gate x) * up x) with a gate.
+
+  The gated form is that of arXiv:2002.05202.
+  """
   act = ACTIVATIONS[activation]
   project = lambda x, name: linear(x, w[name], p.get(name), record=record)
   inner = project(x, 'up_proj')

@@ -1,7 +1,7 @@
-"""Prompt rows in front of texts: how many, where they stand, who sees them.
+"""Adds prompt rows before texts: their number, positions and visibility.
 
-`nodes.prompt` has the nodes and the conventions; here is what the network does
-with them.
+`nodes.prompt` defines the nodes and the conventions; the functions here apply
+them to batches and to the keys of attention.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from fedjax_llm.types import Batch, Error, Params, known
 
 
 class Front(NamedTuple):
-  """What an adapter puts in front of every text."""
+  """The prompt rows that an adapter puts in front of every text."""
 
   prompt: Any  # a node at 'inputs', or None
   prefix: int  # places of the node at 'layers/self_attn/prefix'
@@ -54,10 +54,10 @@ def check(config: Config, own: Front, length: int) -> None:
 
 
 def refuse_packing(config: Config, batch: Batch) -> Any:
-  """Refuses several texts in a row of an encoder, whose prompt sees its text.
+  """Refuses several texts in a row of an encoder that has a prompt.
 
-  Returns the rows that hold several, [B] bool, where they are not known before
-  the program runs; the network makes them NaN.
+  Returns None, or for a traced batch the rows with several texts, [B] bool,
+  which the network sets to NaN.
   """
   if config.causal:
     return None
@@ -74,11 +74,11 @@ def refuse_packing(config: Config, batch: Batch) -> Any:
 def whole(
   config: Config, own: Front, batch: Batch, with_rows: bool
 ) -> tuple[Batch, Places]:
-  """Returns the batch with its prompt rows, and where its rows stand.
+  """Returns the batch with its prompt rows, and the places of its rows.
 
   Tokens of prompt rows are 0 and never read. In the places of a causal model
-  prompt rows are of segment 0, and every text sees them all the same
-  (`attention`, `shared`); in an encoder they are of the row's only text.
+  prompt rows have segment 0, and every text sees them (`shared` of
+  `attention`); in an encoder they belong to the row's only text.
   """
   wide = lambda x: jnp.broadcast_to(x, jnp.shape(batch.tokens))
   positions = wide(batch.positions + own.length)
@@ -106,7 +106,7 @@ def whole(
 
 
 def before(own: Front, places: Places) -> Places:
-  """Returns the places of keys: the prefix, and then the rows."""
+  """Returns the places of the keys: those of the prefix, then `places`."""
   if not own.prefix:
     return places
   rows = places.segments.shape[0]

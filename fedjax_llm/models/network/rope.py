@@ -1,8 +1,8 @@
-"""Rotary positions: pairs of features turn by an angle that grows with place.
+"""Rotary positions: rotates pairs of features by an angle per position.
 
     (x_i, x_i+half) -> rotated by position * frequency_i
 
-Angles are float32 whatever the compute dtype is.
+Angles are float32 for every compute dtype.
 """
 
 import math
@@ -18,16 +18,18 @@ KINDS = ('default', 'linear', 'dynamic', 'llama3', 'yarn', 'longrope', 'none')
 
 
 class Rope(NamedTuple):
-  """Rotary position embedding (arXiv:2104.09864) and how it is stretched.
+  """A rotary position embedding (arXiv:2104.09864) and its context extension.
+
+  The kind defines the frequency of feature pair i:
 
   default     theta^(-2 i / rotary_dim)
-  linear      over `factor`
-  dynamic     as default up to the model's positions; no longer texts
-  llama3      only the slow ones over `factor`, with a smooth band between
+  linear      divided by `factor`
+  dynamic     as default, for texts up to the model's positions only
+  llama3      only low frequencies divided by `factor`, with a smooth band
   yarn        likewise, by feature, and cos and sin times
               `attention_factor` (arXiv:2309.00071, sections 3.2 and 3.4)
-  longrope    over `short[i]` up to `original_max_positions`, cos and sin
-              times `attention_factor`; no longer texts (arXiv:2402.13753)
+  longrope    divided by `short[i]`, cos and sin times `attention_factor`, for
+              texts up to `original_max_positions` only (arXiv:2402.13753)
   none        no rotation
   """
 
@@ -42,11 +44,11 @@ class Rope(NamedTuple):
   beta_slow: float = 1.0
   truncate: bool = True
   short: tuple[float, ...] = ()
-  long: tuple[float, ...] = ()  # kept for who reads the model elsewhere
+  long: tuple[float, ...] = ()  # unused here; saved for other programs
 
 
 def rope_frequencies(rope: Rope, rotary_dim: int) -> np.ndarray:
-  """Radians a position, float32 [rotary_dim / 2].
+  """Returns the radians per position, float32 [rotary_dim / 2].
 
   >>> rope_frequencies(Rope(theta=100.0), 4).round(3).tolist()
   [1.0, 0.10000000149011612]
@@ -55,7 +57,7 @@ def rope_frequencies(rope: Rope, rotary_dim: int) -> np.ndarray:
   if rope.kind == 'linear':
     frequency = frequency / rope.factor
   elif rope.kind == 'llama3':
-    # Turns over the original context: many -> keep, few -> stretch.
+    # Rotations over the original context: many -> keep, few -> stretch.
     turns = rope.original_max_positions * frequency / (2 * math.pi)
     low, high = rope.low_freq_factor, rope.high_freq_factor
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -76,9 +78,9 @@ def rope_frequencies(rope: Rope, rotary_dim: int) -> np.ndarray:
 
 
 def _yarn_ramp(rope: Rope, rotary_dim: int) -> np.ndarray:
-  """0 for features that turn often over the original context, 1 for slow."""
+  """Returns 0 for features with many rotations, 1 for few, [rotary_dim / 2]."""
 
-  def feature(turns):  # which feature turns that often
+  def feature(turns):  # index of the feature with this number of rotations
     wavelength = rope.original_max_positions / (turns * 2 * math.pi)
     return rotary_dim * math.log(wavelength) / (2 * math.log(rope.theta))
 
@@ -91,10 +93,10 @@ def _yarn_ramp(rope: Rope, rotary_dim: int) -> np.ndarray:
 
 
 def longest_text(rope: Rope, max_positions: int) -> int | None:
-  """Tokens a text may have before its own length changes the frequencies.
+  """Returns the number of tokens up to which frequencies are constant.
 
-  Beyond, the rotation of a text would depend on what it is batched with, so
-  such texts are refused. None: no such bound.
+  The rotation of a longer text would depend on the other texts of its batch, so
+  such texts are refused. None: no bound.
   """
   if rope.kind == 'dynamic':
     return max_positions
@@ -104,7 +106,7 @@ def longest_text(rope: Rope, max_positions: int) -> int | None:
 def rope_angles(
   positions, frequencies, factor: Any = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-  """cos and sin times `factor`, float32 [..., T, 1, rotary_dim / 2]."""
+  """Returns cos and sin times `factor`, float32 [..., T, 1, rotary_dim / 2]."""
   angle = positions.astype(jnp.float32)[..., None, None] * frequencies
   return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
@@ -112,7 +114,7 @@ def rope_angles(
 def rotate(x, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
   """Rotates the pairs (i, i + half) of each head, [B, T, H, head_dim].
 
-  Where fewer angles are given than a head has pairs, its last features stay.
+  With fewer angles than pairs of a head, its last features are not rotated.
   """
   cos, sin = angles
   rotary_dim = 2 * cos.shape[-1]

@@ -2,10 +2,11 @@
 
     hidden = norm(scan(block)(embed(tokens)));  logits = head(hidden)
 
-The base is a tree of nested dicts whose layers are stacked, [L, ...]; the
-adapter mirrors it down to the weights that it changes, and is absent elsewhere.
-What differs from layer to layer (windows, rotations) travels through the scan
-as arrays.
+The base is a tree of nested dicts with stacked layers, [L, ...]; the adapter
+has the same paths for the weights that it changes, and no others. Differences
+between layers (windows, rotations) are arrays that the scan walks.
+
+`build` returns the network as a `Model`, `decoder` as a `Decoder` with a cache.
 """
 
 from collections.abc import Callable
@@ -34,13 +35,13 @@ class Cache(NamedTuple):
 
 
 class Decoder(NamedTuple):
-  """A network that goes on where it stopped.
+  """A network with a cache of keys and values, for generation.
 
-  `empty(batch_size, slots) -> Cache` for tokens without a prompt in front;
+  `empty(batch_size, slots) -> Cache` without a prompt;
   `extend(base, params, batch, cache, slot) -> (hidden [B, T, D], Cache)` reads
   the batch's T tokens into the slots from `slot` on;
-  `begin(base, params, batch_size, slots) -> Cache` for as many tokens behind
-  the adapter's prompt, which it holds in front of the slots.
+  `begin(base, params, batch_size, slots) -> Cache` holds the adapter's prompt
+  before the slots.
   """
 
   empty: Callable[[int, int], Cache]
@@ -52,7 +53,7 @@ class Decoder(NamedTuple):
 
 
 def _rematerialised(block: Callable, remat: str, unroll: int) -> Callable:
-  # Inside a rolled loop nothing can be merged with the forward pass anyway.
+  # In a rolled loop XLA cannot merge the recomputation with the forward pass.
   prevent_cse = unroll > 1
   if remat == 'none':
     return block
@@ -65,9 +66,9 @@ def _rematerialised(block: Callable, remat: str, unroll: int) -> Callable:
 
 
 def _embed(config: Config, base, params, batch: Batch, dtype, num_rows=0):
-  """Tokens, places and types as vectors, [B, T, D].
+  """Embeds tokens, positions and types, [B, T, D].
 
-  The first `num_rows` tokens are those of the adapter's prompt.
+  The first `num_rows` tokens are the rows of the adapter's prompt.
   """
 
   def rows(index, name):
@@ -80,7 +81,7 @@ def _embed(config: Config, base, params, batch: Batch, dtype, num_rows=0):
   if config.embedding_scale != 1:
     x = x * jnp.asarray(config.embedding_scale, dtype)
   if config.num_learned_positions:
-    # A place beyond the table gives NaN; padding may stand anywhere.
+    # A position beyond the table gives NaN; padding may have any position.
     place = jnp.where(batch.segments > 0, batch.positions, 0)
     x = x + rows(place + config.first_position, 'embed_positions')
   if config.num_token_types:
@@ -97,7 +98,7 @@ def _norm(config: Config, base, params, x, name):
 
 
 def _per_layer(config: Config):
-  """Windows and (frequencies, factors): arrays [L, ...] where layers differ."""
+  """Returns windows and (frequencies, factors), [L, ...] if layers differ."""
   for name in ('windows', 'layer_ropes'):
     if len(getattr(config, name)) not in (0, config.num_layers):
       raise Error(
@@ -119,7 +120,7 @@ def _per_layer(config: Config):
 
 
 def _walk(config, implementation, dtype, remat, unroll):
-  """The scan over layers that `build` and `decoder` share."""
+  """Returns the scan over layers that `build` and `decoder` share."""
   windows, ropes = _per_layer(config)
   mixed_windows = isinstance(windows, np.ndarray)
   mixed_ropes = ropes is not None and ropes[0].ndim > 1
@@ -128,7 +129,7 @@ def _walk(config, implementation, dtype, remat, unroll):
   def walk(
     base, params, batch, cache=None, slot=0, with_rows=True, record=False
   ):
-    """Hidden states [B, T, D], keys and values, and statistics of nodes."""
+    """Returns hidden states [B, T, D], keys and values, node statistics."""
     base, params = adapters.overlay(base, params)
     adapters.check(base, adapters.gates.without(params), places=protocol.BESIDE)
     front = prompts.front(params)
@@ -189,7 +190,7 @@ def _walk(config, implementation, dtype, remat, unroll):
 
 
 def _head(config: Config, base, params, x, dtype):
-  """[..., D] -> logits [..., V] of `dtype` (of a classifier: [..., labels])."""
+  """Computes logits [..., V] (a classifier: [..., labels]) from [..., D]."""
 
   def linear(x, name, **settings):
     return layers.linear(x, base[name], blocks.child(params, name), **settings)
@@ -226,12 +227,12 @@ def build(
   logits_dtype: Any = jnp.float32,
   attention: str = 'auto',
 ) -> Model:
-  """The network as two pure functions.
+  """Returns the network as a `Model` of pure functions.
 
-  `remat`: what the backward pass computes again ('none', 'full': everything,
-  'dots': all but the products with the base). `unroll`: layers a loop turn.
-  `attention`: 'auto', 'blocked', 'xla', 'cudnn' or 'splash' (`attention.py`).
-  Norms, rotations and softmax are in float32 whatever the dtypes are.
+  `remat`: what the backward pass recomputes ('none', 'full': everything,
+  'dots': all but the products with the base). `unroll`: layers for each loop
+  iteration. `attention`: 'auto', 'blocked', 'xla', 'cudnn' or 'splash'
+  (`attention.py`). Norms, rotations and softmax are in float32 for every dtype.
 
   >>> from fedjax_llm import models
   >>> loaded = models.random(vocab_size=32)
@@ -248,7 +249,7 @@ def build(
     compute_dtype=compute_dtype,
   )
   walk = _walk(config, way, compute_dtype, remat, unroll)
-  _rematerialised(blocks.block, remat, unroll)  # a wrong name is told here
+  _rematerialised(blocks.block, remat, unroll)  # raises for a wrong name
 
   def hidden(base: Base, params: Params, batch: Batch) -> jax.Array:
     return walk(base, params, batch)[0]
@@ -268,9 +269,9 @@ def build(
 def decoder(
   config: Config, *, unroll: int = 1, compute_dtype: Any = jnp.float32
 ) -> Decoder:
-  """The network with a cache of keys and values, for generation.
+  """Returns the network as a `Decoder` with a cache, for generation.
 
-  An encoder has none: reading with it raises `Error`.
+  For an encoder, `extend` raises `Error`.
   """
   walk = _walk(config, 'blocked', compute_dtype, 'none', unroll)
 
@@ -312,7 +313,7 @@ def decoder(
       ends = jax.vmap(lambda one, like: one.before(like))(node, keys)
       keys = keys.at[:, :, : front.prefix].set(ends[0])
       values = values.at[:, :, : front.prefix].set(ends[1])
-    if front.rows:  # they see no text, so they are computed once and kept
+    if front.rows:  # prompt rows see no text: they are computed once
       none = jnp.zeros((batch_size, 0), jnp.int32)
       batch = Batch(none, none > 0, none, none)
       cache = Cache(keys, values, places)
