@@ -25,7 +25,7 @@ def make(name, num_clients, cohort_size, **kwargs):
   return SAMPLERS[name](num_clients, cohort_size, sizes=sizes, **kwargs)
 
 
-@pytest.mark.parametrize('module', [sampling, cohorts, scopes])
+@pytest.mark.parametrize('module', [sampling, cohorts, scopes.labels])
 def test_docstring_examples_run(module):
   result = doctest.testmod(module)
   assert result.attempted and not result.failed
