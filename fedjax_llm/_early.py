@@ -18,7 +18,10 @@ _status: list[int] = []  # the exit status of a program that is over
 
 
 def install() -> None:
-  """Heeds signals from now on, if this process runs a program of ours."""
+  """Heeds signals from now on, if this process runs a program of ours.
+
+  >>> install()  # in this process, which does not: nothing changes
+  """
   words = sys.orig_argv
   ours = any(
     word == '-m' and name.split('.')[0] == 'fedjax_llm'

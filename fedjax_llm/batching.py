@@ -1,10 +1,12 @@
-"""Questions about batches of any kind, and what may be done to all of them.
+"""Functions on batches of any kind: sizes, padding, widths and bounds.
+
+They return counts and masks, or a changed batch.
 
 A batch is one of the kinds in `types` (`Batch`, `Pairs`, `Images`,
 `ImagesWithTexts`), a user's own kind with the same four methods, or a pytree
-whose leaves are of such kinds. A pytree with other leaves tells nothing and is
-taken to be full. The texts of a batch are the `Batch` nodes in it, wherever
-they stand.
+whose leaves are of such kinds. A pytree with other leaves is of an unknown kind
+and counts as full. The texts of a batch are the `Batch` nodes in it, at any
+depth.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +21,7 @@ _METHODS = ('real', 'places', 'used', 'learned')
 
 
 def kinds(batches: Any) -> list[Any]:
-  """Returns the batches of known kinds in a pytree; [] if it holds more.
+  """Returns the batches of known kinds in a pytree; [] if it has other leaves.
 
   >>> kinds({'x': np.ones(2)})
   []
@@ -55,7 +57,7 @@ def texts_of(example: Any) -> list[Example]:
 
 
 def length(example: Any) -> int:
-  """Returns the tokens of an example's longest text; 1 if it has no text.
+  """Returns the number of tokens of the longest text; 1 if there is no text.
 
   >>> length(Example(np.arange(3, dtype=np.int32), np.ones(3, bool)))
   3
@@ -64,7 +66,7 @@ def length(example: Any) -> int:
 
 
 def real(batches: Any) -> Any:
-  """Returns which steps hold anything but padding; None if nobody knows.
+  """Returns True for steps that are not all padding; None if unknown.
 
   The axes of the mask are those before B: [S] of [S, B, ...].
 
@@ -72,50 +74,50 @@ def real(batches: Any) -> Any:
   >>> real(Batch(ones, ones > 0, ones * [[[1]], [[0]]], ones)).tolist()
   [True, False]
   """
-  found = [batch.real() for batch in kinds(batches)]
-  some = found[0] if found else None
-  for mask in found[1:]:
+  masks = [batch.real() for batch in kinds(batches)]
+  some = masks[0] if masks else None
+  for mask in masks[1:]:
     some = some | mask
   return some
 
 
 def used(batches: Any) -> Any:
-  """Returns the places of each step that are not padding; None if unknown.
+  """Counts the places of each step that are not padding; None if unknown.
 
   >>> ones = np.ones((2, 1, 4), np.int32)
   >>> used(Batch(ones, ones > 0, ones * [1, 1, 1, 0], ones)).tolist()
   [3, 3]
   """
-  found = [batch.used() for batch in kinds(batches)]
-  return sum(found[1:], start=found[0]) if found else None
+  counts = [batch.used() for batch in kinds(batches)]
+  return sum(counts[1:], start=counts[0]) if counts else None
 
 
 def learned(batches: Any) -> Any:
-  """Returns the terms of the loss in each step; None if unknown.
+  """Counts the terms of the loss in each step; None if unknown.
 
   >>> ones = np.ones((2, 1, 4), np.int32)
   >>> learned(Batch(ones, ones * [0, 1, 1, 0] > 0, ones, ones)).tolist()
   [2, 2]
   """
-  found = [batch.learned() for batch in kinds(batches)]
-  return sum(found[1:], start=found[0]) if found else None
+  counts = [batch.learned() for batch in kinds(batches)]
+  return sum(counts[1:], start=counts[0]) if counts else None
 
 
 def places(batches: Any) -> int | None:
-  """Returns the places of one step, padding included; None if unknown.
+  """Counts the places of one step, padding included; None if unknown.
 
   >>> ones = np.ones((2, 1, 4), np.int32)
   >>> places(Batch(ones, ones > 0, ones, ones)), places(ones)
   (4, None)
   """
-  found = [batch.places() for batch in kinds(batches)]
-  return sum(found) if found else None
+  counts = [batch.places() for batch in kinds(batches)]
+  return sum(counts) if counts else None
 
 
 def axes(batches: Any) -> tuple[int, int, int]:
-  """Returns K, S and the places of one step of a cohort's batches.
+  """Returns K, S and the number of places of one step of a cohort's batches.
 
-  Of an unknown kind the rows are its places.
+  In batches of an unknown kind a place is a row.
 
   >>> ones = np.ones((5, 3, 2, 4), np.int32)
   >>> axes(Batch(ones, ones > 0, ones, ones)), axes(ones)
@@ -129,7 +131,7 @@ def axes(batches: Any) -> tuple[int, int, int]:
 
 
 def width(batches: Any) -> int:
-  """Returns the columns of the widest text; 0 if there is no text.
+  """Returns the number of columns of the widest text; 0 if there is no text.
 
   >>> ones = np.ones((2, 4), np.int32)
   >>> width(Batch(ones, ones > 0, ones, ones)), width(ones)
@@ -189,7 +191,7 @@ def bounds(batches: Any) -> tuple[int | None, ...]:
 
 
 def most(several: Sequence[Any]) -> tuple[int | None, ...]:
-  """Returns the bounds that hold for every one of several batches.
+  """Returns the bounds that hold for all of several batches.
 
   >>> ones = np.ones((2, 4), np.int32)
   >>> batch = Batch(ones, ones > 0, ones, ones)
@@ -203,13 +205,13 @@ def most(several: Sequence[Any]) -> tuple[int | None, ...]:
 def bounded(batches: Any, sizes: Sequence[int | None] | None = None) -> Any:
   """Returns the batch with a bound on the tokens with a loss in one step.
 
-  A loss computes logits at so many places of [B, T]. Only tokens after the
-  first column count: nothing comes before that one.
+  A loss computes logits at that many places of [B, T]. Only tokens after the
+  first column count: the first has no token before it.
 
   Args:
-    batches: in NumPy.
+    batches: NumPy arrays.
     sizes: a bound for each text of the batch (None: every place); by default
-      the largest number that a step of it holds.
+      the largest number in any of its steps.
 
   Raises:
     Error: a step holds more than its bound, or `sizes` are too few or many.

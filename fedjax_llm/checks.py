@@ -1,4 +1,7 @@
-"""What a caller is told who passes something else than a rule."""
+"""Checks of aggregation rules and of the results that they return.
+
+They return the checked rule, function or result, or raise `Error`.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -16,7 +19,7 @@ from fedjax_llm.types import (
 
 
 def as_rule(x: Any, where: str) -> AnyAggregator:
-  """Returns x if it is a rule, built.
+  """Returns x if it is a built rule.
 
   Raises:
     Error: x is a builder that was not called, a bare function, a name, or
@@ -86,7 +89,7 @@ def _is_builder(x: Any) -> bool:
 
 
 def first_difference(result: Any, wanted: Any) -> str:
-  """Says where a tree of arrays first differs from one of shapes, or ''.
+  """Describes where a tree of arrays first differs from one of shapes, or ''.
 
   >>> shapes = {'w': jax.ShapeDtypeStruct((2,), 'float32')}
   >>> first_difference({'w': jax.numpy.ones(3)}, shapes)
@@ -111,7 +114,7 @@ def first_difference(result: Any, wanted: Any) -> str:
 
 
 def traced(name: str, fn: Callable, *args: Any) -> Any:
-  """fn(*args), with a sentence where it asks for a value that is traced.
+  """Returns fn(*args), and explains an error about a traced value.
 
   Raises:
     Error: fn turns a traced value into a Python bool, number or NumPy array.

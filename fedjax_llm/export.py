@@ -1,7 +1,8 @@
 """Writes the result of a run as a PEFT adapter or as a whole model.
 
     python -m fedjax_llm.export --workdir DIR --to peft|merged --out DIR
-        [--client NAME] [--rank R] [--round N|best] [--trust-code]
+        [--client NAME] [--rank R] [--round N|best] [--dtype DTYPE]
+        [--trust-code]
 
 'peft' is an adapter directory that PEFT loads, 'merged' a whole model that
 transformers loads. The run may be unfinished: the program exports its newest
@@ -25,10 +26,14 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm import adapters, data, models
 from fedjax_llm.adapters.peft import dora as peft_dora
+from fedjax_llm.models import quantised
+from fedjax_llm.models.files.load import DTYPES
 from fedjax_llm.nodes import LowRank
 from fedjax_llm.run import command, ends, experiment, rebuild, workdir
 from fedjax_llm.types import Error, Params
@@ -53,6 +58,8 @@ def run(argv: list[str]) -> None:
     raise Error(f'--rank {args.rank} must be at least 1.')
   if args.rank is not None and args.to != 'peft':
     raise Error('--rank is of an adapter: leave it out, or use --to peft.')
+  if args.dtype is not None and args.to != 'merged':
+    raise Error('--dtype is of a merged model; adapters are float32.')
   made = rebuild.open(
     args.workdir,
     client=args.client,
@@ -65,7 +72,7 @@ def run(argv: list[str]) -> None:
   try:
     draft.mkdir(parents=True)
     if args.to == 'merged':
-      description = _merged(draft, made)
+      description = _merged(draft, made, args.dtype)
     else:
       description = _adapter(draft, out, made, args.rank)
     if out.exists():
@@ -87,7 +94,10 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
   add('--workdir', required=True, metavar='DIR', help='of the run')
   add('--to', required=True, choices=['peft', 'merged'])
   add('--out', required=True, metavar='DIR', help='a new or an empty folder')
-  add('--client', metavar='NAME', help="that client's personal model")
+  add(
+    '--client', metavar='NAME', help="that client's model, with what it keeps"
+  )
+  add('--dtype', choices=list(DTYPES), help='of the weights of a merged model')
   add('--rank', type=int, metavar='R', help='of the adapter')
   add('--round', metavar='N|best', help='a round with a kept checkpoint')
   trust = "follow import paths in the workdir's config.json, which run code"
@@ -106,9 +116,23 @@ def _round(text: str | None) -> Any:
 # ------------------------------------------------------------------ merged --
 
 
-def _merged(folder: pathlib.Path, made: rebuild.Made) -> str:
+def _merged(
+  folder: pathlib.Path, made: rebuild.Made, dtype: str | None = None
+) -> str:
   loaded = made.loaded
-  models.save(folder, loaded.config, adapters.merge(loaded.base, made.params))
+  base = adapters.merge(loaded.base, made.params)
+  if dtype is not None:
+    base = jax.tree.map(
+      lambda x: quantised.dense(x, jnp.dtype(dtype)),
+      base,
+      is_leaf=lambda x: not isinstance(x, Mapping),  # quantised ones as well
+    )
+    if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(base)):
+      raise Error(
+        f'--dtype {dtype} cannot hold the values of this model: take bfloat16 '
+        'or float32.'
+      )
+  models.save(folder, loaded.config, base)
   missing = ' without a tokenizer (its texts were bytes)'
   if loaded.directory is not None:
     missing = ''
@@ -161,7 +185,7 @@ def _adapter(
     loaded,
     made.task,
     base_model=base_model,
-    use_rslora=plain_scale and made.config['adapter']['name'] == 'rslora',
+    peft_fields=made.adapter.peft if plain_scale else {},
   )
   _hand_on_ends(folder, made)
   ranks = sorted({node.a.shape[-1] for _, node in low_rank(params)})

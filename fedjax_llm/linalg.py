@@ -1,10 +1,12 @@
-"""Factorisations of stacks of matrices that cannot wait for each other.
+"""Factorisations of stacks of matrices that cannot deadlock.
+
+The functions return arrays with the leading axes of their arguments.
 
 On a CPU a batch of LAPACK calls is spread over threads of XLA's own pool and
-waits for them there. Two batches at once, as of the layers of two targets, can
-each hold the thread that the other needs, and the round never ends. These run
-the matrices of a stack one after another; on a GPU as well, where they are as
-exact and slower for many small matrices.
+waits for them there. Two batches at once, such as the layers of two targets,
+can each hold the thread that the other needs, and the round never ends. These
+functions run the matrices of a stack one after another; on a GPU as well,
+where they are as exact and slower for many small matrices.
 """
 
 from collections.abc import Callable
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 def each(factorise: Callable[..., Any], *stacks: jax.Array) -> Any:
   """Applies `factorise` to each matrix of stacks [..., m, n], in turn.
 
-  `vmap` makes no batch of the calls either, but where they are differentiated.
+  `vmap` does not batch the calls either, except where they are differentiated.
 
   Args:
     factorise: a function of one matrix of each stack; returns arrays in any
@@ -25,7 +27,7 @@ def each(factorise: Callable[..., Any], *stacks: jax.Array) -> Any:
     stacks: arrays of the same leading axes.
 
   Returns:
-    What `factorise` returns, with the leading axes in front.
+    The result of `factorise`, with the leading axes in front.
 
   >>> import jax.numpy as jnp
   >>> stack = jnp.stack([jnp.eye(2), 3 * jnp.eye(2)])
@@ -42,7 +44,7 @@ def each(factorise: Callable[..., Any], *stacks: jax.Array) -> Any:
 
 
 def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """The thin SVD of each matrix: u [..., m, r], s [..., r], v' [..., r, n].
+  """Returns each matrix's thin SVD: u [..., m, r], s [..., r], v' [..., r, n].
 
   >>> [y.shape for y in svd(jnp.ones((5, 3, 2)))]
   [(5, 3, 2), (5, 2), (5, 2, 2)]
@@ -51,7 +53,7 @@ def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The thin QR of each matrix: q [..., m, r], r [..., r, n].
+  """Returns each matrix's thin QR: q [..., m, r], r [..., r, n].
 
   >>> [y.shape for y in qr(jnp.ones((5, 3, 2)))]
   [(5, 3, 2), (5, 2, 2)]
@@ -60,7 +62,7 @@ def qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def solve(a: jax.Array, b: jax.Array) -> jax.Array:
-  """x with a x = b for each square a [..., r, r] and b [..., r, n].
+  """Returns x with a x = b for each square a [..., r, r] and b [..., r, n].
 
   >>> solve(2 * jnp.eye(2)[None], jnp.ones((1, 2, 1))).ravel().tolist()
   [0.5, 0.5]

@@ -310,7 +310,7 @@ def train(args: config.Arguments) -> None:
       loaded._replace(base=base),
       built.task,
       base_model=str(room.base) if keep_base else loaded.name,
-      use_rslora=conf['adapter']['name'] == 'rslora',
+      peft_fields=built.adapter.peft,
     )
   shown = evals.samples(questions, answers, tokenizer.decode, population.names)
   room.keep('samples.json', {'round': number, 'samples': shown})

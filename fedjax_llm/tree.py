@@ -25,7 +25,7 @@ def _is_none(x: Any) -> bool:
 
 
 def map_present(fn: Callable, tree: Tree, *rest: Tree) -> Tree:
-  """`jax.tree.map` where a leaf is `None` if it is absent from any tree.
+  """Maps `fn` over trees; a leaf is `None` if it is absent from any tree.
 
   The trees share one structure once `None` counts as a leaf.
 
@@ -40,7 +40,7 @@ def map_present(fn: Callable, tree: Tree, *rest: Tree) -> Tree:
 
 
 def merge(*trees: Tree) -> Tree:
-  """The first leaf that is present, leaf by leaf.
+  """Returns the first leaf that is present, leaf by leaf.
 
   >>> merge({'a': None, 'b': 2}, {'a': 1, 'b': 9})
   {'a': 1, 'b': 2}
@@ -53,7 +53,7 @@ def merge(*trees: Tree) -> Tree:
 
 
 def like(tree: Tree, template: Tree) -> Tree:
-  """`tree` restricted to the leaves that `template` has.
+  """Returns `tree` restricted to the leaves that `template` has.
 
   >>> like({'a': 1, 'b': 2}, {'a': 'x', 'b': None})
   {'a': 1, 'b': None}
@@ -62,7 +62,7 @@ def like(tree: Tree, template: Tree) -> Tree:
 
 
 def select(tree: Tree, labels: Tree, *wanted: Label) -> Tree:
-  """`tree` restricted to the leaves whose label is one of `wanted`.
+  """Returns `tree` restricted to the leaves with a label in `wanted`.
 
   >>> labels = {'a': Label.SHARED, 'b': Label.FROZEN}
   >>> select({'a': 1, 'b': 2}, labels, Label.SHARED, Label.PRIVATE)
@@ -77,7 +77,7 @@ def select(tree: Tree, labels: Tree, *wanted: Label) -> Tree:
 
 
 def named(tree: Tree) -> dict[str, Any]:
-  """The leaves by name: keys, places and fields joined by '/'.
+  """Returns the leaves by name: keys, places and fields joined by '/'.
 
   >>> named({'q': [1, 2], 'bias': None})
   {'q/0': 1, 'q/1': 2}
@@ -89,7 +89,7 @@ def named(tree: Tree) -> dict[str, Any]:
 
 
 def path_name(path: Any) -> str:
-  """A leaf's name from its path in `jax.tree_util`'s functions on paths.
+  """Returns a leaf's name from its path in `jax.tree_util`'s functions.
 
   >>> jax.tree_util.tree_map_with_path(lambda at, x: path_name(at), {'q': [7]})
   {'q': ['q/0']}
@@ -101,7 +101,7 @@ def path_name(path: Any) -> str:
 
 
 def largest_places(flat: jax.Array, num: int) -> jax.Array:
-  """The places of the `num` largest entries of [P], in rising order, [num].
+  """Returns the places of the `num` largest entries of [P], ascending, [num].
 
   >>> largest_places(jnp.array([3, 9, 1, 5]), 2).tolist()
   [1, 3]
@@ -110,7 +110,7 @@ def largest_places(flat: jax.Array, num: int) -> jax.Array:
 
 
 def largest(tree: Tree, num: int) -> Tree:
-  """True at the `num` largest entries of all leaves together.
+  """Returns True at the `num` largest entries of all leaves together.
 
   Of equal entries the first in the order of `jax.tree.leaves` is taken.
 
@@ -125,7 +125,7 @@ def largest(tree: Tree, num: int) -> Tree:
 
 
 def split_flat(flat: jax.Array, leaves: list[jax.Array]) -> list[jax.Array]:
-  """A vector [P] cut into the shapes of the leaves, in their order.
+  """Cuts a vector [P] into the shapes of the leaves, in their order.
 
   >>> like = [jnp.ones((2, 2)), jnp.ones(1)]
   >>> [x.shape for x in split_flat(jnp.arange(5), like)]
@@ -142,7 +142,7 @@ def split_flat(flat: jax.Array, leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def take(stack: Tree, index: Any) -> Tree:
-  """Row or rows `index` of every leaf.
+  """Returns the row or rows `index` of every leaf.
 
   >>> take({'w': jnp.array([[1, 2], [3, 4]])}, 1)['w'].tolist()
   [3, 4]
@@ -151,7 +151,7 @@ def take(stack: Tree, index: Any) -> Tree:
 
 
 def stack(trees: list[Tree]) -> Tree:
-  """Trees of [...] to one tree of [K, ...].
+  """Stacks K trees of [...] to one tree of [K, ...].
 
   >>> stack([{'w': jnp.array([1, 2])}, {'w': jnp.array([3, 4])}])['w'].tolist()
   [[1, 2], [3, 4]]
@@ -160,7 +160,7 @@ def stack(trees: list[Tree]) -> Tree:
 
 
 def broadcast(tree: Tree, num: int) -> Tree:
-  """[...] to [K, ...] by repetition (free inside a jitted program).
+  """Repeats a tree of [...] to [K, ...] (free inside a jitted program).
 
   >>> broadcast({'w': jnp.array([1, 2])}, 3)['w'].tolist()
   [[1, 2], [1, 2], [1, 2]]
@@ -169,7 +169,7 @@ def broadcast(tree: Tree, num: int) -> Tree:
 
 
 def rows(mask: jax.Array, leaf: jax.Array) -> jax.Array:
-  """A stacked mask [K, ...] made to broadcast against a stacked leaf.
+  """Reshapes a stacked mask [K, ...] to broadcast against a stacked leaf.
 
   Masks broadcast to their parameter from the right, so the missing axes go in
   between: [K, R] against [K, L, D, R] becomes [K, 1, 1, R].
@@ -182,7 +182,7 @@ def rows(mask: jax.Array, leaf: jax.Array) -> jax.Array:
 
 
 def where(rows_valid: jax.Array, new: Tree, old: Tree) -> Tree:
-  """`new` in the rows that are valid [K], `old` elsewhere (NaN cannot leak).
+  """Returns `new` in valid rows [K], `old` elsewhere (NaN cannot leak).
 
   >>> valid = jnp.array([True, False])
   >>> new, old = jnp.array([1.0, jnp.nan]), jnp.array([8.0, 9.0])
@@ -199,7 +199,7 @@ def where(rows_valid: jax.Array, new: Tree, old: Tree) -> Tree:
 
 
 def weighted_sum(stack: Tree, weight: jax.Array) -> Tree:
-  """sum_k w_k x_k over the leading axis, in float32.
+  """Returns sum_k w_k x_k over the leading axis, in float32.
 
   One contraction of the weights with the stack: on a CPU it runs at the memory
   bandwidth, where `jnp.mean(x, 0)` reaches a fiftieth of it.
@@ -222,7 +222,7 @@ def weighted_sum(stack: Tree, weight: jax.Array) -> Tree:
 
 
 def normalise(weight: jax.Array) -> jax.Array:
-  """Weights that sum to one; all zero where the sum is zero.
+  """Returns weights scaled to sum to one; all zero where the sum is zero.
 
   >>> normalise(jnp.array([3.0, 1.0])).tolist()
   [0.75, 0.25]
@@ -232,7 +232,7 @@ def normalise(weight: jax.Array) -> jax.Array:
 
 
 def weighted_mean(stack: Tree, weight: jax.Array) -> Tree:
-  """sum_k w_k x_k / sum_k w_k over the leading axis, in each leaf's dtype.
+  """Returns sum_k w_k x_k / sum_k w_k over the leading axis, in leaves' dtypes.
 
   >>> clients = {'w': jnp.array([1.0, 5.0])}
   >>> float(weighted_mean(clients, jnp.array([3.0, 1.0]))['w'])
@@ -246,7 +246,7 @@ def weighted_mean(stack: Tree, weight: jax.Array) -> Tree:
 
 
 def add(x: Tree, y: Tree) -> Tree:
-  """x + y where both are present; the one that is present elsewhere.
+  """Returns x + y where both are present, elsewhere the one that is present.
 
   >>> one = jnp.float32(1)
   >>> jax.tree.map(float, add({'a': one, 'b': one}, {'a': one, 'b': None}))
@@ -256,7 +256,7 @@ def add(x: Tree, y: Tree) -> Tree:
 
 
 def sub(x: Tree, y: Tree) -> Tree:
-  """x - y where both are present.
+  """Returns x - y where both are present.
 
   >>> sub({'a': 5, 'b': 2}, {'a': 3, 'b': None})
   {'a': 2, 'b': None}
@@ -265,7 +265,7 @@ def sub(x: Tree, y: Tree) -> Tree:
 
 
 def scale(tree: Tree, factor: Any) -> Tree:
-  """The whole tree times a number, each leaf in its dtype.
+  """Returns the whole tree times a number, each leaf in its dtype.
 
   >>> scale({'w': jnp.array([1.0, 2.0])}, 3)['w'].tolist()
   [3.0, 6.0]
@@ -274,7 +274,7 @@ def scale(tree: Tree, factor: Any) -> Tree:
 
 
 def zeros_like(tree: Tree, dtype: Any = None) -> Tree:
-  """Zeros of the same shapes, in each leaf's dtype or in the one given.
+  """Returns zeros of the same shapes, in `dtype` or each leaf's own.
 
   >>> zeros_like({'w': jnp.ones(2, jnp.int8)})['w']
   Array([0, 0], dtype=int8)
@@ -283,7 +283,7 @@ def zeros_like(tree: Tree, dtype: Any = None) -> Tree:
 
 
 def dot(x: Tree, y: Tree) -> jax.Array:
-  """Inner product of two trees, float32.
+  """Returns the inner product of two trees, float32.
 
   >>> x = {'w': jnp.array([1.0, 2.0]), 'b': jnp.float32(3)}
   >>> float(dot(x, x))
@@ -298,7 +298,7 @@ def dot(x: Tree, y: Tree) -> jax.Array:
 
 
 def norm(tree: Tree) -> jax.Array:
-  """Euclidean norm of the whole tree, float32.
+  """Returns the Euclidean norm of the whole tree, float32.
 
   >>> float(norm({'w': jnp.float32(3), 'b': jnp.float32(4)}))
   5.0
@@ -307,7 +307,7 @@ def norm(tree: Tree) -> jax.Array:
 
 
 def root(square: jax.Array) -> jax.Array:
-  """The square root, whose gradient at zero is zero instead of infinite.
+  """Returns the square root; its gradient at zero is zero, not infinite.
 
   >>> float(jax.grad(root)(0.0)), float(jax.grad(root)(4.0))
   (0.0, 0.25)
@@ -317,7 +317,7 @@ def root(square: jax.Array) -> jax.Array:
 
 
 def all_finite(tree: Tree) -> jax.Array:
-  """True if no leaf holds a NaN or an infinity.
+  """Returns True if no leaf holds a NaN or an infinity.
 
   >>> bool(all_finite({'w': jnp.array([1.0, jnp.inf])}))
   False
@@ -327,7 +327,7 @@ def all_finite(tree: Tree) -> jax.Array:
 
 
 def ravel(stack: Tree) -> jax.Array:
-  """[K, ...] leaves to one float32 matrix [K, P], P entries a client.
+  """Flattens leaves [K, ...] to one float32 matrix [K, P], P entries a client.
 
   >>> ravel({'b': jnp.ones((2, 1)), 'w': jnp.zeros((2, 1, 2))}).tolist()
   [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
@@ -342,12 +342,11 @@ def ravel(stack: Tree) -> jax.Array:
 
 
 def squared_distances(stack: Tree) -> jax.Array:
-  """||x_i - x_j||^2 over the whole tree, [K, K], symmetric, float32.
+  """Returns ||x_i - x_j||^2 over the whole tree, [K, K], symmetric, float32.
 
-  By inner products, |x_i|^2 + |x_j|^2 - 2 x_i'x_j, which is one matrix product.
-  They drown small distances in rounding: rows of which one pair is closer than
-  an eighth of its length are compared by differences, one pass over the stack
-  a row.
+  Distances come from inner products, |x_i|^2 + |x_j|^2 - 2 x_i'x_j: one matrix
+  product. Rounding spoils small distances: a row with a pair closer than an
+  eighth of its length is compared by differences, a pass over the stack a row.
 
   >>> squared_distances({'w': jnp.array([[0.0, 0.0], [3.0, 4.0]])}).tolist()
   [[0.0, 25.0], [25.0, 0.0]]
@@ -363,7 +362,7 @@ def squared_distances(stack: Tree) -> jax.Array:
   lengths = square[:, None] + square
   same = jnp.eye(len(square), dtype=bool)
   near = jnp.where(same, 0.0, lengths - (gram + gram.T))
-  # False for what is infinite or no number.
+  # False for infinities and NaN.
   precise = same | (lengths == 0) | (near > lengths / 64)
 
   def from_row(row):
@@ -382,7 +381,7 @@ def squared_distances(stack: Tree) -> jax.Array:
 
 
 def apply_mask(tree: Tree, mask: Tree) -> Tree:
-  """Zero outside the mask; leaves without a mask pass unchanged.
+  """Returns `tree`, zero outside the mask; leaves without a mask unchanged.
 
   >>> x, mask = jnp.array([1, 2]), jnp.array([True, False])
   >>> apply_mask({'w': x, 'b': x}, {'w': mask, 'b': None})['w'].tolist()
@@ -397,7 +396,7 @@ def apply_mask(tree: Tree, mask: Tree) -> Tree:
 
 
 def whole(uploads: Uploads) -> Params:
-  """The clients' parameters after training: held * (start + update), [K, ...].
+  """Returns the clients' trained parameters: held * (start + update), [K, ...].
 
   Frozen leaves (the scales of `LowRank` nodes) come from the start.
 
@@ -414,7 +413,7 @@ def whole(uploads: Uploads) -> Params:
 
 
 def full_masks(params: Params, labels: Tree) -> Masks:
-  """Everything that is not frozen is held and trained.
+  """Returns masks that hold and train every leaf that is not frozen.
 
   >>> labels = {'a': Label.SHARED, 'b': Label.FROZEN}
   >>> full_masks({'a': jnp.ones(2), 'b': jnp.ones(2)}, labels).trained

@@ -1,4 +1,6 @@
-"""The contracts that every room speaks, in the order in which data flows.
+"""The contracts: types of the values that pass between all rooms.
+
+They stand in the order in which data flows:
 
     data -> clients -> local -> uploads -> aggregators -> server -> evals
 
@@ -14,8 +16,8 @@ in by keyword, arrays flow through the functions, and nothing is inherited or
 registered.
 
 Absent leaves are `None`. An update, a mask or the private part of a client has
-the structure of the parameters with `None` wherever it says nothing, so that
-`jax.tree.map` over it touches only what is there (`tree.merge` puts the parts
+the structure of the parameters with `None` in place of its absent leaves, so
+that `jax.tree.map` over it visits only the others (`tree.merge` puts the parts
 together again).
 """
 
@@ -29,16 +31,16 @@ import optax
 from jax.core import Tracer
 
 Base = Any  # frozen weights of the model: a pytree, never batched over clients
-Params = Any  # what the server owns and broadcasts; never the base
-Update = Any  # end - start, where start is what this client received
+Params = Any  # owned and broadcast by the server; never the base
+Update = Any  # end - start, with the start that this client received
 Key = jax.Array  # a typed PRNG key (threefry)
 Metrics = Mapping[str, jax.Array]  # 'room/name' -> array
 
 
 class Error(ValueError):
-  """A mistake of the user, told in one sentence (programs exit with 1).
+  """A mistake of the user, described in one sentence (programs exit with 1).
 
-  A notebook shows the sentence too, and no traceback.
+  A notebook shows the sentence without a traceback.
 
   >>> raise Error('config: num_rounds is 0; it must be at least 1.')
   Traceback (most recent call last):
@@ -46,16 +48,16 @@ class Error(ValueError):
   fedjax_llm.types.Error: config: num_rounds is 0; it must be at least 1.
   """
 
-  def _render_traceback_(self) -> list[str]:  # what IPython asks for
+  def _render_traceback_(self) -> list[str]:  # called by IPython
     return [f'Error: {self}']
 
 
 def known(number: Any) -> bool:
-  """Whether a setting can be asked about: not while it is being traced.
+  """Returns True for a Python number and False for a JAX tracer.
 
-  A builder inside `jit` or `grad` may get a traced number where it wants a
-  float (`sweep` trains runs that differ in it as one program). Its caller
-  answers for its range.
+  A builder inside `jit` or `grad` may get a traced number in place of a float
+  (`sweep` trains runs that differ in it as one program). Builders check the
+  range of known numbers alone; for a tracer the caller has to.
 
   >>> known(0.5), jax.jit(lambda x: jax.numpy.asarray(known(x)))(0.5).item()
   (True, False)
@@ -70,24 +72,25 @@ class Adapter(NamedTuple):
   """A parameter-efficient change of the base.
 
   `init(key, base) -> params`; `merge(base, params) -> base` writes the change
-  into the weights; `fold(base, params) -> (base, params)` writes only what is
-  frozen and dense (residuals), once a round, outside `vmap`.
+  into the weights; `fold(base, params) -> (base, params)` writes only its
+  frozen dense parts (residuals), once a round, outside `vmap`.
   """
 
   init: Callable[[Key, Base], Params]
   merge: Callable[[Base, Params], Base]
   fold: Callable[[Base, Params], tuple[Base, Params]]
+  peft: Mapping[str, Any] = {}  # fields of PEFT's config beside the factors
 
 
 # -------------------------------------------------------------------- data --
 
 
 class Example(NamedTuple):
-  """One text as a client holds it.
+  """One text of a client, as tokens.
 
-  `loss_mask[t]` says that token t is to be learned: predicted from the tokens
-  before it. Token 0 has nothing before it and never counts. A text to be
-  classified has a label, and no token of it is to be learned.
+  `loss_mask[t]` is True where the loss includes token t, predicted from the
+  tokens before it. Token 0 has nothing before it and never counts. A text to be
+  classified has a label, and its loss includes no token.
   """
 
   tokens: np.ndarray  # [T] int32
@@ -99,8 +102,8 @@ class Example(NamedTuple):
 class Pair(NamedTuple):
   """Two replies to one prompt, of which a client prefers the first.
 
-  The references are log-probabilities of the replies, in nats, under the model
-  that a preference loss compares with; a task's `prepare` may fill them in.
+  The references are log-probabilities of the replies, in nats, under the
+  reference model of a preference loss; a task's `prepare` may fill them in.
   """
 
   chosen: Example  # the prompt with the preferred reply
@@ -110,7 +113,7 @@ class Pair(NamedTuple):
 
 
 class Image(NamedTuple):
-  """One picture as a client holds it."""
+  """One picture of a client, as pixels."""
 
   pixels: np.ndarray  # [H, W, C]
   label: int | None = None  # the number of its class
@@ -120,11 +123,11 @@ class ImageWithText(NamedTuple):
   """A picture and a text about it."""
 
   pixels: np.ndarray  # [H, W, C]
-  text: Example  # what is said about it
+  text: Example  # the text about it
 
 
 class Population(NamedTuple):
-  """The federation's data: N clients that train, and clients that never do.
+  """The data of N clients that train, and of clients that never train.
 
   A client's id is its place in `names`, which is sorted: the id does not
   depend on the order of the records in a file. Examples are of one kind:
@@ -136,7 +139,7 @@ class Population(NamedTuple):
   heldout: tuple[tuple[Any, ...], ...]  # [N], the same clients' other examples
   new_names: tuple[str, ...] = ()  # clients that no round trains on
   new: tuple[tuple[Any, ...], ...] = ()  # all examples of each of them
-  report: Mapping[str, Any] = {}  # what was left out and why; histogram
+  report: Mapping[str, Any] = {}  # records left out, with reasons; histogram
 
 
 @jax.tree_util.register_static
@@ -151,13 +154,13 @@ class Bound(int):
   """
 
 
-# The kinds of batches. Each answers what a round asks about its contents:
+# The kinds of batches. Each has four methods on its contents:
 #   real() -> [...] bool     which steps hold anything but padding
 #   places() -> int          places of one step, padding included
 #   used() -> [...] int      places of each step that are not padding
 #   learned() -> [...] int   terms of the loss in each step
-# with [...] the axes before B. A kind of one's own is any NamedTuple with these
-# four; `batching` asks them. Pytrees without them are taken to be full.
+# with [...] the axes before B. A user's own kind is any NamedTuple with these
+# four; `batching` calls them. Pytrees without them count as full.
 
 
 class Batch(NamedTuple):
@@ -168,9 +171,9 @@ class Batch(NamedTuple):
   and changes nothing. Texts to be classified stand one a row, with a label; -1
   marks a row of padding.
 
-  `bound` is the most tokens with a loss that one step holds, of tokens that
-  have one before them: logits are computed for so many places. None: for all.
-  `batching.bounded` sets it and checks it on the host.
+  `bound` is an upper bound on the tokens with a loss in one step, not counting
+  the first column: logits are computed for that many places. None: for all
+  places. `batching.bounded` sets it and checks it on the host.
   """
 
   tokens: Any  # int32
@@ -178,7 +181,7 @@ class Batch(NamedTuple):
   segments: Any  # int32
   positions: Any  # int32
   label: Any = None  # [..., B] int32, where texts are classified
-  types: Any = None  # int32: which of two texts a token is of
+  types: Any = None  # int32: 0 in the first of two texts, 1 in the second
   bound: Any = None  # a `Bound`, static
 
   def real(self) -> Any:
@@ -218,7 +221,7 @@ class Pairs(NamedTuple):
 
 
 class Images(NamedTuple):
-  """Pictures with classes; a label of -1 is not known."""
+  """Pictures with classes; a label of -1 is unknown."""
 
   pixels: Any  # [..., B, H, W, C]
   label: Any  # [..., B] int32
@@ -264,7 +267,7 @@ class Draw(NamedTuple):
 
   `ids[k] == -1` is padding (fewer clients were available than asked for);
   `reports[k]` is False for padding and for a client that drops out.
-  `started[k]` is the round whose parameters the client trains from, in
+  `started[k]` is the round of the parameters that the client starts from, in
   asynchronous methods (`fed_opt(history=V)`).
   """
 
@@ -273,34 +276,34 @@ class Draw(NamedTuple):
   started: np.ndarray | None = None  # [K] int32; None: this round
 
 
-Sampler = Callable[[int], Draw]  # round -> who; pure, so a resumed run agrees
+Sampler = Callable[[int], Draw]  # of a round; pure, so a resumed run agrees
 
 
 class Label(enum.Enum):
-  """What happens to a leaf of the parameters."""
+  """Whether a leaf of the parameters is trained, sent, kept or frozen."""
 
   SHARED = 'shared'  # trained by clients, sent, aggregated
   PRIVATE = 'private'  # trained by a client and kept by it
-  FROZEN = 'frozen'  # trained by nobody; absent from updates
+  FROZEN = 'frozen'  # not trained by clients; absent from updates
 
 
 Shared, Private, Frozen = Label.SHARED, Label.PRIVATE, Label.FROZEN
 
 
 class Context(NamedTuple):
-  """The client, the round and the server's news, as each station sees them.
+  """The client, the round, keys and the server's news, passed to each station.
 
-  Scopes, local updates and codecs get one for a single client; `key` is of the
-  station alone, `round_key` is the same for all clients and for the server.
-  Keys follow from (seed, round, client), never from a position.
+  Scopes, local updates and codecs get one for a single client; `key` differs by
+  station, `round_key` is the same for all clients and for the server. Keys are
+  derived from (seed, round, client), never from a position.
   """
 
   client: Any = 0  # [] int32, the id in the population
   round: Any = 0  # [] int32, rounds done before this one
   key: Any = None  # a PRNG key
-  profile: Any = ()  # what the client can carry: rank, layers, bytes
+  profile: Any = ()  # the client's capacities: rank, layers, bytes
   news: Any = None  # `Aggregator.broadcast` of the round before
-  peers: Any = None  # [K] int32, all who agreed; of additive codecs
+  peers: Any = None  # [K] int32, ids of all who agreed; for additive codecs
   reported: Any = None  # [K] bool, of `peers`; for `decode` of a sum
   round_key: Any = None  # a PRNG key of (seed, round): common randomness
 
@@ -309,11 +312,11 @@ class Reports(NamedTuple):
   """The last report of every client of a population, for plans on the host."""
 
   values: Any  # [N, ...], zeros for a client that never reported
-  round: Any  # [N] int32: when, -1 for never
+  round: Any  # [N] int32: the round of the report, -1 for never
 
 
 class Masks(NamedTuple):
-  """Which entries a client holds, and which of those it may change.
+  """The entries that a client holds, and those of them that it may change.
 
   Both have the structure of the parameters with `None` on frozen leaves. A
   leaf is boolean and broadcasts to its parameter from the right ([R] masks
@@ -326,20 +329,20 @@ class Masks(NamedTuple):
 
 
 class ClientState(NamedTuple):
-  """What a client keeps between rounds; often nothing at all."""
+  """The state that a client keeps between rounds; often empty."""
 
   private: Any = None  # private leaves, None elsewhere
   local: Any = ()  # of the local update: control variates, optimizer moments
-  upload: Any = ()  # of the upload: what compression left behind
-  seen: Any = ()  # what of the rule's broadcasts the client has: `num_bytes`
+  upload: Any = ()  # of the upload: the error that compression left
+  seen: Any = ()  # the rule's broadcasts that it has: `Aggregator.num_bytes`
 
 
 class Scope(NamedTuple):
-  """What a client trains, shares and keeps.
+  """The leaves and entries that a client trains, shares and keeps.
 
-  `labels(params)` gives a `Label` a leaf, and `mask(start, state, context) ->
-  Masks` runs inside the round. What the host decides between rounds (knapsacks,
-  searches) reaches it in `context.profile`: `server.planned`.
+  `labels(params)` returns a `Label` a leaf, and `mask(start, state, context) ->
+  Masks` runs inside the round. Plans that the host makes between rounds
+  (knapsacks, searches) reach it in `context.profile`: `server.planned`.
   """
 
   labels: Callable[[Params], Any]
@@ -362,14 +365,14 @@ class Cohort(NamedTuple):
 
 
 class Model(NamedTuple):
-  """A network as two pure functions, so that logits can be computed late.
+  """A network as two pure functions: logits can be computed where needed.
 
   `hidden(base, params, batch) -> [B, T, D]`;
   `logits(base, params, hidden [..., D]) -> [..., V]` in float32;
   `hidden_with_statistics(base, params, batch) -> (hidden, statistics)` also
-  gives the statistics of the nodes that have any (`nodes.Routing` of
+  returns the statistics of the nodes that have any (`nodes.Routing` of
   `nodes.Experts`), in the tree of the adapter with None elsewhere. It is None
-  for a network that has no such function.
+  for a network without such a function.
   """
 
   hidden: Callable[[Base, Params, Batch], jax.Array]
@@ -384,13 +387,13 @@ class LossSum(NamedTuple):
 
   total: jax.Array  # [] float32, nats
   count: jax.Array  # [] float32, tokens (0 marks a padding step)
-  correct: jax.Array  # [] float32, tokens whose arg max is right
+  correct: jax.Array  # [] float32, tokens with the right arg max
 
 
 Loss = Callable[[Base, Params, Any, Key], LossSum]  # (base, params, batch, key)
 
 
-# The gradient of one step, a slot of `local.sgd`:
+# The gradient of one step, an argument of `local.sgd`:
 # (loss, base, trained, start, batch, key) -> (grads, LossSum), where the grads
 # are those of the token mean and have the structure of `trained`.
 Gradient = Callable[
@@ -399,7 +402,7 @@ Gradient = Callable[
 
 
 class Work(NamedTuple):
-  """Amounts that one client computed in a round; parts add up."""
+  """Amounts of work that one client did in a round; parts add up."""
 
   tokens: Any = 0.0  # [] float32, learned: tokens, labels, pairs
   steps: Any = 0  # [] int32, steps taken; steps of padding are none
@@ -416,19 +419,19 @@ class ClientOutput(NamedTuple):
   """
 
   update: Update  # end - start on trained leaves, None on frozen ones
-  masks: Masks  # of what it trained; a method may narrow those that it got
+  masks: Masks  # the entries trained; a method may narrow those it received
   state: Any = ()  # ClientState.local
   private: Any = None  # new values of private leaves that no update moves
-  weight: Any = None  # [] how much it counts, in place of `Cohort.weight`
+  weight: Any = None  # [] its weight, in place of `Cohort.weight`
   report: Any = None  # a pytree for the server's next plan (`server.planned`)
-  work: Work = Work()  # how much it computed
+  work: Work = Work()  # the amounts that it computed
   metrics: Mapping[str, Any] = {}
 
 
 class LocalUpdate(NamedTuple):
   """Training on one client: `vmap` makes it a cohort.
 
-  `init(params) -> state` is what one client keeps;
+  `init(params) -> state` is the state that one client keeps;
   `run(base, start, state, batches [S, ...], masks, context) -> ClientOutput`.
   """
 
@@ -440,7 +443,7 @@ class LocalUpdate(NamedTuple):
 
 
 class Codec(NamedTuple):
-  """What travels: an upload codes updates, a download codes parameters.
+  """A coding of messages: an upload codes updates, a download parameters.
 
   All four are for one client:
   `init(update) -> state`,
@@ -467,7 +470,7 @@ Download = Codec
 
 
 class Uploads(NamedTuple):
-  """What the server receives, stacked over clients.
+  """The updates that the server receives, stacked over clients.
 
   Rows that are not valid hold zeros and have weight zero. A rule that needs
   whole factors takes `tree.whole(uploads)`, never `params + update`: a client
@@ -475,7 +478,7 @@ class Uploads(NamedTuple):
   """
 
   update: Update  # [K, ...]
-  start: Params  # [K, ...] what each client received, scales included
+  start: Params  # [K, ...] as each client received it, scales included
   masks: Masks  # [K, ...]
   weight: Any  # [K] float32
   valid: Any  # [K] bool
@@ -491,20 +494,20 @@ class Uploads(NamedTuple):
 class Traits(NamedTuple):
   """Properties of a rule, each of which `fed_opt` enforces."""
 
-  linear: bool = False  # sees sum_k w_k u_k alone: an additive upload will do
+  linear: bool = False  # uses only sum_k w_k u_k: additive uploads are allowed
   changes_basis: bool = False  # factors change meaning: no server moments
   writes_residual: bool = False  # of `LowRank` nodes: needs `Adapter.fold`
-  always: bool = False  # acts in a round of nobody too: noise is still added
+  always: bool = False  # acts in a round without reports too, as noise must
 
 
 class Aggregate(NamedTuple):
-  """The outcome of a rule. Not every change is a gradient.
+  """The outcome of a rule: a change for the optimizer, values to assign.
 
-  `delta` meets the server optimizer; `assign` is written as it is. Both have
-  the structure of the parameters, `None` where they say nothing. `trained`
-  holds booleans that broadcast to the leaves of `delta` from the right: the
-  entries that some client trained. `fed_opt` fills it in; the server optimizer
-  leaves the other entries and their moments as they are.
+  The server optimizer takes `delta`; `assign` is written as it is. Both have
+  the structure of the parameters, `None` for absent leaves. `trained` holds
+  booleans that broadcast to the leaves of `delta` from the right: the entries
+  that some client trained. `fed_opt` fills it in; the server optimizer leaves
+  the other entries and their moments as they are.
   """
 
   delta: Update
@@ -519,25 +522,25 @@ class Aggregator(NamedTuple):
   `aggregate(uploads, state, params, key) -> (Aggregate, state)`;
   `broadcast(state) -> ` arrays that every client of the next round receives
   (`Context.news`); their bytes are counted as downloads;
-  `num_bytes(state, seen) -> (counts, seen)`: int32 counts of what else has to
-  reach a client at the start of the next round, beside the shared leaves (as
-  changes of the base do), and what it has seen then. `seen` is what this
-  returned when the client last took part, `()` if it never did; it is kept in
-  its `ClientState`;
-  `weights(uploads) -> [K]`: how much each client counts in this rule, for
-  metrics (`None`: `uploads.weight`).
+  `num_bytes(state, seen) -> (counts, seen)`: int32 counts of the bytes that a
+  client receives at the start of the next round beside the shared leaves (such
+  as changes of the base), and the client's new `seen`. The argument `seen` is
+  the value returned when the client last took part, `()` if it never did; it is
+  kept in its `ClientState`;
+  `weights(uploads) -> [K]`: the weight of each client in this rule, for metrics
+  (`None`: `uploads.weight`).
   """
 
   init: Callable[[Params, Key], Any]
   aggregate: Callable[[Uploads, Any, Params, Key], tuple[Aggregate, Any]]
-  traits: Traits = Traits()  # what it may be combined with
+  traits: Traits = Traits()  # they decide on its combinations
   num_bytes: Callable[[Any, Any], tuple[Any, Any]] | None = None
   weights: Callable[[Uploads], jax.Array] | None = None
   broadcast: Callable[[Any], Any] | None = None
 
 
 class StreamingAggregator(NamedTuple):
-  """A rule that eats blocks of clients, so memory stays flat as K grows.
+  """A rule on blocks of clients in turn, so memory stays flat as K grows.
 
   `init`, `traits`, `num_bytes`, `broadcast` and `weights` as in `Aggregator`;
   `zero(params) -> sums`; `accumulate(sums, uploads, state, params) -> sums`;
@@ -561,23 +564,23 @@ AnyAggregator = Aggregator | StreamingAggregator
 
 ServerOptimizer = optax.GradientTransformation  # sees -delta
 
-# (uploads, key) -> uploads: clients that lie, between the clients and the rule.
+# (uploads, key) -> uploads: malicious clients, between clients and the rule.
 Adversary = Callable[[Uploads, Key], Uploads]
 
 
 class ServerState(NamedTuple):
-  """What the server carries from round to round, and a checkpoint holds."""
+  """The server's state from round to round, which a checkpoint holds."""
 
   round: Any  # [] int32, rounds done
-  params: Params  # what clients are sent, and their private leaves' start
+  params: Params  # sent to clients; private leaves: their start
   optimizer: Any  # of the server optimizer: its moments
-  aggregator: Any  # of the rule: what it remembers
+  aggregator: Any  # the rule's state
   key: Any  # the seed's key: rounds fold their number in, it never changes
   history: Any = ()  # [V, ...] parameters of the last rounds, the newest first
 
 
 # (state, base, data, key) -> state: a traced phase of the server after the
-# rule, on data of its own that the round is given.
+# rule, on data of its own, an argument of the round.
 After = Callable[[ServerState, Base, Any, Key], ServerState]
 
 
@@ -593,18 +596,18 @@ class RoundInfo(NamedTuple):
 
 
 class FederatedAlgorithm(NamedTuple):
-  """A whole method.
+  """A whole federated method as pure functions.
 
   `init(key, params) -> ServerState`;
-  `init_client(params) -> ClientState` of a client never seen before;
+  `init_client(params) -> ClientState` of a client that never took part;
   `round(state, cohort, base, data=None) -> (state, states [K], RoundInfo)`;
-  `personal(params, state) -> params` is what a client is served
-  (`state=None`: a client never trained on);
+  `personal(params, state) -> params` returns a client's own model
+  (`state=None`: a client that never trained);
   `train(state, cohort, base) -> (Uploads, states [K], RoundInfo)` and
   `aggregate(state, uploads, base, data=None) -> (state, metrics)` are the two
   halves of `round`, None where a method has no halves (split learning);
   `plan(state) -> state` is host code between rounds (`server.planned`), None
-  where nothing is decided there.
+  for a method without plans.
   """
 
   init: Callable[[Key, Params], ServerState]

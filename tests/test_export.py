@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm import adapters, clients, data, export, models
+from fedjax_llm import adapters, clients, data, export, generate, models
 from fedjax_llm.adapters import peft
 from fedjax_llm.nodes import LowRank
 from fedjax_llm.run import builders, checkpoint, config, rebuild
@@ -175,6 +175,53 @@ def test_both_forms_have_the_logits_of_what_was_served(plain, tmp_path):
   agree(logits(merged, merged.base, {}), wanted)
   assert merged.config == loaded.config
   assert not list(tmp_path.glob('.*'))
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_a_merged_model_has_the_dtype_that_is_asked_for(plain, tmp_path, dtype):
+  folder, loaded, served = plain
+  exported(folder, 'merged', tmp_path / 'out', '--dtype', dtype)
+  merged = models.pretrained(tmp_path / 'out', dtype=dtype)
+  written = adapters.merge(loaded.base, served)
+  rounded = jax.tree.map(lambda x: jnp.asarray(x, dtype), written)
+  for x, y in zip(jax.tree.leaves(merged.base), jax.tree.leaves(rounded)):
+    np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+  config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert config['torch_dtype'] == dtype
+  out = ['--out', tmp_path / 'peft', '--to', 'peft', '--workdir', folder]
+  assert '--dtype is of a merged model' in refused(
+    export, *out, '--dtype', dtype
+  )
+
+
+def test_generation_wants_a_model_or_a_run_and_one_of_them(plain):
+  folder, loaded, _ = plain
+  ask = ['--prompt', 'ab', '--max-new-tokens', 6, '--template', 'plain']
+  more = ['--tokenizer', 'bytes', '--model', loaded.directory]
+  text = refused(generate, '--workdir', folder, *ask)
+  assert 'no tokenizer in this directory' in text
+  for arguments, message in (
+    ([*more, '--workdir', folder], 'give one of --model DIR and --workdir DIR'),
+    ([], 'give one of --model DIR and --workdir DIR'),
+    (['--workdir', folder, '--adapter', 'x'], 'has its own adapter'),
+    (['--model', 'x', '--client', 'ann'], 'it needs --workdir DIR'),
+  ):
+    assert message in refused(generate, *ask, *arguments)
+
+
+def test_a_random_model_and_what_a_run_made_of_it_write_on(tmp_path):
+  loaded, served, _ = written(tmp_path / 'run', {})
+  ask = ['--prompt', 'ab', '--max-new-tokens', '6', '--template', 'plain']
+  out = done(generate, '--workdir', tmp_path / 'run', *ask)
+  tokenizer = data.tokenizers.bytes()
+  record = data.Record(messages=({'role': 'user', 'content': 'ab'},))
+  prompt = data.prompt(record, tokenizer, 'plain')
+  for name, params in (('before', {}), ('after', served)):
+    (reply,) = models.generate(
+      loaded, loaded.base, params, [prompt], max_new_tokens=6, eos_id=258
+    )
+    assert generate._row(name, tokenizer.decode(reply), 6) in out
+  assert 'what everybody is served after round 3' in out
 
 
 def test_what_a_merged_model_needs_besides_comes_along(plain, tmp_path):

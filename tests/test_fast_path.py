@@ -188,7 +188,8 @@ def test_a_second_start_compiles_nothing_again(tmp_path):
   program = """
 import json, sys
 import jax
-from fedjax_llm import compilation, train
+from fedjax_llm import train
+from fedjax_llm.devices import compilation
 counts = {}
 def count(name, **_):
   counts[name] = counts.get(name, 0) + 1

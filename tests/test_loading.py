@@ -31,7 +31,8 @@ import json, sys
 import jax
 import numpy as np
 from transformers import AutoConfig
-from fedjax_llm import models, sharding
+from fedjax_llm import models
+from fedjax_llm.devices import sharding
 
 def memory(kind):
   with open('/proc/self/status') as lines:

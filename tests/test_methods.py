@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from fedjax_llm import local, models
+from fedjax_llm import adapters, local, models, recipes
 from fedjax_llm.run import builders, config, experiment, sections
 from fedjax_llm.types import Error, LossSum
 
@@ -31,7 +31,8 @@ def sum_of_squares(base, params, batch, key):
   del base, key
   count = jnp.sum(batch.segments > 0).astype(jnp.float32)
   floats = [x for x in jax.tree.leaves(params) if x.dtype == jnp.float32]
-  return LossSum(count * sum(jnp.sum(x * x) for x in floats), count, count)
+  total = sum(jnp.sum((x - 1) ** 2) for x in floats)  # zeros move too
+  return LossSum(count * total, count, count)
 
 
 @each
@@ -164,3 +165,20 @@ def check_halves(name):
 @each
 def test_a_round_of_every_method_is_its_two_halves(name):
   check_halves(name)
+
+
+def test_a_recipe_of_ones_own_gets_the_parts_that_it_hands_on():
+  seen = {}
+
+  def mine(loss, optimizer, **parts):
+    seen.update(parts)
+    return recipes.fed_avg(loss, optimizer, **parts)
+
+  conf = {**parsed('fed_avg:smoke'), 'server': {'name': 'fed_avgm'}}
+  conf['algorithm'] = {'name': mine}
+  adapter = adapters.lora()
+  experiment.algorithm(
+    conf, loss=None, model=None, adapter=adapter, num_clients=3, block_size=2
+  )
+  assert seen['fold'] is adapter.fold and seen['block_size'] == 2
+  assert 'server' in seen and 'model' not in seen

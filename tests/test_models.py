@@ -490,7 +490,7 @@ def test_directories_without_a_model_are_refused(tmp_path):
   with pytest.raises(Error, match=r'no weights.*pytorch_model\.bin'):
     load.pretrained(directory)
   (directory / 'config.json').write_text('{')
-  with pytest.raises(Error, match=r'config\.json cannot be read'):
+  with pytest.raises(Error, match=r'config\.json is not valid JSON'):
     load.pretrained(directory)
 
 
@@ -559,7 +559,7 @@ MEASURE = """
 import sys
 import jax
 from transformers import AutoConfig
-from fedjax_llm.models import load
+from fedjax_llm.models.files import load
 
 def memory(kind):
   with open('/proc/self/status') as lines:

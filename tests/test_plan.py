@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_llm import plan
+from fedjax_llm import plan, recipes
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.plan import probe, published, work
 from fedjax_llm.run import blocks, config, costs
@@ -281,3 +281,26 @@ def test_mistakes_are_told_in_a_sentence(capsys):
     err = capsys.readouterr().err
     assert sentence in err, word
     assert err.count('\n') == 1
+
+
+# ------------------------------------------------------------ every method --
+
+
+@pytest.mark.parametrize('name', recipes.__all__)
+def test_every_method_has_shapes_to_plan_from(name):
+  path = f'{ROOT}/configs/methods.py:{name}:smoke'
+  given = ['--config', path, '--workdir', 'none']
+  planned = work.read(config.parse(given, SPEC).config)
+  K = planned.sizes.clients
+  assert planned.cohort.ids.shape == (K,)
+  info = jax.eval_shape(
+    planned.light.round, planned.state, planned.cohort, planned.base
+  )[-1]
+  assert info.reported.shape == (K,)
+
+
+@pytest.mark.parametrize('name', ['lp_fl'])
+def test_a_method_that_asks_the_network_is_planned(name):
+  path = f'{ROOT}/configs/methods.py:{name}:smoke'
+  text = plan.run(['--config', path])
+  assert 'operations, a round' in text

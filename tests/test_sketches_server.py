@@ -113,7 +113,9 @@ def test_split_learning_is_centralised_training():
   state, _, info = tiny.run(algorithm, params, cohort)
   pool = lambda x: np.swapaxes(x, 0, 1).reshape(1, tiny.S, -1, *x.shape[3:])
   pooled = tiny.cohort(
-    batches=jax.tree.map(pool, cohort.batches), ids=[0], weight=[1.0]
+    batches=jax.tree.map(pool, cohort.batches),
+    ids=np.zeros(1, np.int32),
+    weight=[1.0],
   )
   want, _, central = tiny.run(averaged(), params, pooled)
   close(state.params, want.params)

@@ -70,7 +70,8 @@ def beside(*parts: Adapter) -> Adapter:
       params = _joined(params, part.init(key, base), ())
     return params
 
-  return Adapter(init, merge, fold)
+  fields = {k: v for part in parts for k, v in part.peft.items()}
+  return Adapter(init, merge, fold, fields)
 
 
 def saved_beside(adapter: Adapter, modules: str | Sequence[str]) -> Adapter:

@@ -1,4 +1,7 @@
-"""Aggregators: what the server makes of the clients' updates."""
+"""Aggregators: rules that combine the clients' updates on the server.
+
+Builders return an `Aggregator` or a `StreamingAggregator`.
+"""
 
 from fedjax_llm.aggregators.averaging import as_stack as as_stack
 from fedjax_llm.aggregators.averaging import (

@@ -1,7 +1,8 @@
 """Means of updates, control variates, and streaming rules on a whole stack.
 
-The means are streaming: their sums grow block by block, in float32, by one
-contraction of the weights with the stack (`tree.weighted_sum`).
+Builders return a `StreamingAggregator`, `as_stack` an `Aggregator`. Sums are
+added up block by block, in float32, by one contraction of the weights with the
+stack (`tree.weighted_sum`).
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from fedjax_llm.types import (
 
 
 class Sums(NamedTuple):
-  """What a mean remembers of the clients seen so far, all float32."""
+  """The sums of a mean over the clients added so far, all float32."""
 
   total: Any  # sum_k w_k u_k, as the parameters
   weight: Any  # sum_k w_k: [], or as the parameters where masks differ
@@ -67,7 +68,7 @@ def _mean_by(weights: Callable[[Uploads], jax.Array]) -> StreamingAggregator:
 
 
 def mean() -> StreamingAggregator:
-  """The weighted mean of the updates: sum_k w_k u_k / sum_k w_k.
+  """Returns the weighted mean of the updates: sum_k w_k u_k / sum_k w_k.
 
   With weights that count examples this is federated averaging (McMahan et al.
   2017, arXiv 1602.05629, algorithm 1). An entry that a client did not train
@@ -89,10 +90,10 @@ def mean() -> StreamingAggregator:
 
 
 def uniform_mean() -> StreamingAggregator:
-  """The mean in which every valid client counts the same: sum_k u_k / n.
+  """Returns the mean with the same weight for valid clients: sum_k u_k / n.
 
-  The form that secure aggregation and differential privacy start from, and
-  that of FedAdam and FedYogi in several codebases.
+  Secure aggregation and differential privacy start from this form; several
+  codebases use it in FedAdam and FedYogi.
 
   >>> rule = as_stack(uniform_mean())
   >>> uploads = Uploads(jnp.array([1.0, 5.0, 0.0]), None, None,
@@ -107,15 +108,15 @@ def uniform_mean() -> StreamingAggregator:
 def masked_mean(
   denominator: str = 'mask', weighted: bool = True
 ) -> StreamingAggregator:
-  """The weighted mean of each entry over the clients that trained it.
+  """Returns the weighted mean of each entry over the clients that trained it.
 
       denominator='mask':    sum_k w_k m_k u_k / sum_k w_k m_k
       denominator='weight':  sum_k w_k m_k u_k / sum_k w_k
 
   where m_k is `Uploads.masks`, trained. 'mask' is the mean over the holders of
   a rank, a layer or a block (RBLA, arXiv 2408.08699; FedRA, arXiv 2311.11227);
-  'weight' is padding with zeros. Where nobody trained the delta is zero, so
-  the server keeps what it has. With full masks both are `mean`. Without
+  'weight' is padding with zeros. Where no client trained the delta is zero, so
+  the server keeps its value. With full masks both are `mean`. Without
   `weighted` clients count the same.
 
   Raises:
@@ -180,7 +181,7 @@ def masked_mean(
 
 
 def control_variates(inner: AnyAggregator, num_clients: int) -> AnyAggregator:
-  """SCAFFOLD's server: `inner` for the parameters, c for what corrects them.
+  """Returns SCAFFOLD's server rule: `inner` and the mean control variate c.
 
   Parameters are `Controlled(params, control)` and an update is
   `Controlled(u_k, c_k+ - c_k)`. `inner` aggregates the u_k; the control
@@ -237,7 +238,7 @@ def control_variates(inner: AnyAggregator, num_clients: int) -> AnyAggregator:
       assign=Controlled(assign, control),
     )
 
-  # A change of c counts the same whatever the client's weight is.
+  # A change of c counts the same for clients of every weight.
   traits = inner.traits._replace(linear=False)
 
   def init(params, key):
@@ -283,7 +284,7 @@ def control_variates(inner: AnyAggregator, num_clients: int) -> AnyAggregator:
 
 
 def as_stack(aggregator: AnyAggregator) -> Aggregator:
-  """Any rule as one on the whole stack: the stack is a single block.
+  """Returns any rule as one on the whole stack, taken as a single block.
 
   >>> isinstance(as_stack(mean()), Aggregator)
   True

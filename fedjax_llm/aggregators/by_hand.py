@@ -1,4 +1,7 @@
-"""Uploads made by hand, to see what a rule does with them."""
+"""Uploads made from chosen parameters, to try a rule without training.
+
+`received` returns an `Uploads`.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,18 +20,18 @@ def received(
   weight: Sequence[float] | None = None,
   ranks: Sequence[int] | None = None,
 ) -> Uploads:
-  """What the server receives of K clients that end where you say.
+  """Returns the uploads of K clients that train from `params` to `ends`.
 
-  All start at `params`, train everything but the scales of low-rank nodes, and
-  report. A rule can then be looked at without a model or a text:
+  All clients train everything but the scales of low-rank nodes, and report. A
+  rule can then be tried without a model or a text:
   `rule.aggregate(received(...), rule.init(params, key), params, key)`.
 
   Args:
-    params: what the server sent.
+    params: the parameters that the server sent.
     ends: the parameters of each client after training.
     weight: of the clients, [K]; the same for all if None.
-    ranks: how many columns of low-rank factors each client holds, the rest is
-      zero for it; all if None.
+    ranks: the number of columns of low-rank factors that each client holds;
+      the rest is zero for it; all if None.
 
   >>> ends = [{'w': jnp.float32(3)}, {'w': jnp.float32(6)}]
   >>> received({'w': jnp.float32(1)}, ends).update['w'].tolist()

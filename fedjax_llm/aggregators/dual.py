@@ -1,4 +1,7 @@
-"""Any rule on the shared part of `Dual` parameters."""
+"""Rules on the shared part of `Dual` parameters.
+
+`on_shared` returns an aggregator.
+"""
 
 from typing import Any
 
@@ -17,7 +20,7 @@ from fedjax_llm.types import (
 
 
 def on_shared(inner: AnyAggregator) -> AnyAggregator:
-  """`inner` sees and writes the shared part alone; the other says nothing.
+  """Returns `inner` on the shared part alone; the personal part gets no change.
 
   Rules that need whole factors then work beside personal ones. The result is
   streaming if `inner` is.

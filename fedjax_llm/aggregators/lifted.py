@@ -1,4 +1,7 @@
-"""Rules of one function, as a user writes them."""
+"""Rules made from one function of a user.
+
+`from_rule` returns an `Aggregator`.
+"""
 
 from collections.abc import Callable
 
@@ -12,15 +15,15 @@ from fedjax_llm.types import Aggregate, Aggregator, Error, Update
 
 
 def from_rule(fn: Callable[[Update, jax.Array], Update]) -> Aggregator:
-  """Lifts `fn(update, weight) -> delta` to an aggregator.
+  """Returns an aggregator from a function `fn(update, weight) -> delta`.
 
-  `update` is the whole tree of stacked leaves [K, ...], `None` where nothing
-  is trained; `weight` [K] is float32 and sums to one, with zeros on the rows
-  left out (those rows hold zeros). The delta has the structure of the update
-  without its first axis. A rule of single leaves uses `jax.tree.map`. In a
-  round whose weights are all zero the delta is zero, whatever `fn` returns.
+  `update` is the whole tree of stacked leaves [K, ...], `None` for leaves that
+  are not trained; `weight` [K] is float32 and sums to one, with zeros on the
+  rows left out (those rows hold zeros). The delta has the structure of the
+  update without its first axis. A rule of single leaves uses `jax.tree.map`. In
+  a round with no weight above zero the delta is zero for every `fn`.
 
-  Every client pulled back to the median norm, then averaged:
+  A mean of updates scaled down to the median norm:
 
   >>> def bounded_mean(update, weight):
   ...   norms = jax.vmap(tree.norm)(update)  # [K]
@@ -37,9 +40,9 @@ def from_rule(fn: Callable[[Update, jax.Array], Update]) -> Aggregator:
   >>> round(float(result.delta['w']), 4)
   1.6667
 
-  A rule that factorises takes `fedjax_llm.linalg`: `jnp.linalg.svd`, `qr`,
-  `eigh` and `solve` of a stack of matrices can wait for ever for each other on
-  a CPU with few cores. The largest direction of the mean matrix of each layer:
+  A rule that factorises uses `fedjax_llm.linalg`: `jnp.linalg.svd`, `qr`,
+  `eigh` and `solve` of a stack of matrices can deadlock on a CPU with few
+  cores. The largest direction of the mean matrix of each layer:
 
   >>> from fedjax_llm import linalg
   >>> def first_direction(update, weight):
@@ -55,9 +58,9 @@ def from_rule(fn: Callable[[Update, jax.Array], Update]) -> Aggregator:
   [[4.0, 0.0], [0.0, 0.0]]
 
   Raises:
-    Error: something else than a function of two arguments; from the round, the
-      function returns another structure or other shapes, or asks in Python for
-      the value of a traced array.
+    Error: `fn` is not a function of two arguments; from the round, the function
+      returns another structure or other shapes, or reads the value of a traced
+      array in Python.
   """
   as_function(fn)
   name = getattr(fn, '__name__', repr(fn))
@@ -77,9 +80,9 @@ def from_rule(fn: Callable[[Update, jax.Array], Update]) -> Aggregator:
         f'from_rule: {name} must return an update without its client axis, '
         f'but {problem}.'
       )
-    anybody = jnp.any(weight > 0)
+    some_weight = jnp.any(weight > 0)
     delta = jax.tree.map(
-      lambda d, u: jnp.where(anybody, jnp.asarray(d, u.dtype), 0).astype(
+      lambda d, u: jnp.where(some_weight, jnp.asarray(d, u.dtype), 0).astype(
         u.dtype
       ),
       delta,

@@ -1,8 +1,8 @@
-"""Rules that a few corrupted clients cannot move far.
+"""Robust rules: a few corrupted clients cannot move their result far.
 
-They see the whole stack [K, ...], count every valid client of positive weight
-the same, and do not look at masks: an entry that a client did not train is a
-zero among the others.
+Builders return an `Aggregator` on the whole stack [K, ...]. It counts every
+valid client of positive weight the same and does not use masks: an entry that
+a client did not train is a zero among the others.
 """
 
 from collections.abc import Callable
@@ -18,13 +18,14 @@ from fedjax_llm.types import Aggregate, Aggregator, Error, known
 
 @jax.custom_jvp
 def _sorted(values: jax.Array) -> jax.Array:
-  """`jnp.sort` of the last axis, float32.
+  """Returns `jnp.sort` along the last axis, float32.
 
-  As integers in the order of the floats, which a CPU compares faster. For
-  that the bits of a negative number are turned, all but its sign.
+  It sorts integers in the order of the floats, which a CPU compares faster: all
+  bits of a negative number but its sign are inverted.
   """
   turned = lambda x: jnp.where(x < 0, x ^ jnp.iinfo(jnp.int32).max, x)
-  nan_last = jnp.where(jnp.isnan(values), jnp.nan, values)  # without a sign
+  # A NaN without a sign is sorted to the end.
+  nan_last = jnp.where(jnp.isnan(values), jnp.nan, values)
   bits = jax.lax.bitcast_convert_type(nan_last, jnp.int32)
   ordered = jnp.sort(turned(bits), axis=-1)
   return jax.lax.bitcast_convert_type(turned(ordered), jnp.float32)
@@ -34,10 +35,10 @@ _sorted.defjvp(lambda at, moved: jax.jvp(jnp.sort, at, moved))
 
 
 def _by_rank(fn: Callable[[jax.Array, jax.Array], jax.Array]) -> Aggregator:
-  """A rule on the sorted values of a coordinate.
+  """Returns a rule on the sorted values of each coordinate.
 
-  `fn(values, n)` gets a leaf as [..., K], float32, sorted over the clients, of
-  whom the first n >= 1 count, and reduces that axis.
+  `fn(values, n)` gets a leaf as [..., K], float32, sorted over the clients; the
+  first n >= 1 values count. It reduces that axis.
   """
 
   def init(params, key):
@@ -51,8 +52,8 @@ def _by_rank(fn: Callable[[jax.Array, jax.Array], jax.Array]) -> Aggregator:
 
     def leaf(u):
       there = valid.reshape((-1,) + (1,) * (u.ndim - 1))
-      # How many rows count is known only inside the round, so the others are
-      # sorted out of the way.
+      # The number of rows that count is known only inside the round, so the
+      # others are sorted to the end.
       values = jnp.where(there, u.astype(jnp.float32), jnp.inf)
       values = _sorted(jnp.moveaxis(values, 0, -1))
       out = fn(values, jnp.maximum(num_valid, 1))
@@ -64,11 +65,12 @@ def _by_rank(fn: Callable[[jax.Array, jax.Array], jax.Array]) -> Aggregator:
 
 
 def median() -> Aggregator:
-  """The median of each coordinate over the valid clients.
+  """Returns the median of each coordinate over the valid clients.
 
-  The mean of the two middle values where their number is even. Stays within
-  the honest values as long as fewer than half of the clients are corrupted
-  (Yin et al. 2018, arXiv 1803.01498, definition 1). Weights are not used.
+  With an even number of clients it is the mean of the two middle values. It
+  stays within the honest values as long as fewer than half of the clients are
+  corrupted (Yin et al. 2018, arXiv 1803.01498, definition 1). Weights are not
+  used.
 
   >>> from fedjax_llm.types import Uploads
   >>> uploads = Uploads(jnp.array([1.0, 2.0, 1e9, 0.0]), None, None, None,
@@ -87,13 +89,13 @@ def median() -> Aggregator:
 
 
 def trimmed_mean(trim_fraction: float = 0.1) -> Aggregator:
-  """The mean of each coordinate without its extremes on both sides.
+  """Returns the mean of each coordinate without its extremes on both sides.
 
   Of the n values of the valid clients the b = floor(trim_fraction * n)
   smallest and the b largest are dropped, and the rest averaged without
   weights. Up to b corrupted clients cannot leave the honest range (Yin et al.
-  2018, arXiv 1803.01498, definition 2). With 0.1 nothing is dropped from
-  fewer than 10 clients.
+  2018, arXiv 1803.01498, definition 2). With 0.1 and fewer than 10 clients
+  nothing is dropped.
 
   Raises:
     Error: `trim_fraction` is not in [0, 0.5).
@@ -108,7 +110,7 @@ def trimmed_mean(trim_fraction: float = 0.1) -> Aggregator:
   if known(trim_fraction) and not 0 <= trim_fraction < 0.5:
     raise Error(
       f'trimmed_mean: trim_fraction={trim_fraction} must be at least 0 and '
-      'below 0.5: it is cut on both sides.'
+      'below 0.5: both sides are trimmed.'
     )
 
   def cuts(num_rows):  # b for each n
@@ -116,7 +118,7 @@ def trimmed_mean(trim_fraction: float = 0.1) -> Aggregator:
       # The slack of float32: equal for decimals of up to four digits.
       exact = trim_fraction * jnp.arange(num_rows + 1)
       return jnp.floor(exact * (1 + 2e-7)).astype(jnp.int32)
-    # The decimal that was written: in binary 0.29 * 100 is below 29.
+    # The decimal as the user wrote it: in binary 0.29 * 100 is below 29.
     fraction = Fraction(str(trim_fraction))
     return jnp.array([int(fraction * m) for m in range(num_rows + 1)])
 
@@ -131,7 +133,7 @@ def trimmed_mean(trim_fraction: float = 0.1) -> Aggregator:
 
 
 def krum(num_byzantine: int, num_selected: int = 1) -> Aggregator:
-  """The update that lies closest to its neighbours (multi-Krum: a few).
+  """Returns Krum, the update closest to its neighbours (multi-Krum: a few).
 
   With n valid clients of which at most f = `num_byzantine` are corrupted,
 
@@ -140,13 +142,13 @@ def krum(num_byzantine: int, num_selected: int = 1) -> Aggregator:
   where the distance is that of the whole update. The `num_selected` clients
   of lowest score are averaged without weights (Blanchard et al. 2017, arXiv
   1703.02757, section 4). Equal scores, as those of two mutual nearest
-  neighbours, are told apart by the distance to all clients, then by order.
+  neighbours, are ordered by the distance to all clients, then by position.
 
   The guarantee needs n > 2 f + 2. A cohort that can never reach it is refused.
-  If clients drop out and only so many report that it does not hold, that
-  round is scored with max(n - f - 2, 1) neighbours and selects at most
-  max(n - f, 1) clients: it is still the most central update, without the
-  guarantee, so choose K with drop-outs in mind.
+  If drop-outs leave fewer reports than that, the round is scored with
+  max(n - f - 2, 1) neighbours and selects at most max(n - f, 1) clients: it is
+  still the most central update, without the guarantee, so choose K with
+  drop-outs in mind.
 
   Raises:
     Error: a negative f, `num_selected` not in 1 ... K - f, or K <= 2 f + 2.
@@ -178,11 +180,11 @@ def krum(num_byzantine: int, num_selected: int = 1) -> Aggregator:
       )
     if m > num_rows - f:
       raise Error(
-        f'krum: num_selected={m} of K={num_rows} clients would have to take '
-        f'some of the num_byzantine={f}: at most {num_rows - f}.'
+        f'krum: num_selected={m} must be at most K - num_byzantine = '
+        f'{num_rows} - {f} = {num_rows - f}.'
       )
     n = jnp.sum(valid.astype(jnp.int32))
-    # Squared distance over the whole update: per-tensor norms pick others.
+    # Squared distance over the whole update: norms a tensor select others.
     distance = tree.squared_distances(uploads.update)  # [K, K]
     other = valid[None, :] & ~jnp.eye(num_rows, dtype=bool)
     nearest = jnp.sort(jnp.where(other, distance, jnp.inf), axis=1)

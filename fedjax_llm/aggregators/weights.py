@@ -1,4 +1,7 @@
-"""Which clients count in a rule, and how much."""
+"""Weights of the clients in a rule.
+
+The functions return arrays [K].
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +10,9 @@ from fedjax_llm.types import Uploads
 
 
 def counted(uploads: Uploads) -> jax.Array:
-  """Booleans [K]: the clients that are valid and have a weight above zero.
+  """Returns booleans [K]: the clients that are valid and of positive weight.
 
-  A client of weight zero counts for nothing in any rule, also in those where
+  A client of weight zero does not count in any rule, even in those where
   clients count the same. A cohort of such clients changes nothing.
 
   >>> uploads = Uploads(None, None, None, jnp.array([2.0, 0.0, 1.0]),
@@ -23,10 +26,10 @@ def counted(uploads: Uploads) -> jax.Array:
 
 
 def by_weight(uploads: Uploads) -> jax.Array:
-  """The weights of the clients that count, [K] float32, zero for the others."""
+  """Returns the weights of the clients that count, [K] float32, else zero."""
   return jnp.where(counted(uploads), uploads.weight, 0).astype(jnp.float32)
 
 
 def equal(uploads: Uploads) -> jax.Array:
-  """One for each client that counts, [K] float32, zero for the others."""
+  """Returns one for each client that counts, [K] float32, else zero."""
   return counted(uploads).astype(jnp.float32)

@@ -1,8 +1,9 @@
-"""Clients: who takes part, with which data, keeping what.
+"""Clients: draws of a round's clients, their batches, profiles and states.
 
-sampling  round -> Draw             cohorts  Draw -> Cohort [K, S, B, T]
-store     private state of N        profiles what clients can carry
-          clients
+sampling   round -> Draw
+cohorts    Draw -> Cohort [K, S, B, T]
+store      private state of N clients
+profiles   capacities of N clients
 """
 
 from fedjax_llm.clients import cohorts, profiles, sampling, store

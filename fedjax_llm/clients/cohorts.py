@@ -1,8 +1,11 @@
-"""Examples to arrays: the batches of a round [K, S, B, T], rows for evaluation.
+"""Cohorts: arrays of examples for training rounds and for evaluation.
+
+`cohorts` returns a function from a draw to the batches of a round, [K, S, B,
+T]; `rows` returns batches for evaluation.
 
 Every shape is the same in every round, so that a round compiles once. A row
-never holds texts of two clients, and what a client trains on depends on the
-seed, the round and its id, not on who else takes part.
+never holds texts of two clients, and a client's batches depend on the seed,
+the round and its id, not on the other clients that take part.
 """
 
 import itertools
@@ -36,7 +39,7 @@ def cohorts(
   collate: collates.Collate = collates.by_kind,
   length: Callable[[Any], int] = batching.length,
 ) -> Callable[[Draw, int], Cohort]:
-  """How a draw becomes a cohort: `(draw, round) -> Cohort` in NumPy.
+  """Returns a function `(draw, round) -> Cohort` of NumPy arrays.
 
   A client's examples form an endless stream of passes, each pass all of them
   once in a new random order. The stream is cut into steps of B rows; a batch
@@ -51,14 +54,13 @@ def cohorts(
   B rows of T tokens, in order, and drops nothing.
 
   The weight of a client that reports is
-    'examples'  n_k, how many training examples it has, used or not (FedAvg,
+    'examples'  n_k, the number of its training examples, used or not (FedAvg,
                 arXiv 1602.05629, Alg. 1)
     'tokens'    the number of tokens with a loss in this round's batches
     'uniform'   1
   Padding and clients that drop out are not valid, weigh 0, and their batches
-  are zero. Of texts with labels 'tokens' counts the labels; a label of -1 is
-  padding. Of pairs it counts pairs, of images their labels: what the kind of
-  batch says is learned.
+  are zero. 'tokens' counts what the batch's kind returns from `learned`: labels
+  of texts with labels and of images (-1 is padding), pairs of pairs.
 
   Args:
     examples: the training examples of each of N clients.
@@ -73,7 +75,7 @@ def cohorts(
     profiles: capacities, a pytree of [N, ...], carried to `Cohort.profiles` as
       [K, ...]; a row of padding has client 0's.
     collate: rows of examples to arrays, the task's.
-    length: of an example in a packed row, the task's.
+    length: `(example) -> int`, its tokens in a packed row, the task's.
 
   Raises:
     Error: a number below 1, an unknown `weight_by`, a client without an
@@ -113,7 +115,7 @@ def cohorts(
   )
 
   def fill(client: int, round: int) -> list[list[Any]]:
-    """The rows of one client, [S * B]."""
+    """Returns the rows of one client, [S * B]."""
     stream = _stream(examples[client], epochs, (seed, _ORDER, round, client))
     if packing:
       return _packed(stream, (S, B, T), length)
@@ -157,13 +159,13 @@ def cohorts(
 def by_size(
   draw: Draw, cohort: Cohort, *, num_rows: int = 1
 ) -> tuple[Draw, Cohort]:
-  """The same clients, those with most to compute first.
+  """Returns the same draw and cohort, clients with the most work first.
 
-  Blocks of neighbours are then alike, and end together: a block runs the steps
-  and the width of its largest client. Clients are ordered by steps that hold
-  anything, then by their longest row, and dealt out to `num_rows` rows of
-  devices in turn, so that all rows have about as much to do. Which client
-  stands where changes nothing but rounding.
+  Clients of one block then have about the same work: a block runs the steps and
+  the width of its largest client. Clients are ordered by steps that are not
+  padding, then by their longest row, and dealt out to `num_rows` rows of
+  devices in turn, so that all rows have about the same work. The order of the
+  clients changes nothing but rounding.
 
   >>> text = Example(np.arange(3, dtype=np.int32), np.array([0, 1, 1], bool))
   >>> build = cohorts([[text], [text, text]], num_steps=2, batch_size=1,
@@ -197,7 +199,7 @@ def max_targets(
   epochs: int | None = None,
   packing: bool = False,
 ) -> int:
-  """The most tokens with a loss that any step [B, T] of `cohorts` can hold.
+  """Returns the most tokens with a loss in any step [B, T] of `cohorts`.
 
   Without packing this is exact: some order reaches it. B rows are the last j
   examples of a pass, whole passes, and the first of another, so with C(i) the
@@ -205,8 +207,8 @@ def max_targets(
   C(j) + q C(n) + C(r) with B - j = q n + r. With packing it is
   B floor(T max c / l), c of the l tokens of an example having a loss: a bound.
 
-  Batches of many clients mixed (`rows`) hold at most as much as one client who
-  owns all examples, `[[every example]]`, with `epochs=1`.
+  A batch that mixes clients (`rows`) holds at most as many as a batch of one
+  client with all examples, `[[every example]]`, with `epochs=1`.
 
   Args and errors as in `cohorts`.
 
@@ -258,15 +260,15 @@ def bounds(examples: Examples, **sizes: Any) -> tuple[int | None, ...]:
       f'{", ".join(map(str, sorted(numbers)))}.'
     )
   sides = range(numbers.pop())
-  found = (
+  limits = (
     max_targets([[some[i] for some in own] for own in texts], **sizes)
     for i in sides
   )
-  return tuple(number or None for number in found)
+  return tuple(number or None for number in limits)
 
 
 class Rows(NamedTuple):
-  """Batches of one width, and whose each row is.
+  """Batches of one width, and the client of each row.
 
   >>> Rows(batches=None, owners=np.array([[0, 0, -1]])).owners.shape
   (1, 3)
@@ -288,11 +290,11 @@ def rows(
   length: Callable[[Any], int] = batching.length,
   limits: Sequence[int | None] | None = None,
 ) -> list[Rows]:
-  """Every example once, one a row, in batches for evaluation.
+  """Returns every example once, one a row, in batches for evaluation.
 
   Rows are sorted by length (ties by owner) and grouped by width: a row is as
-  wide as the smallest of `buckets` and `max_length` that holds it, so that
-  little is computed on padding. There is one group a width in use, narrowest
+  wide as the smallest of `buckets` and `max_length` that holds it, to save
+  computation on padding. There is one group for each width in use, narrowest
   first; without buckets, one group.
 
   Args:
@@ -303,7 +305,7 @@ def rows(
     buckets: widths below `max_length`.
     pad_id: token on padding.
     collate: rows of examples to arrays, the task's.
-    length: of an example, the task's.
+    length: `(example) -> int`, its tokens, the task's.
     limits: the bound of each text of a batch (`bounds`); by default none.
 
   Raises:
@@ -321,7 +323,7 @@ def rows(
   collates.check(examples, max_length)
   names = range(len(examples)) if owners is None else owners
   if len(names) != len(examples):
-    raise Error(f'{len(names)} owners are given for {len(examples)} clients.')
+    raise Error(f'there are {len(names)} owners for {len(examples)} clients.')
   widths = sorted({b for b in buckets if 0 < b < max_length} | {max_length})
   grouped: dict[int, list[tuple[int, Any]]] = {w: [] for w in widths}
   pairs = [(o, x) for o, own in zip(names, examples) for x in own]
@@ -366,7 +368,7 @@ def _packed(
   shape: tuple[int, int, int],
   length: Callable[[Any], int],
 ) -> list[list[Any]]:
-  """First-fit of a stream into the rows [B, T] of one step after another."""
+  """Returns rows [S * B]: a stream packed first-fit into one step at a time."""
   S, B, T = shape
   rows: list[list[Any]] = [[] for _ in range(S * B)]
   step, used = 0, [0] * B
@@ -383,7 +385,7 @@ def _packed(
 
 
 def _bounded(batches: Any, limits: Sequence[int | None]) -> Any:
-  """`batching.bounded`, where a batch has the texts that its examples have."""
+  """Returns batches with bounds if they hold as many texts as the limits."""
   if len(batching.texts(batches)) != len(limits):
     return batches
   return batching.bounded(batches, limits)
@@ -394,14 +396,14 @@ def _may_be_packed(example: Any) -> bool:
 
 
 def _learned(batches: Any) -> np.ndarray:
-  """Terms of the loss of each client, [K]."""
-  found = batching.learned(batches)
-  if found is None:
+  """Returns the number of terms of each client's loss, [K]."""
+  terms = batching.learned(batches)
+  if terms is None:
     raise Error(
-      "cohort.weight_by='tokens': this kind of batch does not tell what is "
-      "learned; choose 'examples' or 'uniform'."
+      "cohort.weight_by='tokens': this kind of batch does not "
+      "count its terms of the loss; choose 'examples' or 'uniform'."
     )
-  return np.asarray(found).sum(-1)
+  return np.asarray(terms).sum(-1)
 
 
 def _at_least_one(name: str, value: int) -> None:

@@ -1,16 +1,17 @@
-"""The files of a store: a base of rows and journals of changes to it.
+"""The files of a store: a base of rows, and journals of changes to the rows.
 
-    base.json            the round that the base is of, how many rows it has,
-                         the leaves of a row, and checksums of itself and of
-                         base.ids
-    base.ids, base.rows  which clients, and their rows at that round
+The functions read, write and check these files; `store` uses them.
+
+    base.json            the base's round, its number of rows, the leaves of a
+                         row, and checksums of itself and of base.ids
+    base.ids, base.rows  the clients' ids, and their rows at that round
     base.sums            a checksum of each of these rows and its client's id
     journal_00000012     rows that changed up to round 12 since the journal (or
-                         base) before it, which it names, and a checksum
+                         base) before it, the round of that one, and a checksum
 
 A journal becomes visible by renaming a file that is complete and on the disk.
-The base is written only from journals that stay until it is complete. So a
-process may be killed at any byte.
+The base is written only from journals that stay until it is complete. So the
+files stay usable if a process is killed at any byte.
 """
 
 import contextlib
@@ -35,6 +36,8 @@ _ADVICE = 'take the folder back from a copy, or begin in another workdir'
 
 
 class Base(NamedTuple):
+  """The content of base.json: the base's round, size and checksum."""
+
   round: int  # the base is complete at this round
   folding: int  # above `round` while journals up to here are being moved in
   num_rows: int
@@ -42,20 +45,25 @@ class Base(NamedTuple):
 
   @property
   def summed(self) -> bool:
-    """Whether every row has a checksum in base.sums."""
+    """Returns True if every row has a checksum in base.sums."""
     return self.ids_sha256 is not None
 
 
 def read_base(
   folder: pathlib.Path, leaves: list, at_round: int, *, create: bool = True
 ) -> Base:
-  """The base of a store, checked against this run; a new one at round 0."""
+  """Returns a store's base, checked against this run; a new one at round 0.
+
+  Raises:
+    Error: base.json is damaged, missing after round 0, of other leaves, or its
+      base is newer than `at_round`.
+  """
   path = folder / 'base.json'
   if not path.exists():
     if at_round:
       raise Error(
         f'{folder} holds no client state of round {at_round}: the run cannot '
-        'go on without it.'
+        'continue without it.'
       )
     base = Base(0, 0, 0, _ids_sum(b''))
     if create:
@@ -74,9 +82,7 @@ def read_base(
     if any(type(x) is not int or x < 0 for x in numbers):
       raise ValueError
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-    raise Error(
-      f'{path} is damaged: it is no description of a store.'
-    ) from None
+    raise Error(f'{path} is damaged: it does not describe a store.') from None
   if stored != leaves:
     raise Error(
       f'{path} is of client state {stored}, but this run keeps '
@@ -109,7 +115,7 @@ def _write_base(folder: pathlib.Path, base: Base, leaves: list) -> None:
 
 
 def read_ids(folder: pathlib.Path, base: Base) -> dict[int, int]:
-  """Client id -> slot; a dictionary in the order of the slots."""
+  """Returns client id -> slot, a dictionary in the order of the slots."""
   if not base.num_rows:
     return {}
   path = folder / 'base.ids'
@@ -129,12 +135,12 @@ def read_ids(folder: pathlib.Path, base: Base) -> dict[int, int]:
 
 
 def map_rows(folder: pathlib.Path, num_rows: int, row_bytes: int) -> np.ndarray:
-  """The rows of the base, [num_rows, row_bytes], read from the disk on use."""
+  """Returns the base's rows, [num_rows, row_bytes], as a memory map."""
   return _mapped(folder / 'base.rows', num_rows, row_bytes)
 
 
 def map_sums(folder: pathlib.Path, base: Base) -> np.ndarray | None:
-  """Their checksums, [num_rows, 16]; None in a store of an older format."""
+  """Returns the rows' checksums, [num_rows, 16]; None in an older format."""
   if not base.summed:
     return None
   return _mapped(folder / 'base.sums', base.num_rows, _ROW_SUM)
@@ -146,14 +152,14 @@ def _mapped(path: pathlib.Path, num_rows: int, row_bytes: int) -> np.ndarray:
   size = path.stat().st_size if path.exists() else 0
   if size < num_rows * row_bytes:
     raise Error(
-      f'{path} is damaged: it has {size} bytes, and {num_rows} rows of '
-      f'{row_bytes} belong there.'
+      f'{path} is damaged: it has {size} bytes, but must hold {num_rows} rows '
+      f'of {row_bytes} bytes.'
     )
   return np.memmap(path, np.uint8, mode='r', shape=(num_rows, row_bytes))
 
 
 def row_sum(client: int, row: np.ndarray) -> bytes:
-  """The checksum of a client's row [bytes]."""
+  """Returns the checksum of a client's row [bytes]."""
   checksum = hashlib.blake2b(digest_size=_ROW_SUM)
   checksum.update(client.to_bytes(8, 'little', signed=True))
   checksum.update(np.ascontiguousarray(row).data)
@@ -163,7 +169,7 @@ def row_sum(client: int, row: np.ndarray) -> bytes:
 def check_row(
   folder: pathlib.Path, client: int, row: np.ndarray, expected: np.ndarray
 ) -> None:
-  """Raises `Error` unless a row of the base is what was written."""
+  """Raises `Error` if a row of the base does not match its checksum."""
   if row_sum(client, row) != expected.tobytes():
     raise Error(
       f'{folder / "base.rows"} is damaged: the checksum of client {client} '
@@ -181,8 +187,11 @@ def fold(
 ) -> tuple[Base, dict[int, int]]:
   """Moves the oldest journals into the base; they may be removed afterwards.
 
-  Until the base is complete, `folding` says so on the disk, and the journals
-  hold every row that may be half-written.
+  Until the base is complete, base.json holds `folding` above its round, and the
+  journals hold every row that may be half-written.
+
+  Returns:
+    The new base, and its client id -> slot.
   """
   if base.num_rows and not base.summed:
     _add_sums(folder, base, slots, row_bytes)
@@ -195,7 +204,7 @@ def fold(
   last = old[-1].round
   for name, size in (('rows', row_bytes), ('ids', 8), ('sums', _ROW_SUM)):
     path = folder / f'base.{name}'
-    # A file that was removed meanwhile must not begin anew with holes.
+    # A file that was removed meanwhile must not be created again with holes.
     if base.num_rows:
       _mapped(path, base.num_rows, size)
   before = _ids_sum(np.array(list(slots), np.int64).tobytes())
@@ -236,7 +245,7 @@ def _add_sums(
 def _update(path: pathlib.Path, parts: Iterable[tuple[int, Any]]) -> None:
   """Writes (offset, bytes) into a file and waits for the disk.
 
-  Written, not mapped: a full disk is then an error and not a bus error.
+  It writes and does not map: a full disk then raises instead of a bus error.
   """
   with _writing(path):
     flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0)
@@ -252,6 +261,8 @@ def _update(path: pathlib.Path, parts: Iterable[tuple[int, Any]]) -> None:
 
 
 class Journal(NamedTuple):
+  """One journal: the rows that changed between two commits."""
+
   round: int
   previous: int  # the commit or base that it changes
   path: pathlib.Path
@@ -266,7 +277,7 @@ def write(
   changed: Mapping[int, np.ndarray],
   row_bytes: int,
 ) -> pathlib.Path:
-  """A journal of rows by client id, there and safe when this returns."""
+  """Writes a journal of rows by client id to the disk; returns its path."""
   ids = sorted(changed)
   head = {'round': round, 'previous': previous, 'num_rows': len(ids)}
   parts = [
@@ -289,7 +300,11 @@ def write(
 
 
 def read(path: pathlib.Path, row_bytes: int, check: bool = True) -> Journal:
-  """An intact journal; Error names the file and what is wrong with it."""
+  """Returns a journal from its file.
+
+  Raises:
+    Error: the file is missing or damaged; it names the file and the fault.
+  """
   try:
     with path.open('rb') as file:
       line = file.readline(4096)
@@ -298,7 +313,7 @@ def read(path: pathlib.Path, row_bytes: int, check: bool = True) -> Journal:
         raise ValueError('its rows have another size')
       numbers = [head[x] for x in ('num_rows', 'round', 'previous')]
       if any(type(x) is not int or x < 0 for x in numbers):
-        raise ValueError('its first line has no such numbers')
+        raise ValueError('its first line lacks whole numbers')
       num = numbers[0]
       size = len(line) + num * (8 + row_bytes) + _CHECKSUM
       if path.stat().st_size != size:
@@ -332,23 +347,23 @@ def _intact(file: io.BufferedReader, size: int) -> bool:
 def read_chain(
   folder: pathlib.Path, base: Base, at_round: int, row_bytes: int
 ) -> list[Journal]:
-  """The journals that lead from the base to `at_round`, oldest first."""
+  """Returns the journals from the base to `at_round`, oldest first."""
   chain, round = [], at_round
   while round > base.round:
     path = folder / f'journal_{round:08d}'
-    found = read(path, row_bytes)
-    if found.round != round or not base.round <= found.previous < round:
+    journal = read(path, row_bytes)
+    if journal.round != round or not base.round <= journal.previous < round:
       raise Error(
-        f'{path} is damaged: it leads from round {found.previous} to '
-        f'{found.round}.'
+        f'{path} is damaged: it holds the changes from round '
+        f'{journal.previous} to {journal.round}.'
       )
-    chain.append(found)
-    round = found.previous
+    chain.append(journal)
+    round = journal.previous
   return chain[::-1]
 
 
 def overlay(journals: list[Journal]) -> dict[int, tuple[np.ndarray, int]]:
-  """Where each client's last row is: client id -> (rows, index)."""
+  """Returns the place of each client's last row: client id -> (rows, index)."""
   return {
     client: (journal.rows, i)
     for journal in journals
@@ -357,9 +372,9 @@ def overlay(journals: list[Journal]) -> dict[int, tuple[np.ndarray, int]]:
 
 
 def discard(folder: pathlib.Path, keep: list[Journal]) -> None:
-  """Removes what was never committed, was undone, or is in the base."""
+  """Removes journals that are not in `keep`: undone, or already in the base."""
   kept = {journal.path for journal in keep}
-  # Newest first: what is left if this is interrupted is still a chain.
+  # Newest first: if this is interrupted, the rest is still a chain.
   for path in sorted(folder.glob('journal_*'), reverse=True):
     if path not in kept:
       path.unlink()
@@ -370,22 +385,22 @@ def discard(folder: pathlib.Path, keep: list[Journal]) -> None:
 
 
 class Place(NamedTuple):
-  """Which folder a path was when it was opened."""
+  """A folder's path, and its identity when it was opened."""
 
   path: pathlib.Path
   mark: tuple[int, int]  # device and inode
 
 
 def place(folder: pathlib.Path) -> Place:
-  """The folder as it is now."""
+  """Returns the folder with its present identity."""
   stat = folder.stat()
   return Place(folder, (stat.st_dev, stat.st_ino))
 
 
 def check_place(opened: Place, journals: Iterable[Journal] = ()) -> None:
-  """Raises `Error` if the folder or a file that counts is gone.
+  """Raises `Error` if the folder or a file that is needed is gone.
 
-  What is written into a folder that took its place would be of no use.
+  Rows written into a folder that replaced it would be lost.
   """
   folder = opened.path
   try:
@@ -396,20 +411,20 @@ def check_place(opened: Place, journals: Iterable[Journal] = ()) -> None:
     same, missing = False, []
   if not same:
     raise Error(
-      f'{folder} was removed or replaced while this run was at work: what the '
-      'clients keep is lost with it, so the run ends.'
+      f'{folder} was removed or replaced while this run was at work: the state '
+      'of the clients is lost with it, so the run ends.'
     )
   if missing:
     raise Error(
-      f'{missing[0]} was removed while this run was at work: what the clients '
-      'keep is lost with it, so the run ends.'
+      f'{missing[0]} was removed while this run was at work: the state of the '
+      'clients is lost with it, so the run ends.'
     )
 
 
 def _replace(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
-  """A new content for a file, all of it or nothing, safe on the disk.
+  """Replaces a file's content on the disk, all of it or nothing.
 
-  A symbolic link of the draft's name, or of the file's, is not followed.
+  Symbolic links at the file's or its draft's name are not followed.
   """
   part = path.with_name(path.name + '.part')
   try:
@@ -431,7 +446,7 @@ def _replace(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
 
 @contextlib.contextmanager
 def _writing(path: pathlib.Path) -> Iterator[None]:
-  """Tells an error of the disk in a sentence."""
+  """Turns an `OSError` into an `Error` that names the file."""
   try:
     yield
   except OSError as e:

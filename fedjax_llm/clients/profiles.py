@@ -1,7 +1,7 @@
-"""What clients can carry: capacities, drawn once for a whole run.
+"""Profiles: capacities of the clients, drawn once for a whole run.
 
-A builder here returns a mapping of arrays [N], one row a client; the cohort
-carries the rows of those that take part in `Cohort.profiles`.
+Builders return a mapping of arrays [N], one row a client. `Cohort.profiles`
+holds the rows of the clients that take part in a round.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,14 +22,14 @@ def ranks(
   num_clients: int,
   seed: int = 0,
 ) -> Mapping[str, np.ndarray]:
-  """A LoRA rank for every client: {'rank': [N] int32}.
+  """Draws a LoRA rank for every client: {'rank': [N] int32}.
 
-  The shares are met as nearly as N allows; who gets which is drawn. A rank
-  above the adapter's holds all of it.
+  The shares are met as nearly as N allows; which client gets which rank is
+  drawn. A client with a rank above the adapter's holds the whole adapter.
 
   Args:
-    choices: the ranks there are, e.g. (4, 8, 16).
-    shares: of the clients that have each of them; equal if None.
+    choices: the possible ranks, e.g. (4, 8, 16).
+    shares: of the clients that get each choice; equal if None.
     num_clients: N.
     seed: of the draw.
 
@@ -50,7 +50,7 @@ def layers(
   num_clients: int,
   seed: int = 0,
 ) -> Mapping[str, np.ndarray]:
-  """How many layers a client can hold: {'layers': [N] int32}.
+  """Draws how many layers each client can hold: {'layers': [N] int32}.
 
   Arguments and errors as in `ranks`.
 
@@ -67,7 +67,7 @@ def budgets(
   num_clients: int,
   seed: int = 0,
 ) -> Mapping[str, np.ndarray]:
-  """How many parameters a client can train: {'budget': [N] int32}.
+  """Draws how many parameters each client can train: {'budget': [N] int32}.
 
   Arguments and errors as in `ranks`.
 
@@ -83,14 +83,14 @@ def _drawn(
   num_clients: int,
   key: tuple[int, int],
 ) -> np.ndarray:
-  found = [int(c) for c in choices]
-  if not found or min(found) < 1:
+  values = [int(c) for c in choices]
+  if not values or min(values) < 1:
     raise Error(f'profiles.choices is {list(choices)}: they start at 1.')
-  weight = np.ones(len(found)) if shares is None else np.asarray(shares, float)
-  if weight.shape != (len(found),) or (weight < 0).any() or weight.sum() <= 0:
+  weight = np.ones(len(values)) if shares is None else np.asarray(shares, float)
+  if weight.shape != (len(values),) or (weight < 0).any() or weight.sum() <= 0:
     raise Error(
       f'profiles.shares is {shares}: it takes one share of at least 0 for each '
-      f'of the {len(found)} choices.'
+      f'of the {len(values)} choices.'
     )
   if key[0] < 0:
     raise Error(f'seed is {key[0]}: it is a whole number of at least 0.')
@@ -98,4 +98,4 @@ def _drawn(
   place = (np.argsort(np.argsort(draw)) + 0.5) / num_clients
   edges = np.cumsum(weight)[:-1] / weight.sum()
   which = np.searchsorted(edges, place, side='right')
-  return np.asarray(found, np.int32)[which]
+  return np.asarray(values, np.int32)[which]

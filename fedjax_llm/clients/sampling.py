@@ -1,11 +1,13 @@
-"""Who takes part in a round: builders of `types.Sampler`, round -> Draw.
+"""Samplers: which clients take part in a round.
+
+Builders return a `types.Sampler`, round -> Draw.
 
 Every sampler is a pure function of the round and takes the same keywords, so
 that a configuration can switch the name. None draws a client twice in a round.
 A Draw always has K = `cohort_size` rows: ids ascend, padding (-1) comes last.
 
 Each client has its own random numbers: the i-th of a stream that is keyed by
-(seed, purpose, round). They do not depend on how many clients there are.
+(seed, purpose, round). They do not depend on the number of clients.
 
     availability   a client can be drawn in this round with this probability
     dropout        a drawn client fails to report with this probability
@@ -24,8 +26,10 @@ _AVAILABLE, _DROPPED, _CHOSEN, _PASS = 101, 102, 103, 104
 
 
 def _numbers(seed: int, purpose: int, number: int, num: int) -> np.ndarray:
-  """Uniform numbers in [0, 1), one a client; a longer stream has the same
-  beginning."""
+  """Returns uniform numbers in [0, 1), one a client.
+
+  A longer stream begins with the same numbers.
+  """
   return np.random.default_rng((seed, purpose, number)).random(num)
 
 
@@ -37,7 +41,10 @@ def _sampler(
   dropout: float,
   seed: int,
 ) -> Sampler:
-  """`choose(round, available [N]) -> ids` with the checks and the drop-outs."""
+  """Returns a sampler from `choose(round, available [N]) -> ids`.
+
+  It checks the arguments and adds the drop-outs.
+  """
   if num_clients < 1:
     raise Error(f'num_clients is {num_clients}: a federation needs a client.')
   if cohort_size < 1:
@@ -78,7 +85,7 @@ def _weighted(
   dropout: float,
   seed: int,
 ) -> Sampler:
-  """The K smallest of e_i / size_i, e_i exponential."""
+  """Returns a sampler of the K smallest e_i / size_i, e_i exponential."""
 
   def choose(round, available):
     u = _numbers(seed, _CHOSEN, round, len(size))
@@ -98,7 +105,7 @@ def uniform(
   dropout: float = 0.0,
   seed: int = 0,
 ) -> Sampler:
-  """Any K of the available clients, each set with the same probability.
+  """Returns a sampler of K available clients, each set equally probable.
 
   Fewer available clients than K leave rows of padding. Unavailable clients and
   drop-outs do not change the random numbers of the others.
@@ -135,7 +142,7 @@ def by_size(
   dropout: float = 0.0,
   seed: int = 0,
 ) -> Sampler:
-  """K clients, one after another, each with probability ~ its size.
+  """Returns a sampler of K clients in turn, with probability ~ their size.
 
   Successive sampling without replacement: the next client is i with probability
   size_i / (sum of the sizes not drawn yet). It is computed as the K smallest of
@@ -175,7 +182,7 @@ def cyclic(
   dropout: float = 0.0,
   seed: int = 0,
 ) -> Sampler:
-  """Passes over all clients in a new random order each, K a round.
+  """Returns a sampler of passes over all clients in random order, K a round.
 
   A pass takes ceil(N / K) rounds and visits every client once; where K does not
   divide N, the last round of a pass is short (padding). A client that is not
@@ -211,7 +218,7 @@ def full(
   dropout: float = 0.0,
   seed: int = 0,
 ) -> Sampler:
-  """All clients that are available, every round: K = N.
+  """Returns a sampler of all available clients in every round: K = N.
 
   Args and errors as in `uniform`; a `cohort_size` other than N is refused.
 

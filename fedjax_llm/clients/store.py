@@ -1,15 +1,17 @@
-"""Private state of N clients: on disk, by client id, only of clients seen.
+"""Stores: the private state of N clients on disk, by client id.
+
+`open` returns a `Store`. It has rows only for clients that have trained.
 
 A client's state is one row of bytes, the leaves of its `ClientState` one after
-another; `journal` says which files hold the rows.
-Rows changed since the last commit are in memory; the rest is read through
-memory maps, so neither the process nor the disk grows with N.
+another, in the files of `journal`. Rows changed since the last commit are in
+memory; the rest is read through memory maps, so neither the process nor the
+disk grows with N.
 
-The store and the server's checkpoint agree on a round because a round counts
-only once the checkpoint of it is written, after `commit`. `open` names that
-round, and journals that are newer never happened. `prune` moves journals into
-the base once no kept checkpoint is older, so that the checkpoint before the
-newest can be reopened as well.
+A round counts only once its checkpoint is written, after `commit`, so the
+store and the server's checkpoint agree on a round. `open` takes the round of
+the checkpoint and ignores newer journals. `prune` moves journals into the base
+once no kept checkpoint is older, so that the checkpoint before the newest can
+be reopened as well.
 """
 
 import os
@@ -27,14 +29,14 @@ from fedjax_llm.types import ClientState, Error
 class Store(NamedTuple):
   """The functions of an open store.
 
-  `gather(ids [K]) -> ClientState` of NumPy arrays [K, ...]: what was scattered
-  last, and the template for clients never seen and for padding (-1).
+  `gather(ids [K]) -> ClientState` of NumPy arrays [K, ...]: the rows scattered
+  last, and the template for clients without a row and for padding (-1).
   `scatter(ids [K], valid [K], states)` keeps the rows that are valid and not
   padding.
-  `seen()` gives the ids that have a row, ascending.
-  `commit(round)` writes what changed since the last commit; when it returns,
-  the state of this round is on the disk. Error on a full disk, with the changes
-  still in memory and the last commit intact.
+  `seen()` returns the ids that have a row, ascending.
+  `commit(round)` writes the rows changed since the last commit; when it
+  returns, the state of this round is on the disk. It raises `Error` on a full
+  disk, with the changes still in memory and the last commit intact.
   `prune(oldest_kept_round)` gives up rounds before this one.
 
   >>> import tempfile
@@ -67,12 +69,12 @@ def open(
 
   Args:
     directory: of this store alone.
-    template: the state of a client never seen, arrays without a client axis.
+    template: the state of a client without a row, arrays without a client axis.
     at_round: the round of the server's checkpoint; 0 at the start of a run.
     mine: False in a process that leaves the store to another one: it reads and
       writes nothing.
     read_only: nothing on the disk changes, so `commit` and `prune` may not be
-      called; what is scattered is seen by `gather`.
+      called; `gather` returns the rows that were scattered.
 
   Raises:
     Error: the store has no such round, is damaged (the file is named), is of
@@ -145,7 +147,7 @@ def open(
     nonlocal committed, journals, newer
     round = int(round)
     if opened is None:
-      raise Error(f'{folder} was opened to be read only.')
+      raise Error(f'{folder} was opened to be read only: it cannot be written.')
     if round == committed and not changed:
       return
     if round <= committed:
@@ -192,7 +194,7 @@ def _stateless(template: ClientState) -> Store:
 
 
 class _Layout(NamedTuple):
-  """A ClientState as one row of bytes."""
+  """The layout of a `ClientState` as one row of bytes."""
 
   treedef: Any
   leaves: list[tuple[str, np.dtype, tuple[int, ...]]]  # name, dtype, shape
@@ -204,7 +206,7 @@ class _Layout(NamedTuple):
     ]
 
   def pack(self, states: ClientState, take: Any) -> np.ndarray:
-    """Rows `take` of a stack as bytes."""
+    """Returns the rows `take` of a stack as bytes."""
     parts = []
     for x, (name, dtype, shape) in zip(
       self.treedef.flatten_up_to(states), self.leaves
@@ -248,7 +250,7 @@ def _layout(template: ClientState) -> _Layout:
 
 
 def _bytes(stack: np.ndarray) -> np.ndarray:
-  """[K, ...] to [K, bytes]."""
+  """Returns a stack [K, ...] as bytes [K, bytes]."""
   if not stack.size:
     return np.zeros((len(stack), 0), np.uint8)
   flat = np.ascontiguousarray(stack).reshape(len(stack), -1)

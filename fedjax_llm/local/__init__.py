@@ -1,4 +1,7 @@
-"""Local updates: what one client does with its batches."""
+"""Local updates: training of one client on its batches.
+
+Builders return a `LocalUpdate`, a `Loss` or a `LocalOptimizer`.
+"""
 
 from fedjax_llm.local.dual import viewed as viewed
 from fedjax_llm.local.importance import reported as reported

@@ -1,4 +1,7 @@
-"""Local training of a shared and a personal set of parameters."""
+"""Losses on a view of the parameters.
+
+`viewed` returns a `Loss`, such as one of the shared or the personal part.
+"""
 
 from collections.abc import Callable
 
@@ -9,7 +12,7 @@ from fedjax_llm.types import (
 
 
 def viewed(loss: Loss, view: Callable[[Params], Params]) -> Loss:
-  """The loss of what a view makes of the parameters.
+  """Returns the loss on `view(params)` in place of the parameters.
 
   >>> double = viewed(lambda base, params, batch, key: params, lambda p: 2 * p)
   >>> double(None, 3, None, None)

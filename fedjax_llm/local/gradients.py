@@ -1,4 +1,4 @@
-"""Gradients of one step: the slot that `local.sgd` and its relatives fill.
+"""Gradients of one step, an argument of `local.sgd` and similar updates.
 
 A `Gradient` is `(loss, base, trained, start, batch, key) -> (grads, LossSum)`:
 an estimate of the gradient of the token mean with respect to `trained`.

@@ -1,4 +1,7 @@
-"""Local training of the rank-one units that have mattered so far."""
+"""Importance of entries and weights, and local updates that report it.
+
+`weight_importance` returns a measure, `reported` a `LocalUpdate`.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +17,9 @@ from fedjax_llm.types import Base, ClientOutput, Key, LocalUpdate, Loss, Params
 def saliency(
   loss: Loss, base: Base, start: Params, trained: Params, batches: Any, key: Key
 ) -> Params:
-  """|p dL/dp| of every trained entry, L the token mean over all batches.
+  """Returns |p dL/dp| of every trained entry, L the token mean over batches.
 
-  How much the loss would change, to first order, without the entry.
+  It is the change of the loss, to first order, if the entry were zero.
   """
 
   def mean_loss(trained):
@@ -32,12 +35,12 @@ def saliency(
 
 
 def weight_importance(loss: Loss) -> Callable[..., jax.Array]:
-  """What each low-rank weight is worth to a client, a number a rank.
+  """Returns a measure for `reported`: the importance of each low-rank weight.
 
       I_m = mean over ranks i of (mean |a dL/da|[:, i] + mean |b dL/db|[i, :])
 
-  in the order of the nodes and, inside of one, of its layers: [M]. L is the
-  token mean over all batches. A measure for `reported`.
+  in the order of the nodes and, inside a node, of its layers: [M]. L is the
+  token mean over all batches.
 
   >>> from fedjax_llm.types import LossSum
   >>> node = LowRank(jnp.full((1, 1), 3.0), jnp.full((1, 1), 2.0), None)
@@ -58,10 +61,10 @@ def weight_importance(loss: Loss) -> Callable[..., jax.Array]:
 
 
 def reported(inner: LocalUpdate, measure: Callable[..., Any]) -> LocalUpdate:
-  """`inner`, after which the client tells the server what it measured.
+  """Returns `inner` with the result of a measure as the client's report.
 
-  `measure(base, params, held, batches, key)` sees the parameters that the
-  client ends with, and of those the ones that it holds; its result becomes
+  `measure(base, params, held, batches, key)` takes the parameters at the end of
+  training, and `held`, those of them that the client holds. Its result becomes
   `ClientOutput.report`, for `server.planned`.
 
   >>> from fedjax_llm.types import Context, Masks

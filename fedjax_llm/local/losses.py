@@ -1,4 +1,7 @@
-"""What a client minimises."""
+"""Losses: the functions that a client minimises.
+
+`causal_lm` and `classification` return a `Loss`, `class_logits` a classifier.
+"""
 
 import functools
 from collections.abc import Callable
@@ -27,7 +30,7 @@ def causal_lm(
   chunk_size: int = 512,
   per_row: bool = False,
 ) -> Loss:
-  """Next-token cross-entropy: -sum_t log p(x_t | x_<t) over the loss mask.
+  """Returns next-token cross-entropy: -sum_t log p(x_t | x_<t) over the mask.
 
   Logits are computed only where the loss mask is set, at as many positions as
   the batch's `bound` allows, `chunk_size` of them at a time, so an array of
@@ -36,11 +39,11 @@ def causal_lm(
 
   Args:
     model: hidden states and output head.
-    chunk_size: positions whose logits exist at the same time.
-    per_row: sums for each row of the batch, [B], instead of for all of it.
+    chunk_size: the number of positions with logits at the same time.
+    per_row: sums for each row of the batch, [B], instead of for the batch.
 
-  Returns:
-    A `Loss` that gives sums in nats and counts in tokens.
+    Returns:
+      A `Loss` with sums in nats and counts in tokens.
 
   >>> even = Model(
   ...   hidden=lambda base, params, batch: jnp.zeros((*batch.tokens.shape, 2)),
@@ -83,20 +86,20 @@ def causal_lm(
 
 
 def classification(model: Model, *, per_row: bool = False) -> Loss:
-  """Cross-entropy of the class of a text or an image: -log p(y | x), a row.
+  """Returns cross-entropy of a text's or image's class: -log p(y | x), a row.
 
   The classifier reads the state of a row's first token, so a row holds one
-  text; of images, and of networks that give one state a row, that state. Rows
-  without a label (-1) are padding. A label may also be a
-  distribution q over the classes, labels [B, classes]: the term is then
-  -sum_y q_y log p(y | x), and a row of zeros is padding.
+  text. For images, and networks with one state a row, it reads that state. Rows
+  without a label (-1) are padding. A label may also be a distribution q over
+  the classes, labels [B, classes]: the term is then -sum_y q_y log p(y | x),
+  and a row of zeros is padding.
 
   Args:
     model: hidden states and a classifier's head, [..., D] -> [..., classes].
     per_row: one number a row, [B], instead of their sum.
 
   Returns:
-    A `Loss` that gives sums in nats and counts in labels.
+    A `Loss` with sums in nats and counts in labels.
 
   Raises:
     Error: from the loss, batches without labels.
@@ -116,13 +119,13 @@ def classification(model: Model, *, per_row: bool = False) -> Loss:
   ) -> LossSum:
     del key  # no dropout
     if batch.label is None:
-      raise Error('these texts have no labels, so nothing can classify them.')
-    hidden: Any = model.hidden  # that of texts, or of images
+      raise Error('these texts have no labels: classification needs them.')
+    hidden: Any = model.hidden  # on texts or images
     first = _first(hidden(base, params, batch))  # [B, D]
     soft = batch.label.ndim == 2  # [B, classes]
-    told = jnp.any(batch.label > 0, -1) if soft else batch.label >= 0
+    labelled = jnp.any(batch.label > 0, -1) if soft else batch.label >= 0
     here = batch.present if isinstance(batch, Images) else batch.segments[:, 0]
-    real = told & (here > 0)
+    real = labelled & (here > 0)
     first = jnp.where(real[:, None], first, 0)  # else NaN leaks backwards
     head = lambda h: model.logits(base, params, h)
     if soft:
@@ -138,7 +141,9 @@ def classification(model: Model, *, per_row: bool = False) -> Loss:
 
 
 def class_logits(model: Model) -> Callable[[Base, Params, Batch], jax.Array]:
-  """What a classifier says of texts, [B, classes] float32, one text a row.
+  """Returns a function of a classifier's logits, [B, classes] float32.
+
+  It is `(base, params, batch) -> logits` on batches of one text a row.
 
   >>> model = Model(
   ...   hidden=lambda base, params, batch: jnp.ones((*batch.tokens.shape, 2)),
@@ -157,12 +162,12 @@ def class_logits(model: Model) -> Callable[[Base, Params, Batch], jax.Array]:
 
 
 def _first(hidden: jax.Array) -> jax.Array:
-  """States [B, D]: of the first token, where there is one a token."""
+  """Returns states [B, D]: those of first tokens if each token has a state."""
   return hidden[:, 0] if hidden.ndim == 3 else hidden
 
 
 def _distance(logits, q, mask):
-  """As `_cross_entropy`, from distributions q over the classes."""
+  """Returns nats and hits as `_cross_entropy`, for distributions q."""
   log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
   nats = -jnp.sum(jnp.where(q > 0, q * log_p, 0.0), axis=-1)
   hit = jnp.argmax(logits, -1) == jnp.argmax(q, -1)
@@ -173,7 +178,7 @@ def _distance(logits, q, mask):
 
 
 def _cross_entropy(head, hidden, targets, mask, chunk_size):
-  """Nats and hits, [M], zero outside the mask; hidden is [M, D]."""
+  """Returns nats and hits, [M], zero outside the mask; hidden is [M, D]."""
 
   def chunk(xs):
     h, target, m = xs
@@ -182,7 +187,7 @@ def _cross_entropy(head, hidden, targets, mask, chunk_size):
     picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
     # `where` and not a product: 0 * NaN of a padding position would leak.
     nats = jnp.where(m, log_z - picked, 0.0)
-    # No other logit is as large: on a CPU an arg max is no vector operation.
+    # A hit if no other logit is as large: arg max is not vectorised on a CPU.
     hit = jnp.sum(logits >= picked[:, None], axis=-1) == 1
     return nats, jnp.where(m, hit, False).astype(jnp.float32)
 

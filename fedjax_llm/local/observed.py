@@ -1,4 +1,7 @@
-"""Losses that also give the statistics of a network's nodes."""
+"""Losses that also return the statistics of a network's nodes.
+
+`observed` returns a `Loss`, an `Observed` if the model has statistics.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,16 +12,16 @@ from fedjax_llm.types import Base, Error, Key, Loss, LossSum, Model, Params
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Observed:
-  """A `Loss`, and the same with what the nodes of its network counted.
+  """A `Loss`, and the same loss with statistics of its network's nodes.
 
-  `loss(base, params, batch, key) -> LossSum`, which calling it gives as well;
-  `with_statistics(base, params, batch, key) -> (LossSum, statistics)`, where
-  `statistics` is that of `Model.hidden_with_statistics`. It is no tuple, since
-  `jax.jit` refers weakly to what it compiles.
+  `loss(base, params, batch, key) -> LossSum`, which is also its call;
+  `with_statistics(base, params, batch, key) -> (LossSum, statistics)`, with the
+  statistics of `Model.hidden_with_statistics`. It is no tuple, since `jax.jit`
+  keeps weak references to the functions that it compiles.
 
   >>> def both(base, params, batch, key):
   ...   return LossSum(batch, 1.0, 0.0), {'layers': None}
-  >>> loss = Observed(lambda *given: both(*given)[0], both)
+  >>> loss = Observed(lambda *args: both(*args)[0], both)
   >>> loss(None, {}, 2.0, None)
   LossSum(total=2.0, count=1.0, correct=0.0)
   """
@@ -31,7 +34,7 @@ class Observed:
 
 
 def observed(build: Callable[[Model], Loss], model: Model) -> Loss:
-  """Returns the loss of a model, as an `Observed` where the model allows it.
+  """Returns the loss of a model, as an `Observed` if it has statistics.
 
   `build(model)` is a loss that takes the hidden states of `model` once, outside
   of loops and of functions that are computed again in the backward pass.
@@ -71,15 +74,14 @@ def observed(build: Callable[[Model], Loss], model: Model) -> Loss:
 
 
 def with_statistics(loss: Loss) -> Callable[..., tuple[LossSum, Any]]:
-  """Returns the function of a loss that also gives statistics.
+  """Returns the function of a loss that also returns statistics.
 
   Raises:
-    Error: a loss without it, of a network that cannot give any.
+    Error: the loss has no such function, as its network has no statistics.
   """
   if isinstance(loss, Observed):
     return loss.with_statistics
   raise Error(
-    'this loss gives no statistics of experts: it has to be an '
-    '`local.Observed`, as the losses of the models here are; a network of '
-    "one's own has no experts."
+    'this loss gives no statistics of experts: it must be a `local.Observed`, '
+    'as the losses of the models here are; your own network has no experts.'
   )

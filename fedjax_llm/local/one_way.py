@@ -1,4 +1,7 @@
-"""Values that may be computed with, but not differentiated in reverse."""
+"""Arrays that raise an `Error` if they are differentiated in reverse.
+
+`one_way` returns such arrays.
+"""
 
 from typing import Any
 
@@ -9,7 +12,7 @@ from jax.interpreters import ad, batching, mlir
 
 from fedjax_llm.types import Error
 
-_same = Primitive('one_way')  # the identity, whose transpose is refused
+_same = Primitive('one_way')  # the identity; its transpose raises
 _same.def_impl(lambda x, *, sentence: x)
 _same.def_abstract_eval(lambda x, *, sentence: x)
 mlir.register_lowering(_same, lambda ctx, x, *, sentence: [x])
@@ -30,8 +33,8 @@ batching.primitive_batchers[_same] = _batched
 def one_way(values: Any, sentence: str) -> Any:
   """Returns the arrays; their gradient in reverse raises an `Error`.
 
-  A loop whose number of steps is known only while it runs has no gradient in
-  reverse, and JAX's own message does not say which setting gives it one.
+  A loop with a number of steps known only at run time has no gradient in
+  reverse, and JAX's own message does not name the setting that enables one.
   Derivatives in forward mode (`jax.jvp`) pass.
 
   >>> try:

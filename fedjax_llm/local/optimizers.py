@@ -1,4 +1,8 @@
-"""Local optimizers: any of optax by its name, with a schedule over the run."""
+"""Local optimizers: any of optax by its name, with a schedule over the run.
+
+`optimizer` and `lora_plus` return a `LocalOptimizer`, `build_schedule` an optax
+schedule.
+"""
 
 import difflib
 import inspect
@@ -15,7 +19,7 @@ from fedjax_llm.types import Error, known
 
 
 class LocalOptimizer(NamedTuple):
-  """An optax optimizer whose learning rate is set at every step.
+  """An optax optimizer with its name, settings and learning rate a step.
 
   `update(grads, state, params, step) -> (updates, state)` where step counts
   over the whole run: round * S + s.
@@ -35,10 +39,10 @@ class LocalOptimizer(NamedTuple):
 
 
 def names() -> tuple[str, ...]:
-  """The optimizers of optax that take a learning rate.
+  """Returns the names of the optax optimizers that take a learning rate.
 
-  Without those that want more than gradients (`lbfgs`), and those whose noise
-  would be the same for every client (`noisy_sgd`).
+  `lbfgs` is left out because it needs more than gradients, `noisy_sgd` because
+  its noise would be the same for every client.
   """
   return tuple(
     name
@@ -51,7 +55,7 @@ def names() -> tuple[str, ...]:
 
 
 def schedule_names() -> tuple[str, ...]:
-  """The schedules of optax, named as there."""
+  """Returns the names of the schedules of optax."""
   return tuple(
     name
     for name in dir(optax)
@@ -62,10 +66,10 @@ def schedule_names() -> tuple[str, ...]:
 def build_schedule(
   field: str, schedule: Mapping[str, Any]
 ) -> Callable[[Any], Any]:
-  """A schedule of optax by its name: count -> rate.
+  """Returns a schedule of optax by its name: count -> rate.
 
   Args:
-    field: of the config, for messages.
+    field: the config's field, for error messages.
     schedule: `name`, and the keywords of that schedule.
 
   Raises:
@@ -95,20 +99,20 @@ def optimizer(
   clip_norm: float | None = None,
   **keywords: Any,
 ) -> LocalOptimizer:
-  """An optax optimizer by name; `keywords` are that optimizer's own.
+  """Returns an optax optimizer by name, with its own `keywords`.
 
   Args:
     name: e.g. 'sgd', 'adamw', 'lion' (`names()` lists them).
-    learning_rate: the constant rate; ignored if a schedule is given.
+    learning_rate: the constant rate; ignored if there is a schedule.
     schedule: `dict(name='cosine_decay_schedule', init_value=1e-3,
       decay_steps=100)`: an optax schedule of the step over the whole run,
       round * S + s, though the optimizer's moments start afresh each round.
     b_ratio: how many times faster the factors b learn: see `lora_plus`.
     differentiable: training can be differentiated in reverse (`jax.grad`
       through a round, see `differentiable.rounds`). All S steps are then
-      computed, those of padding too, and steps are computed again on the way
-      back instead of being kept. The outcome is the same.
-    clip_norm: a step's gradient over all that is trained is scaled to this
+      computed, those of padding too, and the backward pass computes steps again
+      instead of storing them. The outcome is the same.
+    clip_norm: a step's gradient over all trained leaves is scaled down to this
       norm where it is longer; penalties and corrections come after.
 
   Raises:
@@ -134,13 +138,13 @@ def optimizer(
   roots = 'eps_root' in inspect.signature(build).parameters
   if differentiable and roots and not keywords.get('eps_root'):
     raise Error(
-      f'local.differentiable: {name} has no gradient where its own are zero; '
-      'set local.eps_root above 0, such as 1e-12.'
+      f'local.differentiable: {name} has no gradient where the gradient of a '
+      'step is zero; set local.eps_root above 0, such as 1e-12.'
     )
 
   # The rate is a field of the state: any optimizer then follows our step count
-  # instead of its own, which starts afresh in every round. Nothing else is one:
-  # several optimizers ask Python questions about their other settings.
+  # instead of its own, which starts afresh in every round. The other settings
+  # stay Python numbers: several optimizers branch on them in Python.
   others = set(inspect.signature(build).parameters) - {'learning_rate'}
   try:
     inner = optax.inject_hyperparams(build, static_args=others)(
@@ -157,22 +161,22 @@ def optimizer(
     return inner.update(grads, state, params)
 
   ranges.check_runs(inner, name)
-  found = LocalOptimizer(
+  built = LocalOptimizer(
     inner.init, update, rate, name, keywords, differentiable, clip_norm
   )
   plain = known(b_ratio) and b_ratio == 1
-  return found if plain else lora_plus(found, b_ratio)
+  return built if plain else lora_plus(built, b_ratio)
 
 
 def lora_plus(optimizer: LocalOptimizer, ratio: float = 16.0) -> LocalOptimizer:
-  """LoRA+: the factors b of low-rank adapters learn faster than the factors a.
+  """Returns LoRA+: the factors b of adapters learn faster than the factors a.
 
       eta_b = ratio * eta_a
 
   Hayou et al. 2024, arXiv 2402.12354, which starts its search at 2^4. b is the
   factor that starts at zero, "B" in papers. The steps of b are multiplied,
-  weight decay included: for every optimizer whose step is proportional to its
-  rate that is a rate of their own. A ratio of one is LoRA.
+  weight decay included: for an optimizer with steps proportional to its rate,
+  this is a learning rate of their own. A ratio of one is LoRA.
 
   Raises:
     Error: a ratio that is not positive; from the first step, parameters without
@@ -218,12 +222,12 @@ def _lookup(field: str, name: Any, known: tuple[str, ...]) -> Callable:
   return getattr(optax, name)
 
 
-def _check(field: str, name: str, build: Callable, given: Mapping) -> None:
-  """Refuses keywords that the optax function does not have."""
+def _check(field: str, name: str, build: Callable, keywords: Mapping) -> None:
+  """Raises `Error` for a keyword that the optax function does not have."""
   allowed = [
     p for p in inspect.signature(build).parameters if p != 'learning_rate'
   ]
-  for key in given:
+  for key in keywords:
     if key not in allowed:
       near = difflib.get_close_matches(key, allowed, 1)
       hint = f' Did you mean {near[0]!r}?' if near else ''

@@ -1,4 +1,7 @@
-"""Local training in phases: one after another, each on its own leaves."""
+"""Local training in phases: one after another, each on its own leaves.
+
+`phases` and `counted` return a `LocalUpdate`.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,11 +24,11 @@ from fedjax_llm.types import (
 
 
 class Phase(NamedTuple):
-  """A part of a client's round.
+  """A part of a client's local training: an update, its leaves and its rounds.
 
   It trains the leaves that `scope` does not freeze, in the rounds where
-  `when(round)` holds (None: in all). Other rounds leave its leaves and its
-  state as they are, cost nothing and send nothing of them.
+  `when(round)` holds (None: in all). In other rounds its leaves and its state
+  stay as they are, and it costs and sends nothing.
 
   >>> from fedjax_llm import scopes
   >>> late = Phase(None, scopes.frozen('^shared/'), lambda round: round >= 5)
@@ -39,16 +42,15 @@ class Phase(NamedTuple):
 
 
 def phases(*parts: Phase, steps: Sequence[int] | None = None) -> LocalUpdate:
-  """Phases in a row: each starts where the one before stopped.
+  """Returns a local update of phases; each starts where the last one stopped.
 
   A client's state is the tuple of the phases' states. Loss and accuracy are
-  token means over all phases, tokens and steps are sums: a phase costs what it
-  computes.
+  token means over all phases; tokens and steps are sums over all phases.
 
   Args:
     parts: in order. A leaf may be trained by several.
-    steps: how many of the S batches each phase but the last takes, one after
-      another; the last takes the rest. None: every phase walks over all S.
+    steps: the number of the S batches that each phase but the last takes, one
+      after another; the last takes the rest. None: every phase takes all S.
       The schedule of an optimizer runs over the steps of its own phase.
 
   Raises:
@@ -176,7 +178,7 @@ class Counted(NamedTuple):
 
 
 def counted(inner: LocalUpdate) -> LocalUpdate:
-  """The local update, whose state also counts the client's rounds.
+  """Returns the local update with a state that also counts the client's rounds.
 
   >>> from fedjax_llm.types import Context
   >>> still = LocalUpdate(lambda p: (), lambda *rest: ClientOutput(

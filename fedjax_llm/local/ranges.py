@@ -1,4 +1,7 @@
-"""Which values the settings of an optax optimizer and its schedule may have."""
+"""Checks of the settings of an optax optimizer and its schedule.
+
+The functions raise an `Error`.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,7 +36,7 @@ _STEPS = (0, 1, 2, 10, 100, 1000, 10_000)
 
 
 def check(settings: Mapping[str, Any], where: str) -> None:
-  """Raises an `Error` for a setting of optax outside its range.
+  """Raises `Error` for a setting of optax outside its range.
 
   >>> check({'b1': 1.5}, 'local')
   Traceback (most recent call last):
@@ -54,10 +57,9 @@ def check(settings: Mapping[str, Any], where: str) -> None:
 
 
 def check_rate(rate: Callable[[Any], Any], where: str) -> None:
-  """Raises an `Error` where a schedule is negative or not finite.
+  """Raises `Error` if a schedule is negative or not finite.
 
-  It is asked at a few steps up to 10,000; numbers that are being traced are not
-  looked at.
+  It is checked at a few steps up to 10,000; traced numbers are not checked.
 
   >>> check_rate(lambda step: -0.1, 'local')
   Traceback (most recent call last):
@@ -80,7 +82,7 @@ be finite and not negative.
 
 
 def check_runs(transform: optax.GradientTransformation, name: str) -> None:
-  """Raises an `Error` where an optimizer cannot take a step with its settings.
+  """Raises `Error` if an optimizer cannot take a step with its settings.
 
   Only shapes are computed.
   """

@@ -1,4 +1,7 @@
-"""Local training of a network that routes tokens to experts."""
+"""Local training of a network that routes tokens to experts.
+
+`balanced` returns a `Loss`, `embeddings` a measure, `routed` a `LocalUpdate`.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,15 +22,16 @@ from fedjax_llm.types import (
 
 
 def balanced(loss: Loss, strength: float) -> Loss:
-  """The token mean of the loss, plus strength * sum_m balance_m.
+  """Returns the token mean of the loss plus strength * sum_m balance_m.
 
-  balance_m is that of each weight with experts (`Routing`): 1 where tokens go
-  to all experts alike, up to half of the experts held where two get all. The
-  sum is over weights and layers; for their mean divide the strength.
+  balance_m belongs to a weight with experts (`Routing`): 1 where tokens are
+  spread evenly over all experts, up to half of the experts held where two
+  receive all tokens. The sum is over weights and layers; for their mean divide
+  the strength.
 
   Raises:
     Error: a negative strength; from the loss, a network without experts, or a
-      loss that gives no statistics (`local.Observed` does).
+        loss without statistics (`local.Observed` has them).
 
   >>> from fedjax_llm.local.observed import Observed
   >>> from fedjax_llm.types import LossSum
@@ -50,8 +54,7 @@ def balanced(loss: Loss, strength: float) -> Loss:
 
 
 def embeddings(loss: Loss) -> Callable[..., Any]:
-  """What a client and its experts look like to routers: a measure for
-  `reported`.
+  """Returns a measure for `reported`: router embeddings of client and experts.
 
       experts [M, E, R]  mean over the client's tokens of x A_e, of the experts
                          that it holds, zero for others
@@ -70,13 +73,13 @@ def embeddings(loss: Loss) -> Callable[..., Any]:
   >>> loss = Observed(None, both)
   >>> node = Experts(None, None, None, held=jnp.array([[0, 1]], jnp.uint8))
   >>> batches = jnp.array([1.0, 3.0])
-  >>> told = embeddings(loss)(None, {'q': node}, None, batches, None)
-  >>> told['experts'].tolist(), told['tokens'].tolist()
+  >>> report = embeddings(loss)(None, {'q': node}, None, batches, None)
+  >>> report['experts'].tolist(), report['tokens'].tolist()
   ([[[0.0], [2.0]]], [[2.0]])
   """
 
   def measure(base, params, held, batches, key):
-    del held  # which experts are is in the nodes
+    del held  # the nodes hold the experts' marks
 
     def one(batch) -> Any:
       _, statistics = with_statistics(loss)(base, params, batch, key)
@@ -98,11 +101,12 @@ def embeddings(loss: Loss) -> Callable[..., Any]:
 
 
 def routed(inner: LocalUpdate) -> LocalUpdate:
-  """`inner`, in which tokens use the experts that the client holds.
+  """Returns `inner`, with tokens routed to the experts that the client holds.
 
-  `Experts.held` is what the masks hold of the pool while `inner` trains, which
-  does not train it; the client keeps it (`ClientOutput.private`) where the
-  scope makes it private (`clients.assignment.assigned`).
+  While `inner` trains, `Experts.held` marks the experts of the pool that the
+  masks hold; `inner` does not train it. The client keeps it
+  (`ClientOutput.private`) where the scope makes it private
+  (`scopes.assignment.assigned`).
 
   >>> from fedjax_llm.types import Context
   >>> from fedjax_llm.nodes import LowRank
@@ -125,11 +129,11 @@ def routed(inner: LocalUpdate) -> LocalUpdate:
     return _each(lambda m: m._replace(held=None), masks)
 
   def run(base, start, state, batches, masks, context) -> ClientOutput:
-    def given(x, m):
+    def with_held(x, m):
       mine = jnp.broadcast_to(m.pool.a[..., 0, 0], x.held.shape)
       return x._replace(held=mine.astype(x.held.dtype))
 
-    begin = _each(given, start, masks.held)
+    begin = _each(with_held, start, masks.held)
     out = inner.run(
       base, begin, state, batches, Masks(*map(without, masks)), context
     )
@@ -152,7 +156,7 @@ def _nodes(params: Params) -> list[Experts]:
 
 
 def _each(change: Callable[..., Any], first: Any, *rest: Any) -> Any:
-  """`change` on the nodes of trees of one structure, and the first's rest."""
+  """Applies `change` to the nodes of alike trees; keeps the first's rest."""
 
   def node(x, *others):
     return change(x, *others) if _is_node(x) else x

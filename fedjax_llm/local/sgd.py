@@ -1,4 +1,7 @@
-"""Local training: a scan of optimizer steps on one client's batches."""
+"""Local training: a scan of optimizer steps on one client's batches.
+
+`sgd` returns a `LocalUpdate`; `descend` runs the scan for all such updates.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,7 +38,7 @@ def sgd(
   keep_optimizer: bool = False,
   gradient: Gradient = backprop,
 ) -> LocalUpdate:
-  """S steps of an optimizer on loss + prox / 2 * ||p - start||^2.
+  """Returns S steps of an optimizer on loss + prox / 2 * ||p - start||^2.
 
   The local solver of FedAvg (McMahan et al. 2017, arXiv 1602.05629, algorithm
   1) and, with `prox` > 0, of FedProx (Li et al. 2020, arXiv 1812.06127,
@@ -48,7 +51,7 @@ def sgd(
     prox: mu of FedProx.
     keep_optimizer: the client keeps its optimizer state between rounds; by
       default it starts afresh, as in federated averaging.
-    gradient: how the gradient of a step is estimated (`local.gradients`).
+    gradient: the estimate of a step's gradient (`local.gradients`).
 
   Raises:
     Error: a negative prox.
@@ -67,7 +70,7 @@ def sgd(
     raise Error(f'prox is {prox}; it must be 0 or more.')
 
   def pull(grads, now, start):
-    # A sum of squares: the gradient of a norm at zero would be NaN.
+    # The gradient of a sum of squares; that of a norm at zero would be NaN.
     return tree.map_present(
       lambda g, p, s: g + prox * (p - s), grads, now, start
     )
@@ -103,7 +106,7 @@ def clip(grads: Params, clip_norm: float) -> Params:
 
 
 class Descent(NamedTuple):
-  """The end of a scan over steps."""
+  """The result of a scan over steps."""
 
   end: Params  # trained leaves
   optimizer: Any  # its state
@@ -124,10 +127,10 @@ def descend(
   adjust: Callable[[Params, Params], Params] | None = None,
   gradient: Gradient = backprop,
 ) -> Descent:
-  """The scan over steps that every gradient-based local update shares.
+  """Runs the scan over steps that all gradient-based local updates share.
 
-  A step clips what the data say to `optimizer.clip_norm`, then applies
-  `adjust(grads, now) -> grads`, which is where the updates differ.
+  A step clips the gradient of the loss to `optimizer.clip_norm`, then applies
+  `adjust(grads, now) -> grads`, in which the updates differ.
   """
   num_steps = jax.tree.leaves(batches)[0].shape[0]
   texts, needed = _contents(batches, num_steps)
@@ -168,8 +171,8 @@ def descend(
   zero = jnp.float32(0)
   totals = (LossSum(zero, zero, zero), jnp.int32(0), zero, zero)
   # Steps of padding at the end are not computed: under `vmap` the loop ends
-  # with the client that needs most. A loop whose end depends on data has no
-  # gradient in reverse; one of all steps is a scan, and has.
+  # with the client that has most steps. A loop with an end that depends on data
+  # has no gradient in reverse; a loop over all steps is a scan and has one.
   if optimizer.differentiable:
     needed, step = num_steps, jax.checkpoint(step, prevent_cse=False)
   end, optimizer_state, totals = jax.lax.fori_loop(
@@ -195,9 +198,10 @@ def descend(
 
 
 def _contents(batches: Any, num_steps: int) -> tuple[list[Batch], Any]:
-  """The texts of [S, ...] batches, and up to which step they hold anything.
+  """Returns the texts of [S, ...] batches, and the number of steps to run.
 
-  Batches of an unknown kind are taken to fill every step.
+  Steps after the last one that is not padding are left out. Batches of an
+  unknown kind count as full.
   """
   some = batching.real(batches)
   if some is None:

@@ -19,9 +19,15 @@ from fedjax_llm.models import config as config_lib
 from fedjax_llm.models import families, quantised
 from fedjax_llm.models.files import load
 from fedjax_llm.plan import published
-from fedjax_llm.run import builders, config, costs, tasks
+from fedjax_llm.run import builders, config, costs, experiment, tasks
 from fedjax_llm.run.sections import SPEC
-from fedjax_llm.types import Cohort, Error, FederatedAlgorithm, LossSum
+from fedjax_llm.types import (
+  Cohort,
+  Error,
+  FederatedAlgorithm,
+  LossSum,
+  Model,
+)
 
 
 class Sizes(NamedTuple):
@@ -201,26 +207,24 @@ def read(
     block = blocks.rule(B * T, K)
   m = min(int(block or K), K)
 
-  parts = ('upload', 'aggregator', 'server')
   adapter = build('adapter')
   optimizer = build('local')
-  built = {part: build(part) for part in parts if conf.get(part)}
-  method = lambda loss: build(
-    'algorithm',
-    loss=loss,
-    optimizer=optimizer,
-    num_clients=N,
-    block_size=m,
-    fold=adapter.fold,
-    **built,
-  )
-  algorithm = method(task.loss(loaded))
-  params = jax.eval_shape(adapter.init, jax.random.key(0), loaded.base)
-  state = jax.eval_shape(algorithm.init, jax.random.key(0), params)
-  newcomer = jax.eval_shape(algorithm.init_client, state.params)
   profiles: Any = ()
   if conf.get('profiles'):
     profiles = build('profiles', num_clients=N, seed=settings.seed)
+  method = lambda loss, model: experiment.algorithm(
+    conf,
+    loss=loss,
+    model=model,
+    adapter=adapter,
+    num_clients=N,
+    profiles=profiles or None,
+    block_size=m,
+  )
+  algorithm = method(task.loss(loaded), loaded.model)
+  params = jax.eval_shape(adapter.init, jax.random.key(0), loaded.base)
+  state = jax.eval_shape(algorithm.init, jax.random.key(0), params)
+  newcomer = jax.eval_shape(algorithm.init_client, state.params)
 
   def filled(K: int, S: int, B: int, T: int) -> Any:
     return batches_of(task, (K, S, B, T), loaded.config.vocab_size)
@@ -246,7 +250,7 @@ def read(
     kept,
     profiles,
     loaded,
-    method(_no_loss),
+    method(_no_loss, _no_network(len(labels or ()))),
     filled,
   )
 
@@ -285,6 +289,15 @@ _no_loss = local.Observed(
     adapters.experts.no_statistics(params),
   ),
 )
+
+
+def _no_network(num_labels: int) -> Model:
+  """Returns a network that computes zeros, for methods that ask one."""
+  zeros = lambda x, size: jnp.zeros((*jnp.shape(x)[:-1], size))
+  return Model(
+    hidden=lambda base, params, batch: zeros(batch.tokens[..., None], 1),
+    logits=lambda base, params, hidden: zeros(hidden, max(num_labels, 1)),
+  )
 
 
 def _floats(params: Any) -> Any:

@@ -1,8 +1,9 @@
 """Recipes: the named methods, each a short composition of parts.
 
 A method is a function in a module of one of the families (`averaging`, `lora`,
-`ranks`, `personal`, `labels`), which says in `NEEDS` what a config of it
-changes. The modules are the list of methods: a new one is found by its file.
+`ranks`, `personal`, `labels`) and returns a `FederatedAlgorithm`. The module's
+`NEEDS` holds the settings that a config of the method changes. The list of
+methods is read from the modules, so a new file adds its methods.
 """
 
 import importlib
@@ -16,7 +17,7 @@ from fedjax_llm.types import FederatedAlgorithm
 Recipe = Callable[..., FederatedAlgorithm]
 
 
-def _found() -> tuple[dict[str, Recipe], dict[str, Mapping[str, Any]]]:
+def _read_modules() -> tuple[dict[str, Recipe], dict[str, Mapping[str, Any]]]:
   """Returns the recipes and their needs by name, read from the modules."""
   methods, needs = {}, {}
   for family in pkgutil.iter_modules(__path__):
@@ -24,13 +25,13 @@ def _found() -> tuple[dict[str, Recipe], dict[str, Mapping[str, Any]]]:
       continue
     package = importlib.import_module(f'{__name__}.{family.name}')
     for module in pkgutil.iter_modules(package.__path__):
-      found = importlib.import_module(f'{package.__name__}.{module.name}')
-      for name, changes in getattr(found, 'NEEDS', {}).items():
-        methods[name], needs[name] = getattr(found, name), changes
+      source = importlib.import_module(f'{package.__name__}.{module.name}')
+      for name, changes in getattr(source, 'NEEDS', {}).items():
+        methods[name], needs[name] = getattr(source, name), changes
   return methods, needs
 
 
-METHODS, NEEDS = _found()
+METHODS, NEEDS = _read_modules()
 __all__ = sorted(METHODS)  # pyright: ignore[reportUnsupportedDunderAll]
 
 

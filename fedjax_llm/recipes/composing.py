@@ -1,7 +1,8 @@
-"""What recipes share: the defaults of `fed_opt`, refusals, and common needs.
+"""Parts that recipes share: the defaults of `fed_opt`, checks, common needs.
 
-Every recipe takes a loss and a local optimizer, and hands further keywords
-(`aggregator`, `server`, `upload`, `scope`, `block_size`, ...) to `fed_opt`.
+Builders return a `FederatedAlgorithm`. Every recipe takes a loss and a local
+optimizer, and passes further keywords (`aggregator`, `server`, `upload`,
+`scope`, `block_size`, ...) to `fed_opt`.
 """
 
 from typing import Any
@@ -16,18 +17,17 @@ from fedjax_llm.types import (
   Scope,
 )
 
-# Clients of two sizes, in halves.
+# Two ranks, each of half of the clients.
 RANKS = dict(profiles=dict(name='ranks', choices=(2, 4)))
-# Moments of eight rounds: the papers' rates are for hundreds.
+# A rate for the moments of eight rounds: the papers' are for hundreds.
 SLOWLY = dict(algorithm=dict(server_learning_rate=0.003))
 
 
 def compose(update: LocalUpdate, **parts: Any) -> FederatedAlgorithm:
-  """`fed_opt` with the defaults of federated averaging for what is not given.
+  """Returns `fed_opt` with the defaults of federated averaging.
 
-  They are: updates sent as they are, their weighted mean, and a server that
-  adds it. Every round tells what it did to low-rank factors
-  (`aggregators.measure`).
+  For parts left out they are: uncompressed updates, their weighted mean, a
+  server that adds it, and metrics of low-rank factors (`aggregators.measure`).
 
   >>> from jax import numpy as jnp
   >>> method = compose(local.sgd(None, local.optimizer('sgd')))
@@ -42,7 +42,7 @@ def compose(update: LocalUpdate, **parts: Any) -> FederatedAlgorithm:
 
 
 def refuse(name: str, section: str, parts: dict[str, Any]) -> None:
-  """Raises an `Error` if a part is given that the method brings itself."""
+  """Raises `Error` if `parts` has a section that the method sets itself."""
   if section in parts:
     raise Error(
       f'{name} brings its own {section}: leave the {section} section out, or '
@@ -57,10 +57,10 @@ def with_rule(
   optimizer: LocalOptimizer,
   parts: dict[str, Any],
 ) -> FederatedAlgorithm:
-  """Federated averaging with a rule that makes the method what it is.
+  """Returns federated averaging with the rule of a method.
 
   Raises:
-    Error: another aggregator is given as well.
+    Error: `parts` has an aggregator as well.
   """
   refuse(name, 'aggregator', parts)
   return compose(local.sgd(loss, optimizer), aggregator=rule, **parts)
@@ -73,14 +73,16 @@ def ranked(
   optimizer: LocalOptimizer,
   parts: dict[str, Any],
 ) -> FederatedAlgorithm:
-  """`with_rule`, where each client holds the ranks of its profile."""
+  """Returns `with_rule` for clients that hold the ranks of their profiles."""
   return with_rule(
     name, rule, loss, optimizer, {'scope': scopes.ranks(), **parts}
   )
 
 
 def on_cores(name: str) -> Scope:
-  """Shares everything, of parameters that have cores (`adapters.cores`).
+  """Returns a scope that shares everything, of parameters with cores.
+
+  See `adapters.cores`.
 
   Raises:
     Error: from `labels`, parameters without a leaf named core.

@@ -1,14 +1,14 @@
 """Methods on a shared and a personal part: `fed_opt` for `Dual` parameters.
 
-The server averages the shared part, every client keeps its own personal one
-(`clients/store.py`), and `FederatedAlgorithm.personal` is the view of both that
-a client is served. A client never trained on is served the shared part.
-Recipes make both parts of the adapter that they are given, so configs name
-`lora` as ever.
+`compose` returns a `FederatedAlgorithm`. The server averages the shared part,
+every client keeps its own personal one (`clients/store.py`), and
+`FederatedAlgorithm.personal` returns a client's model from both. A client that
+never trained gets the shared part. Recipes make both parts from the adapter of
+the config, such as `lora`.
 
-Where a phase trains nothing of the other part, `private_steps` says how many of
-a client's S batches the private part takes, and the shared one takes the rest;
-without it both walk over all S, which doubles a round's computation.
+In methods that train the parts in separate phases, `private_steps` is the
+number of a client's S batches for the private part; the shared one takes the
+rest. Without it both take all S, which doubles a round's computation.
 """
 
 import functools
@@ -42,11 +42,12 @@ def compose(
   parts: dict[str, Any],
   split: Callable[[Key, Params], Dual],
 ) -> FederatedAlgorithm:
-  """A method on `Dual` parameters, whose personal part stays with the client.
+  """Returns a method on `Dual` parameters; clients keep the personal part.
 
-  `split(key, params)` makes them of the adapter's; `serve(params, seen)` is the
-  view that a client gets, `seen` whether it has trained its part. The first
-  state of the local update, or the whole, counts the client's rounds.
+  `split(key, params)` makes them from the adapter's parameters;
+  `serve(params, seen)` returns a client's model, where `seen` is True if the
+  client has trained its part. The first state of the local update, or the
+  whole state, counts the client's rounds.
   """
   parts = dict(parts)
   fold = parts.pop('fold', None)
@@ -55,7 +56,7 @@ def compose(
 
   def wrap(key, params):
     both = split(jax.random.fold_in(key, 1), params)
-    # Two buffers: a state that is donated may hold none twice.
+    # Two buffers: a donated state must not hold one buffer twice.
     own = jax.tree.map(jnp.copy, both.personal)
     return both._replace(personal=own)
 
@@ -76,7 +77,7 @@ def compose(
     ),
     wrap=wrap,
     get=shared,
-    # Residuals are the server's: the base has them once.
+    # Residuals belong to the shared part: the base holds them once.
     put=lambda both, part: Dual(part, multi.without_residuals(both.personal)),
     serve=served,
     fold=fold,
@@ -84,12 +85,12 @@ def compose(
 
 
 def _at_home(inner: Scope) -> Scope:
-  """`inner` on both parts, where the personal one is private."""
+  """Returns `inner` on both parts, with the personal one private."""
 
   def labels(params):
-    found = inner.labels(params)
-    own = jax.tree.map(lambda x: Private if x is Shared else x, found.personal)
-    return found._replace(personal=own)
+    chosen = inner.labels(params)
+    own = jax.tree.map(lambda x: Private if x is Shared else x, chosen.personal)
+    return chosen._replace(personal=own)
 
   return inner._replace(labels=labels)
 
@@ -123,5 +124,5 @@ def where(seen: Any, one: Params, other: Params) -> Params:
 
 
 def first_steps(steps: int | None) -> tuple[int, ...] | None:
-  """The steps of the first of two phases, as `local.phases` takes them."""
+  """Returns the steps of the first of two phases, for `local.phases`."""
   return None if steps is None else (steps,)

@@ -15,6 +15,7 @@ import numpy as np
 from fedjax_llm import clients
 from fedjax_llm.devices import compilation, sharding
 from fedjax_llm.run import (
+  builders,
   checkpoint,
   config,
   experiment,
@@ -56,18 +57,26 @@ class Moment(NamedTuple):
     return draw, cohort._replace(states=self.store.gather(draw.ids))
 
 
-def before(path: str, number: int) -> Moment:
-  """Returns the `Moment` before a round of a run.
+def before(path: str, number: int, *, trusted: bool = False) -> Moment:
+  """The moment before a round of a run, from the folder of the run.
 
   Args:
     path: the workdir of a run that is finished or was interrupted.
     number: the round, from 1.
+    trusted: import paths in the workdir's config.json, which run code, may be
+      followed.
 
   Raises:
-    Error: the folder holds no run, or one at work, on other texts, or without a
-      record of that round; all checkpoints before it are damaged; config.json
-      names a function outside the project, inside `builders.confined`.
+    Error: no folder of a run, one at work, on other texts, or without a record
+      of that round; no checkpoint before it is undamaged; a function in its
+      config.json that is none of the project's.
   """
+  file = str(pathlib.Path(path) / 'config.json')
+  with builders.confined(file, rebuild.TRUST, trusted):
+    return _before(path, number)
+
+
+def _before(path: str, number: int) -> Moment:
   folder = pathlib.Path(path)
   raw = rebuild.read_config(folder)
   room = workdir.open(path, raw)

@@ -44,7 +44,7 @@ def _run(args: argparse.Namespace) -> None:
   for option in ('permutations', 'seed'):
     if getattr(args, option) is not None and args.values != 'shapley':
       raise Error(f'--{option} belongs to --values shapley.')
-  moment = before(args.workdir, args.round)
+  moment = before(args.workdir, args.round, trusted=args.trust_code)
   built, (draw, cohort) = moment.built, moment.people()
   client: str | None = args.without
   row = None if client is None else _row(built, draw, client)

@@ -234,9 +234,7 @@ def check_field(
   """Raises an `Error` unless a config may set this keyword of the builder."""
   if field in injected:
     raise Error(f'{label(path)} is filled in by the program; leave it out.')
-  kinds = [p.kind for p in _signature(builder).parameters.values()]
-  open_ended = inspect.Parameter.VAR_KEYWORD in kinds
-  if field not in parameters(builder) and not open_ended:
+  if field not in parameters(builder) and not open_ended(builder):
     near = nearest(field, fields(builder, injected))
     raise Error(f'{label(path)}: {_title(builder)} takes no {field!r} {near}.')
 
@@ -281,6 +279,16 @@ def parameters(builder: Builder) -> dict[str, inspect.Parameter]:
   """Returns the parameters of the signature without *args and **keywords."""
   declared = _signature(builder).parameters
   return {k: p for k, p in declared.items() if p.kind not in _VARIADIC}
+
+
+def open_ended(builder: Builder) -> bool:
+  """Returns True for a builder that takes **keywords.
+
+  >>> open_ended(lambda **more: more), open_ended(lambda x: x)
+  (True, False)
+  """
+  kinds = [p.kind for p in _signature(builder).parameters.values()]
+  return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def fields(builder: Builder, injected: Collection[str] = ()) -> list[str]:

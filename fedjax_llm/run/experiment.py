@@ -22,6 +22,7 @@ from fedjax_llm.run import (
   config,
   narration,
   rates,
+  sections,
   tasks,
   viewing,
   warm,
@@ -365,8 +366,14 @@ def algorithm(
   """
   make = functools.partial(_make, conf)
   parts = ('upload', 'aggregator', 'server')
-  return make(
-    'algorithm',
+  recipe = builders.resolve_builder(
+    'algorithm', conf['algorithm']['name'], SPEC.sections['algorithm']
+  )
+  if builders.open_ended(recipe):  # one's own, which hands its parts on
+    recipe = builders.onward(recipe, sections.parts)
+  return builders.build(
+    {**conf['algorithm'], 'name': recipe},
+    SPEC.sections['algorithm'],
     loss=loss,
     model=model,
     optimizer=make('local'),
@@ -404,7 +411,7 @@ def save_adapter(
   task: tasks.Task,
   *,
   base_model: str,
-  use_rslora: bool,
+  peft_fields: Mapping[str, Any],
 ) -> None:
   """Writes a PEFT directory, with the names of the classes where there are any.
 
@@ -421,7 +428,7 @@ def save_adapter(
     to_tensors=lambda leaves: families.to_checkpoint(leaves, loaded.config),
     base_model=base_model,
     task_type=task.peft_type,
-    use_rslora=use_rslora,
+    use_rslora=bool(peft_fields.get('use_rslora')),
   )
   if loaded.config.labels:
     labels = json.dumps(loaded.config.labels)

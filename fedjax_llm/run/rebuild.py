@@ -45,6 +45,7 @@ class Made(NamedTuple):
   config: dict[str, Any]
   loaded: LoadedModel
   task: tasks.Task
+  adapter: Adapter
   params: Params
   what: str  # the owner of the parameters and their round, as text
   notes: Sequence[str] = ()  # sentences to print with it
@@ -168,7 +169,9 @@ def _open(
     raise Error(f'--round {round}: {path} has no checkpoints any more.')
   if not room.checkpoints.is_dir():
     params, notes = _finished(room, loaded), []
-    return Made(conf, loaded, task, params, 'the adapter of the end', notes)
+    return Made(
+      conf, loaded, task, adapter, params, 'the adapter of the end', notes
+    )
   saver = checkpoint.open(room.checkpoints, read_only=True)
   number = _round_of(folder, conf, round, saver.rounds())
 
@@ -207,7 +210,7 @@ def _open(
   params = algorithm.personal(state.params, what)
   of = f'client {client}' if client is not None else 'what everybody is served'
   description = f'{of} after round {whole.round}'
-  return Made(conf, loaded, task, params, description, notes)
+  return Made(conf, loaded, task, adapter, params, description, notes)
 
 
 def _round_of(

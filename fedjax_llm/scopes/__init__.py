@@ -1,8 +1,8 @@
-"""Scopes: what a client trains, shares and keeps.
+"""Scopes: the leaves and entries that a client trains, shares and keeps.
 
 Builders return a `Scope`: a label a leaf, and masks inside the round.
-`policies` are decisions of the host between rounds, `allotment` and
-`assignment` bring them to the clients.
+`policies` builds plans that the host makes between rounds, `allotment` and
+`assignment` turn them into masks.
 """
 
 from fedjax_llm.scopes.labels import all_private as all_private

@@ -1,4 +1,7 @@
-"""Ranks that a plan gives to each weight of a client."""
+"""Scopes for ranks that a plan gives to each weight of a client.
+
+`allotted` returns a scope; `rank_sizes` counts the parameters of a rank.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +15,11 @@ __all__ = ['allotted', 'rank_sizes']
 
 
 def allotted(inner: Scope | None = None) -> Scope:
-  """A client holds every weight's factors, and trains the ranks that a plan
-  gives it.
+  """Returns a scope: a client holds all factors and trains its planned ranks.
 
-  The profile's entry 'ranks' [M] says how many, the first ones, of every weight
-  that has low-rank factors: in the order of the nodes and, inside of one, of
-  its layers. What is no factor is trained as `inner` says.
+  The profile's entry 'ranks' [M] is the number of ranks, the first ones, that a
+  client trains of every weight with low-rank factors, in the order of the nodes
+  and, inside a node, of its layers. `inner` decides on all other leaves.
 
   Raises:
     Error: from `labels`, a factor that `inner` freezes; from `mask`, clients
@@ -59,9 +61,9 @@ def allotted(inner: Scope | None = None) -> Scope:
 
 
 def rank_sizes(params: Params) -> tuple[np.ndarray, np.ndarray]:
-  """Parameters that a rank of each weight has, D + F, and its ranks R: [M].
+  """Returns each weight's parameters a rank, D + F, and its ranks R: [M] each.
 
-  In the order of `allotted`.
+  The weights are in the order of `allotted`.
 
   Raises:
     Error: there are no low-rank factors.

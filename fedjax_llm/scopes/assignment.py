@@ -1,4 +1,7 @@
-"""Which experts of the pool a plan gives to each client."""
+"""Scopes for experts that a plan assigns to each client.
+
+`assigned` returns a scope; `places` counts the weights with experts.
+"""
 
 from typing import Any
 
@@ -14,12 +17,13 @@ __all__ = ['assigned', 'places']
 
 
 def assigned() -> Scope:
-  """A client holds and trains the experts that a plan gives it.
+  """Returns a scope: a client holds and trains the experts of its plan.
 
-  The profile's entry 'experts' [M, E] says which, for every weight with a pool:
-  in the order of the nodes and, inside of one, of its layers. The shared
-  expert, the router and what is no node belong to everybody. `held` is the
-  client's own note of what it had, which `local.routed` writes.
+  The profile's entry 'experts' [M, E] marks them, a row for every weight with a
+  pool, in the order of the nodes and, inside a node, of its layers. All clients
+  hold the shared expert, the router and every leaf outside `Experts` nodes.
+  `held` is private: the client's record of the experts that it had, which
+  `local.routed` writes.
 
   Raises:
     Error: from `mask`, clients without experts in their profile.
@@ -40,10 +44,10 @@ def assigned() -> Scope:
     return jax.tree.map(own, inner.labels(params), is_leaf=_is_node)
 
   def mask(start, state, context) -> Masks:
-    given = of_profile(context.profile, 'experts', 'experts of every weight')
+    experts = of_profile(context.profile, 'experts', 'experts of every weight')
     masks = inner.mask(start, state, context)
 
-    def narrow(masks, note):
+    def narrow(masks, record):
       at = 0
 
       def node(x, m):
@@ -52,25 +56,25 @@ def assigned() -> Scope:
           return m
         *lead, _, _, _ = x.pool.a.shape
         num = int(np.prod(lead))
-        mine = given[at : at + num].reshape(*lead, -1, 1, 1)
+        mine = experts[at : at + num].reshape(*lead, -1, 1, 1)
         at += num
         pool = m.pool._replace(a=m.pool.a & mine, b=m.pool.b & mine)
-        return m._replace(pool=pool, held=jnp.bool_(note))
+        return m._replace(pool=pool, held=jnp.bool_(record))
 
       is_leaf = lambda x: x is None or _is_node(x)
       return jax.tree.map(node, start, masks, is_leaf=is_leaf)
 
-    # The note starts at zero in every round.
+    # The record `held` starts at zero in every round.
     return Masks(narrow(masks.held, False), narrow(masks.trained, True))
 
   return Scope(labels, mask)
 
 
 def places(params: Params) -> tuple[int, int]:
-  """How many weights have low-rank factors, M, and of which rank.
+  """Returns the number of weights with low-rank factors, M, and their rank.
 
   Raises:
-    Error: there are none, or of several ranks.
+    Error: there are no such weights, or their ranks differ.
 
   >>> node = LowRank(jnp.ones((2, 5, 4)), jnp.ones((2, 4, 3)), jnp.ones(2))
   >>> places({'k': node, 'q': node})

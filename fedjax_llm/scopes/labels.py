@@ -1,7 +1,8 @@
-"""Scopes: what a client trains, shares and keeps, as a label a leaf.
+"""Scopes: labels of the leaves that a client trains, shares and keeps.
 
-Leaves have names, 'layers/self_attn/q_proj/a': dictionary keys, list places and
-fields joined by '/'. `leaf_paths` lists them, patterns select them.
+Builders return a `Scope`. Leaves have names, 'layers/self_attn/q_proj/a':
+dictionary keys, list places and fields joined by '/'. `leaf_paths` lists them,
+patterns select them.
 """
 
 import re
@@ -39,7 +40,7 @@ __all__ = [
 
 
 def leaf_paths(params: Params) -> list[str]:
-  """The name of every leaf, in the order of `jax.tree.leaves`.
+  """Returns the name of every leaf, in the order of `jax.tree.leaves`.
 
   >>> leaf_paths({'q': LowRank(a=1, b=2, scale=3), 'bias': [4, 5]})
   ['bias/0', 'bias/1', 'q/a', 'q/b', 'q/scale']
@@ -48,9 +49,10 @@ def leaf_paths(params: Params) -> list[str]:
 
 
 def _everything_labels(params: Params) -> Any:
-  """Shared on floating leaves; Frozen on the rest, scales and residuals.
+  """Returns Shared on floating leaves, Frozen on the rest.
 
-  And on the fields that a node of another kind names as `FROZEN`.
+  Frozen are also the scales and residuals of `LowRank` nodes, and the fields
+  that a node of another kind lists in `FROZEN`.
   """
 
   def trainable(x):
@@ -81,10 +83,10 @@ def _scope(labels) -> Scope:
 
 
 def everything() -> Scope:
-  """Everything that can be trained is trained, sent and aggregated.
+  """Returns a scope: every trainable leaf is trained, sent and aggregated.
 
-  That is every floating leaf but the `scale` and the `residual` of `LowRank`
-  nodes, which nobody trains.
+  Trainable is every floating leaf but the `scale` and the `residual` of
+  `LowRank` nodes, which are frozen.
 
   >>> node = LowRank(a=1.0, b=2.0, scale=3.0)
   >>> [label.value for label in everything().labels(node)[:3]]
@@ -96,7 +98,7 @@ def everything() -> Scope:
 def labelled(
   patterns: Mapping[str, Label | str] | Iterable[tuple[str, Label | str]],
 ) -> Scope:
-  """Labels by regular expression on the names of the leaves.
+  """Returns a scope with labels by regular expressions on the leaves' names.
 
   A pattern may match anywhere in a name (`re.search`); the first pattern that
   matches decides, and a leaf that none matches is shared. Leaves that cannot be
@@ -151,7 +153,7 @@ def labelled(
 
 
 def private(pattern: str) -> Scope:
-  """Leaves that match are kept by each client; the rest is shared.
+  """Returns a scope: clients keep the matching leaves and share the rest.
 
   `private('/b$')` shares the factors a and keeps the factors b.
 
@@ -162,7 +164,7 @@ def private(pattern: str) -> Scope:
 
 
 def frozen(pattern: str) -> Scope:
-  """Leaves that match are trained by nobody; the rest is shared.
+  """Returns a scope: the matching leaves are not trained, the rest is shared.
 
   `frozen('/a$')` trains the factors b alone (FFA-LoRA, arXiv 2403.12313).
 
@@ -173,7 +175,7 @@ def frozen(pattern: str) -> Scope:
 
 
 def all_private() -> Scope:
-  """Each client keeps all that it trains: federated learning without sharing.
+  """Returns a scope: each client keeps all that it trains and shares nothing.
 
   >>> all_private().labels({'a': 1.0})['a'].value
   'private'
@@ -188,15 +190,15 @@ def all_private() -> Scope:
   return _scope(labels)
 
 
-# ----------------------------------------------- what varies between clients --
+# ------------------------------------------- differences between clients --
 
 
 def alternating(*patterns: str) -> Scope:
-  """Rounds take turns: round t trains the leaves of `patterns[t % n]`.
+  """Returns a scope: round t trains the leaves of `patterns[t % n]`.
 
-  The rest of what matches waits: it is held as received, and nothing of it is
-  sent up. Leaves that no pattern matches are trained in every round. All are
-  shared, and the round is a traced number, so one program serves every turn.
+  The leaves of the other patterns are held as received and not sent up. Leaves
+  that no pattern matches are trained in every round. All are shared, and the
+  round is a traced number, so one program serves every turn.
 
   `alternating('/b$', '/a$')` is the schedule of RoLoRA (arXiv 2409.02346).
 
@@ -236,11 +238,11 @@ def alternating(*patterns: str) -> Scope:
 
 
 def in_turn(pattern: str) -> Scope:
-  """Rounds take turns between the parts of every node, the last one first.
+  """Returns a scope: each round trains one part of every node, the last first.
 
   The pattern's group is a part's number: `in_turn('/cores/([0-9]+)$')` trains
-  core n - 1 - t % n in round t, of the n that a tensor train has. Leaves that
-  do not match are trained in every round.
+  core n - 1 - t % n of a tensor train of n cores in round t. Leaves that do not
+  match are trained in every round.
 
   Raises:
     Error: a pattern that is no regular expression, or without one group; from
@@ -277,15 +279,15 @@ def in_turn(pattern: str) -> Scope:
 
 
 def layers(inner: Scope | None = None) -> Scope:
-  """A client holds and trains some layers, drawn anew for it in every round.
+  """Returns a scope: a client holds and trains layers drawn in every round.
 
-  As many as its profile says, `Cohort.profiles` or its entry 'layers', out of
-  the L that leaves under 'layers/' are stacked over; the rest is as `inner`
-  says. FedRA's allocation (arXiv 2311.11227).
+  The client's profile, `Cohort.profiles` or its entry 'layers', is the number
+  of layers to draw from the L over which leaves under 'layers/' are stacked.
+  `inner` decides on the rest. FedRA's allocation (arXiv 2311.11227).
 
   Raises:
-    Error: from `mask`, clients without that number in their profile, or nothing
-      that is stacked over layers.
+    Error: from `mask`, clients without that number in their profile, or
+      parameters without leaves that are stacked over layers.
 
   >>> from fedjax_llm.types import Context
   >>> params = {'layers': {'a': jnp.ones((3, 2))}, 'head': jnp.ones(2)}
@@ -319,9 +321,10 @@ def layers(inner: Scope | None = None) -> Scope:
 
 
 def untrained(pattern: str) -> Scope:
-  """Leaves that match change on the server alone; the rest is trained too.
+  """Returns a scope: clients hold the matching leaves but do not train them.
 
-  Unlike frozen leaves they are sent down, and a rule may write them.
+  Unlike frozen leaves they are sent down, and a rule may write them. The rest
+  is trained.
 
   Raises:
     Error: a pattern that is no regular expression; from `mask`, one that
@@ -357,14 +360,15 @@ def _check_match(regex: re.Pattern, names: list[str]) -> None:
 
 
 def ranks(inner: Scope | None = None) -> Scope:
-  """A client of capacity r holds and trains the first r ranks alone.
+  """Returns a scope: a client of capacity r holds and trains the first r ranks.
 
-  Column i of a and row i of b of every `LowRank` node, i < r, inside buffers of
-  the server's rank: one program for clients of all sizes, and a client of rank
-  r trains exactly as it would with factors of that rank and the same scale.
+  These are column i of a and row i of b of every `LowRank` node, i < r, inside
+  buffers of the server's rank: one program for clients of all sizes, and a
+  client of rank r trains exactly as it would with factors of that rank and the
+  same scale.
 
   r is the client's profile, `Cohort.profiles` [K], or its entry 'rank' where
-  profiles are mappings. `inner` says the rest (everything shared if None).
+  profiles are mappings. `inner` decides on the rest (all shared if None).
 
   Raises:
     Error: from `labels`, a factor that `inner` freezes; from `mask`, clients
@@ -392,16 +396,20 @@ def ranks(inner: Scope | None = None) -> Scope:
 
 
 def both_trained(inner: Scope) -> Callable[[Params], Any]:
-  """The labels of `inner`, refused where one factor of two is frozen.
+  """Returns the labels of `inner`; they must not freeze a low-rank factor.
 
-  A mask says which ranks a client trains, and nobody trains a frozen factor:
-  it would arrive whole, beside ranks that the client does not have.
+  A mask restricts the ranks that a client trains, and masks do not reach frozen
+  factors: such a factor would arrive whole, beside ranks that the client does
+  not have.
+
+  Raises:
+    Error: from the labels, a factor that `inner` freezes.
   """
   is_node = lambda x: isinstance(x, LowRank)
 
   def labels(params: Params) -> Any:
-    found = inner.labels(params)
-    nodes = jax.tree_util.tree_leaves_with_path(found, is_leaf=is_node)
+    chosen = inner.labels(params)
+    nodes = jax.tree_util.tree_leaves_with_path(chosen, is_leaf=is_node)
     for path, node in nodes:
       if not is_node(node):
         continue
@@ -412,17 +420,22 @@ def both_trained(inner: Scope) -> Callable[[Params], Any]:
             f'{where}/{name} is frozen, so it cannot be masked: ranks that '
             'differ between clients need both factors trained.'
           )
-    return found
+    return chosen
 
   return labels
 
 
 def rank_of(profile: Any) -> Any:
-  """The rank in a client's profile: the profile, or its entry 'rank'."""
+  """Returns a client's rank: its profile, or the profile's entry 'rank'."""
   return of_profile(profile, 'rank', 'rank')
 
 
 def of_profile(profile: Any, name: str, what: str) -> Any:
+  """Returns a profile's entry, or the profile itself if it is an array.
+
+  Raises:
+    Error: no such entry, or no array; it calls the entry `what`.
+  """
   value = profile.get(name) if isinstance(profile, Mapping) else profile
   if not hasattr(value, 'shape'):
     raise Error(
@@ -433,9 +446,9 @@ def of_profile(profile: Any, name: str, what: str) -> Any:
 
 
 def hold_columns(masks: Masks, start: Params, keep: Any) -> Masks:
-  """Masks restricted to columns of `LowRank` nodes.
+  """Returns masks restricted to columns of `LowRank` nodes.
 
-  `keep(node)` gives booleans [R], or [..., R] where they differ by layer.
+  `keep(node)` returns booleans [R], or [..., R] where they differ by layer.
   """
 
   def node(x, m):

@@ -1,8 +1,8 @@
-"""Policies: what the host decides for every client between rounds.
+"""Policies: plans that the host makes for every client between rounds.
 
-A policy is `(round, reports, profiles) -> profiles` on NumPy arrays of all N
-clients, for `server.planned`: a pure function, so that a resumed run decides
-the same.
+Builders return a policy `(round, reports, profiles) -> profiles` on NumPy
+arrays of all N clients, for `server.planned`. It is a pure function, so a
+resumed run makes the same plan.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,13 +19,14 @@ _FIRST, _DRAWN = 301, 302
 def knapsack(
   value: np.ndarray, size: np.ndarray, most: np.ndarray, budget: int
 ) -> np.ndarray:
-  """How many of each of M things to take, of which there are `most`.
+  """Returns how many of each of M items to take, [M] int32: a bounded knapsack.
 
       max sum_m value_m n_m   with  sum_m size_m n_m <= budget,
                                     n_m whole, 0 <= n_m <= most_m
 
-  Exact, by dynamic programming over the budget in units of the sizes' greatest
-  common divisor: of M things, log2(most) steps each, over all the units.
+  Item m has a value, a size and at most `most[m]` copies. The result is exact,
+  by dynamic programming over the budget in units of the sizes' greatest common
+  divisor: log2(most) steps an item, each over all units.
 
   >>> value, size, most = np.array([3.0, 2.0]), np.array([2, 1]), [4, 2]
   >>> knapsack(value, size, np.array(most), 7).tolist()
@@ -59,26 +60,27 @@ def knapsack(
 def by_importance(
   sizes: np.ndarray, most: np.ndarray, budgets: np.ndarray, *, seed: int = 0
 ) -> Callable[[int, Reports, Any], Mapping[str, np.ndarray]]:
-  """Ranks for the weights that matter most to a client, within its budget.
+  """Returns a policy that gives ranks to each client's most important weights.
 
       max sum_m I_km r_km   with  sum_m sizes_m r_km <= budgets_k,
                                   0 <= r_km <= most_m
 
-  where I_km is what client k reported about weight m (`weight_importance`). A
-  client that has not reported draws its I, so that together the clients try
-  all weights. Who has not reported in the round before keeps its ranks.
+  where I_km is the importance of weight m that client k reported
+  (`weight_importance`). A client that has never reported draws its I at random,
+  so that together the clients try all weights. A client that did not report in
+  the round before keeps its ranks.
 
   Args:
-    sizes, most: parameters of a rank, and ranks, of each weight: [M]
-      (`allotment.rank_sizes`).
+    sizes, most: parameters of one rank of each weight, and its number of ranks,
+      [M] each (`allotment.rank_sizes`).
     budgets: parameters that each client can train, [N].
-    seed: of the first draw.
+    seed: of the importances that are drawn before the first report.
 
-  Returns:
-    A policy on the entry 'ranks' [N, M] of the profiles.
+    Returns:
+      A policy that writes the entry 'ranks' [N, M] of the profiles.
 
   Raises:
-    Error: a budget below the smallest rank.
+    Error: a budget below the parameters of the smallest rank.
 
   >>> policy = by_importance(np.array([4, 4]), np.array([2, 2]), np.array([8]))
   >>> reports = Reports(np.array([[0.1, 0.9]]), np.array([1]))
@@ -107,13 +109,13 @@ def by_importance(
 def assignment(
   score: np.ndarray, per_expert: int, least: int, most: int
 ) -> np.ndarray:
-  """Which clients each expert chooses, booleans [E, N].
+  """Returns the clients that each expert chooses, booleans [E, N].
 
       max sum_ej score_ej z_ej  with  sum_j z_ej = per_expert,
                                       least <= sum_e z_ej <= most,  z in {0, 1}
 
-  Exact: the constraints are those of a flow, so a vertex of the linear program
-  has whole numbers, and the simplex method ends at one.
+  The result is exact: the constraints are those of a flow, so every vertex of
+  the linear program has whole numbers, and the simplex method ends at a vertex.
 
   Raises:
     Error: no choice satisfies the bounds.
@@ -150,20 +152,20 @@ def assignment(
 def check_bounds(
   num: int, clients: int, per_expert: int, least: int, most: int
 ) -> None:
-  """Raises `Error` where no assignment of experts satisfies its bounds.
+  """Raises `Error` if no assignment of experts satisfies the bounds.
 
   >>> check_bounds(30, 10, per_expert=2, least=2, most=8)
   """
-  given, most = num * per_expert, min(most, num)
+  held, most = num * per_expert, min(most, num)
   if not 1 <= per_expert <= clients:
     raise Error(
       f'algorithm.clients_per_expert is {per_expert}; an expert chooses from '
       f'1 to all {clients} clients.'
     )
-  if not clients * least <= given <= clients * most:
+  if not clients * least <= held <= clients * most:
     raise Error(
       f'algorithm.num_experts is {num}: with {per_expert} clients each they '
-      f'fill {given} places, and {clients} clients hold {clients * least} to '
+      f'fill {held} places, and {clients} clients hold {clients * least} to '
       f'{clients * most}, {least} to {most} each.'
     )
 
@@ -171,46 +173,47 @@ def check_bounds(
 def by_affinity(
   *, per_expert: int = 2, least: int = 2, most: int = 8, seed: int = 0
 ) -> Callable[[int, Reports, Any], Mapping[str, np.ndarray]]:
-  """Experts choose the clients whose texts they suit, in every weight.
+  """Returns a policy: every weight's experts choose the clients they suit best.
 
       score_ej = softmax over clients j of <v_e, u_j> / sqrt(R)
 
-  where u_j is what client j last reported as its tokens' embedding and v_e the
-  mean of what the clients that then held expert e reported of it
-  (`local.embeddings`); then `assignment`. Before any report scores are drawn. A
-  client or an expert of which nothing has been reported has the embedding zero.
+  where u_j is the embedding of its tokens that client j last reported and v_e
+  the mean of the embeddings of expert e that its holders then reported
+  (`local.embeddings`). `assignment` turns the scores into a choice. Before the
+  first report the scores are drawn. A client or an expert without any report
+  has the embedding zero.
 
   Args:
     per_expert: clients that each expert chooses.
     least, most: experts that each client gets.
-    seed: of the first draw.
+    seed: of the scores that are drawn before the first report.
 
-  Returns:
-    A policy on the entry 'experts' [N, M, E] of the profiles.
+    Returns:
+      A policy that writes the entry 'experts' [N, M, E] of the profiles.
 
-  >>> told = {'experts': np.zeros((2, 1, 2, 1)), 'tokens': np.ones((2, 1, 1)),
+  >>> last = {'experts': np.zeros((2, 1, 2, 1)), 'tokens': np.ones((2, 1, 1)),
   ...         'held': np.ones((2, 1, 2))}
-  >>> told['tokens'][1], told['experts'][:, :, 0] = -1, 1  # expert 0 is like 0
+  >>> last['tokens'][1], last['experts'][:, :, 0] = -1, 1  # expert 0 is like 0
   >>> policy = by_affinity(per_expert=1, least=1, most=1)
   >>> plan = {'experts': np.zeros((2, 1, 2), bool)}
-  >>> plan = policy(1, Reports(told, np.array([1, 1])), plan)
+  >>> plan = policy(1, Reports(last, np.array([1, 1])), plan)
   >>> plan['experts'][:, 0].astype(int).tolist()
   [[1, 0], [0, 1]]
   """
 
   def policy(round: int, reports: Reports, profiles: Any):
     if round and not (reports.round == round).any():
-      return profiles  # nothing new
+      return profiles  # no new report
     clients, places, num = np.shape(profiles['experts'])
     if not round:
       rng = np.random.default_rng((seed, _DRAWN))
       alike = rng.random((places, num, clients))
     else:
-      told = {n: np.asarray(x, float) for n, x in reports.values.items()}
-      of = np.maximum(told['held'].sum(0), 1)[..., None]  # [M, E, 1]
-      experts = told['experts'].sum(0) / of
+      latest = {n: np.asarray(x, float) for n, x in reports.values.items()}
+      of = np.maximum(latest['held'].sum(0), 1)[..., None]  # [M, E, 1]
+      experts = latest['experts'].sum(0) / of
       rank = experts.shape[-1]
-      alike = np.einsum('mer,nmr->men', experts, told['tokens']) / rank**0.5
+      alike = np.einsum('mer,nmr->men', experts, latest['tokens']) / rank**0.5
     score = np.exp(alike - alike.max(-1, keepdims=True))
     score /= score.sum(-1, keepdims=True)
     chosen = np.stack([assignment(s, per_expert, least, most) for s in score])

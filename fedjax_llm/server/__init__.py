@@ -1,4 +1,7 @@
-"""The server: one round, and optimizers that see its pseudo-gradient."""
+"""The server: composes a round and steps on its pseudo-gradient.
+
+Builders return a `FederatedAlgorithm` or a server optimizer.
+"""
 
 from fedjax_llm.server.algorithm import fed_opt as fed_opt
 from fedjax_llm.server.lens import on_part as on_part

@@ -1,10 +1,10 @@
-"""The one federated round: every named method is a call of `fed_opt`.
+"""One federated round: `fed_opt` composes every named method.
 
     broadcast -> local training -> uploads -> aggregation -> server step
 
-`client.py` is one client's round, `round.py` runs all of them, and here their
-uploads meet the rule and the server. The frozen base is an argument that no
-client axis touches.
+`client.py` is one client's round, `round.py` runs all clients, and this module
+applies the rule and the server optimizer to their uploads. `fed_opt` returns a
+`FederatedAlgorithm`. The frozen base is an argument without a client axis.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,42 +64,43 @@ def fed_opt(
   mesh: jax.sharding.Mesh | None = None,
   execution: str = 'shard_map',
 ) -> FederatedAlgorithm:
-  """Composes a federated algorithm from its stations.
+  """Returns a federated algorithm composed of its stations.
 
   One round of Reddi et al. 2021 (arXiv 2003.00295, algorithm 1): every client
-  starts from what it received, trains, and uploads end - start; the aggregate
-  of the uploads, its sign flipped once, here, is a pseudo-gradient for the
-  server optimizer.
+  starts from the parameters it received, trains, and uploads end - start; the
+  aggregate of the uploads, its sign flipped once, here, is a pseudo-gradient
+  for the server optimizer.
 
   A client is left out, and its state unchanged, if it is padding, dropped out,
   sent a value that is not finite, an update beyond `step.LARGEST_NORM` or a
-  weight outside of [0, `step.LARGEST_WEIGHT`]. If an aggregate is not finite
-  all the same, the whole cohort is left out. A round that nobody reports to, or
-  only clients of weight zero, changes nothing but its number, unless the rule
-  acts `always`. Entries that nobody trained keep their value and their moments,
-  whatever the optimizer.
+  weight outside of [0, `step.LARGEST_WEIGHT`]. If an aggregate is still not
+  finite, the whole cohort is left out. A round without a report of positive
+  weight changes nothing but its number, unless the rule acts `always`. Entries
+  that no client trained keep their value and their moments under every
+  optimizer.
 
-  `round` equals `aggregate` of what `train` returns, but a streaming rule adds
+  `round` equals `aggregate` of the result of `train`, but a streaming rule adds
   up blocks and never holds the stack.
 
   Args:
     local: training on one client.
-    upload: how an update is coded on its way up.
+    upload: the codec of updates.
     aggregator: the rule on the stack of updates.
     server: an optax transformation; it sees -delta.
-    scope: what clients train, share and keep; all shared by default.
-    download: how parameters are coded on their way down; as they are if None.
+    scope: the leaves that clients train, share and keep; all shared by default.
+    download: the codec of parameters on their way to clients; none if None.
     fold: writes frozen dense changes into the base once a round, outside
       `vmap` (`Adapter.fold`).
-    measure: `(uploads, old, new) -> metrics` of a round, told beside the
-      others wherever the whole stack of uploads is at hand (a streaming rule
-      in blocks keeps none).
-    adversary: `(uploads, key) -> uploads`, clients that lie; it sees the whole
-      stack, so blocks and additive uploads are refused.
+    measure: `(uploads, old, new) -> metrics`, added to the round's metrics
+      where the whole stack of uploads exists (a streaming rule in blocks keeps
+      none).
+    adversary: `(uploads, key) -> uploads`, simulates malicious clients; it sees
+      the whole stack, so blocks and additive uploads are refused.
     after: a traced phase of the server after the rule, `(state, base, data,
-      key) -> state`, where `data` is what `round` is given.
-    history: V, how many versions of the parameters the server keeps for
-      clients that started before (`Cohort.started`); older ones are left out.
+      key) -> state`, where `data` is the argument of `round`.
+    history: V, the number of versions of the parameters that the server keeps
+      for clients that started earlier (`Cohort.started`); clients that started
+      before them are left out.
     block_size: clients in one `vmap`; the whole cohort if None. Changes
       nothing but rounding, memory and speed.
     widths: a block's rows are cut to the smallest of these that holds its
@@ -107,7 +108,7 @@ def fed_opt(
     mesh: a ('clients', 'model') mesh (`sharding.mesh`); a cohort is split over
       its first axis, and blocks are then those of one device row. A streaming
       rule costs one all-reduce a round.
-    execution: how that is written, 'shard_map' or 'pmap'
+    execution: how the split is compiled, 'shard_map' or 'pmap'
       (`sharding.over_clients`).
 
   Raises:
@@ -155,7 +156,7 @@ def fed_opt(
     )
 
   def keys(state: ServerState) -> jax.Array:
-    """Keys of clients, rule, adversary, the phase after, and of everybody."""
+    """Returns keys of clients, rule, adversary, phase after, all in common."""
     key = jax.random.fold_in(state.key, state.round)
     clients, rule = jax.random.split(key)
     more = lambda name: jax.random.fold_in(key, name)
@@ -201,11 +202,11 @@ def fed_opt(
     return out, uploads
 
   def served(state, total, uploads, base, data, ids, reported, weight):
-    """The rule, the server's step, and the phase after.
+    """Applies the rule, the server's step and the phase after.
 
-    The last value returned is whether the rule's outcome is finite.
+    The last value returned is True if the rule's outcome is finite.
     """
-    received, anybody = uploads, jnp.any(reported & (weight > 0))
+    received, some_weight = uploads, jnp.any(reported & (weight > 0))
     labels = scope.labels(state.params)
     _, key, _, _, round_key = keys(state)
     if upload.additive:
@@ -216,7 +217,7 @@ def fed_opt(
         reported=reported,
         round_key=round_key,
       )
-      uploads = _decoded(upload, total, state, anybody, context)
+      uploads = _decoded(upload, total, state, some_weight, context)
       total = None
     if isinstance(aggregator, StreamingAggregator):
       if total is None:
@@ -233,7 +234,7 @@ def fed_opt(
       )
     new = step.stepped(state, result, rule, server, labels)
     sound = tree.all_finite((result.delta, result.assign))
-    acts = sound if aggregator.traits.always else sound & anybody
+    acts = sound if aggregator.traits.always else sound & some_weight
     keep = lambda n, o: jnp.where(acts, n, o)
     new = jax.tree.map(
       keep,
@@ -281,7 +282,7 @@ def fed_opt(
       state, out.sums, uploads, base, data, cohort.ids, reported,
       out.rows.weight,
     )  # fmt: skip
-    # Nobody counts where the rule made no finite outcome of them.
+    # No client counts if the rule's outcome is not finite.
     info = info._replace(
       reported=reported & sound,
       finite=info.finite & (sound | ~reported),
@@ -307,9 +308,9 @@ def fed_opt(
 
 
 def _sums(aggregator: AnyAggregator, upload: Upload) -> Sums | None:
-  """Returns what blocks are added up to, None for a rule on the stack."""
+  """Returns the sums over blocks; None for a rule on the whole stack."""
   if upload.additive:
-    # The shape of a message is known once there is one: zero until then.
+    # The shape of a message is known only with a message: None until then.
     def add(total, uploads, common):
       del common
       ones = uploads.valid.astype(jnp.float32)
@@ -339,7 +340,7 @@ def _sums(aggregator: AnyAggregator, upload: Upload) -> Sums | None:
   return Sums(zero, begun, accumulate)
 
 
-def _decoded(upload, total, state, anybody, context: Context) -> Uploads:
+def _decoded(upload, total, state, some_weight, context: Context) -> Uploads:
   """Returns the decoded sum of messages as the upload of a single client."""
   message, weight = total
   update = upload.decode(message, state.params, context)
@@ -351,13 +352,13 @@ def _decoded(upload, total, state, anybody, context: Context) -> Uploads:
     start=row(state.params),
     masks=Masks(ones, ones),
     weight=weight[None],
-    valid=jnp.atleast_1d(anybody),
+    valid=jnp.atleast_1d(some_weight),
     ids=jnp.full(1, -1, jnp.int32),
   )
 
 
 def _with_residuals(params: Params) -> Params:
-  """Zeros where a rule will write; a node without a scale is no weight."""
+  """Returns parameters with zero residuals in nodes that have a scale."""
 
   def node(x):
     if not isinstance(x, LowRank) or x.scale is None or x.residual is not None:

@@ -1,4 +1,7 @@
-"""One client's round: download, local training, upload."""
+"""One client's round: download, local training, upload.
+
+`one_round` returns that function, `initial` a new client's state.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -43,7 +46,7 @@ class Returned(NamedTuple):
 
 
 class Broadcast(NamedTuple):
-  """What all clients of a round receive alike."""
+  """The values that all clients of a round receive."""
 
   base: Any
   params: Params
@@ -83,8 +86,8 @@ def one_round(
 ) -> Callable[[Broadcast, Any, Cohort], Returned]:
   """Returns the function of one client's round, without a client axis.
 
-  It takes what everybody receives, the labels of the parameters and the
-  client's row of the cohort.
+  It takes a `Broadcast`, the labels of the parameters and the client's row of
+  the cohort.
   """
 
   def run(common: Broadcast, labels: Any, row: Cohort) -> Returned:

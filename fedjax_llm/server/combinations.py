@@ -1,4 +1,4 @@
-"""Combinations of parts that make no sense, refused when they are built."""
+"""Checks of the combinations of parts that `fed_opt` composes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def check(
   block_size: int | None,
   widths: Sequence[int],
 ) -> None:
-  """Raises an `Error` if parts of `fed_opt` do not go together."""
+  """Raises `Error` if parts of `fed_opt` cannot be combined."""
   traits = aggregator.traits
   if block_size is not None and block_size < 1:
     raise Error(f'block_size is {block_size}; it must be at least 1.')
@@ -34,7 +34,7 @@ def check(
   if history < 1:
     raise Error(f'history is {history}; it must be at least 1.')
   kept = jax.tree.leaves(jax.eval_shape(server.init, jnp.zeros(1)))
-  # A count of rounds, as a schedule keeps it, is no moment.
+  # A schedule's count of rounds is no moment.
   moments = [x for x in kept if jnp.issubdtype(x.dtype, jnp.inexact)]
   if traits.changes_basis and moments:
     raise Error(
@@ -43,13 +43,13 @@ def check(
     )
   if traits.writes_residual and fold is None:
     raise Error(
-      'this aggregator writes what the factors miss into the base, so it needs '
-      'fold, that of the adapter: fold=adapter.fold.'
+      "this aggregator writes the factors' error into the base, so it needs "
+      "fold, the adapter's function: fold=adapter.fold."
     )
   if traits.writes_residual and history > 1:
     raise Error(
-      'this aggregator writes into the base, of which the server keeps one '
-      'version: it needs history=1, and no clients that started earlier.'
+      'this aggregator writes into the base, and the server keeps one version '
+      'of the base: it needs history=1, and no clients that started earlier.'
     )
   if upload.additive and not traits.linear:
     raise Error(

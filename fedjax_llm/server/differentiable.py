@@ -1,16 +1,19 @@
-"""Rounds with a gradient: with respect to whatever a round computes with.
+"""Rounds that can be differentiated with respect to their inputs.
+
+`rounds` returns several rounds as one function, `mixed` a personalised
+algorithm, `learn_client_weights` the weights of clients.
 
 A round is one jitted function, so `jax.grad` goes through it as soon as its
 local training has a gradient in reverse:
 
     optimizer = local.optimizer('sgd', 0.1, differentiable=True)
 
-What is differentiated is an argument of the function that builds the algorithm
-or its cohorts: the server's learning rate, weights of clients, a mixing matrix,
-a parameter of one's own aggregation rule, the base. The gradient is that of the
-computation as it is: selections (Krum, a median, top-k) count as fixed,
-rounding (quantised uploads) gives zero, and rules that factorise (`flexlora`,
-`fedsvd`, `fedrot`) have none where singular values coincide.
+The variable is an argument of the function that builds the algorithm or its
+cohorts: the server's learning rate, weights of clients, a mixing matrix, a
+parameter of a user's own aggregation rule, the base. Selections (Krum, a
+median, top-k) count as fixed, rounding (quantised uploads) has the gradient
+zero, and rules that factorise (`flexlora`, `fedsvd`, `fedrot`) have no
+gradient where singular values coincide.
 """
 
 from collections.abc import Callable
@@ -38,27 +41,28 @@ from fedjax_llm.types import (
 def rounds(
   algorithm: FederatedAlgorithm, *, remat: bool = True
 ) -> Callable[..., tuple[ServerState, ClientState, RoundInfo]]:
-  """Several rounds as one function, a scan with a gradient.
+  """Returns several rounds as one function, a scan that has a gradient.
 
-  With remat a round is computed again on its way back, so what is kept of a
-  round is the state that it begins with (parameters, moments, client states),
-  not what training computed in it (Chen et al. 2016, arXiv 1604.06174).
+  With remat the backward pass computes a round again, so only the state at its
+  beginning is kept (parameters, moments, client states), not the values inside
+  it (Chen et al. 2016, arXiv 1604.06174).
 
   Args:
     algorithm: its optimizer is built with `differentiable=True`.
-    remat: False keeps all that the gradient needs: faster, until memory is
-      full.
+    remat: False keeps all values that the gradient needs: faster, with more
+      memory.
 
   Returns:
     `run(state, cohorts, base=None, states=ClientState())
     -> (state, states, info)`. Leaves of `cohorts` begin with the axis of
-    rounds, [rounds, K, ...] (`tree.stack` of cohorts). `states` holds what all
-    N clients keep, [N, ...] by id, where the method has them keep something:
-    `tree.broadcast(algorithm.init_client(state.params), N)` to begin with.
+    rounds, [rounds, K, ...] (`tree.stack` of cohorts). `states` holds the
+    states of all N clients, [N, ...] by id, if the method's clients keep any:
+    `tree.broadcast(algorithm.init_client(state.params), N)` at the start.
     `RoundInfo` comes as [rounds, ...] and carries no gradient: an objective
     is computed from the state.
 
-  How far should the server go? Clients have gone from 0 to 1, and 3 is best:
+    The gradient of a server's learning rate, with clients that move from 0 to 1
+    and an optimum at 3:
 
   >>> from fedjax_llm import recipes, server, types
   >>> def algorithm(rate):
@@ -82,14 +86,14 @@ def rounds(
     num = jax.tree.leaves(states)[0].shape[0] if jax.tree.leaves(states) else 0
     held = cohort._replace(states=tree.take(states, cohort.ids))
     state, new, info = algorithm.round(state, held, base)
-    # Out of range: a row that keeps its state is written nowhere.
+    # An index out of range is dropped: such a client keeps its state.
     place = jnp.where(info.reported, cohort.ids, num)
     put = lambda all, rows: all.at[place].set(rows, mode='drop')
     states = jax.tree.map(put, states, new)
     # Norms of metrics at zero would otherwise spoil the gradient.
     return (state, states), jax.lax.stop_gradient(info)
 
-  # Of the base the gradient keeps nothing a round: it is an argument.
+  # The base is an argument, so no round keeps a copy of it for the gradient.
   step = jax.checkpoint(one, prevent_cse=False) if remat else one
 
   def run(
@@ -112,25 +116,24 @@ def mixed(
   *,
   scope: Scope | None = None,
 ) -> FederatedAlgorithm:
-  """A model for every client, and a matrix that mixes them after each round.
+  """Returns an algorithm with a model a client, mixed by a matrix each round.
 
       theta_k <- sum_j M_kj theta_j'    where j trained theta_j to theta_j'
 
-  Personalised aggregation: the rows of a matrix [K, K] sum to one as a rule;
-  the identity is local training, 1 / K everywhere federated averaging. With a
+  Personalised aggregation: the rows of a matrix [K, K] usually sum to one; the
+  identity is local training, 1 / K everywhere federated averaging. With a
   gradient the matrix can be learned, as the weights of FedFomo (Zhang et al.
   2021, arXiv 2012.08565) are estimated.
 
-  Every field of the server's state is stacked, [K, ...]; row k is of the client
-  in row k of every cohort, and `personal` gives the stack. Scalar metrics come
-  as [K]. Local training, uploads and the server's optimizer are those of
-  `algorithm`, a client at a time; its aggregator sees one client.
+  Every field of the server's state is stacked, [K, ...]; row k belongs to the
+  client in row k of every cohort, and `personal` returns the stack. Scalar
+  metrics come as [K]. Local training, uploads and the server's optimizer are
+  those of `algorithm`, a client at a time; its aggregator sees one client.
 
   Args:
     algorithm: of one client.
     matrix: [K, K].
-    scope: says what is shared, which is what is mixed; all that is trained by
-      default.
+    scope: its shared leaves are mixed; by default all trained leaves.
 
   Raises:
     Error: the matrix is not square, or the cohort has another number of
@@ -167,10 +170,10 @@ def mixed(
 
 
 class Learned(NamedTuple):
-  """Weights of clients before each of n steps, and after the last."""
+  """The clients' weights and the loss before each of n steps and after them."""
 
   weight: jax.Array  # [n + 1, N], mean 1
-  loss: jax.Array  # [n + 1], what was minimised
+  loss: jax.Array  # [n + 1], the held-out loss
 
 
 def learn_client_weights(
@@ -185,23 +188,24 @@ def learn_client_weights(
   learning_rate: float = 0.3,
   states: ClientState = ClientState(),  # noqa: B008
 ) -> Learned:
-  """Which clients should count how much, learned by gradients through rounds.
+  """Returns weights of clients, learned by gradients through the rounds.
 
       min over z of heldout(params after the rounds),
       client k counting N softmax(z)_k times its weight
 
   by Adam from z = 0, every step through all rounds from the same `state`. A
-  client whose updates hurt on the held-out text, one with corrupted labels say,
-  gets little (as examples do in Ren et al. 2018, arXiv 1803.09050).
+  client with updates that raise the held-out loss, such as one with corrupted
+  labels, gets a small weight (as examples do in Ren et al. 2018, arXiv
+  1803.09050).
 
   Args:
     algorithm: its optimizer is built with `differentiable=True`, and its
-      aggregator looks at weights (`mean`).
+        aggregator uses weights (`mean`).
     state: where the rounds begin.
     cohorts: [rounds, K, ...], as in `rounds`.
     base: the frozen weights.
-    heldout: `(base, params) -> []`, a loss on text to be trusted.
-    num_clients: N, ids are below it.
+    heldout: `(base, params) -> []`, a loss on trusted text.
+    num_clients: N; ids are below N.
     num_steps: of Adam.
     learning_rate: of Adam, on z.
     states: as in `rounds`.

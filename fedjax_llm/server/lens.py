@@ -1,4 +1,7 @@
-"""Methods whose parameters hold the adapter's as a part."""
+"""Methods on parameters that hold the adapter's parameters as a part.
+
+`on_part` returns a `FederatedAlgorithm`.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,15 +24,15 @@ def on_part(
   serve: Callable[[Params, ClientState | None], Params] | None = None,
   fold: Callable[[Base, Params], tuple[Base, Params]] | None = None,
 ) -> FederatedAlgorithm:
-  """Builds a method on parameters of which the adapter's are a part.
+  """Returns a method on parameters that hold the adapter's as a part.
 
   Args:
     build: `(fold=...) -> FederatedAlgorithm` on the wrapped parameters; without
       the keyword where `fold` is None.
-    wrap: makes the wrapped parameters of the adapter's, once.
-    get: the part that the adapter's functions know.
+    wrap: `(key, params) -> wrapped`, called once.
+    get: `(wrapped) -> part`, the parameters that the adapter's functions take.
     put: `(wrapped, part) -> wrapped`, with another part.
-    serve: `(wrapped, client state) -> params`, what a client is served, after
+    serve: `(wrapped, client state) -> params` of a client's own model, after
       its private leaves are in place; `get` if None.
     fold: `Adapter.fold`; it acts on the part.
 

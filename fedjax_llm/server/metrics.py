@@ -1,4 +1,7 @@
-"""Metrics of a round: means over the clients that count, and what it cost."""
+"""Metrics of a round: means over the clients that count, work and bytes.
+
+`of_clients` returns a `RoundInfo`, `of_server` a dictionary of metrics.
+"""
 
 from typing import Any, NamedTuple
 
@@ -7,12 +10,12 @@ import jax.numpy as jnp
 from fedjax_llm import tree
 from fedjax_llm.types import Aggregate, Cohort, Error, Params, RoundInfo, Work
 
-# Of a client's metrics, those that are means over its tokens.
+# The metrics of a client that are means over its tokens.
 BY_TOKENS = ('loss', 'accuracy')
 
 
 class Rows(NamedTuple):
-  """What each client of a cohort did, [K] of each."""
+  """Results of the clients of a cohort, [K] of each."""
 
   reported: Any  # bool
   finite: Any  # bool

@@ -21,7 +21,7 @@ from fedjax_llm.types import Error, ServerOptimizer, known
 
 
 class Moments(NamedTuple):
-  """Running moments of the delta, float32, as the parameters."""
+  """Running moments of the delta, float32, shaped as the parameters."""
 
   m: Any
   v: Any = ()
@@ -38,7 +38,7 @@ def _check_decay(name: str, field: str, value: float) -> None:
 
 
 def _keep(new: Any, old: Any) -> Any:
-  """`new` where there is something new, `old` elsewhere."""
+  """Returns `new` where a leaf is present, `old` elsewhere."""
   return tree.merge(new, old)
 
 
@@ -49,7 +49,9 @@ def _steps(direction: Any, updates: Any) -> Any:
 def sgd(
   learning_rate: optax.ScalarOrSchedule = 1.0,
 ) -> ServerOptimizer:
-  """x <- x + eta delta; with eta = 1 the server takes the clients' mean.
+  """Returns SGD on the server: x <- x + eta delta.
+
+  With eta = 1 the server takes the clients' mean.
 
   >>> server = sgd()
   >>> step, _ = server.update(jnp.float32(-2.0), server.init(jnp.float32(0)))
@@ -66,7 +68,7 @@ def sgd(
 def fed_avgm(
   learning_rate: optax.ScalarOrSchedule = 1.0, momentum: float = 0.9
 ) -> ServerOptimizer:
-  """Server momentum: m <- momentum m + delta, x <- x + eta m.
+  """Returns server momentum: m <- momentum m + delta, x <- x + eta m.
 
   Hsu et al. 2019 (arXiv 1909.06335), section 4.3. The new delta is not damped
   by 1 - momentum, so a steady delta is taken up to 1 / (1 - momentum) times.
@@ -106,7 +108,7 @@ def _adaptive(
   tau: float,
   second: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> ServerOptimizer:
-  """Algorithm 2 with `second(v, delta^2) -> v`; the sign does not matter."""
+  """Returns algorithm 2 with `second(v, delta^2) -> v`."""
   _check_rate(name, learning_rate)
   _check_decay(name, 'b1', b1)
   if known(tau) and not tau > 0:
@@ -138,15 +140,15 @@ def fed_adagrad(
   b1: float = 0.0,
   tau: float = 1e-3,
 ) -> ServerOptimizer:
-  """Adagrad on the server:
+  """Returns Adagrad on the server:
 
       m <- b1 m + (1 - b1) delta
       v <- v + delta^2,   v_0 = tau^2
       x <- x + eta m / (sqrt(v) + tau)
 
   Reddi et al. 2021 (arXiv 2003.00295), algorithm 2. Its experiments use no
-  momentum here and tau = 1e-3. eta is tuned there, not fixed: 10^-1.5 is what
-  it found for next word prediction on Stack Overflow.
+  momentum here and tau = 1e-3. The paper tunes eta: its value for next word
+  prediction on Stack Overflow is 10^-1.5.
 
   Raises:
     Error: `learning_rate` or `tau` is not positive, or `b1` not in [0, 1).
@@ -167,18 +169,17 @@ def fed_adam(
   b2: float = 0.99,
   tau: float = 1e-3,
 ) -> ServerOptimizer:
-  """Adam on the server, without bias correction:
+  """Returns Adam on the server, without bias correction:
 
       m <- b1 m + (1 - b1) delta
       v <- b2 v + (1 - b2) delta^2,   v_0 = tau^2
       x <- x + eta m / (sqrt(v) + tau)
 
   Reddi et al. 2021 (arXiv 2003.00295), algorithm 2, with the b1, b2 and tau
-  of its experiments. eta is tuned there, not fixed: 1e-2 is what it found for
-  both language models (Shakespeare, and next word prediction on Stack
-  Overflow). Deltas of adapters are often far below tau; each round then takes
-  about eta / (2 tau) of their running mean (5 with these defaults), so choose
-  eta with tau in mind.
+  of its experiments. The paper tunes eta: its value for both language models
+  (Shakespeare, and next word prediction on Stack Overflow) is 1e-2. Deltas of
+  adapters are often far below tau; each round then takes about eta / (2 tau) of
+  their running mean (5 with these defaults), so choose eta to suit tau.
 
   Raises:
     Error: `learning_rate` or `tau` is not positive, or a decay not in [0, 1).
@@ -202,7 +203,7 @@ def adamw(
   eps: float = 1e-8,
   weight_decay: float = 0.01,
 ) -> ServerOptimizer:
-  """AdamW on the server, with bias correction, as torch's optimizer:
+  """Returns AdamW on the server, with bias correction, as torch's optimizer:
 
       m <- b1 m + (1 - b1) delta,   v <- b2 v + (1 - b2) delta^2
       x <- (1 - eta weight_decay) x
@@ -210,8 +211,8 @@ def adamw(
 
   Loshchilov and Hutter 2019 (arXiv 1711.05101), with the defaults of
   `torch.optim.AdamW`, which is the server of the code of FLASC (arXiv
-  2406.05233). Not the FedAdam of Reddi et al., which is `fed_adam`. Unlike the
-  others it needs the delta of every leaf.
+  2406.05233). The FedAdam of Reddi et al. is `fed_adam`. Unlike the others,
+  AdamW needs the delta of every leaf.
 
   Raises:
     Error: `learning_rate` or `eps` is not positive, a decay not in [0, 1), or a
@@ -249,14 +250,14 @@ def fed_yogi(
   b2: float = 0.99,
   tau: float = 1e-3,
 ) -> ServerOptimizer:
-  """Yogi on the server: v follows delta^2 by steps of delta^2, not of v.
+  """Returns Yogi on the server: v follows delta^2 by steps of delta^2, not v.
 
       m <- b1 m + (1 - b1) delta
       v <- v - (1 - b2) delta^2 sign(v - delta^2),   v_0 = tau^2
       x <- x + eta m / (sqrt(v) + tau)
 
-  Reddi et al. 2021 (arXiv 2003.00295), algorithm 2; the defaults have the
-  origin of those of `fed_adam`.
+  Reddi et al. 2021 (arXiv 2003.00295), algorithm 2; the defaults come from
+  where those of `fed_adam` do.
 
   Raises:
     Error: `learning_rate` or `tau` is not positive, or a decay not in [0, 1).

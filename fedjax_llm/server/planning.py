@@ -1,4 +1,7 @@
-"""What the host decides for every client, between rounds."""
+"""Plans that the host makes for every client between rounds.
+
+`planned` returns a `FederatedAlgorithm` with a plan.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -23,7 +26,7 @@ Policy = Callable[[int, Reports, Any], Any]
 
 
 class Planned(NamedTuple):
-  """A rule's state, with what was told and what was decided."""
+  """A rule's state, the plan of every client, and their last reports."""
 
   inner: Any
   profiles: Mapping[str, Any]  # [N, ...]
@@ -38,25 +41,25 @@ def planned(
   num_clients: int,
   sent: Callable[[Mapping[str, Any]], Any] | None = None,
 ) -> FederatedAlgorithm:
-  """The algorithm, with a plan that a policy makes for every client.
+  """Returns the algorithm with a policy's plan for every client.
 
-  A client's report (`ClientOutput.report`) is kept by its id; after every round
-  `plan(state)` hands all reports to the policy, and the next round finds its
-  decisions in `Cohort.profiles`, beside what is there already. Both lie in the
-  server's state, so a checkpoint holds them and a resumed run goes on with the
-  same plan. A report counts in 'uploads/bytes',
-  the client's row of the plan in 'downloads/bytes'.
+  A client's report (`ClientOutput.report`) is kept by its id. After every round
+  `plan(state)` passes all reports to the policy, and the next round reads the
+  plan in `Cohort.profiles`, beside the entries that are there already. Reports
+  and plan are in the server's state, so a checkpoint holds them and a resumed
+  run goes on with the same plan. A report counts in 'uploads/bytes', the
+  client's row of the plan in 'downloads/bytes'.
 
   Args:
     algorithm: of a local update that reports.
-    policy: for the shapes of the parameters, `(round, reports, profiles) ->
-      profiles` on NumPy arrays, where round counts those done; a pure function.
-    first: `(params) -> (profiles [N, ...], report)`: the plan before anybody
-      has reported, and zeros in the shape of one client's report.
+    policy: `(params) -> policy`, for the shapes of the parameters. The policy
+      is a pure function `(round, reports, profiles) -> profiles` on NumPy
+      arrays, where round counts the rounds done.
+    first: `(params) -> (profiles [N, ...], report)`: the plan before the first
+      report, and zeros in the shape of one client's report.
     num_clients: N.
-    sent: of a client's row of the plan, which entries of its report travel:
-      booleans in the shape of the report, broadcast from the right; all if
-      None.
+    sent: `(row of the plan) -> booleans` in the shape of the client's report,
+      broadcast from the right: the entries that travel; all if None.
 
   >>> none = jnp.zeros((2, 1), jnp.int32)
   >>> def round(state, cohort, base, data):  # clients report what they got
@@ -91,7 +94,7 @@ def planned(
     return state._replace(aggregator=state.aggregator.inner)
 
   def rows_of(state: ServerState, cohort: Cohort) -> dict[str, Any]:
-    """The clients' rows of the plan, [K, ...]."""
+    """Returns the clients' rows of the plan, [K, ...]."""
     at = jnp.maximum(cohort.ids, 0)
     return {name: x[at] for name, x in state.aggregator.profiles.items()}
 
@@ -106,9 +109,9 @@ def planned(
     return info._replace(bytes_up=up, bytes_down=down, reports=None)
 
   def kept(state, new, ids, reported, report) -> ServerState:
-    """The new state, with the reports of the round beside earlier ones."""
+    """Returns the new state, with this round's reports over earlier ones."""
     _, profiles, reports = state.aggregator
-    # Rows of nobody are written beyond the end, which drops them.
+    # Rows of padding and drop-outs are written beyond the end and so dropped.
     to = jnp.where(reported, ids, num_clients)
     write = lambda old, row: old.at[to].set(row, mode='drop')
     reports = Reports(
@@ -149,9 +152,9 @@ def planned(
 
     def put(new, old):
       new = np.asarray(new, old.dtype).reshape(old.shape)
-      if not old.committed:  # or the next round would be another program
+      if not old.committed:  # else the next round would compile again
         return jnp.asarray(new)
-      # Wherever it was: on one device, or whole on those of all processes.
+      # On the old array's devices: one, or whole on those of all processes.
       place = lambda at: new[at]
       return jax.make_array_from_callback(old.shape, old.sharding, place)
 
@@ -171,7 +174,7 @@ def planned(
 def _beside(
   counts: jax.Array, rows: Any, who: jax.Array, sent: Any = None
 ) -> jax.Array:
-  """Bytes [K, leaves] with one more column: those of rows [K, ...]."""
+  """Returns bytes [K, leaves] with one more column, of the rows [K, ...]."""
   if sent is None:
     sent = jax.tree.map(lambda x: jnp.ones(len(x), bool), rows)
 

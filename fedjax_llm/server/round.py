@@ -1,4 +1,7 @@
-"""The clients of a round: blocks inside a device, devices over a mesh."""
+"""The clients of a round: blocks inside a device, devices over a mesh.
+
+`train` returns a `Trained`.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +18,7 @@ from fedjax_llm.types import ClientState, Cohort, Uploads
 
 
 class Layout(NamedTuple):
-  """How a cohort is computed; it changes rounding, memory and speed alone."""
+  """Blocks, widths and devices: they change only rounding, memory and speed."""
 
   block_size: int | None = None
   widths: Sequence[int] = ()
@@ -28,7 +31,7 @@ class Sums(NamedTuple):
 
   `zero(common) -> sums`; `add(sums, uploads, common) -> sums`. Some shapes are
   known only with the uploads: `begun(zero, uploads or their shapes, common)`
-  has the structure of what `add` returns.
+  has the structure of the result of `add`.
   """
 
   zero: Callable[[Broadcast | None], Any]
@@ -37,9 +40,9 @@ class Sums(NamedTuple):
 
 
 class Trained(NamedTuple):
-  """What comes out of the clients' half of a round."""
+  """The result of the clients' half of a round."""
 
-  sums: Any  # of `Sums`, None without
+  sums: Any  # the total of `Sums`, None without them
   uploads: Uploads | None  # [K, ...]; None where blocks were added up
   states: ClientState  # [K, ...]
   rows: Rows
@@ -55,20 +58,20 @@ def train(
   sums: Sums | None = None,
   keep: bool = True,
 ) -> Trained:
-  """Trains a cohort, `vmap`ped inside blocks that a scan walks over.
+  """Trains a cohort, `vmap`ped inside blocks that a scan iterates over.
 
   Args:
     client: the round of one client (`client.one_round`).
     labels: of the parameters.
-    common: what everybody receives.
+    common: the values that all clients receive.
     cohort: K clients.
     layout: blocks, widths and devices.
-    sums: what is added up block by block; memory is then that of one block.
+    sums: a sum over clients, block by block; memory is then that of one block.
     keep: with sums and a single block, return its uploads as well.
   """
 
   def on_device(common: Broadcast, cohort: Cohort):
-    """The clients of one device row, block by block."""
+    """Trains the clients of one device row, block by block."""
     num = cohort.ids.shape[0]
     size = min(layout.block_size or num, num)
     run = lambda block: _block(client, labels, common, layout.widths, block)
@@ -110,7 +113,7 @@ def train(
 
 
 def _block(client, labels, common: Broadcast, widths, block: Cohort):
-  """One `vmap` of clients: uploads, states and rows of metrics."""
+  """Trains one block by `vmap`; returns uploads, states and rows of metrics."""
 
   def run(batches):
     return jax.vmap(lambda row: client(common, labels, row))(
@@ -136,7 +139,7 @@ def _block(client, labels, common: Broadcast, widths, block: Cohort):
     reports=outs.report,
   )
   states = tree.where(valid, outs.states, block.states)
-  # Of the whole block, counted on its first client.
+  # The places of the whole block are counted on its first client.
   turns = jnp.max(outs.work.turns) * len(block.ids)
   first = jnp.arange(len(block.ids)) == 0
   places = jnp.where(first, turns * places, 0)
@@ -155,13 +158,13 @@ def _block(client, labels, common: Broadcast, widths, block: Cohort):
 
 
 def _pad(cohort: Cohort, multiple: int) -> Cohort:
-  """[K, ...] to the next multiple of clients; rows added are not valid."""
+  """Returns a cohort padded to a multiple of clients with rows not valid."""
   num = cohort.ids.shape[0]
   pad = -num % multiple
 
   def leaf(x):
     x = jnp.asarray(x)
-    # The last client again, so nothing can overflow on made-up data.
+    # The last client is repeated: made-up data could overflow.
     return jnp.concatenate([x, jnp.repeat(x[-1:], pad, axis=0)]) if pad else x
 
   padded = jax.tree.map(leaf, cohort)

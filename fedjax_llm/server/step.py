@@ -1,4 +1,4 @@
-"""The server's step: which uploads it takes, which entries it moves."""
+"""The server's step: which uploads it accepts, which entries it moves."""
 
 import functools
 from typing import Any
@@ -24,7 +24,7 @@ LARGEST_WEIGHT = 2.0**31
 
 
 def usable(update: Update, weight: jax.Array) -> jax.Array:
-  """True [] for an upload of one client that rules can compute with.
+  """Returns True [] for an upload of one client that rules can compute with.
 
   Its norm is at most `LARGEST_NORM` and its weight from 0 to `LARGEST_WEIGHT`;
   both are then finite.
@@ -46,7 +46,7 @@ def usable(update: Update, weight: jax.Array) -> jax.Array:
 
 
 def unseen(aggregator: AnyAggregator, params: Any) -> Any:
-  """`ClientState.seen` of a client that never took part."""
+  """Returns `ClientState.seen` of a client that never took part."""
   if aggregator.num_bytes is None:
     return ()
   state = aggregator.init(params, jax.random.key(0))
@@ -54,10 +54,10 @@ def unseen(aggregator: AnyAggregator, params: Any) -> Any:
 
 
 def owed(aggregator: AnyAggregator, state: Any, seen: Any) -> tuple[Any, Any]:
-  """Bytes of the rule's broadcasts for one client, and its new `seen`.
+  """Returns the bytes of the rule's broadcasts for one client, and its `seen`.
 
   A caller that keeps no client states passes `()`, which stays `()`: each
-  client is then one that never took part.
+  client then counts as one that never took part.
   """
   if aggregator.num_bytes is None:
     return (), seen
@@ -65,20 +65,20 @@ def owed(aggregator: AnyAggregator, state: Any, seen: Any) -> tuple[Any, Any]:
   return counts, new if jax.tree.leaves(seen) else seen
 
 
-# ---------------------------------------------------------- what was trained --
+# --------------------------------------------------------- trained entries --
 
 
 def watched(aggregator: AnyAggregator) -> AnyAggregator:
-  """The rule, whose `Aggregate` also tells which entries somebody trained.
+  """Returns the rule, with `Aggregate.trained` filled in.
 
-  These are the entries inside the `trained` mask of at least one client that is
-  valid and has a positive weight. Sums of a streaming rule become (its sums,
-  how many clients trained each entry), the counts in the shapes of the masks;
-  `zero` does not know these and gives None: see `begun`.
+  The trained entries are those inside the `trained` mask of at least one client
+  that is valid and has a positive weight. Sums of a streaming rule become (its
+  sums, the number of clients that trained each entry), the counts in the shapes
+  of the masks; `zero` does not know these and returns None: see `begun`.
 
   Raises:
-    Error: no rule that is built; from the round, a rule that asks in Python for
-      the value of a traced array.
+    Error: the argument is not a built rule; from the round, a rule that reads
+      the value of a traced array in Python.
   """
   rule = checks.as_rule(aggregator, 'aggregator')
   call = functools.partial(checks.traced, 'the aggregator')
@@ -95,7 +95,7 @@ def watched(aggregator: AnyAggregator) -> AnyAggregator:
     def finalize(sums, state, params, key):
       inner, counts = sums
       result, state = call(rule.finalize, inner, state, params, key)
-      return _told(result, counts), state
+      return _with_trained(result, counts), state
 
     return rule._replace(
       zero=lambda params: (rule.zero(params), None),
@@ -105,17 +105,17 @@ def watched(aggregator: AnyAggregator) -> AnyAggregator:
 
   def aggregate(uploads, state, params, key):
     result, state = call(rule.aggregate, uploads, state, params, key)
-    return _told(result, _counts(uploads)), state
+    return _with_trained(result, _counts(uploads)), state
 
   return rule._replace(aggregate=aggregate)
 
 
 def begun(sums: Any, uploads: Uploads) -> Any:
-  """Sums of `watched(rule).zero` with counts in the shapes of the masks.
+  """Returns sums of `watched(rule).zero` with zero counts of the masks' shapes.
 
   Args:
-    sums: of `zero`.
-    uploads: of a block, or their shapes (`jax.eval_shape`).
+    sums: the result of `zero`.
+    uploads: those of a block, or their shapes (`jax.eval_shape`).
   """
   shapes = jax.eval_shape(_counts, uploads)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -123,7 +123,7 @@ def begun(sums: Any, uploads: Uploads) -> Any:
 
 
 def _counts(uploads: Uploads) -> Any:
-  """How many clients trained each entry, float32 in the shapes of the masks."""
+  """Counts the clients that trained each entry, float32, in masks' shapes."""
   counts = uploads.valid & (uploads.weight > 0)
 
   def leaf(u, m):
@@ -139,7 +139,7 @@ def _counts(uploads: Uploads) -> Any:
   )
 
 
-def _told(result: Aggregate, counts: Any) -> Aggregate:
+def _with_trained(result: Aggregate, counts: Any) -> Aggregate:
   if result.trained is not None:
     return result
   return result._replace(trained=jax.tree.map(lambda n: n > 0, counts))
@@ -155,10 +155,10 @@ def stepped(
   server: ServerOptimizer,
   labels: Any,
 ) -> ServerState:
-  """The server's state after a step; the one place where the sign changes.
+  """Returns the server's state after a step; only here the sign changes.
 
-  The optimizer moves the entries that were trained (`Aggregate.trained`), or
-  that the rule itself moved; all others keep their value, and their moments in
+  The optimizer moves the entries that were trained (`Aggregate.trained`) or
+  that the rule itself moved. All others keep their value, and their moments in
   every part of the optimizer's state that has the structure of the parameters.
   """
   shared = tree.select(state.params, labels, Shared)
@@ -183,13 +183,13 @@ def stepped(
 
 
 def _trained(trained: Any, shared: Any) -> Any:
-  """Booleans for every shared leaf: False where the updates have none."""
+  """Returns booleans for every shared leaf: False where updates have none."""
   none = tree.map_present(lambda _: jnp.bool_(False), shared)
   return tree.merge(tree.like(trained, shared), none)
 
 
 def _kept(new: Any, old: Any, params: Any, moved: Any) -> Any:
-  """The new optimizer state, the old one for entries that did not move."""
+  """Returns the new optimizer state, the old one for entries not moved."""
   treedef = jax.tree.structure(params)
   shapes = [jnp.shape(p) for p in jax.tree.leaves(params)]
   masks = jax.tree.leaves(moved)

@@ -1,4 +1,7 @@
-"""Rows as wide as the block needs: one program, several widths inside it."""
+"""Batches cut to the width that a block needs, inside one program.
+
+`narrowed` runs a function on rows of one of several widths.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,15 +16,15 @@ from fedjax_llm import batching
 def narrowed(
   run: Callable[[Any], Any], batches: Any, widths: Sequence[int]
 ) -> tuple[Any, jax.Array]:
-  """`run(batches)` on rows cut to the smallest width that holds every text.
+  """Returns `run(batches)` on rows cut to the smallest width that fits them.
 
-  Widths below T become branches of one `lax.switch`, T itself the last one:
-  the program holds the computation once a width, and does it once. Only
-  columns of padding are cut. Batches of something else than texts stay as they
-  are.
+  Widths below T become branches of one `lax.switch`, T itself the last one: the
+  program contains the computation once a width and runs one of them. Only
+  columns of padding are cut. Batches of other kinds than texts are not cut.
 
   Returns:
-    What `run` gives, and the token places [B, T] of a step that it was given.
+    The result of `run`, and the number of token places, B times the width, of a
+    step in the cut batches.
 
   >>> from fedjax_llm.types import Batch
   >>> ones = jnp.ones([2, 8], jnp.int32)

@@ -1,4 +1,7 @@
-"""Uploads: what travels between clients and server, and what it weighs."""
+"""Uploads: the coding of messages between clients and server, and their bytes.
+
+Builders return a `Codec`.
+"""
 
 from fedjax_llm.uploads.codecs import from_optax as from_optax
 from fedjax_llm.uploads.codecs import identity as identity

@@ -1,4 +1,7 @@
-"""Codecs that leave updates as they are, or pass them through optax."""
+"""Codecs of dense updates: unchanged, transformed by optax, or not sent.
+
+Builders return a `Codec`.
+"""
 
 import math
 from typing import Any
@@ -29,20 +32,20 @@ def _masked_bytes(leaf: jax.Array, mask: jax.Array | None) -> jax.Array:
   dense = _dense_bytes(leaf)
   if mask is None:
     return jnp.int32(dense)
-  # An entry of the mask stands for this many of the leaf: it broadcasts.
+  # An entry of the mask broadcasts to this many entries of the leaf.
   each = dense // max(math.prod(mask.shape), 1)
   return jnp.sum(mask, dtype=jnp.int32) * each
 
 
 def identity(entries: str = 'trained', bitmap: bool = False) -> Codec:
-  """The message is the tree itself, at the entries that need to travel.
+  """Returns a codec with the tree as the message, at the entries that travel.
 
   An upload sends the entries that were trained, a download those that the
   client holds (`entries='held'`: a value that is held but not trained has to
   arrive too). The others are zero in the message and cost nothing. Bytes are
   the entries inside the mask times the size of the leaf's dtype, exactly. Both
   sides know the masks, unless the client chose them: with `bitmap` each mask
-  that lets anything through costs a bit an entry as well.
+  that is not all False also costs a bit an entry.
 
   Raises:
     Error: `entries` is another word; a leaf of 2 GiB or more.
@@ -89,9 +92,9 @@ def identity(entries: str = 'trained', bitmap: bool = False) -> Codec:
 
 
 def known() -> Codec:
-  """Nothing travels: the receiver can compute all of it.
+  """Returns a codec that sends nothing: the receiver computes all of it.
 
-  As a download, for parameters that follow from a common seed.
+  As a download, for parameters that are drawn from a common seed.
 
   >>> codec = known()
   >>> message, _ = codec.encode({'a': jnp.ones(3)}, None, (), None)
@@ -111,10 +114,10 @@ def known() -> Codec:
 
 
 def from_optax(transform: optax.GradientTransformation) -> Codec:
-  """An optax transformation of updates as a codec.
+  """Returns an optax transformation of updates as a codec.
 
   The message is the transformed update, the client's upload state is the
-  state of the transformation, and what was not trained stays zero. The bytes
+  state of the transformation, and untrained entries stay zero. The bytes
   are those of the dense update. Clipping and gradient noise travel this way;
   a transformation that needs parameters (weight decay) does not. One that
   draws random numbers from a seed of its own draws the same for every client.

@@ -1,4 +1,7 @@
-"""Codecs that send the largest entries and where they are."""
+"""Codecs that send the largest entries and their places.
+
+`top_k` returns a `Codec`.
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -11,7 +14,7 @@ from fedjax_llm.types import Codec, Error
 
 
 class Sparse(NamedTuple):
-  """The k entries that travel of P: values in order, and their places.
+  """The k entries of P that travel: values in order, and their places.
 
   `where` is [k] int32 places, or a bitmap [ceil(P / 8)] uint8 where that is
   less.
@@ -22,25 +25,26 @@ class Sparse(NamedTuple):
 
 
 class SparseTree(NamedTuple):
-  """One choice over a whole tree; `shape` marks the leaves that are in it."""
+  """The entries chosen over a whole tree; `shape` marks the leaves in it."""
 
   entries: Sparse
   shape: Any  # empty arrays, None where a leaf is absent
 
 
 def top_k(density: float = 0.25, per: str = 'tree') -> Codec:
-  """The k = ceil(density P) entries of largest magnitude; the rest are zero.
+  """Returns a codec of the k = ceil(density P) entries of largest magnitude.
 
-  As an upload of an update, or as a download of parameters (then what the
-  client starts from is zero elsewhere). Nothing is remembered of what was left
-  out. Bytes are those of k values and of their places, as int32 or as a bitmap,
-  whichever is less; a density of one sends the entries alone.
+  All other entries are zero. It codes an upload of an update, or a download of
+  parameters (the client's start is then zero elsewhere). There is no error
+  feedback: the entries left out are lost. Bytes are those of k values and of
+  their places, as int32 or as a bitmap, whichever is less; a density of one
+  sends the entries alone.
 
   Args:
     density: the share of entries that travel, in (0, 1].
-    per: over what the k entries are chosen: 'tree' takes all leaves together
-      as FLASC does (arXiv 2406.05233), 'leaf' each leaf for itself, so that
-      none is starved.
+    per: the set from which the k entries are chosen: 'tree' takes all leaves
+      together as FLASC does (arXiv 2406.05233), 'leaf' each leaf by itself, so
+      that every leaf sends some.
 
   Raises:
     Error: a density out of range; `per` is another word.

@@ -126,16 +126,16 @@ def noisy(clip, noise) -> Codec:
   """Updates clipped to a norm, then N(0, noise^2) on all that was trained."""
   inner = fl.uploads.identity()
 
-  def encode(update, masks, state, key):
-    message, state = inner.encode(update, masks, state, key)
+  def encode(update, masks, state, context):
+    message, state = inner.encode(update, masks, state, context)
     shrink = jnp.minimum(1.0, clip / (fl.tree.norm(message) + 1e-12))
     leaves, treedef = jax.tree.flatten(message)
     drawn = [
       shrink * x
-      + noise * jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+      + noise * jax.random.normal(jax.random.fold_in(context.key, i), x.shape, x.dtype)
       for i, x in enumerate(leaves)
     ]
-    return inner.encode(jax.tree.unflatten(treedef, drawn), masks, state, key)
+    return inner.encode(jax.tree.unflatten(treedef, drawn), masks, state, context)
 
   return inner._replace(encode=encode)
 

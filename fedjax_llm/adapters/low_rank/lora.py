@@ -69,6 +69,7 @@ def rslora(
   Array([8., 8.], dtype=float32)
   """
   inner = _low_rank(rank, alpha / max(rank, 1) ** 0.5, targets)
+  inner = inner._replace(peft={'use_rslora': True})
   return saved_beside(inner, modules_to_save)
 
 

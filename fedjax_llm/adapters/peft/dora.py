@@ -33,6 +33,8 @@ def split(params: Params) -> tuple[Params, dict[Path, Any]]:
 
   def take(path, leaf):
     path = tuple(getattr(key, 'key', key) for key in path)
+    if protocol.replacement(leaf)[0]:  # a weight that is written whole
+      return leaf
     try:
       form = protocol.peft(leaf)
     except Error as error:

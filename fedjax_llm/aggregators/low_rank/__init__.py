@@ -1,4 +1,4 @@
-"""Rules on low-rank factors, and the algebra that they share."""
+"""Aggregators of low-rank factors, and the algebra that they share."""
 
 from fedjax_llm.aggregators.low_rank.algebra import check_split as check_split
 from fedjax_llm.aggregators.low_rank.algebra import dense as dense

@@ -1,10 +1,12 @@
-"""The low-rank algebra: stacks of products s_k a_k b_k without their matrices.
+"""Low-rank algebra: functions on stacks of products s_k a_k b_k of factors.
+
+Most return a `LowRank` node; only `dense` makes a matrix of [D, F].
 
 A stack of `LowRank` nodes has a of [K, ..., D, R], b of [K, ..., R, F] and
 scale of [K, ...]; the dots are the layers, and everything is batched over them.
-A weight [K] sums to one (`tree.normalise`). Only `dense` makes a matrix of
-[D, F]. All in float32 with full-precision products: accelerators would round
-the factors to TF32 or bfloat16.
+A weight [K] sums to one (`tree.normalise`). All is computed in float32 with
+full-precision products: accelerators would round the factors to TF32 or
+bfloat16.
 """
 
 import jax
@@ -16,12 +18,12 @@ from fedjax_llm.types import Error
 
 
 def is_node(x: object) -> bool:
-  """True for the nodes on which this algebra works."""
+  """Returns True for a `LowRank` node."""
   return isinstance(x, LowRank)
 
 
 def dot(x: jax.Array, y: jax.Array) -> jax.Array:
-  """x @ y in float32, batched, nothing rounded on the way."""
+  """Returns x @ y in float32, batched, in full precision."""
   wide = lambda z: z.astype(jnp.float32)
   return jnp.matmul(wide(x), wide(y), precision=jax.lax.Precision.HIGHEST)
 
@@ -31,18 +33,18 @@ def _transpose(x: jax.Array) -> jax.Array:
 
 
 def _of(weight: jax.Array, stacked: jax.Array) -> jax.Array:
-  """[K] against [K, ...]."""
+  """Reshapes a weight [K] to broadcast against [K, ...]."""
   return weight.reshape((-1,) + (1,) * (stacked.ndim - 1))
 
 
 def _side_by_side(a: jax.Array) -> jax.Array:
-  """[K, ..., D, R] to [..., D, K R]."""
+  """Concatenates factors a [K, ..., D, R] to [..., D, K R]."""
   a = jnp.moveaxis(a, 0, -2)
   return a.reshape(*a.shape[:-2], -1)
 
 
 def _one_over_other(b: jax.Array) -> jax.Array:
-  """[K, ..., R, F] to [..., K R, F]."""
+  """Concatenates factors b [K, ..., R, F] to [..., K R, F]."""
   b = jnp.moveaxis(b, 0, -3)
   return b.reshape(*b.shape[:-3], -1, b.shape[-1])
 
@@ -51,7 +53,7 @@ def _one_over_other(b: jax.Array) -> jax.Array:
 
 
 def stack(nodes: LowRank, weight: jax.Array) -> LowRank:
-  """One node whose product is exactly sum_k w_k s_k a_k b_k.
+  """Returns one node with the exact product sum_k w_k s_k a_k b_k.
 
       a = [a_1 ... a_K]    [..., D, K R]
       b = [w_1 s_1 b_1; ...; w_K s_K b_K]    [..., K R, F],    scale = 1
@@ -74,10 +76,10 @@ def stack(nodes: LowRank, weight: jax.Array) -> LowRank:
 
 
 def mean(nodes: LowRank, weight: jax.Array) -> LowRank:
-  """The means of the factors, sum_k w_k a_k and sum_k w_k b_k (FedIT).
+  """Returns the means of the factors, sum_k w_k a_k and sum_k w_k b_k (FedIT).
 
-  Its product is not the mean of the products: see `residual`. The scale is
-  that of the first client: scales are never averaged.
+  The product of the means is not the mean of the products: see `residual`. The
+  scale is that of the first client: scales are never averaged.
   """
   a, b = tree.weighted_sum((nodes.a, nodes.b), weight)
   return LowRank(a, b, nodes.scale[0])
@@ -86,17 +88,17 @@ def mean(nodes: LowRank, weight: jax.Array) -> LowRank:
 def residual(
   nodes: LowRank, weight: jax.Array, served: LowRank | None = None
 ) -> LowRank:
-  """What the served factors miss: sum_k w_k s_k a_k b_k - s a b, in factors.
+  """Returns the error of served factors: sum_k w_k s_k a_k b_k - s a b.
 
-  With s b'_k = s_k b_k it is
+  The result is a node. With s b'_k = s_k b_k it is
 
       sum_k w_k (a_k - a)(b'_k - b) + a (sum_k w_k b'_k - b)
         + (sum_k w_k a_k - a) b
 
   times s. Where a and b are the means the last two terms vanish and the first
   is the weighted covariance of the factors between clients, of rank at most
-  (K - 1) R; nothing large is subtracted from anything large. `served=None`
-  takes the means and keeps K R columns, otherwise there are (K + 2) R.
+  (K - 1) R; no two large numbers are subtracted. `served=None` takes the means
+  and returns K R columns, otherwise there are (K + 2) R.
   """
   exact = served is None
   served = mean(nodes, weight) if exact else served
@@ -117,7 +119,7 @@ def residual(
 
 
 def dense(node: LowRank) -> jax.Array:
-  """scale a b, [..., D, F]; a residual of the node is left aside."""
+  """Returns scale a b, [..., D, F], without the node's residual."""
   return dot(node.a, node.b) * node.scale[..., None, None]
 
 
@@ -128,19 +130,19 @@ def svd_round(
   scale: jax.Array | None = None,
   split: str = 'b',
 ) -> LowRank:
-  """The nearest product of that rank in the Frobenius norm (Eckart, Young).
+  """Returns the nearest product of a rank in Frobenius norm (Eckart, Young).
 
-  By QR of either factor and an SVD of the small matrix between; a side that is
-  no longer than the rank of the node stays as it is, so nothing is ever larger
-  than the smaller of both. Its first r columns are the best product of rank r
-  for every r <= `rank`, so truncating it serves clients of any rank.
+  It takes the QR of either factor and an SVD of the small matrix between. A
+  factor with a side no longer than the node's rank stays as it is, so no matrix
+  exceeds the smaller of both. The first r columns of the result are the best
+  product of rank r for every r <= `rank`, so they serve clients of any rank.
 
   Args:
     node: usually a `stack`, rank Q = K R.
     rank: columns of the result; zeros fill those beyond the sides.
     scale: of the result, [...]; that of the node if None.
-    split: where the singular values go: 'b' (a has orthonormal columns, as in
-      FlexLoRA, arXiv 2402.11505), 'a', or 'both' (a root to each).
+    split: the factor that takes the singular values: 'b' (a has orthonormal
+      columns, as in FlexLoRA, arXiv 2402.11505), 'a', or 'both' (a root each).
 
   Raises:
     Error: `split` is another word; a rank below one.
@@ -174,12 +176,13 @@ def svd_round(
 
 
 def check_split(name: str, split: str) -> None:
+  """Raises `Error` if `split` is not 'a', 'b' or 'both'."""
   if split not in ('a', 'b', 'both'):
     raise Error(f"{name}: split={split!r} is none of 'a', 'b', 'both'.")
 
 
 def _qr(x: jax.Array) -> tuple[jax.Array | None, jax.Array]:
-  """x = q r; q is None, the identity, where it would not make x smaller."""
+  """Returns x = q r; q is None, the identity, if r would not be smaller."""
   if x.shape[-1] >= x.shape[-2]:
     return None, x
   return linalg.qr(x)
@@ -190,7 +193,7 @@ def _grams(node: LowRank) -> tuple[jax.Array, jax.Array]:
 
 
 def fro_norm(node: LowRank) -> jax.Array:
-  """||scale a b||_F = |scale| sqrt(tr((a'a)(b b'))), [...].
+  """Returns ||scale a b||_F = |scale| sqrt(tr((a'a)(b b'))), [...].
 
   >>> node = LowRank(jnp.ones((4, 1)), jnp.ones((1, 9)), jnp.float32(-2.0))
   >>> float(fro_norm(node))
@@ -202,17 +205,17 @@ def fro_norm(node: LowRank) -> jax.Array:
 
 
 def effective_rank(node: LowRank) -> jax.Array:
-  """(sum_i s_i^2)^2 / sum_i s_i^4 of the singular values of a b, [...].
+  """Returns (sum_i s_i^2)^2 / sum_i s_i^4 of a b's singular values, [...].
 
   The participation ratio: r for r equal singular values, 1 if one dominates,
-  0 for a product that is zero. From Gram matrices alone.
+  0 for a product that is zero. It is computed from Gram matrices.
 
   >>> node = LowRank(jnp.eye(5), 3 * jnp.eye(5), jnp.ones(()))
   >>> round(float(effective_rank(node)), 4)
   5.0
   """
   aa, bb = _grams(node)
-  # Norms first: the fourth powers would leave float32's range.
+  # Normalised first: the fourth powers would leave float32's range.
   aa, bb = (
     g / jnp.maximum(_trace(g), 1e-30)[..., None, None] for g in (aa, bb)
   )
@@ -231,15 +234,15 @@ def _trace(x: jax.Array) -> jax.Array:
 def ridge(
   nodes: LowRank, weight: jax.Array, served: LowRank, penalty: float
 ) -> jax.Array:
-  """The correction c of b that brings a (b + c) nearest the mean product.
+  """Returns the correction c that brings a (b + c) nearest the mean product.
 
       min_c || sum_k w_k a_k b_k - a (b + c) ||^2 + penalty ||c||^2
       c = (a'a + penalty I)^-1 a' (sum_k w_k a_k b_k - a b)    [..., R, F]
 
   The closed form of LoRA-FAIR's server problem (Bian et al. 2025, arXiv
   2411.14961, section 4.2) in squared Frobenius norms. Scales that differ
-  between clients are taken relative to the served one. Through matrices of
-  [R, K R] and [R, R].
+  between clients are taken relative to the served one. It is computed through
+  matrices of [R, K R] and [R, R].
 
   Raises:
     Error: a penalty that is not positive: a'a may be singular.

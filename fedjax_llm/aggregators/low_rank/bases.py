@@ -1,4 +1,7 @@
-"""Rules that choose the basis of the factors anew, or align clients' bases."""
+"""Rules that choose a new basis of the factors, or align clients' bases.
+
+Builders return an `Aggregator`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +21,15 @@ from fedjax_llm.types import Aggregate, Aggregator, Error, Traits
 
 
 def flexlora(*, split: str = 'b') -> Aggregator:
-  """FlexLoRA: the best factors of the server's rank for the mean product.
+  """Returns FlexLoRA: the best factors of the server's rank of a mean product.
 
       s a b = SVD_R(sum_k w_k s_k a_k b_k)
 
   Columns come in the order of their singular values, so a client of rank r
   that holds the first r receives the best product of rank r (Bai et al. 2024,
-  arXiv 2402.11505, section 3.2). Never forms the product:
-  `low_rank.svd_round`, whose `split` this is: 'b' as in the paper, 'a' as in
-  NVIDIA FLARE's HLoRA aggregator.
+  arXiv 2402.11505, section 3.2). The product is never formed:
+  `low_rank.svd_round`. Its `split` is 'b' in the paper, 'a' in NVIDIA FLARE's
+  HLoRA aggregator.
 
   Raises:
     Error: `split` is another word; from the round, a factor that is
@@ -54,7 +57,7 @@ def flexlora(*, split: str = 'b') -> Aggregator:
 
 
 def fedsvd(*, every: int = 1) -> Aggregator:
-  """FedSVD: the product of the means, factored anew by its SVD.
+  """Returns FedSVD: the product of the means, factored by its SVD.
 
       s a b = U S V':   a <- U,   b <- S V' / s
 
@@ -95,17 +98,17 @@ def fedsvd(*, every: int = 1) -> Aggregator:
 
 
 def fedrot(*, strength: float = 1.0, first: str = 'a') -> Aggregator:
-  """FedRot-LoRA: clients' factors are turned onto the server's, then averaged.
+  """Returns FedRot-LoRA: the mean of factors rotated onto the server's.
 
       U S V' = svd(a_k' a)  or  svd(b_k b'),   R_k = U V' (a rotation),
       R_k <- nearest rotation of (1 - strength) I + strength R_k
       a <- sum_k w_k a_k R_k,   b <- sum_k w_k R_k' b_k
 
-  where a and b are what the server had. A client's product a_k b_k stays as it
-  is, and the mean loses less of it (Zhang et al. 2026, arXiv 2602.23638, and
-  the authors' code, whose choices these are: rounds take turns between the
-  factor that is aligned, a reflection is made a rotation by the last singular
-  vector, and the first round, where b was zero, is not turned). For clients of
+  where a and b are the server's factors before the round. A client's product
+  a_k b_k stays as it is, and the mean loses less of it (Zhang et al. 2026,
+  arXiv 2602.23638). As in the authors' code, rounds alternate between the
+  factors to align, a reflection is made a rotation by the last singular vector,
+  and there is no rotation in the first round, where b was zero. For clients of
   one rank.
 
   Args:
@@ -149,7 +152,7 @@ def fedrot(*, strength: float = 1.0, first: str = 'a') -> Aggregator:
 
 
 def _rotation(m: jax.Array) -> jax.Array:
-  """The rotation nearest to m, [..., R, R]."""
+  """Returns the rotation nearest to m, [..., R, R]."""
 
   def nearest(x):
     u, _, v = jnp.linalg.svd(x)
@@ -161,7 +164,7 @@ def _rotation(m: jax.Array) -> jax.Array:
 
 
 def _counting(name, rule, traits, *, assigns) -> Aggregator:
-  """A rule on nodes that also sees how many rounds there were, `count`."""
+  """Returns an aggregator of a rule that also takes the number of rounds."""
 
   def init(params, key):
     del params, key

@@ -1,9 +1,9 @@
 """Aggregators from a rule on one low-rank node.
 
-A rule sees the factors as the clients hold them (`tree.whole`): a client of a
-smaller rank holds zeros beyond it. Leaves outside of `LowRank` nodes (norms,
-heads) get the weighted mean of their updates. What a rule assigns does not meet
-the server optimizer.
+`by_node` returns an `Aggregator`. The rule takes the factors as the clients
+hold them (`tree.whole`): a client of a smaller rank holds zeros beyond it.
+Leaves outside of `LowRank` nodes (norms, heads) get the weighted mean of their
+updates. The server optimizer does not change values that a rule assigns.
 """
 
 import zlib
@@ -23,23 +23,23 @@ NOTHING = LowRank(None, None, None)
 
 
 class Seen(NamedTuple):
-  """What a rule on one node sees."""
+  """The argument of a rule on one node."""
 
   nodes: LowRank  # [K, ...] whole factors
   weight: jax.Array  # [K], sums to one
-  server: LowRank  # what the server has
+  server: LowRank  # the server's node before the round
   update: LowRank  # weighted mean of the updates; None where nothing travels
   held: jax.Array  # [K, ..., R] bool: the columns of each client that counts
   key: Key
 
   def served(self) -> LowRank:
-    """The server's node once the mean update is added."""
+    """Returns the server's node plus the mean update."""
     now = LowRank(self.server.a, self.server.b, self.server.scale)
     return tree.add(now, self.update)
 
 
 class Added(NamedTuple):
-  """What rounds have added to the base at one node, int32."""
+  """Rank and bytes of all residuals added to the base at one node, int32."""
 
   rank: Any  # [...] of all rounds so far
   factors: Any  # [] bytes of a rank
@@ -58,7 +58,7 @@ class Added(NamedTuple):
 
 
 def _missed(state: Any, seen: Any) -> tuple[Any, Any]:
-  """Bytes of what was added since a client has `seen` the ranks, and these."""
+  """Returns the bytes added since a client's `seen`, and its new `seen`."""
   is_added = lambda x: isinstance(x, Added)
   ranks = jax.tree.map(lambda x: x.rank, state, is_leaf=is_added)
   before = tree.zeros_like(ranks) if type(seen) is tuple else seen
@@ -86,13 +86,13 @@ def by_node(
   assigns: bool = False,
   rank_down: Callable[[jax.Array], Any] | None = None,
 ) -> Aggregator:
-  """An aggregator from a rule on single nodes.
+  """Returns an aggregator from a rule on single nodes.
 
-  `assigns` says that both factors are written, so both have to travel;
+  With `assigns` the rule writes both factors, so both have to travel;
   `rank_down(held [K, ..., R])` is the rank [...] of the residual that a round
   adds to the base. The state is the rank of all residuals so far, and a client
-  receives what was added since it last took part: as factors of these ranks or
-  as one dense matrix, whichever is less.
+  receives the residuals added since it last took part: as factors of these
+  ranks or as one dense matrix, whichever is less.
   """
 
   def init(params, key):
@@ -115,7 +115,7 @@ def by_node(
 
   def aggregate(uploads, state, params, key):
     counts = counted(uploads)
-    anybody = jnp.any(counts)
+    some_weight = jnp.any(counts)
     weight = tree.normalise(weights(uploads))
     mean = tree.weighted_mean(uploads.update, weight)
 
@@ -130,9 +130,9 @@ def by_node(
       down = None
       if rank_down is not None:
         rank = jnp.broadcast_to(rank_down(columns), p.a.shape[:-2])
-        down = jnp.where(anybody, rank, 0).astype(jnp.int32)
+        down = jnp.where(some_weight, rank, 0).astype(jnp.int32)
       change = done.delta, done.assign or NOTHING
-      return _or_nothing(anybody, *change, p), down
+      return _or_nothing(some_weight, *change, p), down
 
     outcome = jax.tree_util.tree_map_with_path(
       leaf,
@@ -162,14 +162,14 @@ def by_node(
 
 
 def _or_nothing(
-  anybody: jax.Array, delta: LowRank, assign: LowRank, server: LowRank
+  some_weight: jax.Array, delta: LowRank, assign: LowRank, server: LowRank
 ) -> Aggregate:
-  """The outcome in the server's dtypes; no change where nobody counts."""
+  """Returns the outcome in the server's dtypes; none if no client counts."""
   delta, assign = _as(delta, server), _as(assign, server)
   old = server
   if server.residual is None and assign.residual is not None:
     old = server._replace(residual=jnp.zeros_like(assign.residual))
-  keep = lambda new, old: jnp.where(anybody, new, old)
+  keep = lambda new, old: jnp.where(some_weight, new, old)
   return Aggregate(
     tree.map_present(lambda d: keep(d, jnp.zeros_like(d)), delta),
     tree.map_present(keep, assign, old),
@@ -200,7 +200,7 @@ def _check(
 
 
 def _columns(held: jax.Array | None, a: jax.Array, valid: jax.Array):
-  """The columns of a [K, ..., D, R] that each client in `valid` holds."""
+  """Returns the columns of a [K, ..., D, R] held by each client in `valid`."""
   shape = (*a.shape[:-2], a.shape[-1])
   mask = jnp.bool_(True) if held is None else tree.rows(held, a)
   mask = jnp.any(jnp.broadcast_to(mask, a.shape), axis=-2)
@@ -208,18 +208,19 @@ def _columns(held: jax.Array | None, a: jax.Array, valid: jax.Array):
 
 
 def per_client(weight: jax.Array, like: jax.Array) -> jax.Array:
-  """[K] against [K, ...]."""
+  """Reshapes a weight [K] to broadcast against [K, ...]."""
   return weight.reshape((-1,) + (1,) * (like.ndim - 1))
 
 
 def grown(server: LowRank, change: jax.Array) -> jax.Array:
+  """Returns the server's residual plus a change [..., D, F]."""
   return change if server.residual is None else server.residual + change
 
 
 def moved_to_mean(
   seen: Seen, nodes: LowRank, share: jax.Array, held: jax.Array | None = None
 ) -> LowRank:
-  """What brings the server to sum_k share_k of the factors; share [K, ...].
+  """Returns the delta to sum_k share_k of the factors; share [K, ...].
 
   With `held` [K, ..., R], columns that no client with a share holds stay.
   """

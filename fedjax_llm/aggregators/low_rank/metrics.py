@@ -1,4 +1,7 @@
-"""What a round did to low-rank factors, told beside the losses."""
+"""Metrics of the aggregation of low-rank factors.
+
+`measure` returns the error, drift and effective rank of one round.
+"""
 
 from typing import Any
 
@@ -13,7 +16,7 @@ from fedjax_llm.types import Metrics, Params, Uploads
 
 
 def measure(uploads: Uploads, old: Params, new: Params) -> Metrics:
-  """The error of an aggregation, the clients' drift, the rank of their mean.
+  """Returns the error, drift and effective rank of one aggregation, as metrics.
 
   With `uploads.weight` and the clients' whole factors, over all `LowRank` nodes
   whose factors travel:
@@ -27,20 +30,20 @@ def measure(uploads: Uploads, old: Params, new: Params) -> Metrics:
                                   / sum_k w_k ||u_k||^2): 0 if all agree
       aggregators/drift_by_layer  the same for each layer, [L]
 
-  What is served is s a b and what the round added to the residual. `fed_opt`
-  puts the weights of its rule (`Aggregator.weights`) in place of those of the
-  round, so an unweighted rule is measured against the unweighted mean. Where
-  nobody has a weight all of them are 0. Through
-  Gram matrices, or through the residual where there is one; in float32 they
-  resolve errors down to about 1e-3 where a rule changes the basis. Nodes with a
-  private factor have no common product and are left out, and what is told by
-  layer where nodes differ in their number of layers.
+  `served` is s a b plus what the round added to the residual. `fed_opt` puts
+  the weights of its rule (`Aggregator.weights`) in place of those of the round,
+  so an unweighted rule is measured against the unweighted mean. All metrics are
+  0 where no client has a positive weight. Norms are computed through Gram
+  matrices, or through the residual where there is one; in float32 they resolve
+  errors down to about 1e-3 where a rule changes the basis. Nodes with a private
+  factor have no common product and are left out. The metrics by layer are left
+  out where nodes differ in their number of layers.
 
   >>> from fedjax_llm.aggregators import received
   >>> node = lambda a, b: LowRank(*jnp.float32([[[a]], [[b]]]), jnp.float32(1))
   >>> sent = received(node(1, 0), [node(1, 2), node(3, 4)])
-  >>> told = measure(sent, node(1, 0), node(2, 3))  # 7 wanted, 6 served
-  >>> round(float(told['aggregators/error']), 4)
+  >>> metrics = measure(sent, node(1, 0), node(2, 3))  # 7 wanted, 6 served
+  >>> round(float(metrics['aggregators/error']), 4)
   0.1429
   """
   if isinstance(old, Controlled):
@@ -55,9 +58,9 @@ def measure(uploads: Uploads, old: Params, new: Params) -> Metrics:
     )
     old, new = own(old), own(new)
   weight = tree.normalise(by_weight(uploads))
-  anybody = jnp.any(weight > 0)
-  told = {'aggregators/drift': drift(uploads.update, weight)}
-  found = []
+  some_weight = jnp.any(weight > 0)
+  metrics = {'aggregators/drift': drift(uploads.update, weight)}
+  measured = []
   for before, after, nodes, update, trained in _nodes(
     old, new, tree.whole(uploads), uploads.update, uploads.masks.trained
   ):
@@ -66,33 +69,33 @@ def measure(uploads: Uploads, old: Params, new: Params) -> Metrics:
       for mask, got in ((trained.a, update.a), (trained.b, update.b))
     )
     if sent:
-      found.append((*error(nodes, weight, before, after), nodes, update))
-  if not found:
-    return told
-  squares = [(jnp.square(e), jnp.square(w)) for e, w, *_ in found]
-  # Without a weight nothing is wanted, and what is served is no error.
-  squares = [(jnp.where(anybody, e, 0), w) for e, w in squares]
+      measured.append((*error(nodes, weight, before, after), nodes, update))
+  if not measured:
+    return metrics
+  squares = [(jnp.square(e), jnp.square(w)) for e, w, *_ in measured]
+  # Without a positive weight the wanted product is zero: there is no error.
+  squares = [(jnp.where(some_weight, e, 0), w) for e, w in squares]
   total = lambda i: sum(jnp.sum(s[i]) for s in squares)
-  told['aggregators/error'] = _ratio(total(0), total(1))
-  shapes = {e.shape for e, *_ in found}
+  metrics['aggregators/error'] = _ratio(total(0), total(1))
+  shapes = {e.shape for e, *_ in measured}
   if len(shapes) == 1 and len(next(iter(shapes))) == 1:
     by_layer = lambda i: sum(s[i] for s in squares)
-    told['aggregators/error_by_layer'] = _ratio(by_layer(0), by_layer(1))
-    told['aggregators/drift_by_layer'] = drift(
-      [(update.a, update.b) for *_, update in found], weight, axes=2
+    metrics['aggregators/error_by_layer'] = _ratio(by_layer(0), by_layer(1))
+    metrics['aggregators/drift_by_layer'] = drift(
+      [(update.a, update.b) for *_, update in measured], weight, axes=2
     )
   ranks = [
     jnp.ravel(low_rank.effective_rank(low_rank.stack(nodes, weight)))
-    for _, _, nodes, _ in found
+    for _, _, nodes, _ in measured
   ]
-  told['aggregators/effective_rank'] = jnp.mean(jnp.concatenate(ranks))
-  return told
+  metrics['aggregators/effective_rank'] = jnp.mean(jnp.concatenate(ranks))
+  return metrics
 
 
 def error(
   nodes: LowRank, weight: jax.Array, before: LowRank, after: LowRank
 ) -> tuple[jax.Array, jax.Array]:
-  """||served - wanted||_F and ||wanted||_F of one node, [...] each."""
+  """Returns ||served - wanted||_F and ||wanted||_F of one node, [...] each."""
   wanted = low_rank.stack(nodes, weight)
   if after.residual is None:
     missed = low_rank.fro_norm(low_rank.residual(nodes, weight, after))
@@ -106,9 +109,10 @@ def error(
 
 
 def drift(update: Any, weight: jax.Array, axes: int = 1) -> jax.Array:
-  """How far updates [K, ...] lie from their mean, from 0 to 1.
+  """Returns the distance of updates [K, ...] from their mean, from 0 to 1.
 
-  With `axes=2` updates are [K, L, ...], and it is told for each layer, [L].
+  With `axes=2` updates are [K, L, ...], and the result is one number for each
+  layer, [L].
   """
   mean = tree.weighted_sum(update, weight)
   rows = lambda x: jnp.sum(
@@ -121,14 +125,14 @@ def drift(update: Any, weight: jax.Array, axes: int = 1) -> jax.Array:
 
 
 def _ratio(above: Any, below: Any) -> jax.Array:
-  """sqrt(above / below); 0 where both are zero."""
+  """Returns sqrt(above / below); 0 where both are zero."""
   some = below > 0
   root = jnp.sqrt(above / jnp.where(some, below, 1.0))
   return jnp.where(some, root, jnp.where(above > 0, jnp.inf, 0.0))
 
 
 def _nodes(first: Any, *rest: Any) -> list[tuple[LowRank, ...]]:
-  """The `LowRank` nodes of trees of one structure, side by side."""
+  """Returns the `LowRank` nodes of trees of one structure, side by side."""
   leaves, treedef = jax.tree.flatten(
     first, is_leaf=lambda x: x is None or low_rank.is_node(x)
   )

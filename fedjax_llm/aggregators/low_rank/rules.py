@@ -1,4 +1,7 @@
-"""Rules on whole factors: exact, corrected, and of clients of mixed ranks."""
+"""Rules on whole factors: exact, corrected, and for clients of mixed ranks.
+
+Builders return an `Aggregator`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -21,20 +24,20 @@ from fedjax_llm.types import Aggregate, Aggregator, Error, Traits, known
 def fedex(
   *, weighted: bool = False, residual_rank: int | None = None
 ) -> Aggregator:
-  """FedEx-LoRA: the mean of the factors, and the base takes what it misses.
+  """Returns FedEx-LoRA: the mean of the factors, with its error in the base.
 
       a = mean a_k,  b = mean b_k,  W0 <- W0 + s (mean a_k b_k - a b)
 
-  so that the effective weights are the mean of the clients' effective weights
-  exactly (Singhal et al. 2025, arXiv 2410.09432, section 4). The residual has
+  so that the effective weights are exactly the mean of the clients' effective
+  weights (Singhal et al. 2025, arXiv 2410.09432, section 4). The residual has
   rank (K - 1) R at most. A client receives the residuals of all rounds since it
   last took part, as factors of their ranks or as one matrix where that is less;
-  it keeps how far it has come. Exact while the server adds the mean as it is
-  (`server.sgd(1.0)`) and clients receive what the server holds.
+  its state records the ranks received. The rule is exact while the server adds
+  the mean as it is (`server.sgd(1.0)`) and downloads are not compressed.
 
   Args:
-    weighted: by the clients' weights; False, every client the same, is what
-      the authors' code does.
+    weighted: by the clients' weights; False, every client the same, as in the
+      authors' code.
     residual_rank: keep only the best product of that rank of the residual;
       None keeps all of it.
 
@@ -78,22 +81,24 @@ def fedex(
 
 
 def flora() -> Aggregator:
-  """FLoRA: the stacked product goes into the base, and factors start afresh.
+  """Returns FLoRA: the stacked product goes into the base; factors start anew.
 
       W0 <- W0 + sum_k w_k s_k a_k b_k,   a ~ U(+-1/sqrt(D)),   b = 0
 
   exact for any mix of ranks (Wang et al. 2024, arXiv 2409.05976, section 3.2).
-  The stack, whose rank is the sum of the clients', goes down, with those of the
-  rounds that a client missed, or one dense change where that is less. The new a
-  is drawn from the round's key, as in `adapters.lora`.
+  The download is the stack, with the sum of the clients' ranks as its rank, and
+  the stacks of the rounds that a client missed, or one dense change where that
+  is less. The new a is drawn from the round's key, as in `adapters.lora`.
 
   Raises:
     Error: from the round, a factor that is frozen or private.
 
   >>> from fedjax_llm.aggregators import received
   >>> node = lambda a, b: LowRank(*jnp.float32([[[a]], [[b]]]), jnp.float32(1))
-  >>> server, sent = node(1, 0), received(node(1, 0), [node(1, 2), node(3, 4)])
-  >>> new = flora().aggregate(sent, (), server, jax.random.key(0))[0].assign
+  >>> server, rule, key = node(1, 0), flora(), jax.random.key(0)
+  >>> sent = received(server, [node(1, 2), node(3, 4)])
+  >>> state = rule.init(server, key)
+  >>> new = rule.aggregate(sent, state, server, key)[0].assign
   >>> new.residual.item(), new.b.item()  # (1 * 2 + 3 * 4) / 2
   (7.0, 0.0)
   """
@@ -116,15 +121,15 @@ def flora() -> Aggregator:
 
 
 def lora_fair(*, penalty: float = 0.01) -> Aggregator:
-  """LoRA-FAIR: the mean factors, with b corrected towards the mean product.
+  """Returns LoRA-FAIR: mean factors, with b corrected to the mean product.
 
       a = mean a_k,   b = mean b_k + c,
       c = argmin ||mean a_k b_k - a (mean b_k + c)||^2 + penalty ||c||^2
 
-  (Bian et al. 2025, arXiv 2411.14961, section 4.) The paper leaves the distance
-  open; in squared Frobenius norms c has the closed form of `low_rank.ridge`,
-  through matrices of the size of the rank. Kernels here are (in, out), so this
-  b is their B transposed.
+  (Bian et al. 2025, arXiv 2411.14961, section 4.) The paper does not fix the
+  distance; in squared Frobenius norms c has the closed form of
+  `low_rank.ridge`, through matrices of the size of the rank. Kernels here are
+  (in, out), so this b is the paper's B transposed.
 
   Args:
     penalty: lambda, on factors without the scale.
@@ -156,13 +161,13 @@ def lora_fair(*, penalty: float = 0.01) -> Aggregator:
 def zero_padding(
   *, weighted: bool = True, keep_unheld: bool = True
 ) -> Aggregator:
-  """The mean of whole factors, in which a client's missing ranks are zeros.
+  """Returns the mean of whole factors, with zeros for clients' missing ranks.
 
       a = sum_k w_k [a_k 0],   b = sum_k w_k [b_k; 0]
 
-  Unlike `masked_mean('weight')`, where a client without a rank votes for no
-  change, it votes here for zero, as in papers that pad. With full ranks it is
-  the mean.
+  A client without a rank counts with the value zero, as in papers that pad; in
+  `masked_mean('weight')` it counts with no change. With full ranks it is the
+  mean.
 
   Args:
     weighted: by the clients' weights; False counts all clients the same.
@@ -192,23 +197,22 @@ def zero_padding(
 def norm_weighted(
   *, per: str = 'client', keep_unheld: bool = True
 ) -> Aggregator:
-  """HetLoRA's mean: clients weigh as much as the product that they learned.
+  """Returns HetLoRA's mean, weighted by the norms of the clients' products.
 
       p_k = ||s_k a_k b_k||_F / sum_j ||s_j a_j b_j||_F,
       a = sum_k p_k a_k,   b = sum_k p_k b_k
 
   of factors that are padded with zeros to the server's rank (Cho et al. 2024,
-  arXiv 2401.06432, section 3.2). The paper does not say over what the norm
-  runs: 'client' takes all products of a client together, 'target' each layer of
-  each target for itself. Where all products are zero, and with 'target' on
-  leaves outside of `LowRank` nodes and in metrics, the weights of the round
-  serve.
+  arXiv 2401.06432, section 3.2). The paper does not define the range of the
+  norm: 'client' takes all products of a client together, 'target' each layer of
+  each target by itself. The weights of the round apply where all products are
+  zero, and, with 'target', on leaves outside of `LowRank` nodes and in metrics.
 
   Args:
     per: 'client' or 'target'.
     keep_unheld: ranks that no client with a share holds keep the server's
-      value. False is the paper's formula, which sets them to zero for good
-      (see `zero_padding`).
+        value. False is the paper's formula, which sets them to zero permanently
+        (see `zero_padding`).
 
   Raises:
     Error: `per` is another word; from the round, a private factor.
@@ -260,14 +264,14 @@ def norm_weighted(
 
 
 def replication(*, weighted: bool = True) -> Aggregator:
-  """Ranks that a client lacks are filled in with those of the largest clients.
+  """Returns the mean, with missing ranks copied from the largest clients.
 
       a_k[:, i] <- sum_{j in top} w_j a_j[:, i] / sum_{j in top} w_j
 
   for every column i that client k does not hold, the rows of b likewise; then
-  the weighted mean. The top are the clients that hold the most ranks (Byun and
-  Lee 2025, arXiv 2406.17477, who have clients of two sizes: there it is the
-  mean over the holders). Ranks that nobody holds keep what the server has.
+  the weighted mean. `top` are the clients that hold the most ranks (Byun and
+  Lee 2025, arXiv 2406.17477, with clients of two sizes: there it is the mean
+  over the holders). Ranks that no client holds keep the server's value.
 
   Raises:
     Error: from the round, a private factor.

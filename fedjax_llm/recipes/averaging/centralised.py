@@ -1,4 +1,4 @@
-"""One client holds everybody's data: the bound without federation."""
+"""Centralised training: one client holds all data (no federation)."""
 
 from typing import Any
 
@@ -19,10 +19,11 @@ def centralised(
   keep_optimizer: bool = True,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """One client holds everybody's data: the bound without federation.
+  """Centralised training: one client holds all data (no federation).
 
-  The launcher pools the clients' texts and gives that client the steps of a
-  whole cohort, so the token budget is that of the federated run beside it.
+  The program pools the clients' texts and gives that client the steps of a
+  whole cohort, so the token budget is that of the federated run it is compared
+  with.
 
   >>> from jax import numpy as jnp
   >>> from fedjax_llm import local

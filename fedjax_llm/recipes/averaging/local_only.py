@@ -1,4 +1,4 @@
-"""Every client trains its own adapter and nothing travels."""
+"""Local training: every client trains its own adapter and sends nothing."""
 
 from typing import Any
 
@@ -20,10 +20,10 @@ def local_only(
   keep_optimizer: bool = True,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """Every client trains its own adapter and nothing travels.
+  """Local training: every client trains its own adapter and sends nothing.
 
   All leaves are private; sampling, local steps and token budget stay those of
-  the federated run beside it.
+  the federated run it is compared with.
 
   >>> from jax import numpy as jnp
   >>> from fedjax_llm import local

@@ -29,7 +29,7 @@ from fedjax_llm.types import (
 
 # What the config of each method changes.
 NEEDS = {
-  # Local steps whose mathematics is that of plain SGD.
+  # Local steps of plain SGD.
   'scaffold': dict(local=dict(name='sgd', learning_rate=1.0)),
 }
 
@@ -46,7 +46,7 @@ def scaffold(
 
   Karimireddy et al. 2020, arXiv 1910.06378, algorithm 1, option II. Local
   optimizer: plain SGD. The server's c moves by the sum of the changes of c_k
-  over all N = `num_clients` clients; it doubles what travels both ways.
+  over all N = `num_clients` clients; it doubles the bytes both ways.
 
   >>> from fedjax_llm import local
   >>> method = scaffold(None, local.optimizer('sgd'), num_clients=10)
@@ -82,15 +82,15 @@ def corrected(
   loss: Loss,
   optimizer: LocalOptimizer,
 ) -> LocalUpdate:
-  """Steps of y <- y - eta (g(y) - c_k + c), and a new control variate c_k.
+  """Returns steps of y <- y - eta (g(y) - c_k + c), and a new c_k.
 
   Karimireddy et al. 2020 (arXiv 1910.06378), algorithm 1, option II:
 
       c_k+ = c_k - c + (x - y) / sum_s eta_s
 
-  over the steps really taken, with the learning rates of those steps. The
-  parameters are a `Controlled` pair; c arrives with them, c_k is the client's
-  own state, and the change of c_k travels back beside the update.
+  over the steps taken, with the learning rates of those steps. The parameters
+  are a `Controlled` pair; c arrives with them, c_k is the client's own control
+  variate, kept as its state, and the change of c_k is sent beside the update.
 
   Raises:
     Error: an optimizer other than plain SGD: (x - y) / sum eta is then no
@@ -104,10 +104,12 @@ def corrected(
   """
   plain = not any(optimizer.keywords.values())
   if optimizer.name != 'sgd' or not plain:
-    told = ', '.join(f'{k}={v}' for k, v in optimizer.keywords.items())
-    given = f'{optimizer.name} with {told}' if told else optimizer.name
+    settings = ', '.join(f'{k}={v}' for k, v in optimizer.keywords.items())
+    described = (
+      f'{optimizer.name} with {settings}' if settings else optimizer.name
+    )
     raise Error(
-      f'scaffold needs local.name=sgd without momentum, not {given}: its '
+      f'scaffold needs local.name=sgd without momentum, not {described}: its '
       'control variates are averages of plain gradients.'
     )
 

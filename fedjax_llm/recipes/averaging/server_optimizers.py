@@ -1,6 +1,6 @@
-"""FedAvgM: momentum on the server (Hsu et al. 2019, arXiv 1909.06335).
+"""FedAvgM, FedAdagrad, FedAdam and FedYogi: optimizers on the server.
 
-Hsu et al. 2019, arXiv 1909.06335.
+Hsu et al. 2019, arXiv 1909.06335; Reddi et al. 2021, arXiv 2003.00295.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ def fed_avgm(
   {'w': Array([0., 0.], dtype=float32)}
   """
   step = server.fed_avgm(
-    **_given(learning_rate=server_learning_rate, momentum=momentum)
+    **_without_none(learning_rate=server_learning_rate, momentum=momentum)
   )
   return _with_server('fed_avgm', step, loss, optimizer, parts)
 
@@ -64,7 +64,7 @@ def fed_adagrad(
   {'w': Array([0.25, 0.25], dtype=float32)}
   """
   step = server.fed_adagrad(
-    **_given(learning_rate=server_learning_rate, b1=b1, tau=tau)
+    **_without_none(learning_rate=server_learning_rate, b1=b1, tau=tau)
   )
   return _with_server('fed_adagrad', step, loss, optimizer, parts)
 
@@ -90,7 +90,7 @@ def fed_adam(
   {'w': Array([0., 0.], dtype=float32)}
   """
   step = server.fed_adam(
-    **_given(learning_rate=server_learning_rate, b1=b1, b2=b2, tau=tau)
+    **_without_none(learning_rate=server_learning_rate, b1=b1, b2=b2, tau=tau)
   )
   return _with_server('fed_adam', step, loss, optimizer, parts)
 
@@ -116,7 +116,7 @@ def fed_yogi(
   {'w': Array([0.25, 0.25], dtype=float32)}
   """
   step = server.fed_yogi(
-    **_given(learning_rate=server_learning_rate, b1=b1, b2=b2, tau=tau)
+    **_without_none(learning_rate=server_learning_rate, b1=b1, b2=b2, tau=tau)
   )
   return _with_server('fed_yogi', step, loss, optimizer, parts)
 
@@ -130,6 +130,6 @@ def _with_server(name, step, loss, optimizer, parts):
   return fed_avg(loss, optimizer, server=step, **parts)
 
 
-def _given(**settings: Any) -> dict[str, Any]:
-  """Only what was said: the builder's signature holds the defaults."""
+def _without_none(**settings: Any) -> dict[str, Any]:
+  """Returns the settings that are not None; builders hold the defaults."""
   return {k: v for k, v in settings.items() if v is not None}

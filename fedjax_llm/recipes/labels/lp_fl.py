@@ -1,4 +1,4 @@
-"""LP-FL: clients train on texts that the global model has labelled for them.
+"""LP-FL: clients train also on texts with labels from the global model.
 
 Jiang et al. 2023, arXiv 2307.13896.
 """
@@ -54,19 +54,20 @@ def lp_fl(
   soft: bool = True,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """LP-FL: clients train on texts that the global model has labelled for them.
+  """LP-FL: clients train also on texts with labels from the global model.
 
       q_k(x) = the label, or p(. | x; theta) where its maximum is confident,
       theta_k = local steps on  -sum_y q_k(y | x) log p(y | x),
       theta  <- sum_k n_k theta_k / sum_k n_k,   n_k the texts with a q_k
 
   Jiang et al. 2023, arXiv 2307.13896: soft labels by the global model, a set
-  that grows with it, LoRA alone trained and averaged. The paper words its
-  classes as a cloze of the language model; here a classifier's head tells
-  them. Which texts join in a round is a choice here, the `threshold` of
-  `pseudo_labelled`. `task.name=classification`; of labelled data
-  `population.labelled=0.1` hides the others' labels. While nothing is confident
-  it is FedAvg on the labelled texts.
+  that grows with it, LoRA alone trained and averaged. The paper predicts
+  classes as a cloze of the language model, this method with a classifier's
+  head. The paper does not fix the texts that join in a round: here the
+  `threshold` of `pseudo_labelled` selects them. It needs
+  `task.name=classification`; `population.labelled=0.1` keeps a tenth of the
+  labels and hides the others. While no text is confident it is FedAvg on the
+  labelled texts.
 
   Args:
     model: hidden states and a classifier's head.
@@ -95,27 +96,26 @@ def pseudo_labelled(
   threshold: float = 0.9,
   soft: bool = True,
 ) -> LocalUpdate:
-  """`inner` on labelled texts, and on others that are labelled beforehand.
+  """Returns `inner` on labelled texts, and on texts with pseudo-labels.
 
       q(x) = one-hot(y)        of a text with a label,
       q(x) = p(. | x; start)   without one, where max_y p(y | x; start) is at
                                least `threshold`; others are left out,
 
   with `start` as the client received it, fixed for the round. The loss gets
-  labels [B, classes] (`classification`), so a text counts as one whether its
-  label was given or found. `ClientOutput.weight` is the number of texts trained
-  on, which the server weighs the client by. Costs a forward pass over the
-  round's batches.
+  labels [B, classes] (`classification`), so a text counts as one with a label
+  and with a pseudo-label. `ClientOutput.weight`, the client's weight, is the
+  number of texts trained on. It costs a forward pass over the round's batches.
 
   Args:
     inner: local training.
     predict: logits [B, classes] (`class_logits`).
-    threshold: the confidence from which on a text takes part; 0 takes all.
+    threshold: the least confidence of a text that takes part; 0 takes all.
     soft: False trains on the likeliest class instead of on p.
 
   Raises:
-    Error: a threshold below 0 or above 1; from the round, texts that are not
-      to be classified.
+    Error: a threshold below 0 or above 1; from the round, texts without
+      labels of classes.
 
   >>> from fedjax_llm.types import Context
   >>> def run(base, start, state, batches, masks, context):
@@ -145,10 +145,10 @@ def pseudo_labelled(
       p = jax.nn.softmax(predict(base, start, batch), axis=-1)
       best = jnp.max(p, axis=-1, keepdims=True)
       classes = jnp.arange(p.shape[-1])
-      found = p if soft else classes == jnp.argmax(p, -1)[:, None]
-      given = classes == batch.label[:, None]  # all False at -1
+      pseudo = p if soft else classes == jnp.argmax(p, -1)[:, None]
+      known_class = classes == batch.label[:, None]  # all False at -1
       sure = (batch.label[:, None] < 0) & (best >= threshold)
-      q = jnp.where(sure, found, given)
+      q = jnp.where(sure, pseudo, known_class)
       return jnp.where(batch.segments[:, :1] > 0, q, 0).astype(jnp.float32)
 
     q = jax.lax.map(labels, jax.tree.map(jnp.asarray, batches))

@@ -1,1 +1,1 @@
-"""LoRA with one rank for all clients, and its structured relatives."""
+"""Methods on LoRA with one rank for all clients, and on similar adapters."""

@@ -24,9 +24,9 @@ def fed_it(
 
       a <- sum_k w_k a_k,   b <- sum_k w_k b_k
 
-  Zhang et al. 2023, arXiv 2305.05644. It is `fed_avg` by the name that papers
-  compare with. The mean of the factors is not the mean of the products:
-  'aggregators/error' tells how far apart they are.
+  Zhang et al. 2023, arXiv 2305.05644. It is `fed_avg` by its name in papers.
+  The mean of the factors is not the mean of the products: the metric
+  'aggregators/error' is their relative distance.
 
   >>> from fedjax_llm import local
   >>> import jax

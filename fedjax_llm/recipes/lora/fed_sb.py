@@ -1,4 +1,4 @@
-"""Fed-SB: an R x R matrix between frozen bases is all that is averaged.
+"""Fed-SB: averages only an R x R matrix between frozen bases.
 
 Singhal et al. 2025, arXiv 2502.15436.
 """
@@ -21,15 +21,15 @@ def fed_sb(
   optimizer: LocalOptimizer,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """Fed-SB: an R x R matrix between frozen bases is all that is averaged.
+  """Fed-SB: averages only an R x R matrix between frozen bases.
 
       C <- sum_k w_k C_k,   so that   p C q = sum_k w_k p C_k q   exactly
 
-  Singhal et al. 2025, arXiv 2502.15436: R^2 numbers a matrix travel, whatever
-  its sides are and however many clients there are. On the adapter `lora_xs`,
-  whose bases are those of the weights; the paper takes them from the singular
-  vectors of a first gradient of full fine-tuning, which needs clients' data
-  before the first round, and that start is left out.
+  Singhal et al. 2025, arXiv 2502.15436: R^2 numbers a matrix travel, for any
+  sides and any number of clients. On the adapter `lora_xs`, with bases from the
+  weights; the paper takes them from the singular vectors of a first gradient of
+  full fine-tuning, which needs clients' data before the first round and is left
+  out.
 
   >>> import jax
   >>> from jax import numpy as jnp

@@ -1,4 +1,4 @@
-"""FedSVD: b alone is trained, and the server factors the product anew.
+"""FedSVD: clients train b alone, and the server factors the mean product.
 
 Lee et al. 2025, arXiv 2505.12805.
 """
@@ -25,12 +25,12 @@ def fed_svd(
   every: int = 1,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """FedSVD: b alone is trained, and the server factors the product anew.
+  """FedSVD: clients train b alone, and the server factors the mean product.
 
       b <- sum_k w_k b_k;   s a b = U S V':   a <- U,   b <- S V' / s
 
-  Lee et al. 2025, arXiv 2505.12805: exact as FFA-LoRA, with a that follows
-  what was learned. Both factors go down, b comes up. `every` as in
+  Lee et al. 2025, arXiv 2505.12805: exact as FFA-LoRA, while a follows the
+  product. Both factors are sent down, b is sent up. `every` as in
   `aggregators.fedsvd`.
 
   >>> from fedjax_llm import local, server

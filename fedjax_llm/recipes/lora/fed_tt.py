@@ -27,7 +27,7 @@ def fed_tt(
 
   Ghiasvand et al. 2025, arXiv 2410.13097, on the adapter `tensor_train`; the
   round is `fed_avg`. The mean of cores is not the mean of their products;
-  `fed_tt_plus` trains one core a round, whose mean is exact.
+  `fed_tt_plus` trains one core a round, so its mean is exact.
 
   >>> from jax import numpy as jnp
   >>> from fedjax_llm import local
@@ -48,10 +48,10 @@ def fed_tt_plus(
       round t: G_i <- sum_k w_k G_i,k,   i = n - t mod n,   the others stay
 
   Ghiasvand et al. 2025, arXiv 2410.13097, on the adapter `tensor_train`. The
-  change is linear in one core, so the mean is exact, and an n-th travels up.
-  The last core, which starts at zero, is the first. FedTT trains all cores in
-  every round: it is `fed_avg` on that adapter. The paper leaves open here how
-  many cores take part in a round, and in which order.
+  change is linear in one core, so the mean is exact, and an n-th is sent up.
+  Round 0 trains the last core, which starts at zero. FedTT trains all cores in
+  every round: it is `fed_avg` on that adapter. The paper does not fix the
+  number of cores in a round, nor their order.
 
   >>> from jax import numpy as jnp
   >>> from fedjax_llm import local

@@ -1,4 +1,4 @@
-"""FedEx-LoRA: the mean of the factors, and the base takes what it misses.
+"""FedEx-LoRA: the mean of the factors, with its error added to the base.
 
 Singhal et al. 2025, arXiv 2410.09432.
 """
@@ -26,7 +26,7 @@ def fedex_lora(
   residual_rank: int | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """FedEx-LoRA: the mean of the factors, and the base takes what it misses.
+  """FedEx-LoRA: the mean of the factors, with its error added to the base.
 
       W0 <- W0 + s (mean_k a_k b_k - (mean_k a_k)(mean_k b_k))
 

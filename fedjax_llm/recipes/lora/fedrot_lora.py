@@ -1,4 +1,4 @@
-"""FedRot-LoRA: clients' factors are turned onto the server's before the mean.
+"""FedRot-LoRA: the mean of factors that are rotated onto the server's.
 
 Zhang et al. 2026, arXiv 2602.23638.
 """
@@ -26,7 +26,7 @@ def fedrot_lora(
   first: str = 'a',
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """FedRot-LoRA: clients' factors are turned onto the server's before the mean.
+  """FedRot-LoRA: the mean of factors that are rotated onto the server's.
 
       a <- sum_k w_k a_k R_k,   b <- sum_k w_k R_k' b_k,   R_k a rotation
 

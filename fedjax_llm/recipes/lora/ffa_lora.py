@@ -1,4 +1,4 @@
-"""FFA-LoRA: a stays as it was drawn, and only b is trained and sent.
+"""FFA-LoRA: a keeps its initial value, and only b is trained and sent.
 
 Sun et al. 2024, arXiv 2403.12313.
 """
@@ -21,11 +21,11 @@ def ffa_lora(
   optimizer: LocalOptimizer,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """FFA-LoRA: a stays as it was drawn, and only b is trained and sent.
+  """FFA-LoRA: a keeps its initial value, and only b is trained and sent.
 
       b <- sum_k w_k b_k,   so that   a b = sum_k w_k a b_k   exactly
 
-  Sun et al. 2024, arXiv 2403.12313, section 4. It halves what travels.
+  Sun et al. 2024, arXiv 2403.12313, section 4. It halves the bytes sent.
 
   >>> from fedjax_llm import local, server
   >>> from jax import numpy as jnp
@@ -34,7 +34,7 @@ def ffa_lora(
   ...   None, local.optimizer('adamw'), server=server.fed_avgm())
   >>> node = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
   >>> moments = method.init(None, {'q': node}).optimizer[0].m['q']
-  >>> moments.a, moments.b.shape  # of a nothing comes to the server
+  >>> moments.a, moments.b.shape  # the server receives no update of a
   (None, (2, 3))
   """
   scope = scopes.frozen('/a$')

@@ -46,14 +46,14 @@ def flasc(
     download_density, upload_density, per: see `uploads.top_k`.
     server_learning_rate, b1, b2, tau: of the server, see `server.fed_adam`.
     variant: 'paper', the default, is algorithm 1 with the FedAdam that it cites
-      and serves P dense. 'code' is what the authors' program does: the server
-      is torch's AdamW (`server.adamw` with its defaults, of these settings only
-      the learning rate), and what is evaluated and served is top_k(P), as a
+      and serves P dense. 'code' follows the authors' program: the server is
+      torch's AdamW (`server.adamw` with its defaults, of these settings only
+      the learning rate), and the model evaluated and served is top_k(P), as a
       client would download it.
 
-  Raises:
-    Error: a density out of range, another variant; another server or upload is
-      given as well.
+    Raises:
+      Error: a density out of range, another variant; a server, an upload or a
+        download in `parts`.
 
   >>> from fedjax_llm import local
   >>> from jax import numpy as jnp

@@ -1,4 +1,4 @@
-"""LoRA-A2: alternating factors, and of each only the units that matter.
+"""LoRA-A2: alternating factors, and only their most important units.
 
 Koo et al. 2025, arXiv 2410.22815.
 """
@@ -35,16 +35,15 @@ def lora_a2(
   budget: int = 2,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """LoRA-A2: alternating factors, and of each only the units that matter.
+  """LoRA-A2: alternating factors, and only their most important units.
 
       even t: b <- b + sum_k w_k m_k db_k;   odd t: a <- a + sum_k w_k m_k da_k
 
   with m_k the client's choice of rank-one units, `budget` a target and layer
   on average (Koo et al. 2025, arXiv 2410.22815). The score and the trial pass
-  are those of `selected`; a unit that a client leaves out is a vote for
-  no change. The paper's own learning rate for each factor is left to the
-  optimizer, and every client has the same budget. What was chosen travels as
-  well, a bit a unit.
+  are those of `selected`; a unit that a client leaves out counts as no change.
+  The paper's own learning rate for each factor is left to the optimizer, and
+  every client has the same budget. The choice is sent as well, a bit a unit.
 
   >>> lora_a2(None, local.optimizer('adamw'), budget=0)
   Traceback (most recent call last):
@@ -60,7 +59,7 @@ def lora_a2(
 
 
 def selected(inner: LocalUpdate, *, budget: int) -> LocalUpdate:
-  """Trains once to see which units matter, and again with those alone.
+  """Returns a local update that trains once to score units, then the best ones.
 
   The score of unit i of a target in a layer is the size of its change,
 
@@ -69,8 +68,8 @@ def selected(inner: LocalUpdate, *, budget: int) -> LocalUpdate:
   where one term is zero if rounds take turns between the factors. The units of
   the largest scores stay trainable, `budget` times the number of (target,
   layer) pairs in all, chosen over all of them together: LoRA-A2's adaptive rank
-  selection (Koo et al. 2025, arXiv 2410.22815). Costs twice the local steps; a
-  client keeps the state of the second pass.
+  selection (Koo et al. 2025, arXiv 2410.22815). It costs twice the local steps;
+  a client keeps the state of the second pass.
 
   Raises:
     Error: a budget below one; from the round, no `LowRank` node or a budget
@@ -120,12 +119,12 @@ def _nodes(params: Params, like: Params | None = None) -> list[LowRank]:
   leaves, treedef = jax.tree.flatten(
     params if like is None else like, is_leaf=_is_node
   )
-  found = leaves if like is None else treedef.flatten_up_to(params)
-  return [x for x, y in zip(found, leaves) if isinstance(y, LowRank)]
+  nodes = leaves if like is None else treedef.flatten_up_to(params)
+  return [x for x, y in zip(nodes, leaves) if isinstance(y, LowRank)]
 
 
 def _scores(node: LowRank, change: LowRank) -> jax.Array:
-  """[..., R]"""
+  """Returns the scores of a node's units, [..., R]."""
   size = lambda x, axis: jnp.sqrt(jnp.sum(jnp.square(x), axis=axis))
   score = jnp.zeros((*node.a.shape[:-2], node.a.shape[-1]))
   if change.a is not None:

@@ -30,7 +30,7 @@ def lora_fair(
       b <- mean b_k + argmin_c ||mean a_k b_k - a (mean b_k + c)||^2
                                + penalty ||c||^2
 
-  Bian et al. 2025, arXiv 2411.14961; in the closed form of
+  Bian et al. 2025, arXiv 2411.14961, by the closed form of
   `aggregators.lora_fair`. Clients start from the averaged factors.
 
   >>> from fedjax_llm import local

@@ -1,4 +1,4 @@
-"""RAVAN: several heads between frozen bases, each with a gain of its own.
+"""RAVAN: several heads between frozen bases, each with its own gain.
 
 Raje et al. 2025, arXiv 2506.05568.
 """
@@ -36,7 +36,7 @@ def ravan(
   optimizer: LocalOptimizer,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """RAVAN: several heads between frozen bases, each with a gain of its own.
+  """RAVAN: several heads between frozen bases, each with its own gain.
 
       client: trains C_h and g_h (from 1) of  W + s sum_h g_h p_h C_h q_h,
       server: C_h <- sum_k w_k g_h,k C_h,k
@@ -65,10 +65,10 @@ def lifted(
   lift: Callable[[Params], Params],
   settle: Callable[[Params], Params],
 ) -> LocalUpdate:
-  """`inner` on parameters with more leaves, which are gone when it is done.
+  """Returns `inner` on parameters with additional leaves during training.
 
   `lift(start)` fills leaves that are absent, `inner` trains them with the rest,
-  and `settle(end)` puts what they learned into the leaves that were there:
+  and `settle(end)` writes their result into the other leaves and removes them:
   `settle(lift(p)) == p`. The update, the masks and the bytes are those of the
   parameters that travel.
 

@@ -25,10 +25,10 @@ def rolora(
 
       even t: b <- sum_k w_k b_k, a stays;   odd t: a <- sum_k w_k a_k, b stays
 
-  One factor is the same for everybody in every round, so the mean is exact
-  (Chen et al. 2024, arXiv 2409.02346). Half travels up; down go both factors,
-  since a client may not have been there in the round before. Moments of the
-  local optimizer start afresh in every round.
+  One factor is the same for all clients in every round, so the mean is exact
+  (Chen et al. 2024, arXiv 2409.02346). One factor is sent up and both are sent
+  down, since a client may not have taken part in the round before. Moments of
+  the local optimizer start afresh in every round.
 
   >>> from fedjax_llm import local
   >>> from fedjax_llm.types import Context

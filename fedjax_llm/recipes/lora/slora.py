@@ -1,4 +1,4 @@
-"""SLoRA: sparse full fine-tuning first, whose outcome starts the factors.
+"""SLoRA: sparse full fine-tuning first, then LoRA from its result.
 
 Babakniya et al. 2023, arXiv 2308.06522.
 """
@@ -55,26 +55,26 @@ def slora(
   density: float | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """SLoRA: sparse full fine-tuning first, whose outcome starts the factors.
+  """SLoRA: sparse full fine-tuning first, then LoRA from its result.
 
       rounds t < T1:  D <- sum_k w_k D_k,   D zero outside a random pattern that
-                      everybody shares, W' = W + D
+                      all clients share, W' = W + D
       at T1:          D = U S V':   a = U_r,   b = S_r V_r' / s,   D <- 0
       then:           FedIT
 
-  Babakniya et al. 2023, arXiv 2308.06522. The pattern follows from the seed, so
-  only values travel. On a low-rank adapter, whose rank is r; what D has beyond
-  rank r is lost at T1. A client's D is written out as a matrix for each target:
+  Babakniya et al. 2023, arXiv 2308.06522. The pattern is drawn from the seed,
+  so only values travel. r is the rank of the adapter; the part of D beyond rank
+  r is lost at T1. A client's D is written out as a matrix for each target:
   memory is that of dense changes.
 
   Args:
     first_rounds: T1; the paper spends a share of its budget on it.
-    density: entries of D that may change, of all; None takes as many as the
-      factors have, so that both stages send the same.
+    density: the share of the entries of D that may change; None takes as many
+      as the factors have, so that both stages send the same.
 
   Raises:
-    Error: first_rounds below one, a density not above 0 or above 1; another
-      scope or aggregator; from `init`, no low-rank factors.
+    Error: first_rounds below one, a density not above 0 or above 1; a scope or
+      an aggregator in `parts`; from `init`, no low-rank factors.
 
   >>> params = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
   >>> method = slora(None, local.optimizer('adamw'), density=0.5)
@@ -155,7 +155,7 @@ def _pattern(key: Key, params: Params, density: float | None) -> Params:
 
 
 def _dense(sparse: Sparse, node: LowRank) -> jax.Array:
-  """[..., D, F]"""
+  """Returns the change of one node as a matrix, [..., D, F]."""
   *lead, d, _ = node.a.shape
   f = node.b.shape[-1]
 
@@ -168,7 +168,7 @@ def _dense(sparse: Sparse, node: LowRank) -> jax.Array:
 
 
 def _together(params: Staged) -> Params:
-  """What both stages have learned, as low-rank nodes with residuals."""
+  """Returns the sum of both stages, as low-rank nodes with residuals."""
 
   def node(x, sparse):
     if not isinstance(x, LowRank):
@@ -181,7 +181,7 @@ def _together(params: Staged) -> Params:
 
 
 def _factored(params: Staged) -> Staged:
-  """The first stage's outcome moved to the factors."""
+  """Moves the first stage's change into the factors, by its SVD."""
 
   def node(x, sparse):
     if not isinstance(x, LowRank):

@@ -1,4 +1,4 @@
-"""Ditto: federated averaging, and beside it a model of one's own, tethered.
+"""Ditto: federated averaging, and a personal model pulled towards its result.
 
 Li et al. 2021, arXiv 2012.04221.
 """
@@ -32,7 +32,7 @@ def ditto(
   private_steps: int | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """Ditto: federated averaging, and beside it a model of one's own, tethered.
+  """Ditto: federated averaging, and a personal model pulled towards its result.
 
       w <- sum_k w_k (local steps on F_k from w),
       v_k <- v_k - eta (grad F_k(v_k) + lambda (v_k - w))
@@ -71,12 +71,12 @@ def tethered(
   strength: float,
   keep_optimizer: bool = False,
 ) -> LocalUpdate:
-  """Steps of v <- v - eta (g(v) + strength (v - w)) on the personal part v.
+  """Returns steps v <- v - eta (g(v) + strength (v - w)) on the personal part.
 
   w is the shared part of the `Dual` parameters as the client received it, and
   does not move: Ditto's personal solver (Li et al. 2021, arXiv 2012.04221,
-  algorithm 1, line 7). The pull comes after clipping, which bounds what the
-  data say. `keep_optimizer` as in `sgd`.
+  algorithm 1, line 7). The pull is added after clipping, which bounds the
+  gradient of the loss. `keep_optimizer` as in `sgd`.
 
   Raises:
     Error: a negative strength.

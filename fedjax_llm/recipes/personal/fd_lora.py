@@ -1,4 +1,4 @@
-"""FDLoRA: a global adapter by Nesterov momentum, a personal copy, fused.
+"""FDLoRA: a global adapter by Nesterov momentum, fused with a personal copy.
 
 Qi et al. 2024, arXiv 2406.07925.
 """
@@ -42,22 +42,23 @@ def fd_lora(
   fusion: tuple[float, float] = (0.5, 0.5),
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """FDLoRA: a global adapter by Nesterov momentum, a personal copy, fused.
+  """FDLoRA: a global adapter by Nesterov momentum, fused with a personal copy.
 
       round 0:  theta_p,k = local steps,   theta_s = mean theta_p,k
       then:     delta = theta_s - mean_k theta_k,   theta_s <- Nesterov(delta),
                 theta_p,k <- theta_k every H rounds
       served:   w_1 theta_p,k + w_2 theta_s
 
-  Qi et al. 2024, arXiv 2406.07925. Clients count the same; K inner steps are
-  the local steps of a round. A client first drawn later takes its theta_p
-  there. The outer settings are those of DiLoCo (arXiv 2311.08105), which the
-  paper builds on; `evals.fuse` finds (w_1, w_2) for a client.
+  Qi et al. 2024, arXiv 2406.07925. Clients count the same; the paper's K inner
+  steps are the local steps of a round. A client first drawn after round 0 sets
+  its theta_p in its first round. The outer settings are those of DiLoCo (arXiv
+  2311.08105), which the paper builds on; `evals.fuse` searches (w_1, w_2) for a
+  client.
 
   Args:
     sync_every: H.
     server_learning_rate, momentum: of the server.
-    fusion: (w_1, w_2) of what is served, on the factors.
+    fusion: (w_1, w_2) of the model served, on the factors.
 
   >>> method = fd_lora(None, local.optimizer('adamw'), sync_every=5)
   >>> start = method.init(jax.random.key(0), {'w': jnp.ones(2)}).params
@@ -86,7 +87,7 @@ def fd_lora(
 
 
 def _first_as_it_is(inner: ServerOptimizer) -> ServerOptimizer:
-  """The first step is the mean of what clients found; then `inner`."""
+  """Returns `inner`, with the plain mean of the clients as its first step."""
 
   def init(params):
     return jnp.int32(0), inner.init(params)
@@ -104,10 +105,10 @@ def _first_as_it_is(inner: ServerOptimizer) -> ServerOptimizer:
 
 
 def synced(inner: LocalUpdate, *, every: int) -> LocalUpdate:
-  """What the shared part became is copied to the personal one now and then.
+  """Returns `inner`; in some rounds the shared part overwrites the personal.
 
-  In rounds 0, `every`, 2 `every`, ... and in a client's first. The state counts
-  the client's rounds.
+  The trained shared part is copied in rounds 0, `every`, 2 `every`, ... and in
+  a client's first. The state counts the client's rounds.
 
   Raises:
     Error: `every` below one.

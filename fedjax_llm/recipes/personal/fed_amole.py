@@ -1,4 +1,4 @@
-"""FedAMoLE: experts of a pool choose the clients whose texts they suit.
+"""FedAMoLE: experts of a pool choose the clients that they suit best.
 
 Zhang et al. 2024, arXiv 2411.19128.
 """
@@ -41,7 +41,7 @@ def fed_amole(
   policy: Callable[[int, Any, Any], Any] | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """FedAMoLE: experts of a pool choose the clients whose texts they suit.
+  """FedAMoLE: experts of a pool choose the clients that they suit best.
 
       client:  y = x W + s x A B + sum_{e in top 2 of its own} g_e s x A_e B_e
                minimises loss + balance * sum over weights of the router's
@@ -54,29 +54,31 @@ def fed_amole(
                <mean x A_e, mean x P> / sqrt(R), and random at first
 
   Zhang et al. 2024, arXiv 2411.19128, with the defaults of the authors' code,
-  which also gives what the paper leaves open: A_e serves as the key of expert e
-  in the router (`adapters.experts`), balances are summed over weights, and
-  clients count the same unless `weighted`. On any adapter of low-rank factors
-  of one rank in the layers, which become the shared experts.
+  which also decides what the paper leaves open: A_e serves as the key of expert
+  e in the router (`adapters.experts`), balances are summed over weights, and
+  clients count the same unless `weighted`. It takes any adapter of low-rank
+  factors of one rank in the layers, which become the shared experts.
 
   The authors measure embeddings on a twentieth of a client's texts that is held
-  back from training, here it is the texts of its round; in their experiments
-  every client takes part in every round, and of one that does not the last
-  report counts. Dropout, and noise on the embeddings, are left out.
+  back from training; here they are measured on the texts of its round. In their
+  experiments every client takes part in every round; here the last report
+  counts of a client that does not. Dropout, and noise on the embeddings, are
+  left out.
 
-  A client is served the server's experts, those that it held in its last round;
-  who has never taken part gets the shared expert alone, a plain LoRA, which is
-  also what a run exports. The pool is one array for everybody, so a round
-  computes all its experts for each client; what travels is what is assigned.
+  A client is served the server's experts, those that it held in its last round.
+  A client that has never taken part gets the shared expert alone, a plain LoRA,
+  and a run exports the same. The pool is one array for all clients, so a round
+  computes all its experts for each client; only the assigned ones travel.
 
   Args:
     num_clients: N.
     num_experts: E, of each weight.
-    policy: on the entry 'experts' [N, M, E] of the profiles;
-      `policies.by_affinity` if None.
+      policy: writes the entry 'experts' [N, M, E] of the profiles;
+        `policies.by_affinity` if None.
 
   Raises:
-    Error: bounds that no assignment satisfies; another scope or aggregator.
+    Error: bounds that no assignment satisfies; a scope or an aggregator in
+      `parts`.
 
   >>> from fedjax_llm.nodes import LowRank
   >>> node = LowRank(jnp.ones((2, 5, 4)), jnp.ones((2, 4, 3)), jnp.ones(2))
@@ -129,7 +131,7 @@ def fed_amole(
     return {
       'experts': plan['experts'][..., None],
       'tokens': jnp.bool_(True),
-      'held': jnp.bool_(False),  # the server knows what it gave
+      'held': jnp.bool_(False),  # the server knows its own plan
     }
 
   return server.planned(
@@ -142,7 +144,7 @@ def fed_amole(
 
 
 def _of_shared(weighted: bool) -> Callable[[Uploads, Params, Params], Metrics]:
-  """`aggregators.measure` of the shared experts: only they have one mean."""
+  """Returns `aggregators.measure` of shared experts: only they have a mean."""
   view = adapters.experts.shared
 
   def measure(uploads: Uploads, old: Params, new: Params) -> Metrics:

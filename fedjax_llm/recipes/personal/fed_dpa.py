@@ -1,4 +1,4 @@
-"""FedDPA-T: a local adapter learned in every round beside the global one.
+"""FedDPA-T and FedDPA-F: a local adapter beside the global one.
 
 Yang et al. 2024, arXiv 2403.19211.
 """
@@ -36,8 +36,8 @@ def fed_dpa_t(
       (i)  local_k on  W x + lambda local_k x + (1 - lambda) global x,
       (ii) global  on  W x + global x,        global <- sum_k w_k global_k
 
-  Yang et al. 2024, arXiv 2403.19211; (i) from the second round on. What is
-  served weighs the local adapter with lambda; `evals.instance_weights` gives
+  Yang et al. 2024, arXiv 2403.19211; (i) from the second round on. The model
+  served weighs the local adapter with lambda; `evals.instance_weights` returns
   the paper's weight of each text at test time.
 
   Args:
@@ -91,7 +91,7 @@ def fed_dpa_f(
 
   Args:
     federated_rounds: T, of all the rounds of the run.
-    local_weight: of the local adapter in what is served.
+    local_weight: of the local adapter in the model served.
 
   Raises:
     Error: a weight that is not between 0 and 1, federated_rounds below one.
@@ -127,9 +127,10 @@ def _check_weight(weight: float) -> None:
 
 
 def forked(inner: LocalUpdate) -> LocalUpdate:
-  """A client's first time, its personal part starts as a copy of the shared.
+  """Returns `inner`; a client's personal part starts as a copy of the shared.
 
-  Later it goes on from its own. The state counts the client's rounds.
+  In later rounds it continues from its own. The state counts the client's
+  rounds.
 
   >>> from fedjax_llm.types import ClientOutput, Context
   >>> still = LocalUpdate(lambda p: (), lambda base, start, *rest: ClientOutput(

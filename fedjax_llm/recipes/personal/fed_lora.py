@@ -1,4 +1,4 @@
-"""FedLoRA: full matrices are shared, and a low-rank change is one's own."""
+"""FedLoRA: clients share full matrices and keep a low-rank change."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def fed_lora(
   private_steps: int | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """FedLoRA: full matrices are shared, and a low-rank change is one's own.
+  """FedLoRA: clients share full matrices and keep a low-rank change.
 
       W_k = theta + s a_k b_k:   (i) a_k, b_k at fixed theta,
       (ii) theta at fixed a_k, b_k,    theta <- sum_k w_k theta_k
@@ -53,6 +53,6 @@ def fed_lora(
   return dual.compose(
     update,
     lambda p, seen: both(p),
-    {**parts, 'fold': None},  # theta holds what was to be folded
+    {**parts, 'fold': None},  # theta holds the residuals already
     lambda key, p: Dual(multi.dense_part(p), multi.without_residuals(p)),
   )

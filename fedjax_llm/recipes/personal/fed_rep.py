@@ -1,4 +1,4 @@
-"""FedRep: first the client's head at a fixed body, then the body, shared.
+"""FedRep: clients train a private head first, then the shared body.
 
 Collins et al. 2021, arXiv 2102.07089.
 """
@@ -25,7 +25,7 @@ def fed_rep(
   private_steps: int | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """FedRep: first the client's head at a fixed body, then the body, shared.
+  """FedRep: clients train a private head first, then the shared body.
 
       h_k <- h_k - eta grad_h F_k(phi, h_k)   (many times),
       phi_k <- phi - eta grad_phi F_k(phi, h_k),   phi <- sum_k w_k phi_k
@@ -35,8 +35,8 @@ def fed_rep(
   FedSA-LoRA trains both at once. The paper's last layer is another pattern.
 
   Args:
-    private: what clients keep, as a pattern on the names of leaves; with ''
-      nothing, which is FedAvg.
+    private: a pattern on the names of the leaves that clients keep; '' keeps
+      none, which is FedAvg.
     private_steps: see `recipes.dual`; the paper gives the body one epoch.
 
   >>> from jax import numpy as jnp

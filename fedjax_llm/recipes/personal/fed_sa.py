@@ -1,4 +1,4 @@
-"""FedSA-LoRA: both factors are trained, a is shared, and b stays at home.
+"""FedSA-LoRA: clients train both factors, share a and keep b.
 
 Guo et al. 2025, arXiv 2410.01463.
 """
@@ -23,17 +23,17 @@ def fed_sa(
   private: str = '/b$',
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """FedSA-LoRA: both factors are trained, a is shared, and b stays at home.
+  """FedSA-LoRA: clients train both factors, share a and keep b.
 
       a <- sum_k w_k a_k,   b_k of client k goes on where it stopped
 
   Guo et al. 2025, arXiv 2410.01463, section 4. A personalised method: a client
-  never trained on is served b as it started. On rank-stabilised factors the
+  that never trained is served the initial b. On rank-stabilised factors the
   rule is the same.
 
   Args:
-    private: what clients keep, as a pattern on the names of leaves; a head
-      that the paper keeps too is added with '/b$|head'.
+    private: a pattern on the names of the leaves that clients keep; the paper
+      keeps a head too, with '/b$|head'.
 
   >>> from fedjax_llm import local
   >>> from jax import numpy as jnp

@@ -1,4 +1,4 @@
-"""PerFIT: an expanded adapter, of which every client keeps its own entries.
+"""PerFIT: an expanded adapter; every client trains its own entries of it.
 
 Zhang et al. 2024, arXiv 2402.16919.
 """
@@ -43,17 +43,17 @@ def perfit(
   per: str = 'tree',
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """PerFIT: an expanded adapter, of which every client keeps its own entries.
+  """PerFIT: an expanded adapter; every client trains its own entries of it.
 
       m_k = the 1 / c of the entries with the largest |p dL/dp|,
       P_k = local steps on m_k * P,
-      P  <- sum_k w_k m_k P_k / sum_k w_k m_k  (as it was where nobody trains)
+      P  <- sum_k w_k m_k P_k / sum_k w_k m_k  (else unchanged)
 
   Zhang et al. 2024, arXiv 2402.16919. The adapter's rank is the expanded one, c
-  times that of a client. A client searches in its first round, as in
-  `pruned`, is served m_k * P, and sends its pattern, a bit an entry, with
-  what it trained. What the paper leaves open here: the search takes one pass
-  over a round's batches and prunes once.
+  times that of a client. A client searches its pattern in its first round
+  (`pruned`), is served m_k * P, and sends its pattern, a bit an entry, with its
+  update. The paper does not fix the length of the search: here it takes one
+  pass over a round's batches and prunes once.
 
   Args:
     expansion: c, at least 1; 1 is FedIT.
@@ -96,7 +96,7 @@ def _pattern(params: Dual) -> Any:
 
 
 def _patterned(inner: Scope) -> Scope:
-  """A client holds the entries of its pattern, and keeps the pattern."""
+  """Returns a scope: clients hold their pattern's entries, keep the pattern."""
 
   def labels(params):
     own = jax.tree.map(lambda _: Shared, params.personal)
@@ -119,21 +119,21 @@ def pruned(
   density: float,
   per: str = 'tree',
 ) -> LocalUpdate:
-  """A client's first round finds the entries it goes on with, by importance.
+  """Returns `inner` on a pattern of entries, chosen in a client's first round.
 
       I = |p * dL/dp|   after S steps on all entries,
       m_k = 1 on the `density` of largest I, 0 elsewhere
 
   with the gradient of the token mean over all S batches (PerFIT, Zhang et al.
-  2024, arXiv 2402.16919). Then the client trains m_k * p, in this round and in
-  all that follow; the others are zero for it. Parameters are `Dual`: those that
-  everybody trains, and as the personal part the pattern m_k (int8, ones at
-  first). One program serves searching and settled clients, so every round costs
-  twice the local steps.
+  2024, arXiv 2402.16919). The client trains m_k * p, in this and all later
+  rounds; the other entries are zero for it. Parameters are `Dual`: the shared
+  part that all clients train, and as the personal part the pattern m_k (int8,
+  ones at first). One program serves clients with and without a pattern, so
+  every round costs twice the local steps.
 
   Args:
     inner: trains the shared part.
-    loss: on `Dual` parameters, gives the gradient.
+    loss: on `Dual` parameters, for the gradient.
     density: the share of entries that stay.
     per: 'tree' compares all entries of a client, 'leaf' those of each leaf.
 
@@ -170,11 +170,11 @@ def pruned(
 
   def run(base, start, state, batches, masks, context) -> ClientOutput:
     wide = Masks(*(m._replace(personal=_nothing(m.personal)) for m in masks))
-    found = search(base, start, state, batches, wide, context)
+    chosen = search(base, start, state, batches, wide, context)
     kept = tree.map_present(
       lambda old, new: jnp.where(state.rounds > 0, old > 0, new),
       start.personal,
-      found,
+      chosen,
     )
     narrow = Masks(
       *(
@@ -205,7 +205,7 @@ def _nothing(x: Any) -> Any:
 
 
 def _largest(score: Any, density: float, per: str) -> Any:
-  """True on the `density` of all entries whose score is largest."""
+  """Returns True at the share `density` of entries with the largest scores."""
   share = lambda size: max(1, round(density * size))
   if per == 'leaf':
     return jax.tree.map(lambda x: tree.largest(x, share(x.size)), score)

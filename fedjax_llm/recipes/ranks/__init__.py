@@ -1,1 +1,1 @@
-"""LoRA whose clients hold different ranks, layers or weights."""
+"""Methods on LoRA for clients with different ranks, layers or weights."""

@@ -19,7 +19,7 @@ from fedjax_llm.types import Error, FederatedAlgorithm, Loss
 
 # What the config of each method changes.
 NEEDS = {
-  # Whole weights: exact up to the smaller side.
+  # The smaller side of the weights as the rank, so that means are exact.
   'fed_hm': dict(
     adapter=dict(name='factorised', rank=32),
     profiles=dict(name='ranks', choices=(16, 32)),
@@ -40,8 +40,8 @@ def fed_hm(
       server:  W <- sum_k w_k a_k b_k,   a, b <- its SVD, truncated on the way
 
   Yao et al. 2021, arXiv 2111.14655: the rule of FlexLoRA on the adapter
-  `factorised`, whose rank is that of the server and must be the smaller side
-  for the mean to be exact. The decay is that of the product, and tuned.
+  `factorised`. The adapter's rank is the server's and must be the smaller side
+  of the weights for an exact mean. The decay is that of the product; tune it.
 
   >>> fed_hm(None, local.optimizer('adamw'), decay=-1.0)
   Traceback (most recent call last):
@@ -58,9 +58,9 @@ def fed_hm(
 
 
 def frobenius_decay(loss: Loss, strength: float) -> Loss:
-  """The token mean of the loss, plus strength / 2 sum ||s a b||_F^2.
+  """Returns the token mean of the loss plus strength / 2 sum ||s a b||_F^2.
 
-  The decay of a product instead of its factors (Khodak et al. 2021, arXiv
+  It is the decay of a product instead of its factors (Khodak et al. 2021, arXiv
   2105.01029), through Gram matrices: ||a b||_F^2 = tr((a' a)(b b')). The sum is
   over all `LowRank` nodes and layers.
 

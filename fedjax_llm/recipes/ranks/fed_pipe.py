@@ -1,4 +1,4 @@
-"""FedPipe's policy: a client trains the weights that matter most to it.
+"""FedPipe's policy: a client trains its most important weights.
 
 Fang et al. 2024, arXiv 2404.06448.
 """
@@ -33,21 +33,21 @@ def fed_pipe(
   policy: Callable[..., Any] | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """FedPipe's policy: a client trains the weights that matter most to it.
+  """FedPipe's policy: a client trains its most important weights.
 
       client:  trains the first r_km ranks of weight m, and reports I_km,
       server:  each rank <- mean over the clients that trained it,
       host:    r_k = argmax sum_m I_km r_km within the client's budget
 
   Fang et al. 2024, arXiv 2404.06448: weights are chosen by their contribution,
-  each server gets ranks that it can afford, and what several trained is
-  averaged. The contribution here is |p dL/dp| of the factors
-  (`local.weight_importance`), the budget a number of parameters
-  (`profiles.name=budgets`), and the program is solved exactly
-  (`policies.by_importance`). The paper's models of latency, batch sizes and
-  bit widths, which need measured machines, are left out: another `policy` may
-  bring them. With budgets for everything it is FedIT, of clients that count the
-  same where `aggregators.masked_mean` is told so.
+  each client (the paper's edge server) gets ranks within its budget, and ranks
+  that several clients trained are averaged. The contribution here is |p dL/dp|
+  of the factors (`local.weight_importance`), the budget a number of parameters
+  (`profiles.name=budgets`), and the knapsack is solved exactly
+  (`policies.by_importance`). The paper's models of latency, batch sizes and bit
+  widths, which need measured machines, are left out: another `policy` may add
+  them. With budgets for all ranks it is FedIT; clients count the same with
+  `aggregators.masked_mean(weighted=False)`.
 
   Args:
     num_clients, profiles: N, and {'budget': [N]}.
@@ -55,7 +55,7 @@ def fed_pipe(
       None.
 
   Raises:
-    Error: no budgets; another scope.
+    Error: no budgets; a scope in `parts`.
 
   >>> import jax
   >>> from fedjax_llm.nodes import LowRank

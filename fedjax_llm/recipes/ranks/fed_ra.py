@@ -1,4 +1,4 @@
-"""FedRA: in every round a client gets some layers at random, and no others.
+"""FedRA: a client trains layers that are drawn at random in every round.
 
 Su et al. 2024, arXiv 2311.11227.
 """
@@ -31,19 +31,18 @@ def fed_ra(
   weighted: bool = False,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """FedRA: in every round a client gets some layers at random, and no others.
+  """FedRA: a client trains layers that are drawn at random in every round.
 
       client: the network of its L_k layers alone, drawn anew in each round,
       server: P_l <- mean of P_l,k over the clients that held layer l
 
-  Su et al. 2024, arXiv 2311.11227. A layer that nobody holds keeps its adapter;
-  what is not in a layer is trained by everybody. L_k is the client's profile
-  (`profiles.name=layers`), and a layer that a client lacks is left out of its
-  forward pass: the residual stream goes past it. That simulates the shallow
-  network, at the cost of the deep one. Beside the adapters of its layers a
-  client receives four bytes a layer, which say that it holds it. With all
-  layers for everybody it is FedIT, of clients that count the same unless
-  `weighted`.
+  Su et al. 2024, arXiv 2311.11227. A layer that no client holds keeps its
+  adapter; leaves outside of layers are trained by all clients. L_k is the
+  client's profile (`profiles.name=layers`), and a layer that a client lacks is
+  left out of its forward pass: the residual stream passes it by. That simulates
+  the shallow network, at the cost of the deep one. Beside the adapters of its
+  layers a client receives four bytes a layer that mark it as held. With all
+  layers for all clients it is FedIT; clients count the same unless `weighted`.
 
   >>> from jax import numpy as jnp
   >>> from fedjax_llm import local

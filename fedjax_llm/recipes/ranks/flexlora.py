@@ -1,4 +1,4 @@
-"""FlexLoRA: the mean product, rounded to each client's rank by its SVD.
+"""FlexLoRA and HLoRA: the mean product, rounded to each rank by its SVD.
 
 Bai et al. 2024, arXiv 2402.11505.
 """
@@ -49,12 +49,13 @@ def hlora(
   optimizer: LocalOptimizer,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """HLoRA, as NVIDIA FLARE's MedGemma example means it.
+  """HLoRA, as in NVIDIA FLARE's MedGemma example.
 
       a b = SVD_R(sum_k w_k a_k b_k) with the singular values on a
 
-  and every client truncates it to its rank. The rule of FlexLoRA, where they
-  are on b; b is the factor beside the output, whose rows are orthonormal here.
+  and every client truncates it to its rank. FlexLoRA has the same rule with the
+  singular values on b. b is the factor beside the output; its rows are
+  orthonormal here.
 
   >>> from fedjax_llm import local
   >>> from fedjax_llm import server

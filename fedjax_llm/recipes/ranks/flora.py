@@ -1,4 +1,4 @@
-"""FLoRA: the stacked product goes into the base, and factors start afresh.
+"""FLoRA: the stacked product goes into the base, and factors start anew.
 
 Wang et al. 2024, arXiv 2409.05976.
 """
@@ -21,12 +21,12 @@ def flora(
   optimizer: LocalOptimizer,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """FLoRA: the stacked product goes into the base, and factors start afresh.
+  """FLoRA: the stacked product goes into the base, and factors start anew.
 
       W0 <- W0 + s sum_k w_k a_k b_k,   then a new a, and b = 0
 
   Wang et al. 2024, arXiv 2409.05976. Exact for any mix of ranks. The fresh
-  factors are drawn from a common seed, so what goes down is the stack of the
+  factors are drawn from a common seed, so the download is the stack of the
   round before; clients of the same rank get the same columns.
 
   >>> from jax import numpy as jnp

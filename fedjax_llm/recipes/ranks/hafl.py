@@ -1,4 +1,4 @@
-"""HAFL, with freezing: all hold every unit, and train those that matter.
+"""HAFL with freezing: clients hold all units and train the most important.
 
 Su et al. 2024, arXiv 2411.06581.
 """
@@ -42,15 +42,16 @@ def hafl(
   beta2: float = 0.85,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """HAFL, with freezing: all hold every unit, and train those that matter.
+  """HAFL with freezing: clients hold all units and train the most important.
 
       client:  the r_k units of each target with the largest importance,
       server:  a[:, i] <- mean of a_k[:, i] over the clients that trained i
 
   and the rows of b likewise, with the weights of the round (Su et al. 2024,
   arXiv 2411.06581). The importance is AdaLoRA's, `important`; r_k is the
-  client's profile. Which units it trained travels as well, a bit a unit. The
-  variant that truncates instead, and the quantisation of HAFLQ, are left out.
+  client's profile. The marks of the units that it trained are sent as well, a
+  bit a unit. The variant that truncates instead, and the quantisation of HAFLQ,
+  are left out.
 
   >>> from fedjax_llm.nodes import LowRank
   >>> method = hafl(None, local.optimizer('adamw'))
@@ -72,7 +73,7 @@ def hafl(
 
 
 def _trained_ranks() -> Scope:
-  """As many columns as a client may train are trained, and all are held."""
+  """Returns a scope: a client trains its profile's ranks and holds them all."""
   inner = scopes.everything()
   narrow = scopes.ranks(inner)
 
@@ -84,7 +85,7 @@ def _trained_ranks() -> Scope:
 
 
 class Importance(NamedTuple):
-  """What a client remembers of every entry that it can train."""
+  """A client's smoothed importance of every entry that it can train."""
 
   sensitivity: Any
   uncertainty: Any
@@ -94,7 +95,7 @@ class Importance(NamedTuple):
 def important(
   inner: LocalUpdate, loss: Loss, *, beta1: float = 0.85, beta2: float = 0.85
 ) -> LocalUpdate:
-  """Trains the units of largest importance, as many as the scope lets train.
+  """Returns `inner` on the most important units, as many as the scope allows.
 
       I = |p dL/dp|,   J <- beta1 J + (1 - beta1) I,
       U <- beta2 U + (1 - beta2) |I - J|,   s = J U,
@@ -102,10 +103,10 @@ def important(
 
   AdaLoRA's smoothed sensitivity and uncertainty (Zhang et al. 2023, arXiv
   2303.10512, equations 8 to 11), which a client keeps over its rounds. Every
-  target of every layer trains as many units as columns are in the mask that it
-  is given, those of the largest scores. One gradient a round, of the token mean
-  over all its batches at the parameters received, where AdaLoRA takes one a
-  step; it costs a pass over the batches.
+  target of every layer trains as many units as its mask has columns, those of
+  the largest scores. There is one gradient a round, of the token mean over all
+  batches at the parameters received, where AdaLoRA takes one a step; it costs a
+  pass over the batches.
 
   Raises:
     Error: a beta not in [0, 1); from the round, no low-rank factors.
@@ -155,12 +156,12 @@ def _nodes(params: Params) -> list[LowRank]:
 
 
 def _chosen(start: Params, score: Any, trained: Any) -> Any:
-  found = []
+  nodes = []
 
   def node(x, s, m):
     if not isinstance(x, LowRank) or m.a is None or m.b is None:
       return m
-    found.append(x)
+    nodes.append(x)
     units = jnp.mean(s.a, -2) + jnp.mean(s.b, -1)  # [..., R]
     columns = jnp.any(jnp.broadcast_to(m.a, x.a.shape), -2)
     size = jnp.sum(columns, -1, keepdims=True)
@@ -175,6 +176,6 @@ def _chosen(start: Params, score: Any, trained: Any) -> Any:
     trained,
     is_leaf=lambda x: x is None or isinstance(x, LowRank),
   )
-  if not found:
+  if not nodes:
     raise Error('important needs low-rank factors: adapter.name=lora.')
   return masks

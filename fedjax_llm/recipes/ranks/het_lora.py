@@ -1,4 +1,4 @@
-"""HetLoRA: truncated dispatch, self-pruning, weights by what was learned.
+"""HetLoRA: truncated download, self-pruning, weights by the product's norm.
 
 Cho et al. 2024, arXiv 2401.06432.
 """
@@ -46,15 +46,15 @@ def het_lora(
   keep_unheld: bool = True,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """HetLoRA: truncated dispatch, self-pruning, weights by what was learned.
+  """HetLoRA: truncated download, self-pruning, weights by the product's norm.
 
       client k: the first r_k columns; loss + penalty ||tail a|| ||tail b||;
                 r_k <- floor(gamma r_k) where the tail shrank
       server:   mean of zero-padded factors with p_k ~ ||a_k b_k||_F
 
   Cho et al. 2024, arXiv 2401.06432. Settings as in `self_pruning` and
-  `aggregators.norm_weighted`; r_k starts as the client's profile. What the
-  paper leaves open: whether the norm runs over a client or a target (`per`).
+  `aggregators.norm_weighted`; r_k starts as the client's profile. The paper
+  does not fix whether the norm runs over a client or a target (`per`).
 
   >>> from fedjax_llm import local
   >>> from fedjax_llm.nodes import LowRank
@@ -79,7 +79,7 @@ def het_lora(
 
 
 def _pruned_ranks() -> Scope:
-  """The first ranks of the profile, less those that the client gave up."""
+  """Returns a scope of the profile's ranks that the client has not pruned."""
   inner = scopes.ranks()
 
   def mask(start, state, context):
@@ -90,7 +90,7 @@ def _pruned_ranks() -> Scope:
 
 
 class Ranks(NamedTuple):
-  """What a client keeps: the ranks that it has not given up."""
+  """A client's state: the number of ranks that it has not pruned."""
 
   rank: Any  # [] int32
 
@@ -103,16 +103,16 @@ def self_pruning(
   gamma: float = 0.99,
   min_rank: int = 1,
 ) -> LocalUpdate:
-  """S steps on loss + penalty * tail, and fewer ranks where the tail shrank.
+  """Returns S steps on loss + penalty * tail; the rank falls with the tail.
 
       tail = sum over nodes and layers of ||a[:, g:r]||_F ||b[g:r, :]||_F,
       g = floor(gamma r)
 
   of a client that holds r ranks (`masks.held`). If the tail after training is
-  smaller than before, the client goes on with g ranks, for good: it sends only
-  those, and keeps the number in its state (Cho et al. 2024, arXiv 2401.06432,
+  smaller than before, the client keeps g ranks from then on: it sends only
+  those, and stores the number in its state (Cho et al. 2024, arXiv 2401.06432,
   section 3.2). b starts at zero, so nothing is pruned in the first round. The
-  local metric 'rank' tells r after training.
+  local metric 'rank' is r after training.
 
   Args:
     penalty: lambda of the paper.
@@ -125,7 +125,7 @@ def self_pruning(
 
   >>> update = self_pruning(loss=None, optimizer=None, gamma=0.5)
   >>> node = LowRank(jnp.ones((2, 4)), jnp.ones((4, 2)), None)
-  >>> int(update.init({'q': node}).rank)  # of a client that gave up nothing yet
+  >>> int(update.init({'q': node}).rank)  # of a client that has pruned none
   4
   """
   if penalty < 0:
@@ -187,7 +187,7 @@ def _nodes(params: Params) -> list[LowRank]:
 
 
 def _held(masks: Masks, start: Params) -> jax.Array:
-  """Ranks that the client holds; everything beyond them is zero."""
+  """Returns the number of ranks that the client holds; the others are zero."""
   node, held = _nodes(start)[0], _nodes(masks.held)[0].a
   num = node.a.shape[-1]
   if not held.ndim:
@@ -197,7 +197,7 @@ def _held(masks: Masks, start: Params) -> jax.Array:
 
 
 def _tail(params: Params, first: jax.Array) -> jax.Array:
-  """sum ||a[:, first:]|| ||b[first:]||: zeros beyond the rank add nothing."""
+  """Returns sum ||a[:, first:]|| ||b[first:]||; zeros beyond the rank add 0."""
 
   def norm(x):  # its gradient at zero is zero, not NaN
     square = jnp.sum(jnp.square(x), axis=(-1, -2))

@@ -1,6 +1,7 @@
-"""FedIT with ranks: the mean of factors that are padded with zeros.
+"""Means for mixed ranks: zero padding, RBLA and replication padding.
 
-Cho et al. 2024, arXiv 2401.06432.
+Cho et al. 2024, arXiv 2401.06432; Tavallaie et al. 2024, arXiv 2408.08699; Byun
+and Lee 2025, arXiv 2406.17477.
 """
 
 from typing import Any
@@ -32,7 +33,7 @@ def zero_padding(
   The baseline of every paper on mixed ranks (called zero padding by Cho et al.
   2024, arXiv 2401.06432): ranks that few clients hold shrink in every round.
   Ranks that no client of a round holds keep their value; with
-  `keep_unheld=False` they are set to zero for good, as the formula says.
+  `keep_unheld=False` they are set to zero permanently, as in the formula.
 
   >>> zero_padding(  # doctest: +ELLIPSIS
   ...   None, None, aggregator=aggregators.mean())
@@ -74,7 +75,7 @@ def replication_padding(
   optimizer: LocalOptimizer,
   **parts: Any,
 ) -> FederatedAlgorithm:
-  """Small clients are padded with what the largest clients learned.
+  """Replication padding: small clients take ranks from the largest clients.
 
       a_k[:, i] <- mean of a_j[:, i] over the clients of the largest rank
 
