@@ -52,7 +52,7 @@ def run(argv: list[str]) -> None:
     temperature=args.temperature,
     top_p=args.top_p,
     eos_id=ends(loaded, tokenizer, template),
-    # Of one prompt every adapter gets the same luck.
+    # All adapters use the same random numbers for a prompt.
     seeds=[(args.seed + i) % 2**32 for i, _ in pairs],
     adapters=changes,
     which=[folders.index(x) if x != _NONE else -1 for _, x in pairs],
