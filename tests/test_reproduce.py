@@ -128,7 +128,9 @@ def test_noise_is_on_what_travels_after_clipping():
   codec = room('ffa').noisy(clip=2.0, noise=0.5)
   update = {'a': None, 'b': jnp.full((200, 50), 3.0)}
   masks = fl.types.Masks(None, {'a': None, 'b': jnp.bool_(True)})
-  message, _ = codec.encode(update, masks, (), jax.random.key(0))
+  message, _ = codec.encode(
+    update, masks, (), fl.types.Context(key=jax.random.key(0))
+  )
   assert message['a'] is None
   clipped = 2.0 / math.sqrt(200 * 50)  # each entry of an update of norm 2
   b = np.asarray(message['b'])

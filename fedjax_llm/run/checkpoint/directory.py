@@ -104,7 +104,8 @@ def open(
     path = folder / f'round_{round:08d}'
     return path, path.with_name(_PART + path.name)
 
-  def help(round: int, state: Any, meta: Any = None) -> None:
+  def help(round: int, state: Any, meta: Any = None, keep: Any = None) -> None:
+    del meta, keep  # of the process that writes the manifest
     path, part = place(int(round))
     if group.count > 1:
       with _writing(path):
