@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fedjax_llm import clients, scopes, tree
 from fedjax_llm.clients import cohorts, sampling
 from fedjax_llm.nodes import LowRank
+from fedjax_llm.scopes import labels
 from fedjax_llm.types import ClientState, Context, Draw, Error, Example, Label
 
 SAMPLERS = {
@@ -25,7 +26,7 @@ def make(name, num_clients, cohort_size, **kwargs):
   return SAMPLERS[name](num_clients, cohort_size, sizes=sizes, **kwargs)
 
 
-@pytest.mark.parametrize('module', [sampling, cohorts, scopes.labels])
+@pytest.mark.parametrize('module', [sampling, cohorts, labels])
 def test_docstring_examples_run(module):
   result = doctest.testmod(module)
   assert result.attempted and not result.failed

@@ -61,8 +61,8 @@ def causal_lm(
     num_rows, length, width = hidden.shape
     # The state at t - 1 predicts token t; a text's first token never counts.
     hidden = hidden[:, :-1].reshape(-1, width)
-    targets = batch.tokens[:, 1:].reshape(-1)
-    mask = batch.loss_mask[:, 1:].reshape(-1)
+    targets = jnp.asarray(batch.tokens)[:, 1:].reshape(-1)
+    mask = jnp.asarray(batch.loss_mask)[:, 1:].reshape(-1)
     row = jnp.repeat(jnp.arange(num_rows), length - 1)
     if batch.bound is not None and batch.bound < mask.size:
       most = int(batch.bound)
