@@ -26,4 +26,4 @@ from fedjax_llm import types as types
 from fedjax_llm import uploads as uploads
 from fedjax_llm.types import Error as Error
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'

@@ -6,16 +6,16 @@ Builders return a `Scope`: a label a leaf, and masks inside the round.
 """
 
 from fedjax_llm.scopes.labels import all_private as all_private
-from fedjax_llm.scopes.labels import alternating as alternating
 from fedjax_llm.scopes.labels import everything as everything
 from fedjax_llm.scopes.labels import frozen as frozen
-from fedjax_llm.scopes.labels import in_turn as in_turn
 from fedjax_llm.scopes.labels import labelled as labelled
-from fedjax_llm.scopes.labels import layers as layers
 from fedjax_llm.scopes.labels import leaf_paths as leaf_paths
 from fedjax_llm.scopes.labels import private as private
-from fedjax_llm.scopes.labels import ranks as ranks
-from fedjax_llm.scopes.labels import untrained as untrained
+from fedjax_llm.scopes.layers import layers as layers
+from fedjax_llm.scopes.ranks import ranks as ranks
+from fedjax_llm.scopes.turns import alternating as alternating
+from fedjax_llm.scopes.turns import in_turn as in_turn
+from fedjax_llm.scopes.turns import untrained as untrained
 
 __all__ = [
   'all_private',

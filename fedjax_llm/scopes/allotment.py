@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm.nodes import LowRank
-from fedjax_llm.scopes.labels import both_trained, everything, of_profile
+from fedjax_llm.scopes.labels import everything
+from fedjax_llm.scopes.ranks import both_trained, of_profile
 from fedjax_llm.types import Error, Params, Scope
 
 __all__ = ['allotted', 'rank_sizes']

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm.nodes import Experts, LowRank
-from fedjax_llm.scopes.labels import everything, of_profile
+from fedjax_llm.scopes.labels import everything
+from fedjax_llm.scopes.ranks import of_profile
 from fedjax_llm.types import Error, Masks, Params, Private, Scope
 
 __all__ = ['assigned', 'places']

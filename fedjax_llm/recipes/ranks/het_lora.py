@@ -17,7 +17,7 @@ from fedjax_llm.recipes.composing import (
   compose,
   refuse,
 )
-from fedjax_llm.scopes.labels import rank_of
+from fedjax_llm.scopes.ranks import rank_of
 from fedjax_llm.types import (
   ClientOutput,
   Error,
