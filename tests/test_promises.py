@@ -50,7 +50,7 @@ TRAITS = {
   ),
   'writes_residual': (
     dict(rule=promising(writes_residual=True)),
-    'so it needs fold, that of the adapter',
+    'so it needs fold',
   ),
 }
 REFUSED = {
