@@ -1034,3 +1034,10 @@ def test_what_was_fetched_is_not_fetched_again(chitchat, tmp_path):
   (tmp_path / 'chitchat.jsonl.gz').write_bytes(b'damaged')
   with pytest.raises(OSError):
     chitchat.fetch(tmp_path, '/no/wheel')
+
+
+def test_random_deals_are_those_of_earlier_versions():
+  """Keys are made of a record's fields: new ones must not change old deals."""
+  records = [Record(text=f'text {i}', label=str(i % 3)) for i in range(9)]
+  names = data.iid(num_clients=3)(records, 5)
+  assert [int(name[-1]) for name in names] == [0, 2, 0, 1, 1, 2, 2, 1, 0]

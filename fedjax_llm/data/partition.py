@@ -5,11 +5,13 @@ each record's client. Random partitions depend on the content of the records,
 not on their order in a file.
 """
 
+import collections
 import hashlib
 import heapq
 import statistics
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -34,9 +36,33 @@ def _generator(seed: int, *parts: Hashable) -> np.random.Generator:
   return np.random.default_rng(list(keyed(seed, *parts)))
 
 
+# Fields that keys have always held; later ones count where they have a value,
+# so that the deals of earlier versions stay.
+_FIELDS = (
+  *('client', 'prompt', 'response', 'text', 'messages', 'label'),
+  *('where', 'pair'),
+)
+
+
+def _content(record: Record) -> Any:
+  """Returns a record's content without its place, as keys are made of it.
+
+  >>> _content(Record(text='hi', where='a:1', image=None))._fields[-2:]
+  ('where', 'pair')
+  """
+  record = record._replace(where='')
+  names = [
+    name
+    for name in record._fields
+    if name in _FIELDS or getattr(record, name) is not None
+  ]
+  values = [getattr(record, name) for name in names]
+  return collections.namedtuple('Record', names)(*values)
+
+
 def _shuffled(records: Sequence[Record], seed: int, tag: str) -> list[int]:
   """Returns the places of the records in keyed order."""
-  keys = [keyed(seed, tag, r._replace(where='')) for r in records]
+  keys = [keyed(seed, tag, _content(r)) for r in records]
   return sorted(range(len(records)), key=keys.__getitem__)
 
 
