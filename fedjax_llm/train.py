@@ -9,6 +9,7 @@ goes on from the last checkpoint.
 """
 
 import contextlib
+import functools
 import sys
 import time
 from typing import Any
@@ -140,7 +141,10 @@ def train(args: config.Arguments) -> None:
   room.save_config(done)
   kept = exchange.shared(store, newcomer) if sharing > 1 else store
   record, leave = lambda number, row: None, lambda finished: None
-  judge = best.judge(by=test.best_by, patience=test.patience)
+  judge_of = functools.partial(
+    best.judge, by=test.best_by, patience=test.patience, keep=test.keep_best
+  )
+  judge = judge_of()
   if first:
     room.keep('clients.json', data.population.sizes(population))
     record, leave = metrics.recorder(
@@ -150,7 +154,7 @@ def train(args: config.Arguments) -> None:
       say=print,
     )
     earlier = metrics.read(str(room.path / 'metrics.jsonl'))
-    judge = best.judge(earlier, by=test.best_by, patience=test.patience)
+    judge = judge_of(earlier)
 
   def save(number: int) -> None:
     room.check()
