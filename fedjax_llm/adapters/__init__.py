@@ -26,6 +26,9 @@ from fedjax_llm.adapters.low_rank import rslora as rslora
 from fedjax_llm.adapters.low_rank.cores import lora_xs as lora_xs
 from fedjax_llm.adapters.low_rank.cores import ravan as ravan
 from fedjax_llm.adapters.low_rank.dora import dora as dora
+from fedjax_llm.adapters.low_rank.gram import florg as florg
+from fedjax_llm.adapters.low_rank.orthogonal import orthogonal as orthogonal
+from fedjax_llm.adapters.low_rank.orthogonal import sfed_lora as sfed_lora
 from fedjax_llm.adapters.low_rank.tensor_train import (
   tensor_train as tensor_train,
 )
@@ -35,10 +38,13 @@ __all__ = [
   'dora',
   'factorised',
   'federa',
+  'florg',
   'lora',
   'lora_xs',
+  'orthogonal',
   'ravan',
   'rslora',
+  'sfed_lora',
   'tensor_train',
   'vera',
 ]
