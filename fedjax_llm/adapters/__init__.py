@@ -27,6 +27,9 @@ from fedjax_llm.adapters.low_rank import rslora as rslora
 from fedjax_llm.adapters.low_rank.cores import lora_xs as lora_xs
 from fedjax_llm.adapters.low_rank.cores import ravan as ravan
 from fedjax_llm.adapters.low_rank.dora import dora as dora
+from fedjax_llm.adapters.low_rank.gram import florg as florg
+from fedjax_llm.adapters.low_rank.orthogonal import orthogonal as orthogonal
+from fedjax_llm.adapters.low_rank.orthogonal import sfed_lora as sfed_lora
 from fedjax_llm.adapters.low_rank.tensor_train import (
   tensor_train as tensor_train,
 )
@@ -47,16 +50,19 @@ __all__ = [
   'dora',
   'factorised',
   'federa',
+  'florg',
   'heads',
   'ia3',
   'layers',
   'lora',
   'lora_xs',
   'norms',
+  'orthogonal',
   'p_tuning',
   'prefix',
   'ravan',
   'rslora',
+  'sfed_lora',
   'soft_prompt',
   'tensor_train',
   'vera',
