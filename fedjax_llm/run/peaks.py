@@ -52,7 +52,8 @@ def measure(
 
   # Zeros are faster than numbers on some devices.
   rng = np.random.default_rng(0)
-  draw = lambda: rng.standard_normal(shape[1:], np.float32).astype(jnp.dtype(dtype))
+  kind = jnp.dtype(dtype)
+  draw = lambda: rng.standard_normal(shape[1:], np.float32).astype(kind)
   x, y = (jax.device_put(np.broadcast_to(draw(), shape), split) for _ in 'xy')
   product = jax.jit(jnp.matmul, out_shardings=split)
   jax.block_until_ready(product(x, y))
@@ -100,7 +101,10 @@ def key(dtype: Any) -> str:
   """Returns the name of this machine's rate in the file of rates."""
   devices = jax.local_devices()
   where = f'{len(devices)} x {devices[0].device_kind}'
-  return f'{compilation.machine()}, {where}, {jnp.dtype(dtype).name}'
+  parts = [compilation.machine(), where, jnp.dtype(dtype).name]
+  if flags := os.environ.get('XLA_FLAGS'):  # they may change the rate
+    parts.append(f'XLA_FLAGS={flags}')
+  return ', '.join(parts)
 
 
 def share(

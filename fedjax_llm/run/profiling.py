@@ -56,7 +56,7 @@ def rounds(setting: int | Iterable[int] | None) -> frozenset[int]:
   """
   if setting is None:
     return frozenset()
-  several = setting if isinstance(setting, list | tuple) else (setting,)
+  several: Any = setting if isinstance(setting, list | tuple) else (setting,)
   for number in several:
     if type(number) is not int or number < 1:
       raise Error(
@@ -131,6 +131,13 @@ def lines(profile: Profile) -> list[str]:
     share = 100 * seconds / (profile.busy or 1.0)
     rows.append(f'  {share:5.1f} % {calls:7d} x  {name[:60]}')
   return rows
+
+
+def note(folder: Any) -> str:
+  """Returns a text on the newest trace in a folder."""
+  file = files(folder)[-1]
+  places = f'{file.parent}: a trace for Perfetto and TensorBoard'
+  return '\n'.join([places, *lines(longest(file))])
 
 
 def _operations(data: Any) -> Iterator[tuple[str, float, float]]:

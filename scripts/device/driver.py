@@ -1,6 +1,7 @@
 """Runs the stages in processes of their own and keeps one JSON of results."""
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -128,10 +129,8 @@ def child(
 
   def end() -> None:
     late.set()
-    try:
+    with contextlib.suppress(ProcessLookupError):
       os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-      pass
 
   timer = threading.Timer(limit, end)
   timer.start()

@@ -22,7 +22,6 @@ import fedjax_llm as fl
 from fedjax_llm import models
 from fedjax_llm.models.network import attention as attention_lib
 from fedjax_llm.models.network.attention import Places
-from fedjax_llm.types import Error
 
 # Allowed errors. float32 products run in TF32 on a GPU unless highest is asked.
 ALLOWED = {'highest': 1e-4, 'float32': 1e-2, 'bfloat16': 6e-2}
@@ -30,7 +29,7 @@ WORK = shapes.Work('tiny', {**shapes.DRY, 'hidden_size': 64}, 4, 2, 32, 3)
 
 
 def points(dry: bool, have: frozenset[str]) -> Points:
-  for name in implementations():
+  for name in rounds.implementations():
     for precision in ('highest', 'float32', 'bfloat16'):
       if name == 'cudnn' and precision != 'bfloat16':
         continue
@@ -40,7 +39,7 @@ def points(dry: bool, have: frozenset[str]) -> Points:
         lambda name=name, p=precision: attention(name, p, 16 if dry else 256),
       )
   for name, precision in [
-    *((name, 'bfloat16') for name in implementations()),
+    *((name, 'bfloat16') for name in rounds.implementations()),
     *(('xla', 'highest'), ('blocked', 'highest'), ('xla', 'float32')),
   ][: 1 if dry else None]:
     yield from attempt(
@@ -49,18 +48,6 @@ def points(dry: bool, have: frozenset[str]) -> Points:
       lambda name=name, p=precision: one_round(name, p),
     )
   yield from attempt('round of torch, highest', have, in_torch)
-
-
-def implementations() -> list[str]:
-  """Returns the attention implementations that this backend has."""
-  names = []
-  for name in attention_lib.IMPLEMENTATIONS:
-    try:
-      attention_lib.choose(name, compute_dtype=jnp.bfloat16)
-    except Error:
-      continue
-    names.append(name)
-  return names
 
 
 def on_cpu() -> Any:
@@ -109,7 +96,9 @@ def program(name: str, places: Places, dtype: Any) -> Any:
 
     def loss(qkv):
       q, k, v = (x.astype(dtype) for x in qkv)
-      out = attention_lib.attention(q, k, v, places, places, implementation=name)
+      out = attention_lib.attention(
+        q, k, v, places, places, implementation=name
+      )
       out = jnp.where(real, out.astype(jnp.float32), 0)
       return jnp.sum(jnp.sin(out)), out
 
@@ -136,7 +125,7 @@ def attention(name: str, precision: str, length: int) -> dict[str, Any]:
 def attention_speed(dry: bool, have: frozenset[str]) -> Points:
   """Seconds of attention with its gradient, by implementation and length."""
   for length in (512, 2048):
-    for name in implementations():
+    for name in rounds.implementations():
       yield from attempt(
         f'attention {name}, {length} tokens',
         have,
@@ -242,7 +231,7 @@ def in_torch() -> dict[str, Any]:
   theirs = _stacked(named, WORK.model['num_layers'])
   attention = wanted['layers']['self_attn']
   ours = {
-    f'{target}.{factor}': getattr(attention[target]['kernel'], factor.lower())
+    f'{target}.{factor}': getattr(attention[target], factor.lower())
     for target in ('q_proj', 'v_proj')
     for factor in 'AB'
   }

@@ -13,8 +13,9 @@ from stages import Points, attempt
 import fedjax_llm as fl
 from fedjax_llm import batching, models
 from fedjax_llm.devices import sharding
+from fedjax_llm.models.network import attention
 from fedjax_llm.run import blocks, costs
-from fedjax_llm.types import Batch, Cohort
+from fedjax_llm.types import Batch, Cohort, Error
 
 
 def main_points(dry: bool, have: frozenset[str]) -> Points:
@@ -22,7 +23,7 @@ def main_points(dry: bool, have: frozenset[str]) -> Points:
   for work in shapes.main(dry):
     yield from point(work, 'ours', have)
   long = shapes.main(dry)[-1]
-  for name in ('xla', 'cudnn', 'blocked'):
+  for name in implementations():
     yield from point(long, f'ours, {name}', have, attention=name)
 
 
@@ -125,6 +126,18 @@ def cohort(work: shapes.Work, seed: int = 0) -> Cohort:
     weight=jnp.ones(k),
     valid=jnp.ones(k, bool),
   )
+
+
+def implementations() -> list[str]:
+  """Returns the attention implementations that this backend has."""
+  names = []
+  for name in attention.IMPLEMENTATIONS:
+    try:
+      attention.choose(name, compute_dtype=jnp.bfloat16)
+    except Error:
+      continue
+    names.append(name)
+  return names
 
 
 def peak_bytes() -> int | None:
