@@ -46,6 +46,8 @@ class Settings(NamedTuple):
   checkpoint_writers: Literal['first', 'all'] = 'first'
   # The folder of compiled programs for the next start; none: they are not kept.
   compilation_cache: str | None = 'auto'
+  # Rounds of which a trace is written to the workdir: see `run.profiling`.
+  profile: int | tuple[int, ...] | None = None
 
 
 class Evals(NamedTuple):
