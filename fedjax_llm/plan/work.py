@@ -182,7 +182,7 @@ def read(
   K = cohort_size or sampling.get('cohort_size')
   N = (
     num_clients
-    or full['partition'].get('num_clients')
+    or (full['partition'].get('of') or full['partition']).get('num_clients')
     or full['population'].get('max_clients')
     or K
   )
@@ -196,7 +196,7 @@ def read(
   row = full['cohort']
   S, B = num_steps or row['num_steps'], row['batch_size']
   T = full['population']['max_length']
-  if conf['algorithm']['name'] == 'centralised':
+  if isinstance(build('partition'), data.partition.Pooled):
     S, K, N = S * K, 1, 1
   rows = max(devices // settings.mesh_model, 1)
   K = -(-K // rows)
