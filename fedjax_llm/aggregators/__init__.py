@@ -23,6 +23,7 @@ from fedjax_llm.aggregators.low_rank.rules import lora_fair as lora_fair
 from fedjax_llm.aggregators.low_rank.rules import norm_weighted as norm_weighted
 from fedjax_llm.aggregators.low_rank.rules import replication as replication
 from fedjax_llm.aggregators.low_rank.rules import zero_padding as zero_padding
+from fedjax_llm.aggregators.mixing import matched_mean as matched_mean
 from fedjax_llm.aggregators.robust import krum as krum
 from fedjax_llm.aggregators.robust import median as median
 from fedjax_llm.aggregators.robust import trimmed_mean as trimmed_mean
@@ -39,6 +40,7 @@ __all__ = [
   'krum',
   'lora_fair',
   'masked_mean',
+  'matched_mean',
   'mean',
   'median',
   'norm_weighted',
