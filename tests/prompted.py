@@ -117,7 +117,9 @@ def wire(states, k):
   """The bytes of client k's message."""
   message, sent = states.upload
   pairs = zip(jax.tree.leaves(message), jax.tree.leaves(sent))
-  return b''.join(np.asarray(x)[k][np.asarray(m)[k]].tobytes() for x, m in pairs)
+  return b''.join(
+    np.asarray(x)[k][np.asarray(m)[k]].tobytes() for x, m in pairs
+  )
 
 
 # --------------------------------------------------------- float64, by hand --

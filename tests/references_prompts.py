@@ -56,9 +56,7 @@ class CMA:
     ) * inverse @ step
     length = np.linalg.norm(self.ps)
     bound = (1.4 + 2 / (n + 1)) * chi
-    calm = float(
-      length / np.sqrt(1 - (1 - c_s) ** (2 * (self.g + 1))) < bound
-    )
+    calm = float(length / np.sqrt(1 - (1 - c_s) ** (2 * (self.g + 1))) < bound)
     self.pc = (1 - c_c) * self.pc + calm * np.sqrt(
       c_c * (2 - c_c) * mu_eff
     ) * step

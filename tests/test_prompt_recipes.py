@@ -8,7 +8,7 @@ import numpy as np
 import prompted as toy
 import pytest
 import references_prompts as ref
-from prompted import D, IDS, K, N, P, S, apart, close
+from prompted import IDS, D, K, N, P, S, apart, close
 
 from fedjax_llm import recipes, tree
 from fedjax_llm.local import distillation, evolution
@@ -223,9 +223,7 @@ def test_the_mean_of_many_estimates_is_the_gradient():
   params = toy.prompt()
   of = jax.jit(lambda p: slope(toy.LOSS, toy.base(), p, p, batch, toy.KEY))
   grads, sums = of(params)
-  exact = toy.slope(
-    lambda x: ref.loss_of(toy.cohort().batches, 0, 0, x), ROWS
-  )
+  exact = toy.slope(lambda x: ref.loss_of(toy.cohort().batches, 0, 0, x), ROWS)
   close(grads['inputs'].rows, exact, atol=0.03)
   assert np.abs(exact).max() > 0.1 and sums.count == (batch.label >= 0).sum()
 
@@ -242,9 +240,7 @@ def test_p_fed_pg_equals_a_float64_loop():
     close(x, y)
   one = ref.p_fed_pg(phi, *settings, 1.0, 2, S, heads=1)
   apart(one[1], want[1], by=1e-4)
-  served = algorithm.personal(
-    seen[-1][0].params, tree.take(seen[-1][1], 1)
-  )
+  served = algorithm.personal(seen[-1][0].params, tree.take(seen[-1][1], 1))
   close(served['inputs'].rows, ref.generate(want, IDS[1], 2))
 
 
@@ -338,13 +334,9 @@ def test_other_adapters_are_refused(name):
 
 
 def test_heads_must_divide_the_width():
-  algorithm = recipes.p_fed_pg(
-    toy.LOSS, toy.sgd(), num_clients=N, num_heads=3
-  )
+  algorithm = recipes.p_fed_pg(toy.LOSS, toy.sgd(), num_clients=N, num_heads=3)
   with pytest.raises(Error) as error:
     algorithm.init(toy.KEY, toy.prompt())
   assert str(error.value) == (
     'algorithm.num_heads is 3; it must divide the width 4 of the prompt.'
   )
-
-
