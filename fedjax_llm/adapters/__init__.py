@@ -6,6 +6,7 @@ names in `__all__`.
 
 from fedjax_llm.adapters import gates as gates
 from fedjax_llm.adapters import targets as targets
+from fedjax_llm.adapters.bottleneck import bottleneck as bottleneck
 from fedjax_llm.adapters.changes import Dense as Dense
 from fedjax_llm.adapters.changes import Dora as Dora
 from fedjax_llm.adapters.changes import as_low_rank as as_low_rank
@@ -30,15 +31,33 @@ from fedjax_llm.adapters.low_rank.tensor_train import (
   tensor_train as tensor_train,
 )
 from fedjax_llm.adapters.low_rank.vera import vera as vera
+from fedjax_llm.adapters.prompts import p_tuning as p_tuning
+from fedjax_llm.adapters.prompts import prefix as prefix
+from fedjax_llm.adapters.prompts import soft_prompt as soft_prompt
+from fedjax_llm.adapters.scaling import ia3 as ia3
+from fedjax_llm.adapters.selective import bitfit as bitfit
+from fedjax_llm.adapters.selective import heads as heads
+from fedjax_llm.adapters.selective import layers as layers
+from fedjax_llm.adapters.selective import norms as norms
 
 __all__ = [
+  'bitfit',
+  'bottleneck',
+  'dense',
   'dora',
   'factorised',
   'federa',
+  'heads',
+  'ia3',
+  'layers',
   'lora',
   'lora_xs',
+  'norms',
+  'p_tuning',
+  'prefix',
   'ravan',
   'rslora',
+  'soft_prompt',
   'tensor_train',
   'vera',
 ]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm import adapters, batching, local, models, tree
+from fedjax_llm import adapters, batching, data, local, models, tree
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.models import families, quantised
 from fedjax_llm.models.files import load
@@ -207,7 +207,7 @@ def read(
     block = blocks.rule(B * T, K)
   m = min(int(block or K), K)
 
-  adapter = build('adapter')
+  adapter = build('adapter', tokenizer=data.tokenizers.bytes())  # for shapes
   optimizer = build('local')
   profiles: Any = ()
   if conf.get('profiles'):

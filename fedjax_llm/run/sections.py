@@ -138,6 +138,7 @@ SPEC = config.Spec(
       *('examples', 'max_length', 'pad_id', 'seed', 'profiles'),
       *('collate', 'length'),
     ),
+    'adapter': ('tokenizer',),
     'model': ('vocab_size', 'eos_ids', 'labels', 'place'),
     'algorithm': (
       *('loss', 'model', 'optimizer', 'num_clients', 'profiles'),
