@@ -24,6 +24,7 @@ from fedjax_llm.recipes.ranks.florist import occupied
 from fedjax_llm.types import Context, Error, Masks, Uploads
 
 KEY = jax.random.key(0)
+NONE = Masks(None, None)
 K, D, F, R = 4, 8, 7, 3
 WEIGHT = np.array([1.0, 3.0, 2.0, 2.0])
 RANKS = [3, 1, 2, 1]
@@ -34,7 +35,7 @@ RECIPES = (
 )
 
 
-def clients(seed=0, ranks=None):
+def clients(seed=0, ranks=None) -> Any:
   """Factors that share a part, [K, ...], zero beyond a client's rank."""
   rng = np.random.default_rng(seed)
   near = lambda *s: rng.normal(size=s) + 0.6 * rng.normal(size=(K, *s))
@@ -68,7 +69,9 @@ def program(name, settings):
 
 def sent(a, b, ranks=None):
   start = server()
-  ends = [LowRank(*map(jnp.asarray, x), start.scale) for x in zip(a, b)]
+  ends = [
+    LowRank(jnp.asarray(x), jnp.asarray(y), start.scale) for x, y in zip(a, b)
+  ]
   return aggregators.received(start, ends, list(WEIGHT), ranks)
 
 
@@ -110,8 +113,8 @@ def test_raflora_of_equal_ranks_is_flexlora():
 def test_raflora_recovers_what_nested_clients_share_and_padding_shrinks_it():
   a, b = clients(seed=3)
   held = np.arange(R) < np.array(RANKS)[:, None]
-  a = np.float32(a[:1] * held[:, None])
-  b = np.float32(b[:1] * held[..., None])
+  a: Any = np.float32(a[:1] * held[:, None])
+  b: Any = np.float32(b[:1] * held[..., None])
   whole = 0.5 * np.float64(a[0]) @ b[0]
   near(served('raflora', a, b, RANKS)[1], whole)
   apart(served('flexlora', a, b, RANKS)[1], whole, by=0.1)
@@ -153,7 +156,7 @@ def test_florist_of_all_energy_is_exact_where_the_server_has_the_columns():
 def test_a_download_of_florist_costs_its_columns_alone():
   new = served('florist', *clients(seed=1), energy=0.8)[0]
   p, *_ = ref.florist(*clients(seed=1), SCALE, WEIGHT, 0.8)
-  count = occupied().num_bytes({'q': new._replace(scale=None)}, None)['q']
+  count = occupied().num_bytes({'q': new._replace(scale=None)}, NONE)['q']
   assert (int(count.a), int(count.b)) == (4 * p * D, 4 * p * F)
 
 
@@ -210,7 +213,7 @@ def test_fedask_sketches_in_two_passes_and_is_exact_with_enough_columns():
 
 def test_fedask_is_billed_for_both_passes():
   node = {'q': server()._replace(scale=None)}
-  count = sketched(5).num_bytes(node, None)['q']
+  count = sketched(5).num_bytes(node, NONE)['q']
   assert (int(count.a), int(count.b)) == (4 * 5 * D, 4 * 5 * F)
   rule: Any = aggregators.fedask(sketch=5)
   counts, _ = rule.num_bytes(rule.init(server(), KEY), ())
@@ -296,7 +299,7 @@ def test_florg_keeps_the_gram_matrix_and_turns_its_factor():
   uploads = Uploads(
     bare._replace(g=moved),
     tree.broadcast(node, K),
-    Masks(None, None),
+    NONE,
     jnp.asarray(WEIGHT),
     jnp.ones(K, bool),
   )
@@ -415,7 +418,8 @@ def test_of_all_ranks_they_are_fed_it(name):
 
 def test_a_sketch_is_right_on_average_and_the_same_for_both_factors():
   params = {'q': server()}
-  mask = lambda key: scopes.drawn(hold=False).mask(
+  scope: Any = scopes.drawn(hold=False)
+  mask = lambda key: scope.mask(
     params, None, Context(profile=jnp.int32(1), key=key)
   )
   masks = jax.vmap(mask)(jax.random.split(KEY, 600)).held['q']

@@ -67,10 +67,9 @@ def sketched(size: int) -> Upload:
     def count(x):
       if not isinstance(x, LowRank):
         return None if x is None else jnp.int32(x.size * x.dtype.itemsize)
-      rows = lambda factor: factor.size // factor.shape[-1]
-      num = rows(jnp.swapaxes(x.b, -1, -2))
-      both = rows(x.a) * size, num * size
-      return LowRank(*(jnp.int32(n * x.a.dtype.itemsize) for n in both), None)
+      each = size * x.a.dtype.itemsize
+      rows = x.a.size // x.a.shape[-1], x.b.size // x.b.shape[-2]
+      return LowRank(jnp.int32(rows[0] * each), jnp.int32(rows[1] * each), None)
 
     return jax.tree.map(count, message, is_leaf=is_node)
 
