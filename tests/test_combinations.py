@@ -62,6 +62,8 @@ ELSEWHERE = {
   'fed_amole',  # test_experts
   'fed_pipe',  # test_planned
   'lp_fl',  # test_labelling
+  *('fed_mezo', 'decomfl', 'cyber_0', 'fed_kseed', 'fed_kseed_pro'),
+  *('fwdllm', 'spry'),  # test_zeroth_order
   *('fed_tt', 'federa'),  # fed_avg, on another adapter
 }
 

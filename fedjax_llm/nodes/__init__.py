@@ -24,6 +24,7 @@ from fedjax_llm.nodes.gram import Gram as Gram
 from fedjax_llm.nodes.low_rank import LowRank as LowRank
 from fedjax_llm.nodes.parts import Controlled as Controlled
 from fedjax_llm.nodes.parts import Dual as Dual
+from fedjax_llm.nodes.parts import Seeded as Seeded
 from fedjax_llm.nodes.prompt import Prefix as Prefix
 from fedjax_llm.nodes.prompt import Prompt as Prompt
 from fedjax_llm.nodes.protocol import is_node as is_node

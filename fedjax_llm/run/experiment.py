@@ -373,6 +373,7 @@ def algorithm(
     model=model,
     optimizer=make('local'),
     num_clients=num_clients,
+    num_steps=conf['cohort']['num_steps'],
     profiles=profiles,
     fold=adapter.fold,
     **others,

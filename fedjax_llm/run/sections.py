@@ -184,6 +184,7 @@ SPEC = config.Spec(
     'model': ('vocab_size', 'eos_ids', 'labels', 'place'),
     'algorithm': (
       *('loss', 'model', 'optimizer', 'num_clients', 'profiles'),
+      'num_steps',
       *builders.parameters(parts),
     ),
     'evals.personal': ('loss', 'model'),
