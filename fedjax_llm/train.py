@@ -28,6 +28,8 @@ from fedjax_llm.run import (
   experiment,
   metrics,
   narration,
+  pace,
+  profiling,
   rates,
   resume,
   workdir,
@@ -45,6 +47,7 @@ def train(args: config.Arguments) -> None:
   conf, settings = args.config, config.settings(args.config, SPEC)
   builders.build(conf['hosts'], SPEC.sections['hosts'])  # joins other processes
   _, test = experiment.checked(conf)
+  profiled = profiling.rounds(settings.profile)
   sharding.split_cpu(settings.cpu_devices)  # before JAX starts
   track = builders.build(conf['tracking'], SPEC.sections['tracking'])
   resolved = config.resolved(conf, SPEC)
@@ -87,7 +90,11 @@ def train(args: config.Arguments) -> None:
   # Errors of the method are raised before anything is written.
   trial = assemble(0)[1]
   trial = trial._replace(states=tree.broadcast(newcomer, len(trial.ids)))
-  jax.eval_shape(step, state, trial, base)
+  meter = pace.of(
+    jax.make_jaxpr(step)(state, trial, base),
+    trips=rates.num_steps(trial.batches),
+    rows=sharding.num_rows(mesh),
+  )
   size = lambda x: sum(leaf.size for leaf in jax.tree.leaves(x))
   print(
     f'{loaded.name}: {size(before):,} adapter parameters beside '
@@ -191,6 +198,7 @@ def train(args: config.Arguments) -> None:
     num_rounds, done, unit=unit, file=None if first else sys.stdout
   )
   over = hosts.from_first(judge.over)  # patience has run out
+  saving = 0.0  # seconds of the last checkpoint
   with contextlib.ExitStack() as at_end:
     ended = lambda: over or number == num_rounds
     at_end.push(lambda kind, *_: leave(kind is None and ended()))
@@ -205,10 +213,14 @@ def train(args: config.Arguments) -> None:
       )
       cohort = cohort._replace(states=sharding.joined(states, mesh))
       assembled = time.monotonic()
-      state, states, info = step(state, cohort, everybodys)
-      # The next cohort is made and transferred while the devices compute.
-      following = prepared(number) if number < num_rounds else None
-      info = jax.device_get(info._replace(reports=None))
+      trace = first and number in profiled
+      with profiling.traced(room.path / profiling.FOLDER, number, trace):
+        state, states, info = step(state, cohort, everybodys)
+        computed = meter.watch(info.reported)
+        # The next cohort is made and transferred while the devices compute.
+        following = prepared(number) if number < num_rounds else None
+        ready = time.monotonic()
+        info = jax.device_get(info._replace(reports=None))
       values = metrics.summarise(info)
       if algorithm.plan is not None:  # on the host, for the next round
         state = algorithm.plan(state)
@@ -233,6 +245,9 @@ def train(args: config.Arguments) -> None:
         'time/total': time.monotonic() - began,
         'time/tokens_per_second': speed,
       }
+      idle = max(ready - computed(), 0.0)
+      waits = pace.Waits(assembled - began, idle, saving)
+      values |= meter.measured(trained - assembled, waits) if first else {}
       record(number, values)
       judge.note(number, values)
       better = False
@@ -241,11 +256,16 @@ def train(args: config.Arguments) -> None:
           lambda: [test.keep_best and judge.best() == number, judge.over()]  # noqa: B023
         )
       ending = hosts.anybody(stop()) or over
+      saving, since = 0.0, time.monotonic()
       due = number % settings.checkpoint_every == 0 or last or better
       if due or ending:
         save(number)
         hosts.meet()
-      bar.update(number, values['local/loss'], speed, best.score(values))
+        saving = time.monotonic() - since
+      score, more = best.score(values), pace.words(values, waits)
+      bar.update(number, values['local/loss'], speed, score, more)
+      if trace:
+        bar.write(profiling.note(room.path / profiling.FOLDER))
       if ending:
         break
   if number < num_rounds and not over:

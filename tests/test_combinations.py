@@ -14,6 +14,7 @@ import pytest
 import test_lora_recipes
 import test_personalised
 import test_planned
+import test_spectral
 import test_structured
 import test_variants
 import toy
@@ -55,11 +56,14 @@ HERE = {
 ELSEWHERE = {
   *test_lora_recipes.RECIPES,
   *test_personalised.SETTINGS,
+  *test_spectral.RECIPES,
   *(recipe for recipe, *_ in test_variants.METHODS.values()),
   *('fed_ra', 'slora', 'fed_hm', 'hafl'),  # test_structured
   'fed_amole',  # test_experts
   'fed_pipe',  # test_planned
   'lp_fl',  # test_labelling
+  *('fed_mezo', 'decomfl', 'cyber_0', 'fed_kseed', 'fed_kseed_pro'),
+  *('fwdllm', 'spry'),  # test_zeroth_order
   *('fed_tt', 'federa'),  # fed_avg, on another adapter
 }
 
@@ -111,7 +115,7 @@ RULES = {
 }
 # Rules that mean entries, whatever they are of.
 BY_ENTRY = ('krum', 'masked_mean', 'mean', 'median', 'trimmed_mean')
-BY_ENTRY += ('uniform_mean',)
+BY_ENTRY += ('fedrpca', 'uniform_mean')
 SERVERS = {name: getattr(server, name) for name in server.__all__}
 SCOPES = {
   'everything': scopes.everything,

@@ -73,7 +73,7 @@ def merge(base: Base, params: Params) -> Base:
   >>> merge(head, {'score': {'bias': Dense(jnp.zeros(1))}})['score']['bias']
   Array([0.], dtype=float32)
   """
-  return _merged(base, params, ())
+  return _merged(base, protocol.plain(params), ())
 
 
 def _merged(base: Any, params: Any, path: Path) -> Any:
@@ -150,7 +150,8 @@ def fold(base: Base, params: Params) -> tuple[Base, Params]:
 def overlay(base: Base, params: Params) -> tuple[Base, Params]:
   """Moves every leaf that replaces its weight from the params into the base.
 
-  For the forward pass: other nodes stay in the params.
+  For the forward pass: other nodes stay in the params, those that are computed
+  (`nodes.protocol.plain`) as their results.
 
   Raises:
     Error: a leaf without a weight of its shape in the base.
@@ -159,6 +160,7 @@ def overlay(base: Base, params: Params) -> tuple[Base, Params]:
   >>> overlay({'bias': ones}, {'bias': Dense(zeros)})
   ({'bias': Array([0., 0.], dtype=float32)}, {'bias': None})
   """
+  params = protocol.plain(params)
   whole = []
 
   def take(path, leaf):
@@ -259,6 +261,9 @@ def beside(base: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
   if name == 'prefix' and 'k_proj' in base:
     *lead, _, features = base['k_proj']['kernel'].shape
     return (*lead, features)
+  if name == 'parallel' and ('up_proj' in base or 'q_proj' in base):
+    inner = 'up_proj' if 'up_proj' in base else 'q_proj'
+    return tuple(base[inner]['kernel'].shape[:-1])
   if name in ('input', 'output') and 'kernel' in base:
     *lead, inputs, features = base['kernel'].shape
     return (*lead, inputs if name == 'input' else features)

@@ -207,7 +207,7 @@ def read(
     block = blocks.rule(B * T, K)
   m = min(int(block or K), K)
 
-  adapter = build('adapter')
+  adapter = build('adapter', tokenizer=data.tokenizers.bytes())  # for shapes
   optimizer = build('local')
   profiles: Any = ()
   if conf.get('profiles'):

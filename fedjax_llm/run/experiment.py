@@ -319,7 +319,7 @@ def build(
   adapter_key, round_key = jax.random.split(jax.random.key(seed))
   if near is not None:  # parts of the base that are on no device yet
     loaded = loaded._replace(base=sharding.place(loaded.base, near))
-  adapter = make('adapter')
+  adapter = make('adapter', tokenizer=tokenizer)
   initial = sharding.fetched(adapter.init(adapter_key, loaded.base))
   initial = warm.start(initial, conf['adapter'].get('path'), loaded)
   complete(initial, loaded.base, task.head)  # raises if not exportable
@@ -373,6 +373,7 @@ def algorithm(
     model=model,
     optimizer=make('local'),
     num_clients=num_clients,
+    num_steps=conf['cohort']['num_steps'],
     profiles=profiles,
     fold=adapter.fold,
     **others,

@@ -83,6 +83,13 @@ def open(
     return _open(path, client, round)
 
 
+def _tokenizer(conf: Any, loaded: LoadedModel) -> data.tokenizers.Tokenizer:
+  """Returns the tokenizer of an adapter; those without a text read no file."""
+  if loaded.directory is None or conf['adapter'].get('text') is None:
+    return data.tokenizers.bytes()
+  return data.tokenizers.pretrained(str(loaded.directory))
+
+
 def _open(
   path: str, client: str | None, round: int | Literal['best'] | None
 ) -> Made:
@@ -111,7 +118,7 @@ def _open(
     eos_ids=(tokenizer.eos_id,),
     labels=labels,
   )
-  adapter: Adapter = build('adapter')
+  adapter: Adapter = build('adapter', tokenizer=_tokenizer(conf, loaded))
   seed = conf.get('seed', 0)
   names: tuple[str, ...] = ('all',)
   digest = None

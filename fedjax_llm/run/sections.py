@@ -46,6 +46,8 @@ class Settings(NamedTuple):
   checkpoint_writers: Literal['first', 'all'] = 'first'
   # The folder of compiled programs for the next start; none: they are not kept.
   compilation_cache: str | None = 'auto'
+  # Rounds of which a trace is written to the workdir: see `run.profiling`.
+  profile: int | tuple[int, ...] | None = None
 
 
 class Evals(NamedTuple):
@@ -178,9 +180,11 @@ SPEC = config.Spec(
       *('examples', 'max_length', 'pad_id', 'seed', 'profiles'),
       *('collate', 'length'),
     ),
+    'adapter': ('tokenizer',),
     'model': ('vocab_size', 'eos_ids', 'labels', 'place'),
     'algorithm': (
       *('loss', 'model', 'optimizer', 'num_clients', 'profiles'),
+      'num_steps',
       *builders.parameters(parts),
     ),
     'evals.personal': ('loss', 'model'),

@@ -21,7 +21,7 @@ from fedjax_llm.types import Cohort, Error
 METHOD = ('algorithm', 'local', 'upload', 'aggregator', 'server')
 # Sections that only the host reads, to draw clients and their texts.
 _HOST = ('partition', 'population', 'clients', 'profiles', 'cohort')
-_UNUSED = ('hosts', 'tracking', 'compilation_cache')
+_UNUSED = ('hosts', 'tracking', 'compilation_cache', 'profile')
 _FREE = (*_UNUSED, 'checkpoint_every', 'keep_checkpoints')
 
 

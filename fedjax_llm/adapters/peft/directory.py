@@ -47,7 +47,7 @@ from fedjax_llm.adapters.peft import (
 )
 from fedjax_llm.adapters.peft.fused import Factors
 from fedjax_llm.adapters.peft.whole import FromTensors, ToTensors
-from fedjax_llm.nodes import LowRank
+from fedjax_llm.nodes import LowRank, protocol
 from fedjax_llm.types import Error, Params
 
 Path = tuple[str, ...]
@@ -71,9 +71,18 @@ def refusal(params: Params) -> str | None:
   q: a scaled feature, (IA)3, is not written as PEFT files yet.
   """
   try:
-    peft_dora.split(peft_whole.split(params)[0])
+    rest, whole = peft_whole.split(protocol.plain(params))
+    rest, _ = peft_dora.split(rest)
   except Error as error:
     return str(error)
+  leaves = jax.tree.leaves_with_path(rest, is_leaf=protocol.is_node)
+  if not any(isinstance(leaf, LowRank) for _, leaf in leaves):
+    paths = [*whole, *(tuple(k.key for k in path) for path, _ in leaves)]
+    if paths:
+      return (
+        f'{"/".join(min(paths))} is trained alone: PEFT has no files for '
+        "weights of the base without an adapter's factors beside them."
+      )
   return None
 
 
@@ -110,7 +119,7 @@ def save(
       (residuals, changes that are added to a weight), or the directory cannot
       be written.
   """
-  params, whole = peft_whole.split(params)
+  params, whole = peft_whole.split(protocol.plain(params))
   params, magnitudes = peft_dora.split(params)
   modules: dict[str, Factors] = {}
   parts: dict[str, list[Any]] = collections.defaultdict(list)

@@ -1,0 +1,342 @@
+"""Prompt methods: float64 references, identities, neighbours, bytes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import prompted as toy
+import pytest
+import references_prompts as ref
+from prompted import IDS, D, K, N, P, S, apart, close
+
+from fedjax_llm import recipes, tree
+from fedjax_llm.local import distillation, evolution
+from fedjax_llm.recipes.prompts import fed_bbpt as bbpt
+from fedjax_llm.recipes.prompts import fed_bpt as bpt
+from fedjax_llm.recipes.prompts import p_fed_pg as pg
+from fedjax_llm.types import Error
+
+RATE = 0.5
+ROWS = np.asarray(toy.prompt()['inputs'].rows)
+BYTES = P * D * 4  # of a prompt
+
+
+@functools.cache
+def history(name, rate=RATE, rounds=2, **settings):
+  algorithm = getattr(recipes, name)(
+    toy.LOSS, toy.sgd(rate), upload=toy.watched(), **settings
+  )
+  return algorithm, toy.run(algorithm, toy.prompt(), rounds)
+
+
+def check_bytes(states, info, up, down):
+  for k in range(K):
+    assert len(toy.wire(states, k)) == info.bytes_up[k].sum() == up
+  assert info.bytes_down.sum(1).tolist() == [down] * K
+
+
+# ------------------------------------------------------------------ CMA-ES --
+
+
+@pytest.mark.parametrize('raw', ['all', 'parents'])
+def test_a_generation_equals_the_tutorials(raw):
+  rng = np.random.default_rng(0)
+  n, population = 3, 6
+  raw = evolution.raw_weights(6) if raw == 'all' else evolution.parents(6)
+  want = ref.CMA(rng.normal(size=n), 0.7)
+  state = evolution.started(jnp.float32(want.m), 0.7)
+  step = jax.jit(evolution.moved)
+  for _ in range(5):
+    z = rng.normal(size=(population, n))
+    xs = want.m + want.sigma * z @ ref.root(want.C, 0.5)
+    values = (xs**2).sum(1)
+    want.tell(xs, values, raw)
+    state = step(
+      state,
+      jnp.float32(xs),
+      jnp.float32(values),
+      evolution.constants(raw, n),
+    )
+  close(state.mean, want.m)
+  close(state.sigma, want.sigma)
+  close(state.covariance, want.C, atol=1e-4)
+  close(state.path, want.pc, atol=1e-4)
+  apart(want.C, np.eye(n), by=0.05)
+
+
+def test_the_strategy_finds_a_minimum():
+  target = jnp.array([1.0, -2.0, 0.5])
+  constants = evolution.constants(evolution.raw_weights(8), 3)
+
+  def step(number, state):
+    key = jax.random.fold_in(toy.KEY, number)
+    xs = evolution.asked(state, key, 8)
+    return evolution.moved(state, xs, jnp.sum((xs - target) ** 2, 1), constants)
+
+  start = evolution.started(jnp.zeros(3), 1.0)
+  end = jax.jit(lambda s: jax.lax.fori_loop(0, 80, step, s))(start)
+  close(end.mean, target, atol=1e-2)
+
+
+# ------------------------------------------------------------------ FedBPT --
+
+SEARCH = dict(dimension=3, population=4, generations=2)
+
+
+def test_fed_bpt_equals_a_float64_loop():
+  _, seen = history('fed_bpt', **SEARCH)
+  state = seen[-1][0]
+  A = np.float64(seen[0][0].params['projection']['inputs'].rows)
+  batch = toy.cohort().batches
+
+  def value(k, z):
+    rows = ROWS + np.tensordot(z, A, 1)
+    data = [toy.rows_of(batch, k, s) for s in range(S)]
+    nats = [
+      toy.nll(toy.logits(toy.hidden(x, rows)), y) * len(y) for x, y in data
+    ]
+    return sum(nats) / sum(len(y) for _, y in data)
+
+  normals = [
+    [
+      np.stack([
+        jax.random.normal(
+          jax.random.fold_in(toy.client_key(k, t), i), (4, 3), jnp.float32
+        )
+        for i in range(2)
+      ])
+      for k in IDS
+    ]
+    for t in range(2)
+  ]  # fmt: skip
+  want, sigma_c = ref.fed_bpt(value, normals, 3, 1.0, 2, K, mu=2)
+  close(state.params['z'], want.m, atol=1e-4)
+  close(state.aggregator[0], sigma_c, atol=1e-4)
+  close(state.aggregator[1].covariance, want.C, atol=1e-4)
+  # Neighbour: the weighted mean of the clients' means.
+  once = seen[1][0].params['z']
+  own = toy.mean(np.asarray(seen[1][1].upload[0]['z']))
+  apart(once, own)
+
+
+def test_fed_bpt_sends_a_mean_and_receives_the_strategy():
+  _, seen = history('fed_bpt', **SEARCH)
+  check_bytes(*seen[-1][1:], up=4 * (3 + 1 + 2), down=4 * (3 + 9 + 1))
+
+
+def test_fed_bpt_serves_the_projected_prompt():
+  algorithm, seen = history('fed_bpt', **SEARCH)
+  params = seen[-1][0].params
+  served = algorithm.personal(params, None)['inputs'].rows
+  A = params['projection']['inputs'].rows
+  close(served, ROWS + np.tensordot(params['z'], A, 1))
+  assert tree.norm(bpt.prompted(seen[0][0].params)) == tree.norm(toy.prompt())
+
+
+def test_fed_bpt_ignores_a_client_that_drops_out():
+  algorithm = history('fed_bpt', **SEARCH)[0]
+  cohort = toy.cohort()
+  state = algorithm.init(toy.KEY, toy.prompt())
+  states = tree.broadcast(algorithm.init_client(state.params), K)
+  ends = []
+  for ids, valid in ((IDS, [1, 0, 1]), ([4, 5, 2], [1, 0, 1])):
+    of = cohort._replace(
+      ids=np.asarray(ids, np.int32), valid=np.array(valid, bool), states=states
+    )
+    new, _, _ = jax.jit(algorithm.round)(state, of, toy.base())
+    ends.append(new.params['z'])
+  np.testing.assert_array_equal(ends[0], ends[1])
+  assert np.isfinite(ends[0]).all() and np.abs(ends[0]).max() > 0
+
+
+# --------------------------------------------- nothing is differentiated --
+
+
+@jax.custom_vjp
+def _marked(total):
+  return total
+
+
+_marked.defvjp(lambda total: (total, ()), lambda _, g: (g,))
+
+
+def marked(base, params, batch, key):
+  sums = toy.LOSS(base, params, batch, key)
+  return sums._replace(total=_marked(sums.total))
+
+
+@pytest.mark.parametrize(
+  'name, settings, values_only',
+  [('fed_bpt', SEARCH, True), ('fed_bbpt', {}, True), ('fed_avg', {}, False)],
+)
+def test_the_program_differentiates_nothing(name, settings, values_only):
+  """A derivative replaces the call of a function with its own rule."""
+  algorithm = getattr(recipes, name)(marked, toy.sgd(), **settings)
+  state = algorithm.init(toy.KEY, toy.prompt())
+  states = tree.broadcast(algorithm.init_client(state.params), K)
+  program = jax.make_jaxpr(algorithm.round)(
+    state, toy.cohort()._replace(states=states), toy.base()
+  )
+  assert ('custom_vjp_call' in str(program)) == values_only
+
+
+# ---------------------------------------------------------------- Fed-BBPT --
+
+
+def bbpt_reference(momentum, c=0.05, rate=0.1):
+  batch, ends = toy.cohort().batches, []
+  like = {'inputs': toy.prompt()['inputs']}
+  for k, client in enumerate(IDS):
+    p, v = np.float64(ROWS), np.zeros_like(ROWS)
+    for s in range(S):
+      key = jax.random.fold_in(toy.client_key(client, 0), s)
+      u = bbpt.direction(jax.random.fold_in(key, 0), like)['inputs'].rows
+      u = np.float64(u)
+      gap = ref.loss_of(batch, k, s, p + c * u)
+      gap -= ref.loss_of(batch, k, s, p - c * u)
+      g = gap / (2 * c) / u
+      v = momentum * v + g
+      p = p - rate * (g + momentum * v)
+    ends.append(p)
+  return toy.mean(ends)
+
+
+def test_fed_bbpt_equals_a_float64_loop():
+  algorithm = recipes.fed_bbpt(
+    toy.LOSS,
+    toy.sgd(0.1, momentum=0.9, nesterov=True),
+    radius=0.05,
+    upload=toy.watched(),
+  )
+  state, states, info = toy.run(algorithm, toy.prompt(), 1)[-1]
+  want = bbpt_reference(0.9)
+  close(state.params['inputs'].rows, want, atol=1e-4)
+  apart(bbpt_reference(0.0), want)  # without the correction
+  apart(ref.fed_prompt(toy.cohort().batches, ROWS, 0.1, 1, K, S), want)
+  check_bytes(states, info, BYTES, BYTES)
+
+
+def test_the_mean_of_many_estimates_is_the_gradient():
+  batch = jax.tree.map(lambda x: x[0, 0], toy.cohort().batches)
+  slope = bbpt.perturbed(1e-2, samples=4000)
+  params = toy.prompt()
+  of = jax.jit(lambda p: slope(toy.LOSS, toy.base(), p, p, batch, toy.KEY))
+  grads, sums = of(params)
+  exact = toy.slope(lambda x: ref.loss_of(toy.cohort().batches, 0, 0, x), ROWS)
+  close(grads['inputs'].rows, exact, atol=0.03)
+  assert np.abs(exact).max() > 0.1 and sums.count == (batch.label >= 0).sum()
+
+
+# ------------------------------------------------------------------ pFedPG --
+
+
+def test_p_fed_pg_equals_a_float64_loop():
+  algorithm, seen = history('p_fed_pg', num_clients=N, num_heads=2)
+  phi = seen[0][0].params['generator']
+  settings = (toy.cohort().batches, IDS, RATE)
+  want = ref.p_fed_pg(phi, *settings, 1.0, 2, S, heads=2)
+  for x, y in zip(seen[-1][0].params['generator'], want):
+    close(x, y)
+  one = ref.p_fed_pg(phi, *settings, 1.0, 2, S, heads=1)
+  apart(one[1], want[1], by=1e-4)
+  served = algorithm.personal(seen[-1][0].params, tree.take(seen[-1][1], 1))
+  close(served['inputs'].rows, ref.generate(want, IDS[1], 2))
+
+
+def test_p_fed_pg_moves_only_descriptors_of_the_cohort():
+  _, seen = history('p_fed_pg', num_clients=N, num_heads=2)
+  start, end = (seen[i][0].params['generator'].descriptors for i in (0, -1))
+  changed = np.abs(end - start).max(1) > 0
+  assert set(np.flatnonzero(changed)) == set(IDS.tolist())
+  check_bytes(*seen[-1][1:], BYTES, BYTES)
+
+
+def test_p_fed_pg_without_attention_is_fed_prompt():
+  algorithm, seen = history('p_fed_pg', num_clients=N, num_heads=2)
+  state = seen[0][0]
+  silent = state.params['generator']._replace(out=jnp.zeros((D, D)))
+  state = state._replace(params={**state.params, 'generator': silent})
+  of = toy.cohort()._replace(states=seen[0][1])
+  new, _, _ = jax.jit(algorithm.round)(state, of, toy.base())
+  want = ref.fed_prompt(of.batches, ROWS, RATE, 1, K, S)
+  # One step: after it the matrices have moved too.
+  close(new.params['generator'].common, want)
+
+
+def test_p_fed_pg_of_a_newcomer_is_that_of_the_mean_descriptor():
+  algorithm, seen = history('p_fed_pg', num_clients=N, num_heads=2)
+  params = seen[-1][0].params
+  phi = params['generator']
+  table = jnp.mean(phi.descriptors, 0, keepdims=True)
+  want = pg.generate(phi._replace(descriptors=table), 0, 2)
+  close(algorithm.personal(params, None)['inputs'].rows, want)
+
+
+# ------------------------------------------------------------------ FedPGP --
+
+
+def test_fed_pgp_equals_a_float64_loop():
+  algorithm, seen = history('fed_pgp', model=toy.MODEL, rank=2)
+  state, states, info = seen[-1]
+  own = seen[0][1].private['own']
+  batch = toy.cohort().batches
+  args = (batch, ROWS, np.asarray(own.left[0]), np.asarray(own.right[0]))
+  settings = (RATE, 2, K, S)
+  sigma, kept = ref.fed_pgp(*args, *settings, 1.0, 0.5)
+  close(state.params['common']['inputs'].rows, sigma)
+  for k in range(K):
+    close(states.private['own'].left[k], kept[k][0])
+    close(states.private['own'].right[k], kept[k][1])
+    served = algorithm.personal(state.params, tree.take(states, k))
+    close(served['inputs'].rows, sigma + kept[k][0] @ kept[k][1])
+  for mu, t in ((0.0, 0.5), (1.0, 1.0)):  # neighbours
+    apart(ref.fed_pgp(*args, *settings, mu, t)[0], sigma)
+  check_bytes(states, info, BYTES, BYTES)
+
+
+def test_contrast_of_equal_similarities_is_log_of_their_number():
+  near, far = jnp.full(5, 0.3), jnp.full((5, 3), 0.3)
+  close(distillation.contrast(near, far), np.full(5, np.log(4)))
+
+
+# ---------------------------------------------------------------- refusals --
+
+
+@pytest.mark.parametrize(
+  'name, settings, message',
+  [
+    ('fed_bpt', dict(population=1), 'algorithm.population is 1; it must be at '
+     'least 2.'),
+    ('fed_bbpt', dict(radius=0.0), 'algorithm.radius is 0.0; it must be above '
+     '0.'),
+    ('fed_pgp', dict(model=None, rank=0), 'algorithm.rank is 0; it must be at '
+     'least 1.'),
+    ('fed_pgp', dict(model=None, temperature=0.0), 'algorithm.temperature is '
+     '0.0; it must be above 0.'),
+  ],
+)  # fmt: skip
+def test_a_wrong_setting_is_one_sentence(name, settings, message):
+  with pytest.raises(Error) as error:
+    getattr(recipes, name)(toy.LOSS, toy.sgd(), **settings)
+  assert str(error.value) == message
+
+
+@pytest.mark.parametrize('name', ['p_fed_pg', 'fed_pgp'])
+def test_other_adapters_are_refused(name):
+  settings = dict(p_fed_pg=dict(num_clients=N), fed_pgp=dict(model=toy.MODEL))
+  algorithm = getattr(recipes, name)(toy.LOSS, toy.sgd(), **settings[name])
+  with pytest.raises(Error) as error:
+    algorithm.init(toy.KEY, toy.factors())
+  assert str(error.value) == (
+    f'{name} trains a soft prompt: adapter.name=soft_prompt.'
+  )
+
+
+def test_heads_must_divide_the_width():
+  algorithm = recipes.p_fed_pg(toy.LOSS, toy.sgd(), num_clients=N, num_heads=3)
+  with pytest.raises(Error) as error:
+    algorithm.init(toy.KEY, toy.prompt())
+  assert str(error.value) == (
+    'algorithm.num_heads is 3; it must divide the width 4 of the prompt.'
+  )
