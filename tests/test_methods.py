@@ -18,7 +18,8 @@ from fedjax_llm.types import Error, LossSum
 PATH = pathlib.Path(__file__).parents[1] / 'configs' / 'methods.py'
 METHODS = runpy.run_path(str(PATH))
 each = pytest.mark.parametrize('name', METHODS['NAMES'])
-TOLD_BY_NETWORKS = ('fed_amole',)  # their loss needs what nodes tell
+# Their loss is of the network: its statistics, logits or states.
+TOLD_BY_NETWORKS = ('fed_amole', 'fed_dat', 'fed_pgp')
 
 
 def parsed(name, *more):
