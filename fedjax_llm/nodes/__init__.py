@@ -21,6 +21,7 @@ from fedjax_llm.nodes.encoded import Projected as Projected
 from fedjax_llm.nodes.experts import Experts as Experts
 from fedjax_llm.nodes.experts import Routing as Routing
 from fedjax_llm.nodes.gram import Gram as Gram
+from fedjax_llm.nodes.leased import Leased as Leased
 from fedjax_llm.nodes.low_rank import LowRank as LowRank
 from fedjax_llm.nodes.parts import Controlled as Controlled
 from fedjax_llm.nodes.parts import Dual as Dual
