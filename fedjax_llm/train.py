@@ -142,7 +142,9 @@ def train(args: config.Arguments) -> None:
   record, leave = lambda number, row: None, lambda finished: None
   judge = best.judge(by=test.best_by, patience=test.patience)
   if first:
-    room.keep('clients.json', data.population.sizes(population))
+    unit = built.task.metrics.unit
+    sizes = data.population.sizes(population)
+    room.keep('clients.json', {**sizes, 'unit': unit})
     record, leave = metrics.recorder(
       args.workdir,
       keep=-1 if restored is None else done,
