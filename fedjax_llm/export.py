@@ -176,14 +176,15 @@ def _adapter(
   if loaded.directory is None:  # no model file holds this base
     models.save(folder / 'base', loaded.config, loaded.base)
     base_model = str(out.absolute() / 'base')
-  plain_scale = not changed and rank is None
+  stabilised = made.adapter.peft.get('use_rslora', False)
+  stabilised = stabilised and not changed and rank is None
   experiment.save_adapter(
     folder,
     peft_dora.put(params, lengths),
     loaded,
     made.task,
     base_model=base_model,
-    peft_fields=made.adapter.peft if plain_scale else {},
+    peft_fields={**made.adapter.peft, 'use_rslora': stabilised},
   )
   _hand_on_ends(folder, made)
   ranks = sorted({node.a.shape[-1] for _, node in low_rank(params)})

@@ -153,7 +153,9 @@ def train(args: config.Arguments) -> None:
   )
   judge = judge_of()
   if first:
-    room.keep('clients.json', data.population.sizes(population))
+    unit = built.task.metrics.unit
+    sizes = data.population.sizes(population)
+    room.keep('clients.json', {**sizes, 'unit': unit})
     record, leave = metrics.recorder(
       args.workdir,
       keep=-1 if restored is None else done,

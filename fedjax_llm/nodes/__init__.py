@@ -18,6 +18,7 @@ from fedjax_llm.nodes.encoded import Affine as Affine
 from fedjax_llm.nodes.encoded import Direction as Direction
 from fedjax_llm.nodes.encoded import Encoded as Encoded
 from fedjax_llm.nodes.encoded import Projected as Projected
+from fedjax_llm.nodes.dropped import Dropped as Dropped
 from fedjax_llm.nodes.experts import Experts as Experts
 from fedjax_llm.nodes.experts import Routing as Routing
 from fedjax_llm.nodes.gram import Gram as Gram

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm import adapters, batching, data, local, models, tree
+from fedjax_llm.devices import sharding
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.models import families, quantised
 from fedjax_llm.models.files import load
@@ -198,7 +199,8 @@ def read(
   T = full['population']['max_length']
   if isinstance(build('partition'), data.partition.Pooled):
     S, K, N = S * K, 1, 1
-  rows = max(devices // settings.mesh_model, 1)
+  sharding.check_mesh(settings.mesh_model, devices, settings.execution)
+  rows = devices // settings.mesh_model
   K = -(-K // rows)
   block = block_size or settings.block_size
   if block == 'auto':
