@@ -429,6 +429,7 @@ def save_adapter(
     base_model=base_model,
     task_type=task.peft_type,
     use_rslora=bool(peft_fields.get('use_rslora')),
+    network=loaded.config,
   )
   if loaded.config.labels:
     labels = json.dumps(loaded.config.labels)
