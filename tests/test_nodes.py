@@ -279,12 +279,9 @@ def test_a_node_of_ones_own_works_everywhere():
 
 def test_nodes_say_why_peft_has_no_files_for_them():
   save = functools.partial(peft.save, module_name=lambda *_: '', base_model='')
-  prompt, prefix = nodes.Prompt(jnp.ones((2, 3))), draw(2, 3, 4)
   for leaf, reason in [
-    (nodes.Scaled(GAIN_OF_F), r'q: a scaled feature'),
+    (nodes.Scaled(GAIN_OF_F), r'q: PEFT scales inputs and outputs only'),
     (nodes.Bottleneck(A, B_), 'q: PEFT has no bottleneck'),
-    (prompt, 'q: a soft prompt is not written'),
-    (nodes.Prefix(prefix, prefix), 'q: a prefix is not written'),
     (nodes.Experts(LOW, LOW, A, None), 'q: which experts act depends'),
   ]:
     with pytest.raises(Error, match=reason):

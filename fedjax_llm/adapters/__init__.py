@@ -16,6 +16,7 @@ from fedjax_llm.adapters.changes import fold as fold
 from fedjax_llm.adapters.changes import merge as merge
 from fedjax_llm.adapters.changes import overlay as overlay
 from fedjax_llm.adapters.changes import product as product
+from fedjax_llm.adapters.changes import unmerged as unmerged
 from fedjax_llm.adapters.dense import beside as beside
 from fedjax_llm.adapters.dense import complete as complete
 from fedjax_llm.adapters.dense import dense as dense

@@ -77,6 +77,21 @@ def merge(base: Base, params: Params) -> Base:
   return _merged(base, picked.spread(protocol.plain(params), base), ())
 
 
+def unmerged(base: Base, params: Params) -> str | None:
+  """Returns the reason why `merge` refuses an adapter, or None.
+
+  >>> from fedjax_llm.nodes import Prompt
+  >>> table = {'embed_tokens': {'embedding': jax.numpy.ones((5, 4))}}
+  >>> unmerged(table, {'inputs': Prompt(jax.numpy.ones((2, 4)))})[:40]
+  'inputs: a soft prompt stands in front of'
+  """
+  try:
+    jax.eval_shape(merge, base, params)
+  except Error as error:
+    return str(error)
+  return None
+
+
 def _merged(base: Any, params: Any, path: Path) -> Any:
   if params is None:
     return base

@@ -14,11 +14,11 @@ from fedjax_llm.nodes.dense import Added as Added
 from fedjax_llm.nodes.dense import Amended as Amended
 from fedjax_llm.nodes.dense import Dense as Dense
 from fedjax_llm.nodes.dora import Dora as Dora
+from fedjax_llm.nodes.dropped import Dropped as Dropped
 from fedjax_llm.nodes.encoded import Affine as Affine
 from fedjax_llm.nodes.encoded import Direction as Direction
 from fedjax_llm.nodes.encoded import Encoded as Encoded
 from fedjax_llm.nodes.encoded import Projected as Projected
-from fedjax_llm.nodes.dropped import Dropped as Dropped
 from fedjax_llm.nodes.experts import Experts as Experts
 from fedjax_llm.nodes.experts import Routing as Routing
 from fedjax_llm.nodes.gram import Gram as Gram

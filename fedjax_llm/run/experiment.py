@@ -445,6 +445,7 @@ def save_adapter(
     task_type=task.peft_type,
     use_rslora=bool(peft_fields.get('use_rslora')),
     lora_dropout=peft_fields.get('lora_dropout', 0.0),
+    network=loaded.config,
   )
   if loaded.config.labels:
     labels = json.dumps(loaded.config.labels)
