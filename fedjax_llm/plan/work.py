@@ -151,6 +151,7 @@ def read(
   block_size: int | None = None,
   num_steps: int | None = None,
   num_layers: int | None = None,
+  mesh: Any = None,
 ) -> Work:
   """Returns the round of a checked config as shapes.
 
@@ -164,6 +165,8 @@ def read(
     devices: the number of devices, of which `mesh_model` share a copy of the
       base; K and the result are those of one row of devices.
     cohort_size, block_size, num_steps, num_layers: instead of the config's.
+    mesh: the round of this mesh, with the clients of all its rows, in place of
+      that of one row; it may be abstract.
 
   Raises:
     Error: the number of clients is not known.
@@ -214,7 +217,7 @@ def read(
   profiles: Any = ()
   if conf.get('profiles'):
     profiles = build('profiles', num_clients=N, seed=settings.seed)
-  method = lambda loss, model: experiment.algorithm(
+  method = lambda loss, model, mesh=None: experiment.algorithm(
     conf,
     loss=loss,
     model=model,
@@ -222,8 +225,10 @@ def read(
     num_clients=N,
     profiles=profiles or None,
     block_size=m,
+    mesh=mesh,
+    execution=settings.execution,
   )
-  algorithm = method(task.loss(loaded), loaded.model)
+  algorithm = method(task.loss(loaded), loaded.model, mesh)
   params = jax.eval_shape(adapter.init, jax.random.key(0), loaded.base)
   state = jax.eval_shape(algorithm.init, jax.random.key(0), params)
   newcomer = jax.eval_shape(algorithm.init_client, state.params)
@@ -242,6 +247,9 @@ def read(
     profiles=jax.tree.map(lambda x: stacked(np.asarray(x)[0]), profiles),
     states=jax.tree.map(stacked, newcomer),
   )
+  if mesh is not None:  # the cohort of all rows
+    every = lambda x: jax.ShapeDtypeStruct((rows * K, *x.shape[1:]), x.dtype)
+    cohort = jax.tree.map(every, cohort)
   kept = jax.eval_shape(optimizer.init, _floats(state.params))
   return Work(
     algorithm,
