@@ -9,6 +9,7 @@ goes on from the last checkpoint.
 """
 
 import contextlib
+import functools
 import sys
 import time
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import clients, data, evals, models, tree
+from fedjax_llm import adapters, clients, data, evals, models, tree
 from fedjax_llm.adapters import complete, peft
 from fedjax_llm.devices import compilation, exchange, hosts, sharding
 from fedjax_llm.run import (
@@ -27,6 +28,8 @@ from fedjax_llm.run import (
   experiment,
   metrics,
   narration,
+  pace,
+  profiling,
   rates,
   resume,
   workdir,
@@ -44,6 +47,7 @@ def train(args: config.Arguments) -> None:
   conf, settings = args.config, config.settings(args.config, SPEC)
   builders.build(conf['hosts'], SPEC.sections['hosts'])  # joins other processes
   _, test = experiment.checked(conf)
+  profiled = profiling.rounds(settings.profile)
   sharding.split_cpu(settings.cpu_devices)  # before JAX starts
   track = builders.build(conf['tracking'], SPEC.sections['tracking'])
   resolved = config.resolved(conf, SPEC)
@@ -86,7 +90,11 @@ def train(args: config.Arguments) -> None:
   # Errors of the method are raised before anything is written.
   trial = assemble(0)[1]
   trial = trial._replace(states=tree.broadcast(newcomer, len(trial.ids)))
-  jax.eval_shape(step, state, trial, base)
+  meter = pace.of(
+    jax.make_jaxpr(step)(state, trial, base),
+    trips=rates.num_steps(trial.batches),
+    rows=sharding.num_rows(mesh),
+  )
   size = lambda x: sum(leaf.size for leaf in jax.tree.leaves(x))
   print(
     f'{loaded.name}: {size(before):,} adapter parameters beside '
@@ -140,9 +148,14 @@ def train(args: config.Arguments) -> None:
   room.save_config(done)
   kept = exchange.shared(store, newcomer) if sharing > 1 else store
   record, leave = lambda number, row: None, lambda finished: None
-  judge = best.judge(by=test.best_by, patience=test.patience)
+  judge_of = functools.partial(
+    best.judge, by=test.best_by, patience=test.patience, keep=test.keep_best
+  )
+  judge = judge_of()
   if first:
-    room.keep('clients.json', data.population.sizes(population))
+    unit = built.task.metrics.unit
+    sizes = data.population.sizes(population)
+    room.keep('clients.json', {**sizes, 'unit': unit})
     record, leave = metrics.recorder(
       args.workdir,
       keep=-1 if restored is None else done,
@@ -150,7 +163,7 @@ def train(args: config.Arguments) -> None:
       say=print,
     )
     earlier = metrics.read(str(room.path / 'metrics.jsonl'))
-    judge = best.judge(earlier, by=test.best_by, patience=test.patience)
+    judge = judge_of(earlier)
 
   def save(number: int) -> None:
     room.check()
@@ -187,6 +200,7 @@ def train(args: config.Arguments) -> None:
     num_rounds, done, unit=unit, file=None if first else sys.stdout
   )
   over = hosts.from_first(judge.over)  # patience has run out
+  saving = 0.0  # seconds of the last checkpoint
   with contextlib.ExitStack() as at_end:
     ended = lambda: over or number == num_rounds
     at_end.push(lambda kind, *_: leave(kind is None and ended()))
@@ -201,10 +215,14 @@ def train(args: config.Arguments) -> None:
       )
       cohort = cohort._replace(states=sharding.joined(states, mesh))
       assembled = time.monotonic()
-      state, states, info = step(state, cohort, everybodys)
-      # The next cohort is made and transferred while the devices compute.
-      following = prepared(number) if number < num_rounds else None
-      info = jax.device_get(info._replace(reports=None))
+      trace = first and number in profiled
+      with profiling.traced(room.path / profiling.FOLDER, number, trace):
+        state, states, info = step(state, cohort, everybodys)
+        computed = meter.watch(info.reported)
+        # The next cohort is made and transferred while the devices compute.
+        following = prepared(number) if number < num_rounds else None
+        ready = time.monotonic()
+        info = jax.device_get(info._replace(reports=None))
       values = metrics.summarise(info)
       if algorithm.plan is not None:  # on the host, for the next round
         state = algorithm.plan(state)
@@ -229,6 +247,9 @@ def train(args: config.Arguments) -> None:
         'time/total': time.monotonic() - began,
         'time/tokens_per_second': speed,
       }
+      idle = max(ready - computed(), 0.0)
+      waits = pace.Waits(assembled - began, idle, saving)
+      values |= meter.measured(trained - assembled, waits) if first else {}
       record(number, values)
       judge.note(number, values)
       better = False
@@ -237,11 +258,16 @@ def train(args: config.Arguments) -> None:
           lambda: [test.keep_best and judge.best() == number, judge.over()]  # noqa: B023
         )
       ending = hosts.anybody(stop()) or over
+      saving, since = 0.0, time.monotonic()
       due = number % settings.checkpoint_every == 0 or last or better
       if due or ending:
         save(number)
         hosts.meet()
-      bar.update(number, values['local/loss'], speed, best.score(values))
+        saving = time.monotonic() - since
+      score, more = best.score(values), pace.words(values, waits)
+      bar.update(number, values['local/loss'], speed, score, more)
+      if trace:
+        bar.write(profiling.note(room.path / profiling.FOLDER))
       if ending:
         break
   if number < num_rounds and not over:
@@ -295,11 +321,8 @@ def train(args: config.Arguments) -> None:
     return
   if keep_base:
     models.save(room.base, loaded.config, base)
-  if reason := peft.refusal(final):
-    note = (
-      f'{room.adapter} holds no PEFT adapter: {reason} '
-      'python -m fedjax_llm.export --to merged writes the whole model.'
-    )
+  if reason := peft.refusal(final, loaded.config):
+    note = f'{room.adapter} holds no PEFT adapter: {reason} {_way(base, final)}'
     room.adapter.mkdir(exist_ok=True)
     workdir.replace(room.adapter / 'no_adapter.txt', f'{note}\n')
     print(note)
@@ -323,6 +346,16 @@ def train(args: config.Arguments) -> None:
   )
   room.finish(number, text, test.patience if over else None)
   print(text)
+
+
+def _way(base: Any, final: Any) -> str:
+  """Returns a sentence that says how a result without PEFT files is used."""
+  if adapters.unmerged(base, final) is None:
+    return 'python -m fedjax_llm.export --to merged writes the whole model.'
+  return (
+    'It cannot be merged either; python -m fedjax_llm.generate reads it from '
+    'the checkpoints of this folder.'
+  )
 
 
 def main(argv: list[str] | None = None) -> int:

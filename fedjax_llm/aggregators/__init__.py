@@ -30,6 +30,11 @@ from fedjax_llm.aggregators.low_rank.spectra import fedmomentum as fedmomentum
 from fedjax_llm.aggregators.low_rank.spectra import florist as florist
 from fedjax_llm.aggregators.low_rank.spectra import ilora as ilora
 from fedjax_llm.aggregators.low_rank.spectra import raflora as raflora
+from fedjax_llm.aggregators.mixing import matched_mean as matched_mean
+from fedjax_llm.aggregators.replaying import (
+  on_coefficients as on_coefficients,
+)
+from fedjax_llm.aggregators.replaying import replaying as replaying
 from fedjax_llm.aggregators.robust import krum as krum
 from fedjax_llm.aggregators.robust import median as median
 from fedjax_llm.aggregators.robust import trimmed_mean as trimmed_mean
@@ -54,6 +59,7 @@ __all__ = [
   'krum',
   'lora_fair',
   'masked_mean',
+  'matched_mean',
   'mean',
   'median',
   'norm_weighted',

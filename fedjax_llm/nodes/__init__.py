@@ -7,11 +7,18 @@ user's own `NamedTuple` with these methods works wherever the nodes here do.
 from fedjax_llm.nodes import protocol as protocol
 from fedjax_llm.nodes.bottleneck import Activation as Activation
 from fedjax_llm.nodes.bottleneck import Bottleneck as Bottleneck
+from fedjax_llm.nodes.bottleneck import Parallel as Parallel
+from fedjax_llm.nodes.chosen import Chosen as Chosen
 from fedjax_llm.nodes.core import Core as Core
 from fedjax_llm.nodes.dense import Added as Added
 from fedjax_llm.nodes.dense import Amended as Amended
 from fedjax_llm.nodes.dense import Dense as Dense
 from fedjax_llm.nodes.dora import Dora as Dora
+from fedjax_llm.nodes.dropped import Dropped as Dropped
+from fedjax_llm.nodes.encoded import Affine as Affine
+from fedjax_llm.nodes.encoded import Direction as Direction
+from fedjax_llm.nodes.encoded import Encoded as Encoded
+from fedjax_llm.nodes.encoded import Projected as Projected
 from fedjax_llm.nodes.experts import Experts as Experts
 from fedjax_llm.nodes.experts import Routing as Routing
 from fedjax_llm.nodes.gram import Gram as Gram
@@ -19,6 +26,7 @@ from fedjax_llm.nodes.leased import Leased as Leased
 from fedjax_llm.nodes.low_rank import LowRank as LowRank
 from fedjax_llm.nodes.parts import Controlled as Controlled
 from fedjax_llm.nodes.parts import Dual as Dual
+from fedjax_llm.nodes.parts import Seeded as Seeded
 from fedjax_llm.nodes.prompt import Prefix as Prefix
 from fedjax_llm.nodes.prompt import Prompt as Prompt
 from fedjax_llm.nodes.protocol import is_node as is_node
