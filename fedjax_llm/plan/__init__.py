@@ -6,8 +6,8 @@
         [--shards] [--lower tpu|cuda|rocm|cpu] [--topology v5e:2x4]
 
 The program traces the config's round from shapes. It prints the parameters, the
-bytes of every kind, the clients that fit at once, the bytes sent, the
-operations, and the time, either from a short measurement on this machine or
+bytes of every kind, the clients that fit at once on a device, the bytes sent,
+the operations, and the time, either from a short measurement on this machine or
 from the rates of another one. It assumes rows of `population.max_length` tokens
 and a loss on every token.
 
@@ -85,7 +85,7 @@ def run(argv: Sequence[str]) -> str:
   wider = read(conf, cohort_size=more, block_size=sizes.block)
   further = _further(planned, cost, wider)
   up, down = work.travel(planned)
-  rows = max(args.devices // share, 1)
+  rows = args.devices // share
   rounds = settings.num_rounds
   flops = sum(cost.flops.values()) * rows
 
@@ -128,7 +128,11 @@ def run(argv: Sequence[str]) -> str:
   ]
   if limit is not None:
     fits = int((limit - fixed) // each) if each > 0 else sizes.clients
-    table.append(('clients that fit at once', f'{max(fits, 0)}'))
+    of = 'a device' if share == 1 else f'{share} devices with one base'
+    table.append((f'clients at once that fit, {of}', f'{max(fits, 0)}'))
+    if rows > 1:
+      every = f'clients at once that fit, all {args.devices} devices'
+      table.append((every, f'{max(fits, 0) * rows}'))
     table.append(('memory', human(limit)))
   table += [
     ('', ''),
@@ -182,7 +186,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     allow_abbrev=False,
   )
   parser.add_argument('--config', required=True)
-  parser.add_argument('--devices', type=int, default=1)
+  parser.add_argument('--devices', type=int)
   parser.add_argument('--memory', default='')
   parser.add_argument('--model', default='')
   parser.add_argument('--clients', type=int)
@@ -201,6 +205,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
       raise Error(f'--{name} is {value:g}: it must be above 0.')
   words = ['--config', args.config, '--workdir', os.curdir, *fields]
   args.conf = config.parse(words, SPEC).config
+  if args.devices is None:  # those that `train` would make of a CPU
+    args.devices = config.settings(args.conf, SPEC).cpu_devices
   return args
 
 

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm import adapters, batching, local, models, tree
+from fedjax_llm import adapters, batching, data, local, models, tree
+from fedjax_llm.devices import sharding
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.models import families, quantised
 from fedjax_llm.models.files import load
@@ -185,7 +186,7 @@ def read(
   K = cohort_size or sampling.get('cohort_size')
   N = (
     num_clients
-    or full['partition'].get('num_clients')
+    or (full['partition'].get('of') or full['partition']).get('num_clients')
     or full['population'].get('max_clients')
     or K
   )
@@ -199,9 +200,10 @@ def read(
   row = full['cohort']
   S, B = num_steps or row['num_steps'], row['batch_size']
   T = full['population']['max_length']
-  if conf['algorithm']['name'] == 'centralised':
+  if isinstance(build('partition'), data.partition.Pooled):
     S, K, N = S * K, 1, 1
-  rows = max(devices // settings.mesh_model, 1)
+  sharding.check_mesh(settings.mesh_model, devices, settings.execution)
+  rows = devices // settings.mesh_model
   K = -(-K // rows)
   block = block_size or settings.block_size
   if block == 'auto':
@@ -210,7 +212,7 @@ def read(
     block = blocks.rule(B * T, K)
   m = min(int(block or K), K)
 
-  adapter = build('adapter')
+  adapter = build('adapter', tokenizer=data.tokenizers.bytes())  # for shapes
   optimizer = build('local')
   profiles: Any = ()
   if conf.get('profiles'):

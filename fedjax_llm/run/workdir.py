@@ -292,8 +292,8 @@ def _is_one(field: str, fields: Sequence[str]) -> bool:
 def _sizes(resolved: Mapping[str, Any]) -> tuple[str, ...]:
   """Returns the cohort size's field, where no other setting depends on it."""
   free = _get(resolved, 'clients.name') in ('uniform', 'by_size')
-  # In that case the size sets the number of steps in a round.
-  free &= _get(resolved, 'algorithm.name') != 'centralised'
+  # There the size sets the number of steps in a round.
+  free &= _get(resolved, 'partition.name') != 'pooled'
   return ('clients.cohort_size',) if free else ()
 
 
