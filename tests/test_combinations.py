@@ -59,7 +59,7 @@ HERE = {
 ELSEWHERE = {
   *test_lora_recipes.RECIPES,
   *test_personalised.SETTINGS,
-  *('fedlease', *test_spectral.RECIPES),
+  *('fedlease', 'hilora', *test_spectral.RECIPES),
   *(recipe for recipe, *_ in test_variants.METHODS.values()),
   *('fed_ra', 'slora', 'fed_hm', 'hafl'),  # test_structured
   'fed_amole',  # test_experts

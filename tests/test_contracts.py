@@ -105,7 +105,7 @@ RANKS = np.array([1, 2, 2, 1], np.int32)  # what clients can hold
 # On other parameters than two factors: test_variants, test_structured, ...
 OTHERS = (
   *('fed_amole', 'fed_pipe', 'fed_ra', 'fed_sb', 'fed_tt_plus'),
-  *('fedlease', 'florg', 'lp_fl', 'ravan'),
+  *('fedlease', 'florg', 'hilora', 'lp_fl', 'ravan'),
   *test_adapter_recipes.METHODS,
   *test_prompt_recipes.METHODS,
   *test_selective_recipes.METHODS,

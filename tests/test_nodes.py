@@ -73,6 +73,19 @@ WEIGHTS: dict[str, tuple[Any, Any]] = {
   ),
   'dora': (nodes.Dora(LOW, GAIN_OF_F), dora_by_hand),
   'core': (nodes.Core(CORE, P, Q, HALF, GAIN), core_by_hand),
+  'gram': (
+    nodes.Gram(B_, draw(D, F, seed=3), draw(F, F), HALF),
+    lambda w: w + 0.5 * np.float64(draw(D, F, seed=3)) @ B_.T @ B_ @ draw(F, F),
+  ),
+  'tiers': (
+    nodes.Tiers(
+      LOW,
+      nodes.LowRank(jnp.stack([A, -A]), jnp.stack([B_, 3 * B_]), None),
+      LOW,
+      jnp.array([0.0, 1.0]),
+    ),
+    lambda w: w + 0.5 * (2 - 3) * np.float64(A) @ B_,
+  ),
   'vera': (
     nodes.Vera(GAIN[:R], GAIN_OF_F, A, B_),
     lambda w: w + np.float64(A) * GAIN[:R] @ B_ * GAIN_OF_F,
@@ -436,8 +449,6 @@ def test_prompts_that_do_not_fit_are_refused():
   for node in (prefix(2, 3, 8), {'inputs': nodes.Prompt(jnp.ones((2, 16)))}):
     with pytest.raises(Error, match='so it cannot be written into a weight'):
       adapters.merge(base, node)
-    with pytest.raises(Error, match='shares no batch with others'):
-      tenants.stack(base, [node])
   own = models.own(lambda w, x: x @ w['q']['kernel'], {'q': {'kernel': W}})
   with pytest.raises(Error, match='it has inputs, but the model has only q'):
     own.bind(own.base, {'inputs': nodes.Prompt(jnp.ones((2, D)))})
