@@ -11,6 +11,7 @@ import tiny
 import toy
 
 from fedjax_llm import (
+  adapters,
   aggregators,
   local,
   recipes,
@@ -574,3 +575,20 @@ def test_meerkat_steps_on_the_entries_of_largest_squared_gradients():
   assert np.abs(got - ends['all']).max() > 1e-3  # without a mask
   up = [info.bytes_up.sum(1).tolist() for info in infos]
   assert up == [[4 * D] * K, [4 * S] * K]
+
+
+def test_whole_matrices_of_a_network_train_by_the_same_scalars():
+  """Traced alone: full weights as `Dense` leaves, one client a block."""
+  params = jax.eval_shape(adapters.dense('layers/.*').init, KEY, tiny.base())
+  entries = sum(x.size for x in jax.tree.leaves(params))
+  settings = dict(num_steps=tiny.S, perturbations=P, block_size=1)
+  method = recipes.decomfl(tiny.loss, sgd(), **settings)
+  state = jax.eval_shape(method.init, KEY, params)
+  new = jax.eval_shape(method.init_client, state.params)
+  stacked = lambda x: jax.ShapeDtypeStruct((K, *x.shape), x.dtype)
+  one = tiny.cohort()._replace(states=jax.tree.map(stacked, new))
+  assert method.train is not None
+  uploads, _, _ = jax.eval_shape(method.train, state, one, tiny.base())
+  sent = jax.tree.leaves(uploads.update)
+  assert [x.shape for x in sent] == [(K, tiny.S, P)]
+  assert entries > 100 * tiny.S * P
