@@ -66,7 +66,7 @@ ELSEWHERE = {
   'fed_pipe',  # test_planned
   'lp_fl',  # test_labelling
   *('fed_mezo', 'decomfl', 'cyber_0', 'fed_kseed', 'fed_kseed_pro'),
-  *('fwdllm', 'spry'),  # test_zeroth_order
+  *('fwdllm', 'meerkat', 'spry'),  # test_zeroth_order
   *('fed_tt', 'federa'),  # fed_avg, on another adapter
   *test_adapter_recipes.METHODS,
   *test_prompt_recipes.METHODS,

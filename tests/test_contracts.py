@@ -112,7 +112,7 @@ OTHERS = (
 )
 EXTRA: dict[str, dict[str, int]] = {
   'scaffold': {'num_clients': 9},
-  **{name: {'num_steps': 3} for name in ('cyber_0', 'decomfl')},
+  **{name: {'num_steps': 3} for name in ('cyber_0', 'decomfl', 'meerkat')},
 }
 
 

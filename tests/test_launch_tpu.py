@@ -98,7 +98,10 @@ def test_a_queued_resource_is_waited_for():
     ),
     (('--', '--config', '/etc/hosts', '--workdir=w'), 'has no such file'),
     (('--env', 'HF_TOKEN=abc', *RUN), 'without its value'),
-    (('--env', 'NOT_SET_HERE', *RUN), 'NOT_SET_HERE: there is no such variable'),
+    (
+      ('--env', 'NOT_SET_HERE', *RUN),
+      'NOT_SET_HERE: there is no such variable',
+    ),
     (('--logs', *RUN), 'take only --name and --zone'),
     (('--logs', '--stop'), 'not allowed with argument --logs'),
   ],

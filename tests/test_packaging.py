@@ -64,17 +64,19 @@ def test_configs_have_names_in_every_folder(tmp_path, monkeypatch):
     for name in (path.stem, path.name, f'configs/{path.name}'):
       assert pathlib.Path(config.located(name)).samefile(path)
   assert config.load('tiny:smoke') == config.load('configs/tiny.py:smoke')
-  assert config.load('tiny') == config.load('tiny.py') != config.load(
-    'tiny:smoke'
+  assert (
+    config.load('tiny') == config.load('tiny.py') != config.load('tiny:smoke')
   )
   (tmp_path / 'tiny.py').write_text('def get_config(): return {"mine": 1}')
-  assert config.load('tiny.py') == {'mine': 1}  # a file of one's own comes first
+  assert config.load('tiny.py') == {
+    'mine': 1
+  }  # a file of one's own comes first
   (tmp_path / 'quickstart').mkdir()
   assert config.located('quickstart').endswith('quickstart.py')
   with pytest.raises(Error, match='--config . is a folder; name a config'):
     config.located('.')
   message = (
-    r"--config configs/tony.py: there is no such file, and no config of the "
+    r'--config configs/tony.py: there is no such file, and no config of the '
     r"project of that name \(the nearest is 'tiny'; there are "
   )
   with pytest.raises(Error, match=message):
@@ -117,7 +119,11 @@ def test_notebooks_install_from_the_projects_address(tmp_path):
     assert found == [f'git+{url}'], f'{notebook.name}: run scripts/address'
   (tmp_path / 'scripts').mkdir()
   (tmp_path / 'colabs').mkdir()
-  for name in ('scripts/address', 'pyproject.toml', 'colabs/04_partitions.ipynb'):
+  for name in (
+    'scripts/address',
+    'pyproject.toml',
+    'colabs/04_partitions.ipynb',
+  ):
     (tmp_path / name).write_bytes((ROOT / name).read_bytes())
   new = 'https://example.org/lab/fedjax_llm'
   subprocess.run(

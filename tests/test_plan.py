@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fedjax_llm import plan, recipes
+from fedjax_llm.devices import sharding
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.plan import probe, published, work
 from fedjax_llm.run import blocks, config, costs

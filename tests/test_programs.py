@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import runs
 
-from fedjax_llm import export, sweep, train
+from fedjax_llm import export, sweep
 from fedjax_llm.devices import sharding
 from fedjax_llm.replay import program as replay
-from fedjax_llm.run import config, rebuild, sections, tasks
+from fedjax_llm.run import config, rebuild, sections, tasks, training
 from fedjax_llm.sweep import population
 from fedjax_llm.types import LossSum
 
@@ -110,7 +110,7 @@ def test_a_method_is_swept_trained_replayed_and_exported(name, tmp_path):
   folder = tmp_path / 'sweep' / 'runs' / 'seed=0'
   if not (folder / 'checkpoints').is_dir():  # trained by one program
     folder = tmp_path / 'run'
-    train.train(config.Arguments(conf, str(folder), str(PATH)))
+    training.train(config.Arguments(conf, str(folder), str(PATH)))
   words = ['--workdir', folder, '--round', 1, rebuild.TRUST]
   assert 'equal: every number' in runs.done(replay, words)
   words = ['--workdir', folder, rebuild.TRUST, '--to', 'merged']

@@ -2,14 +2,22 @@
 
     python -m fedjax_llm.plan --config C [--config.section.field=value ...]
         [--devices N] [--memory 16GB] [--model DIRECTORY-OR-NAME] [--clients N]
-        [--probe | --peak 197e12 --bandwidth 819e9]
+        [--probe | --peak 197e12 --bandwidth 819e9] [--steps]
         [--shards] [--lower tpu|cuda|rocm|cpu] [--topology v5e:2x4]
 
 The program traces the config's round from shapes. It prints the parameters, the
 bytes of every kind, the clients that fit at once on a device, the bytes sent,
 the operations, and the time, either from a short measurement on this machine or
+from the rates of another one. `--steps` compiles one step of one client and
+prints its peak memory with and without backpropagation. It assumes rows of
+`population.max_length` tokens and a loss on every token.
 from the rates of another one. It assumes rows of `population.max_length` tokens
 and a loss on every token.
+
+`--shards` lists the part of every tensor that a device holds with `--devices`
+and `mesh_model`. `--lower` checks, without a device, that the round of such a
+mesh can be lowered for a platform. `--topology` compiles it for TPUs that are
+not there, with the package libtpu, and counts memory and collectives.
 """
 
 import argparse
@@ -20,7 +28,7 @@ from collections.abc import Sequence
 
 import jax
 
-from fedjax_llm.plan import abstract, probe, work
+from fedjax_llm.plan import abstract, probe, steps, work
 from fedjax_llm.run import blocks, command, config, costs, metrics, workdir
 from fedjax_llm.run.sections import SPEC
 from fedjax_llm.types import Error
@@ -137,6 +145,12 @@ def run(argv: Sequence[str]) -> str:
     ('operations, a round', f'{flops:.3g}'),
     (f'operations, {rounds} rounds', f'{flops * rounds:.3g}'),
   ]
+  if args.steps:
+    again = None
+    if conf['model'].get('remat') in (None, 'none'):
+      again = _rematerialised(conf, read)
+    table += [('', ''), ('a step of one client, compiled', '')]
+    table += steps.rows(steps.peaks(planned, again=again))
   seconds = None
   if args.probe:
     seconds = probe.seconds(
@@ -186,6 +200,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
   parser.add_argument('--model', default='')
   parser.add_argument('--clients', type=int)
   parser.add_argument('--probe', action='store_true')
+  parser.add_argument('--steps', action='store_true')
   parser.add_argument('--peak', type=float)
   parser.add_argument('--bandwidth', type=float)
   parser.add_argument('--shards', action='store_true')
@@ -203,6 +218,15 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
   if args.devices is None:  # those that `train` would make of a CPU
     args.devices = config.settings(args.conf, SPEC).cpu_devices
   return args
+
+
+def _rematerialised(conf, read) -> work.Work | None:
+  """Returns the round with layers computed again, None if there is none."""
+  try:
+    changed, _ = config.override(conf, [('model.remat', 'full')], SPEC)
+    return read(changed)
+  except Error:
+    return None  # this model has no such setting
 
 
 def _on_mesh(args, planned: work.Work, read, num_model: int) -> list[str]:
@@ -228,7 +252,11 @@ def _on_mesh(args, planned: work.Work, read, num_model: int) -> list[str]:
       devices=real.size,
       mesh=real,
     )
-    compiled = abstract.lower(whole, real, 'tpu').compile()
+    try:
+      compiled = abstract.lower(whole, real, 'tpu').compile()
+    except RuntimeError as error:  # most often of memory
+      text = ' '.join(str(error).split())[:300]
+      return [*lines, '', f'{args.topology}: the compiler refuses it: {text}']
     kinds = count(abstract.compiled_collectives(compiled))
     lines += ['', f'compiled for {args.topology}; collectives: {kinds}']
     if size := costs.compiled_bytes(compiled):

@@ -58,6 +58,8 @@ class Work(NamedTuple):
   model: load.LoadedModel
   light: FederatedAlgorithm  # the same method on a loss without a model
   filled: Callable[[int, int, int, int], Any]  # K, S, B, T -> full batches
+  loss: Any  # of the task and the model
+  initial: Any  # the adapter's parameters
 
   @property
   def arguments(self) -> int:
@@ -262,6 +264,8 @@ def read(
     loaded,
     method(_no_loss, _no_network(len(labels or ()))),
     filled,
+    task.loss(loaded),
+    params,
   )
 
 
