@@ -258,7 +258,7 @@ def test_what_a_plain_adapter_cannot_say_is_not_written(
 @pytest.mark.parametrize(
   'fields, words',
   [
-    ({'peft_type': 'IA3'}, "peft_type is 'IA3'"),
+    ({'peft_type': 'OFT'}, "peft_type is 'OFT'"),
     ({'use_dora': True}, 'lacks a magnitude'),
     ({'bias': 'all'}, "bias = 'all'"),
     ({'modules_to_save': ['lm_head']}, 'modules_to_save'),

@@ -20,9 +20,17 @@ from fedjax_llm.nodes.encoded import Encoded as Encoded
 from fedjax_llm.nodes.encoded import Projected as Projected
 from fedjax_llm.nodes.experts import Experts as Experts
 from fedjax_llm.nodes.experts import Routing as Routing
+from fedjax_llm.nodes.gate import Gate as Gate
 from fedjax_llm.nodes.low_rank import LowRank as LowRank
+from fedjax_llm.nodes.made import Attended as Attended
+from fedjax_llm.nodes.made import Factored as Factored
+from fedjax_llm.nodes.made import Hyper as Hyper
+from fedjax_llm.nodes.made import Kronecker as Kronecker
+from fedjax_llm.nodes.made import LowDimensional as LowDimensional
 from fedjax_llm.nodes.parts import Controlled as Controlled
 from fedjax_llm.nodes.parts import Dual as Dual
+from fedjax_llm.nodes.pool import Choice as Choice
+from fedjax_llm.nodes.pool import Pool as Pool
 from fedjax_llm.nodes.prompt import Prefix as Prefix
 from fedjax_llm.nodes.prompt import Prompt as Prompt
 from fedjax_llm.nodes.protocol import is_node as is_node
