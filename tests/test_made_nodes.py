@@ -177,7 +177,7 @@ def test_a_low_dimensional_prompt_moves_in_its_subspace():
 
 def test_queries_attend_to_classes_and_to_the_client():
   rows = jax.random.normal(jax.random.key(5), (5, D))
-  adapter = adapters.prompts.generated_prompt(
+  adapter = adapters.generated_prompt(
     3, heads=2, expansion=2, num_client_rows=2, context=rows
   )
   node = moved(adapter.init(KEY, loaded().base)['inputs'], size=0.2)
@@ -271,9 +271,9 @@ def test_each_text_takes_the_prompts_with_the_nearest_keys():
   params, texts = pooled(), batch(rows=3)
   table = wide(loaded().base['embed_tokens']['embedding'])
   node = params['inputs']
-  hidden, statistics = loaded().model.hidden_with_statistics(
-    loaded().base, params, texts
-  )
+  both = loaded().model.hidden_with_statistics
+  assert both is not None
+  hidden, statistics = both(loaded().base, params, texts)
   chosen, distances = [], []
   for row in range(3):
     index, alike = references.nearest(
@@ -345,22 +345,22 @@ def test_a_generator_and_its_refusals():
 
 
 @pytest.mark.parametrize(
-  'make, reason',
+  'name, wrong, reason',
   [
-    (lambda: adapters.soft_prompt(0), 'adapter.length is 0; it must be'),
-    (lambda: adapters.soft_prompt(2, init='zeros'), "adapter.init is 'zeros'"),
-    (lambda: adapters.soft_prompt(2, init='text'), 'a text is needed'),
-    (lambda: adapters.soft_prompt(2, text='x'), 'a text is needed'),
-    (lambda: adapters.prefix(2, hidden_size=3), 'set adapter.reparametrised'),
-    (lambda: adapters.p_tuning(2, 'gru'), "encoder is 'gru'; it must be mlp"),
-    (lambda: adapters.bottleneck(form='x'), 'it must be one of: houlsby'),
-    (lambda: adapters.bottleneck(activation='x'), 'it must be one of: ident'),
-    (lambda: adapters.compacter(form='x'), 'it must be houlsby or pfeiffer'),
+    ('soft_prompt', {'length': 0}, 'adapter.length is 0; it must be'),
+    ('soft_prompt', {'init': 'zeros'}, "adapter.init is 'zeros'"),
+    ('soft_prompt', {'init': 'text'}, 'a text is needed'),
+    ('soft_prompt', {'text': 'x'}, 'a text is needed'),
+    ('prefix', {'hidden_size': 3}, 'set adapter.reparametrised'),
+    ('p_tuning', {'encoder': 'gru'}, "encoder is 'gru'; it must be mlp"),
+    ('bottleneck', {'form': 'x'}, 'it must be one of: houlsby'),
+    ('bottleneck', {'activation': 'x'}, 'it must be one of: ident'),
+    ('compacter', {'form': 'x'}, 'it must be houlsby or pfeiffer'),
   ],
 )
-def test_a_wrong_argument_is_named(make, reason):
+def test_a_wrong_argument_is_named(name, wrong, reason):
   with pytest.raises(Error, match=reason):
-    make()
+    getattr(adapters, name)(**wrong)
 
 
 def test_a_text_is_repeated_or_cut():
@@ -386,7 +386,7 @@ def test_a_text_is_repeated_or_cut():
 
 
 def test_32_prompt_clients_cost_one_program_with_unbatched_products():
-  """Read from the HLO: no product with a matrix of the base has a batch axis."""
+  """Reads the HLO: products with matrices of the base have no batch axis."""
   import re
 
   K = 32

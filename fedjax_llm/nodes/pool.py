@@ -29,17 +29,18 @@ class Pool(NamedTuple):
       chosen = the K prompts with the largest cos(q(x), key_i)
       q(x)   = the mean of the text's embedded tokens
 
-  whose rows stand in front of the text, the nearest first. Keys get gradients only from
-  `Choice.distance`, the paper's second term of the loss. A row holds one text.
+  whose rows stand in front of the text, the nearest first. Keys get gradients
+  only from `Choice.distance`, the paper's second term of the loss. A row of a
+  batch holds one text.
 
-  >>> node = Pool(jnp.ones((5, 2, 4)), jnp.ones((5, 4)), jnp.zeros(3))
+  >>> node = Pool(jnp.ones((5, 2, 4)), jnp.ones((5, 4)), jnp.zeros(3, int))
   >>> node.length(), node.choose(jnp.ones((7, 6, 4)), None).rows.shape
   (6, (7, 6, 4))
   """
 
   rows: Any  # [N, P, D]
   keys: Any  # [N, D]
-  top: Any  # [K] zeros, so that the number of chosen prompts is a shape
+  top: Any  # [K] int8 zeros, so that the number of chosen prompts is a shape
 
   PLACES = ('inputs',)
   FROZEN = ('top',)

@@ -171,7 +171,7 @@ def prompt_pool(
     node = Pool(
       rows=draw(keys[0], size, length, width),
       keys=draw(keys[1], size, width),
-      top=jnp.zeros(top, jnp.float32),
+      top=jnp.zeros(top, jnp.int8),
     )
     return {'inputs': node}
 
