@@ -191,14 +191,15 @@ def _adapter(
     )
   if changed or rank is not None:
     params, lost = factored(params, rank)
-  plain_scale = not changed and rank is None
+  stabilised = made.adapter.peft.get('use_rslora', False)
+  stabilised = stabilised and not changed and rank is None
   experiment.save_adapter(
     folder,
     peft_dora.put(params, lengths),
     loaded,
     made.task,
     base_model=base_model,
-    peft_fields=made.adapter.peft if plain_scale else {},
+    peft_fields={**made.adapter.peft, 'use_rslora': stabilised},
   )
   _hand_on_ends(folder, made)
   ranks = sorted({node.a.shape[-1] for _, node in low_rank(params)})

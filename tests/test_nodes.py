@@ -73,6 +73,19 @@ WEIGHTS: dict[str, tuple[Any, Any]] = {
   ),
   'dora': (nodes.Dora(LOW, GAIN_OF_F), dora_by_hand),
   'core': (nodes.Core(CORE, P, Q, HALF, GAIN), core_by_hand),
+  'gram': (
+    nodes.Gram(B_, draw(D, F, seed=3), draw(F, F), HALF),
+    lambda w: w + 0.5 * np.float64(draw(D, F, seed=3)) @ B_.T @ B_ @ draw(F, F),
+  ),
+  'tiers': (
+    nodes.Tiers(
+      LOW,
+      nodes.LowRank(jnp.stack([A, -A]), jnp.stack([B_, 3 * B_]), None),
+      LOW,
+      jnp.array([0.0, 1.0]),
+    ),
+    lambda w: w + 0.5 * (2 - 3) * np.float64(A) @ B_,
+  ),
   'vera': (
     nodes.Vera(GAIN[:R], GAIN_OF_F, A, B_),
     lambda w: w + np.float64(A) * GAIN[:R] @ B_ * GAIN_OF_F,

@@ -5,6 +5,7 @@ names in `__all__`.
 """
 
 from fedjax_llm.adapters import gates as gates
+from fedjax_llm.adapters import picked as picked
 from fedjax_llm.adapters import targets as targets
 from fedjax_llm.adapters.bottleneck import bottleneck as bottleneck
 from fedjax_llm.adapters.changes import Dense as Dense
@@ -31,6 +32,9 @@ from fedjax_llm.adapters.low_rank import rslora as rslora
 from fedjax_llm.adapters.low_rank.cores import lora_xs as lora_xs
 from fedjax_llm.adapters.low_rank.cores import ravan as ravan
 from fedjax_llm.adapters.low_rank.dora import dora as dora
+from fedjax_llm.adapters.low_rank.gram import florg as florg
+from fedjax_llm.adapters.low_rank.orthogonal import orthogonal as orthogonal
+from fedjax_llm.adapters.low_rank.orthogonal import sfed_lora as sfed_lora
 from fedjax_llm.adapters.low_rank.tensor_train import (
   tensor_train as tensor_train,
 )
@@ -56,6 +60,7 @@ __all__ = [
   'factorised',
   'feature_gate',
   'federa',
+  'florg',
   'generated_prompt',
   'heads',
   'hyper_adapter',
@@ -64,12 +69,14 @@ __all__ = [
   'lora',
   'lora_xs',
   'norms',
+  'orthogonal',
   'p_tuning',
   'prefix',
   'projected_prompt',
   'prompt_pool',
   'ravan',
   'rslora',
+  'sfed_lora',
   'soft_prompt',
   'tensor_train',
   'vera',

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import adapters as adapters_lib
-from fedjax_llm.adapters import as_low_rank
+from fedjax_llm.adapters import as_low_rank, picked
 from fedjax_llm.models.network import prompts
 from fedjax_llm.models.network.layers import Places
 from fedjax_llm.models.network.transformer import Cache, Decoder
@@ -64,7 +64,9 @@ def stack(base: Base, adapters: Sequence[Params]) -> Params:
   >>> both['layers']['q'].a.shape
   (1, 3, 4, 3)
   """
-  plain = [as_low_rank(protocol.plain(adapter)) for adapter in adapters]
+  plain = [
+    as_low_rank(picked.spread(protocol.plain(x), base)) for x in adapters
+  ]
   for leaf in jax.tree.leaves(plain, is_leaf=protocol.is_node):
     if protocol.is_node(leaf) and not _stacks(leaf):
       raise Error(

@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_llm.adapters import picked
 from fedjax_llm.adapters.peft import (
   config as peft_config,
 )
@@ -117,6 +118,7 @@ def save(
   base_model: str,
   task_type: str = 'CAUSAL_LM',
   use_rslora: bool = False,
+  lora_dropout: float = 0.0,
   network: Any = None,
 ) -> None:
   """Writes an adapter as a PEFT directory, in float32.
@@ -137,6 +139,7 @@ def save(
     base_model: name or directory of the base, saved for loading the adapter.
     task_type: PEFT's name of the task.
     use_rslora: how alpha encodes the scale; the scale itself does not change.
+    lora_dropout: the rate that the adapter was trained with, for the config.
     network: the config of the model, for prompts and prefixes.
 
   Raises:
@@ -145,6 +148,11 @@ def save(
       be written.
   """
   made = peft_kinds.forms(protocol.plain(params, keep='peft'))
+  chosen = picked.of(params)  # of `layers`; None: all
+  if chosen is not None:
+    chosen = np.asarray(chosen)
+    below = {k: v for k, v in params['layers'].items() if k != picked.NAME}
+    params = {**params, 'layers': below}
   params, whole = peft_whole.split(protocol.plain(params))
   if made:
     of = peft_kinds.contents(
@@ -176,9 +184,9 @@ def save(
       )
     a, b, scale = (np.asarray(x, np.float32) for x in node[:3])
     place = fused(path)
-    for layer in range(a.shape[0]) if a.ndim == 3 else [None]:
+    for at in range(a.shape[0]) if a.ndim == 3 else [()]:
+      layer = None if at == () else at if chosen is None else int(chosen[at])
       name = module_name(path, layer)
-      at = () if layer is None else layer
       one = Factors(a[at], b[at], scale[at])
       if place is not None:
         parts[name].append((place, one))
@@ -222,9 +230,9 @@ def save(
     'inference_mode': True,
     'init_lora_weights': True,
     'layers_pattern': None,
-    'layers_to_transform': None,
+    'layers_to_transform': None if chosen is None else chosen.tolist(),
     'lora_alpha': alpha,
-    'lora_dropout': 0.0,
+    'lora_dropout': lora_dropout,
     'modules_to_save': peft_whole.modules(named, task_type) or None,
     'peft_type': 'LORA',
     'r': rank,
