@@ -125,8 +125,8 @@ def train(args: config.Arguments) -> None:
         f'{args.workdir} is at round {restored.round}, above {num_rounds=}.'
       )
 
-  open_store = lambda number: clients.store.open(
-    room.states, newcomer, at_round=number, mine=first
+  open_store = lambda number, begins: clients.store.open(
+    room.states, newcomer, at_round=number, mine=first, begins=begins
   )
   restored, store = resume.newest(saver, state, open_store, check)
   done = 0
