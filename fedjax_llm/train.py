@@ -29,6 +29,7 @@ from fedjax_llm.run import (
   narration,
   rates,
   resume,
+  stalls,
   workdir,
 )
 from fedjax_llm.run.ends import ends
@@ -191,8 +192,10 @@ def train(args: config.Arguments) -> None:
     ended = lambda: over or number == num_rounds
     at_end.push(lambda kind, *_: leave(kind is None and ended()))
     at_end.callback(bar.close)
+    begins = at_end.enter_context(stalls.watched(bar.write))
     for number in range(done + 1, done + 1 if over else num_rounds + 1):
       began = time.monotonic()
+      begins(number)
       draw, cohort = following or prepared(number - 1)
       own, mine = sharding.own_rows(draw, mesh)
       ids = own.ids
