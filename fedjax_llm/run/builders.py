@@ -249,6 +249,15 @@ def keywords_of(section: Mapping[str, Any], namespace: Any) -> dict[str, Any]:
   return {k: v for k, v in section.items() if k != 'name'}
 
 
+def named(section: Any) -> Any:
+  """Returns the name of a section; None of anything else.
+
+  >>> named({'name': 'iid'}), named(None)
+  ('iid', None)
+  """
+  return section.get('name') if isinstance(section, Mapping) else None
+
+
 def plain_dicts(x: Any, path: tuple[str, ...] = ()) -> Any:
   """Returns a copy with ConfigDicts and mappings as dicts, at every depth.
 
