@@ -13,9 +13,8 @@ import jax.numpy as jnp
 
 from fedjax_llm import tree
 from fedjax_llm.aggregators.low_rank.by_node import Added
-from fedjax_llm.types import ServerState
-
 from fedjax_llm.run.builders import named
+from fedjax_llm.types import ServerState
 
 # Fields that moved: (section, field) before -> (section, field) now.
 MOVED = {
@@ -40,8 +39,15 @@ def translated(config: Mapping[str, Any]) -> dict[str, Any]:
     there = new.get(to)
     if isinstance(there, Mapping):
       new[to] = {name: before[field], **there}
-<<<<<<< HEAD
-  return new
+  return _pooled(new)
+
+
+def _pooled(conf: dict[str, Any]) -> dict[str, Any]:
+  """Names the partition of a centralised run, which 0.2.0 did not name."""
+  names = [named(conf.get(part)) for part in _POOLED]
+  if names[0] != 'centralised' or names[1] in (None, 'pooled'):
+    return conf
+  return {**conf, 'partition': {'name': 'pooled', 'of': conf['partition']}}
 
 
 class Earlier(NamedTuple):
@@ -100,14 +106,3 @@ def earlier_state(template: Any, names: Sequence[str]) -> Earlier | None:
     return old._replace(aggregator=aggregator)
 
   return Earlier(before, upgrade)
-=======
-  return _pooled(new)
-
-
-def _pooled(conf: dict[str, Any]) -> dict[str, Any]:
-  """Names the partition of a centralised run, which 0.2.0 did not name."""
-  names = [named(conf.get(part)) for part in _POOLED]
-  if names[0] != 'centralised' or names[1] in (None, 'pooled'):
-    return conf
-  return {**conf, 'partition': {'name': 'pooled', 'of': conf['partition']}}
->>>>>>> dcfff5db2fe44c3c1afe0a803ac504eb495fee36
