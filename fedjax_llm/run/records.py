@@ -57,7 +57,9 @@ def check_sizes(content: Mapping[str, Any], file: str) -> None:
   """
   for group in content:
     if group == 'unit':  # the name of what the loss counts
-      _texts(content[group], f'{file} is damaged: unit')
+      if not isinstance(content[group], str):
+        value = f'{content[group]!r:.60}'
+        raise Error(f'{file} is damaged: unit is {value}, not a name.')
       continue
     _mapping(content[group], f'{file} is damaged: {group}')
     for name, sizes in content[group].items():
