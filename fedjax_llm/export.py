@@ -161,7 +161,25 @@ def _hand_on_ends(folder: pathlib.Path, made: rebuild.Made) -> None:
 def _adapter(
   folder: pathlib.Path, out: pathlib.Path, made: rebuild.Made, rank: int | None
 ) -> str:
-  loaded, plain = made.loaded, adapters.as_low_rank(made.params)
+  loaded, base_model = made.loaded, made.loaded.name
+  if loaded.directory is None:  # no model file holds this base
+    models.save(folder / 'base', loaded.config, loaded.base)
+    base_model = str(out.absolute() / 'base')
+  kind = adapters.peft.kind(made.params)
+  if kind != 'LORA':
+    if rank is not None:
+      raise Error(f'--rank is of low-rank adapters, and this one is {kind}.')
+    experiment.save_adapter(
+      folder,
+      made.params,
+      loaded,
+      made.task,
+      base_model=base_model,
+      peft_fields={},
+    )
+    _hand_on_ends(folder, made)
+    return f'a PEFT adapter of the kind {kind} of {base_model}'
+  plain = adapters.as_low_rank(made.params)
   params, lengths = peft_dora.split(plain)
   changed = any(x.residual is not None for _, x in low_rank(params))
   lost = 0.0
@@ -172,10 +190,6 @@ def _adapter(
     )
   if changed or rank is not None:
     params, lost = factored(params, rank)
-  base_model = loaded.name
-  if loaded.directory is None:  # no model file holds this base
-    models.save(folder / 'base', loaded.config, loaded.base)
-    base_model = str(out.absolute() / 'base')
   stabilised = made.adapter.peft.get('use_rslora', False)
   stabilised = stabilised and not changed and rank is None
   experiment.save_adapter(

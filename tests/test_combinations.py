@@ -11,9 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_adapter_recipes
 import test_lora_recipes
 import test_personalised
 import test_planned
+import test_prompt_recipes
+import test_selective_recipes
+import test_spectral
 import test_structured
 import test_variants
 import toy
@@ -55,12 +59,18 @@ HERE = {
 ELSEWHERE = {
   *test_lora_recipes.RECIPES,
   *test_personalised.SETTINGS,
+  *('fedlease', 'hilora', *test_spectral.RECIPES),
   *(recipe for recipe, *_ in test_variants.METHODS.values()),
   *('fed_ra', 'slora', 'fed_hm', 'hafl'),  # test_structured
   'fed_amole',  # test_experts
   'fed_pipe',  # test_planned
   'lp_fl',  # test_labelling
+  *('fed_mezo', 'decomfl', 'cyber_0', 'fed_kseed', 'fed_kseed_pro'),
+  *('fwdllm', 'meerkat', 'spry'),  # test_zeroth_order
   *('fed_tt', 'federa'),  # fed_avg, on another adapter
+  *test_adapter_recipes.METHODS,
+  *test_prompt_recipes.METHODS,
+  *test_selective_recipes.METHODS,
 }
 
 
@@ -111,7 +121,7 @@ RULES = {
 }
 # Rules that mean entries, whatever they are of.
 BY_ENTRY = ('krum', 'masked_mean', 'mean', 'median', 'trimmed_mean')
-BY_ENTRY += ('uniform_mean',)
+BY_ENTRY += ('fedrpca', 'uniform_mean')
 SERVERS = {name: getattr(server, name) for name in server.__all__}
 SCOPES = {
   'everything': scopes.everything,

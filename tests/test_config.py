@@ -237,6 +237,13 @@ def test_mistakes_of_the_file(parse, tmp_path):
   assert sentence(parse, file='d.txt') == (
     '--config d.txt: a config is a Python file, NAME.py.'
   )
+  (tmp_path / 'e.py').write_text(
+    'def get_config():\n  deep = []\n  for _ in range(2000):\n    deep = [deep]'
+    "\n  return {'data': {'limit': deep}}"
+  )
+  assert sentence(parse, file='e.py') == (
+    'config: data.limit is nested more than 64 levels deep.'
+  )
 
 
 def test_help_lists_names_and_with_a_config_every_field(parse, capsys):

@@ -73,6 +73,19 @@ WEIGHTS: dict[str, tuple[Any, Any]] = {
   ),
   'dora': (nodes.Dora(LOW, GAIN_OF_F), dora_by_hand),
   'core': (nodes.Core(CORE, P, Q, HALF, GAIN), core_by_hand),
+  'gram': (
+    nodes.Gram(B_, draw(D, F, seed=3), draw(F, F), HALF),
+    lambda w: w + 0.5 * np.float64(draw(D, F, seed=3)) @ B_.T @ B_ @ draw(F, F),
+  ),
+  'tiers': (
+    nodes.Tiers(
+      LOW,
+      nodes.LowRank(jnp.stack([A, -A]), jnp.stack([B_, 3 * B_]), None),
+      LOW,
+      jnp.array([0.0, 1.0]),
+    ),
+    lambda w: w + 0.5 * (2 - 3) * np.float64(A) @ B_,
+  ),
   'vera': (
     nodes.Vera(GAIN[:R], GAIN_OF_F, A, B_),
     lambda w: w + np.float64(A) * GAIN[:R] @ B_ * GAIN_OF_F,
@@ -279,12 +292,9 @@ def test_a_node_of_ones_own_works_everywhere():
 
 def test_nodes_say_why_peft_has_no_files_for_them():
   save = functools.partial(peft.save, module_name=lambda *_: '', base_model='')
-  prompt, prefix = nodes.Prompt(jnp.ones((2, 3))), draw(2, 3, 1, 4)
   for leaf, reason in [
-    (nodes.Scaled(GAIN_OF_F), r'q: a scaled feature'),
+    (nodes.Scaled(GAIN_OF_F), r'q: PEFT scales inputs and outputs only'),
     (nodes.Bottleneck(A, B_), 'q: PEFT has no bottleneck'),
-    (prompt, 'q: a soft prompt is not written'),
-    (nodes.Prefix(prefix, prefix), 'q: a prefix is not written'),
     (nodes.Experts(LOW, LOW, A, None), 'q: which experts act depends'),
   ]:
     with pytest.raises(Error, match=reason):
@@ -353,7 +363,8 @@ def prefixed(model, decoder, base):
   """The prefix that is the keys and values of a soft prompt."""
   _, prompt = prompted(base)
   cache = decoder.begin(base, {'inputs': prompt}, 1, 8)
-  keys, values = (x[:, 0, :ROWS] for x in (cache.keys, cache.values))
+  flat = lambda x: x[:, 0, :ROWS].reshape(len(x), ROWS, -1)
+  keys, values = flat(cache.keys), flat(cache.values)
   return {'layers': {'self_attn': {'prefix': nodes.Prefix(keys, values)}}}
 
 
@@ -431,13 +442,11 @@ def test_prompts_that_do_not_fit_are_refused():
   prefix = lambda *shape: {
     'layers': {'self_attn': {'prefix': nodes.Prefix(*[jnp.ones(shape)] * 2)}}
   }
-  with pytest.raises(Error, match=r'prefix/keys is \[2, 3, 2, 5\]'):
-    say(prefix(2, 3, 2, 5))
-  with pytest.raises(Error, match=r'prefix is \[3, 4, 2\]'):
-    say(prefix(2, 3, 4, 2))
+  with pytest.raises(Error, match=r'prefix/keys is \[2, 3, 10\]'):
+    say(prefix(2, 3, 10))
   with pytest.raises(Error, match='LowRank node cannot act on inputs'):
     say({'inputs': LOW})
-  for node in (prefix(2, 3, 2, 4), {'inputs': nodes.Prompt(jnp.ones((2, 16)))}):
+  for node in (prefix(2, 3, 8), {'inputs': nodes.Prompt(jnp.ones((2, 16)))}):
     with pytest.raises(Error, match='so it cannot be written into a weight'):
       adapters.merge(base, node)
     with pytest.raises(Error, match='shares no batch with others'):
@@ -468,7 +477,7 @@ def test_an_encoder_with_a_prompt_reads_one_text_a_row():
 def test_a_cache_holds_the_prompt(kind):
   loaded = tiny(seed=3)
   rows = {'inputs': nodes.Prompt(draw(ROWS, 16))}
-  keys, values = draw(2, 2, 2, 4), draw(2, 2, 2, 4, seed=1)
+  keys, values = draw(2, 2, 8), draw(2, 2, 8, seed=1)
   front = {'self_attn': {'prefix': nodes.Prefix(keys, values)}}
   deep = {'layers': {**front, 'mlp': {'down_proj': {'output': _behind(16)}}}}
   params = {'prompt': rows, 'prefix': deep, 'both': {**rows, **deep}}[kind]
@@ -515,7 +524,7 @@ def trained():
   inner = lora.init(KEY, loaded.base)['layers']['self_attn']
   inner['o_proj'] = {'output': _behind(16)}
   inner['k_proj'] = {'output': nodes.Scaled(jnp.ones((2, 8)))}
-  inner['prefix'] = nodes.Prefix(draw(2, 2, 2, 4), draw(2, 2, 2, 4, seed=1))
+  inner['prefix'] = nodes.Prefix(draw(2, 2, 8), draw(2, 2, 8, seed=1))
   mlp = {
     'down_proj': {
       'input': nodes.Scaled(jnp.ones((2, 24))),

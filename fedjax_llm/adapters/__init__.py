@@ -7,6 +7,7 @@ names in `__all__`.
 from fedjax_llm.adapters import gates as gates
 from fedjax_llm.adapters import picked as picked
 from fedjax_llm.adapters import targets as targets
+from fedjax_llm.adapters.bottleneck import bottleneck as bottleneck
 from fedjax_llm.adapters.changes import Dense as Dense
 from fedjax_llm.adapters.changes import Dora as Dora
 from fedjax_llm.adapters.changes import as_low_rank as as_low_rank
@@ -15,6 +16,7 @@ from fedjax_llm.adapters.changes import fold as fold
 from fedjax_llm.adapters.changes import merge as merge
 from fedjax_llm.adapters.changes import overlay as overlay
 from fedjax_llm.adapters.changes import product as product
+from fedjax_llm.adapters.changes import unmerged as unmerged
 from fedjax_llm.adapters.dense import beside as beside
 from fedjax_llm.adapters.dense import complete as complete
 from fedjax_llm.adapters.dense import dense as dense
@@ -27,19 +29,43 @@ from fedjax_llm.adapters.low_rank import rslora as rslora
 from fedjax_llm.adapters.low_rank.cores import lora_xs as lora_xs
 from fedjax_llm.adapters.low_rank.cores import ravan as ravan
 from fedjax_llm.adapters.low_rank.dora import dora as dora
+from fedjax_llm.adapters.low_rank.gram import florg as florg
+from fedjax_llm.adapters.low_rank.orthogonal import orthogonal as orthogonal
+from fedjax_llm.adapters.low_rank.orthogonal import sfed_lora as sfed_lora
 from fedjax_llm.adapters.low_rank.tensor_train import (
   tensor_train as tensor_train,
 )
 from fedjax_llm.adapters.low_rank.vera import vera as vera
+from fedjax_llm.adapters.prompts import p_tuning as p_tuning
+from fedjax_llm.adapters.prompts import prefix as prefix
+from fedjax_llm.adapters.prompts import soft_prompt as soft_prompt
+from fedjax_llm.adapters.scaling import ia3 as ia3
+from fedjax_llm.adapters.selective import bitfit as bitfit
+from fedjax_llm.adapters.selective import heads as heads
+from fedjax_llm.adapters.selective import layers as layers
+from fedjax_llm.adapters.selective import norms as norms
 
 __all__ = [
+  'bitfit',
+  'bottleneck',
+  'dense',
   'dora',
   'factorised',
   'federa',
+  'florg',
+  'heads',
+  'ia3',
+  'layers',
   'lora',
   'lora_xs',
+  'norms',
+  'orthogonal',
+  'p_tuning',
+  'prefix',
   'ravan',
   'rslora',
+  'sfed_lora',
+  'soft_prompt',
   'tensor_train',
   'vera',
 ]

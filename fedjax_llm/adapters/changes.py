@@ -74,7 +74,22 @@ def merge(base: Base, params: Params) -> Base:
   >>> merge(head, {'score': {'bias': Dense(jnp.zeros(1))}})['score']['bias']
   Array([0.], dtype=float32)
   """
-  return _merged(base, picked.spread(params, base), ())
+  return _merged(base, picked.spread(protocol.plain(params), base), ())
+
+
+def unmerged(base: Base, params: Params) -> str | None:
+  """Returns the reason why `merge` refuses an adapter, or None.
+
+  >>> from fedjax_llm.nodes import Prompt
+  >>> table = {'embed_tokens': {'embedding': jax.numpy.ones((5, 4))}}
+  >>> unmerged(table, {'inputs': Prompt(jax.numpy.ones((2, 4)))})[:40]
+  'inputs: a soft prompt stands in front of'
+  """
+  try:
+    jax.eval_shape(merge, base, params)
+  except Error as error:
+    return str(error)
+  return None
 
 
 def _merged(base: Any, params: Any, path: Path) -> Any:
@@ -157,8 +172,9 @@ def _folded(base: Any, params: Any) -> tuple[Any, Any]:
 def overlay(base: Base, params: Params) -> tuple[Base, Params]:
   """Moves every leaf that replaces its weight from the params into the base.
 
-  For the forward pass: other nodes stay in the params, those of some layers
-  with zeros in the others (`picked.spread`).
+  For the forward pass: other nodes stay in the params, those that are computed
+  (`nodes.protocol.plain`) as their results, those of some layers with zeros in
+  the others (`picked.spread`).
 
   Raises:
     Error: a leaf without a weight of its shape in the base.
@@ -167,6 +183,7 @@ def overlay(base: Base, params: Params) -> tuple[Base, Params]:
   >>> overlay({'bias': ones}, {'bias': Dense(zeros)})
   ({'bias': Array([0., 0.], dtype=float32)}, {'bias': None})
   """
+  params = protocol.plain(params)
   whole = []
 
   def take(path, leaf):
@@ -268,6 +285,9 @@ def beside(base: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
   if name == 'prefix' and 'k_proj' in base:
     *lead, _, features = base['k_proj']['kernel'].shape
     return (*lead, features)
+  if name == 'parallel' and ('up_proj' in base or 'q_proj' in base):
+    inner = 'up_proj' if 'up_proj' in base else 'q_proj'
+    return tuple(base[inner]['kernel'].shape[:-1])
   if name in ('input', 'output') and 'kernel' in base:
     *lead, inputs, features = base['kernel'].shape
     return (*lead, inputs if name == 'input' else features)

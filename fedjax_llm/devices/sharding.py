@@ -264,6 +264,15 @@ def num_sharing(mesh: Mesh | None) -> int:
   return len({device.process_index for device in mesh.devices[0]})
 
 
+def num_rows(mesh: Mesh | None) -> int:
+  """Returns the number of device rows that train clients side by side.
+
+  >>> num_rows(None), num_rows(mesh()) == len(jax.devices())
+  (1, True)
+  """
+  return 1 if mesh is None else mesh.shape[CLIENTS]
+
+
 def compiled(round: Callable, mesh: Mesh | None) -> Callable:
   """Returns `FederatedAlgorithm.round` as a program that donates the state.
 

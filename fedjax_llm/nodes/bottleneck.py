@@ -6,6 +6,11 @@ the perceptron, each before the block's own residual is added; Pfeiffer et al.
 
     {'layers': {'self_attn': {'o_proj': {'output': Bottleneck(...)}},
                 'mlp': {'down_proj': {'output': Bottleneck(...)}}}}
+
+He et al. 2022, arXiv 2110.04366, put one beside the perceptron, which reads
+the perceptron's own inputs:
+
+    {'layers': {'mlp': {'parallel': Bottleneck(...)}}}
 """
 
 import enum
@@ -50,10 +55,11 @@ _FUNCTIONS = {
 
 
 class Bottleneck(NamedTuple):
-  """y' = y + scale * (f(y @ down + down_bias) @ up + up_bias).
+  """y' = y + scale * (f(z @ down + down_bias) @ up + up_bias).
 
-  Its place is the 'output' of a module. It is no linear map of the module's
-  inputs, so it cannot be written into a weight.
+  At the 'output' of a module z is y. At the place 'parallel' of a sublayer, z
+  is the sublayer's input and y its output: see `Parallel`. It is no linear map
+  of the module's inputs, so it cannot be written into a weight.
 
   >>> one = jnp.ones((1, 1))
   >>> node = Bottleneck(one, 3 * one, activation=Activation.RELU)
@@ -73,15 +79,19 @@ class Bottleneck(NamedTuple):
 
   def act(self, x, y, weight=None) -> jax.Array:
     del x, weight
-    inner = times(y, self.down, y.dtype)
+    return y + self.change(y)
+
+  def change(self, z: jax.Array) -> jax.Array:
+    """Returns what is added, computed from z [..., F]."""
+    inner = times(z, self.down, z.dtype)
     if self.down_bias is not None:
-      inner = inner + self.down_bias.astype(y.dtype)
-    change = times(self.activation(inner), self.up, y.dtype)
+      inner = inner + self.down_bias.astype(z.dtype)
+    change = times(self.activation(inner), self.up, z.dtype)
     if self.up_bias is not None:
-      change = change + self.up_bias.astype(y.dtype)
+      change = change + self.up_bias.astype(z.dtype)
     if self.scale is not None:
-      change = change * self.scale.astype(y.dtype)
-    return y + change
+      change = change * self.scale.astype(z.dtype)
+    return change
 
   def write(self, weight: Any) -> Any:
     del weight
@@ -103,3 +113,34 @@ class Bottleneck(NamedTuple):
     raise Error(
       'PEFT has no bottleneck adapters, so there are no files for it.'
     )
+
+
+class Parallel(NamedTuple):
+  """A bottleneck beside a sublayer: y' = y + change(x).
+
+  x [..., D] are the inputs of the sublayer, behind its norm where it has one
+  before it, and y its output, before the block's residual is added.
+
+  >>> one = jnp.ones((1, 1))
+  >>> node = Parallel(Bottleneck(one, one, activation=Activation.RELU))
+  >>> node.act(jnp.array([[2.0]]), jnp.array([[5.0]])).tolist()
+  [[7.0]]
+  """
+
+  bottleneck: Bottleneck
+
+  PLACES = ('parallel',)
+  FROZEN = ()
+
+  def act(self, x, y, weight=None) -> jax.Array:
+    del weight
+    return y + self.bottleneck.change(x).astype(y.dtype)
+
+  def write(self, weight: Any) -> Any:
+    return self.bottleneck.write(weight)
+
+  def check(self, shape: tuple[int, ...], path: tuple[str, ...]) -> None:
+    self.bottleneck.check(shape, path)
+
+  def peft(self) -> Any:
+    return self.bottleneck.peft()

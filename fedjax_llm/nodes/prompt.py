@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm.nodes.protocol import mismatch
+from fedjax_llm.nodes.protocol import Peft, mismatch
 from fedjax_llm.types import Error
 
 
@@ -57,40 +57,41 @@ class Prompt(NamedTuple):
     if here != want:
       raise mismatch(path, here, want)
 
-  def peft(self) -> Any:
-    raise Error('a soft prompt is not written as PEFT files yet.')
+  def peft(self) -> Peft:
+    fields = {
+      'prompt_tuning_init': 'RANDOM',
+      'prompt_tuning_init_text': None,
+      'tokenizer_kwargs': None,
+      'tokenizer_name_or_path': None,
+    }
+    return Peft(None, kind='PROMPT_TUNING', values=self.rows, fields=fields)
 
 
 class Prefix(NamedTuple):
   """Keys and values of P places in front of the text, in every layer.
 
   Li and Liang 2021, arXiv 2101.00190. The network neither normalises nor
-  rotates these keys.
+  rotates these keys. F = KV * head_dim.
 
-  >>> node = Prefix(jnp.ones((3, 2, 4)), jnp.ones((3, 2, 4)))
+  >>> node = Prefix(jnp.ones((3, 8)), jnp.ones((3, 8)))  # of one layer
   >>> keys, values = node.before(jnp.zeros((5, 7, 2, 4)))
   >>> node.length(), keys.shape
   (3, (5, 3, 2, 4))
   """
 
-  keys: Any  # [L, P, KV, head_dim]
-  values: Any  # [L, P, KV, head_dim]
+  keys: Any  # [L, P, F]
+  values: Any  # [L, P, F]
 
   PLACES = ('prefix',)
 
   def length(self) -> int:
-    return jnp.shape(self.keys)[-3]
+    return jnp.shape(self.keys)[-2]
 
   def before(self, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns keys and values to put before keys [B, T, KV, head_dim]."""
-    if self.keys.shape[-2:] != keys.shape[-2:]:
-      raise mismatch(
-        ('layers', 'self_attn', 'prefix'),
-        self.keys.shape,
-        (*self.keys.shape[:-2], *keys.shape[-2:]),
-      )
+    rows, _, *heads = keys.shape
     whole = lambda x: jnp.broadcast_to(
-      x.astype(keys.dtype), (keys.shape[0], *x.shape)
+      x.reshape(-1, *heads).astype(keys.dtype), (rows, self.length(), *heads)
     )
     return whole(self.keys), whole(self.values)
 
@@ -102,16 +103,20 @@ class Prefix(NamedTuple):
     )
 
   def check(self, shape: tuple[int, ...], path: tuple[str, ...]) -> None:
-    """Raises `Error` unless one place has `shape`, [L, KV * head_dim]."""
+    """Raises `Error` unless one place has `shape`, [L, F]."""
     for name, value in (('keys', self.keys), ('values', self.values)):
       here = jnp.shape(value)
-      fits = len(here) == len(shape) + 2 and here[-3] == self.length() > 0
-      if not fits or (*here[:-3], here[-2] * here[-1]) != shape:
+      fits = len(here) == len(shape) + 1 and here[-2] == self.length() > 0
+      if not fits or (*here[:-2], here[-1]) != shape:
         raise Error(
           f'its {"/".join((*path, name))} is {list(here)}, and '
-          f'{[*shape[:-1], "P", "KV", "head_dim"]} with KV * head_dim = '
-          f'{shape[-1]} is needed.'
+          f'{[*shape[:-1], "P", shape[-1]]} is needed, with '
+          f'{shape[-1]} = KV * head_dim.'
         )
 
-  def peft(self) -> Any:
-    raise Error('a prefix is not written as PEFT files yet.')
+  def peft(self) -> Peft:
+    fields = {
+      'encoder_hidden_size': jnp.shape(self.keys)[-1],
+      'prefix_projection': False,
+    }
+    return Peft(None, kind='PREFIX_TUNING', values=self, fields=fields)

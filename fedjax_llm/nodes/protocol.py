@@ -31,7 +31,19 @@ Other places than weights:
     params['inputs']                    prompt rows: `nodes.Prompt`
     params['layers']['self_attn']['prefix']     `nodes.Prefix`
 
-where the last two have `length() -> P` and `before(x)` instead of `act`.
+where the last two have `length() -> P` and `before(x)` instead of `act`, and
+
+    params['layers']['mlp']['parallel']     x is the input of the whole module
+    params['layers']['self_attn']['parallel']     and y its output
+    params['generator']                     a node for many places
+
+Nodes that are computed from other parameters have one of these methods instead:
+
+    plain() -> node                         the node that it stands for
+    generate() -> {name: ...}               a tree of nodes, of a 'generator'
+
+`plain` (the function) computes them before the network is run, an adapter is
+checked, merged or written; what is trained and sent are their parameters.
 """
 
 from collections.abc import Mapping
@@ -45,16 +57,23 @@ from fedjax_llm.types import Error
 # Names of a module's main weight, which a leaf without a name changes.
 MAIN = ('kernel', 'scale', 'embedding')
 # Places of a network that are no weights.
-BESIDE = ('input', 'output', 'inputs', 'prefix')
+BESIDE = ('input', 'output', 'inputs', 'prefix', 'parallel')
+GENERATOR = 'generator'  # the place of a node that makes others
 
-_METHODS = ('act', 'factors', 'replacement', 'before')
+_METHODS = ('act', 'factors', 'replacement', 'before', 'plain', 'generate')
 
 
 class Peft(NamedTuple):
-  """The form of a node in PEFT: low-rank factors, and a DoRA's magnitude."""
+  """The form of a node in PEFT: factors, or the values of another kind.
 
-  factors: Any  # a `LowRank`
-  magnitude: Any = None  # [L, F]
+  `kind` is the config's `peft_type`, and `fields` are further fields of it.
+  """
+
+  factors: Any  # a `LowRank`; None for another kind
+  magnitude: Any = None  # [L, F] of a DoRA
+  kind: str = 'LORA'
+  values: Any = None  # rows [P, D], a `Prefix`, or factors [L, F] of (IA)3
+  fields: Mapping[str, Any] = {}
 
 
 class Record(NamedTuple):
@@ -75,6 +94,54 @@ def is_node(leaf: Any) -> bool:
   (True, False)
   """
   return any(callable(getattr(leaf, name, None)) for name in _METHODS)
+
+
+def plain(params: Any, *, keep: str = '') -> Any:
+  """Returns the tree with computed nodes in the place of their parameters.
+
+  Nodes with a method of the name `keep` are left as they are.
+
+  Raises:
+    Error: a generator makes a node at a place that has one already.
+
+  >>> from fedjax_llm.nodes import Prompt
+  >>> class Zeros(NamedTuple):
+  ...   length: int
+  ...   def plain(self): return Prompt(jax.numpy.zeros((self.length, 4)))
+  >>> plain({'inputs': Zeros(2)})['inputs'].length()
+  2
+  """
+  leaves, treedef = jax.tree.flatten(params, is_leaf=is_node)
+  computed = [hasattr(x, 'plain') and not hasattr(x, keep) for x in leaves]
+  if any(computed):
+    leaves = [x.plain() if c else x for x, c in zip(leaves, computed)]
+    params = jax.tree.unflatten(treedef, leaves)
+  if not isinstance(params, Mapping) or GENERATOR not in params:
+    return params
+  rest = {name: x for name, x in params.items() if name != GENERATOR}
+  node = params[GENERATOR]
+  if node is None:
+    return rest
+  if not hasattr(node, 'generate'):
+    raise Error(
+      f'a {kind(node)} node cannot act as the {GENERATOR}: it has no method '
+      '`generate`.'
+    )
+  return _joined(rest, node.generate(), ())
+
+
+def _joined(first: Any, second: Any, path: tuple[str, ...]) -> Any:
+  if first is None or second is None:
+    return second if first is None else first
+  if not (isinstance(first, Mapping) and isinstance(second, Mapping)):
+    raise Error(
+      f'the {GENERATOR} makes a node at {"/".join(path)}, where the adapter '
+      'has one already.'
+    )
+  return {
+    name: _joined(first.get(name), second.get(name), (*path, name))
+    for name in {**first, **second}
+  }
 
 
 def kind(leaf: Any) -> str:

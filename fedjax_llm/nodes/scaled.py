@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm.nodes.dense import is_quantised
-from fedjax_llm.nodes.protocol import mismatch
+from fedjax_llm.nodes.protocol import Peft, mismatch
 from fedjax_llm.types import Error
 
 
@@ -52,5 +52,5 @@ class Scaled(NamedTuple):
     if jnp.shape(self.scale) != shape:
       raise mismatch(path, jnp.shape(self.scale), shape)
 
-  def peft(self) -> Any:
-    raise Error('a scaled feature, (IA)3, is not written as PEFT files yet.')
+  def peft(self) -> Peft:
+    return Peft(None, kind='IA3', values=self.scale)

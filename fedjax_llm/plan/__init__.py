@@ -2,13 +2,15 @@
 
     python -m fedjax_llm.plan --config C [--config.section.field=value ...]
         [--devices N] [--memory 16GB] [--model DIRECTORY-OR-NAME] [--clients N]
-        [--probe | --peak 197e12 --bandwidth 819e9]
+        [--probe | --peak 197e12 --bandwidth 819e9] [--steps]
+        [--shards] [--lower tpu|cuda|rocm|cpu] [--topology v5e:2x4]
 
 The program traces the config's round from shapes. It prints the parameters, the
 bytes of every kind, the clients that fit at once on a device, the bytes sent,
 the operations, and the time, either from a short measurement on this machine or
-from the rates of another one. It assumes rows of `population.max_length` tokens
-and a loss on every token.
+from the rates of another one. `--steps` compiles one step of one client and
+prints its peak memory with and without backpropagation. It assumes rows of
+`population.max_length` tokens and a loss on every token.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from collections.abc import Sequence
 
 import jax
 
-from fedjax_llm.plan import probe, work
+from fedjax_llm.plan import abstract, probe, steps, work
 from fedjax_llm.run import blocks, command, config, costs, metrics, workdir
 from fedjax_llm.run.sections import SPEC
 from fedjax_llm.types import Error
@@ -136,6 +138,12 @@ def run(argv: Sequence[str]) -> str:
     ('operations, a round', f'{flops:.3g}'),
     (f'operations, {rounds} rounds', f'{flops * rounds:.3g}'),
   ]
+  if args.steps:
+    again = None
+    if conf['model'].get('remat') in (None, 'none'):
+      again = _rematerialised(conf, read)
+    table += [('', ''), ('a step of one client, compiled', '')]
+    table += steps.rows(steps.peaks(planned, again=again))
   seconds = None
   if args.probe:
     seconds = probe.seconds(
@@ -162,6 +170,7 @@ def run(argv: Sequence[str]) -> str:
     if args.devices % (2 * share) == 0:
       knobs.append(('mesh_model', lambda s: 2 * share))
     lines += ['', *_advice(conf, read, need, limit, knobs)]
+  lines += _on_mesh(args, planned, read, share)
   return '\n'.join(lines)
 
 
@@ -184,8 +193,12 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
   parser.add_argument('--model', default='')
   parser.add_argument('--clients', type=int)
   parser.add_argument('--probe', action='store_true')
+  parser.add_argument('--steps', action='store_true')
   parser.add_argument('--peak', type=float)
   parser.add_argument('--bandwidth', type=float)
+  parser.add_argument('--shards', action='store_true')
+  parser.add_argument('--lower', choices=abstract.PLATFORMS)
+  parser.add_argument('--topology', default='')
   fields = [word for word in argv if word.startswith('--config.')]
   rest = [word for word in argv if not word.startswith('--config.')]
   args = command.parse(parser, rest)
@@ -198,6 +211,47 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
   if args.devices is None:  # those that `train` would make of a CPU
     args.devices = config.settings(args.conf, SPEC).cpu_devices
   return args
+
+
+def _rematerialised(conf, read) -> work.Work | None:
+  """Returns the round with layers computed again, None if there is none."""
+  try:
+    changed, _ = config.override(conf, [('model.remat', 'full')], SPEC)
+    return read(changed)
+  except Error:
+    return None  # this model has no such setting
+
+
+def _on_mesh(args, planned: work.Work, read, num_model: int) -> list[str]:
+  """Returns the lines of --shards, --lower and --topology."""
+  lines: list[str] = []
+  mesh = abstract.mesh(args.devices, num_model)
+  if args.shards:
+    lines += ['', *abstract.lines(abstract.table(planned.base, mesh))]
+  count = lambda kinds: (
+    ', '.join(f'{n} {name}' for name, n in kinds.items()) or 'none'
+  )
+  if args.lower:
+    lowered = abstract.lower(read(args.conf, mesh=mesh), mesh, args.lower)
+    kinds = count(abstract.collectives(lowered))
+    text = f'lowered for {args.lower} on {args.devices} devices'
+    lines += ['', f'{text}; collectives over clients: {kinds}']
+  if args.topology:
+    real = abstract.topology(args.topology, num_model)
+    whole = work.read(
+      args.conf,
+      model=args.model,
+      num_clients=args.clients,
+      devices=real.size,
+      mesh=real,
+    )
+    compiled = abstract.lower(whole, real, 'tpu').compile()
+    kinds = count(abstract.compiled_collectives(compiled))
+    lines += ['', f'compiled for {args.topology}; collectives: {kinds}']
+    if size := costs.compiled_bytes(compiled):
+      text = f'{metrics.human_bytes(size)} of each device'
+      lines.append(f'the compiler plans with {text}')
+  return lines
 
 
 def _further(planned: work.Work, cost: costs.Costs, wider: work.Work) -> float:

@@ -25,6 +25,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fedjax_llm.run import versions
 from fedjax_llm.run.builders import (
   Label,
   check_field,
@@ -32,6 +33,7 @@ from fedjax_llm.run.builders import (
   keywords_of,
   names,
   nearest,
+  open_ended,
   parameters,
   plain_dicts,
 )
@@ -55,13 +57,16 @@ class Spec(NamedTuple):
   namespace of its builder: a module (the names in its `__all__`), a mapping
   from names to builders, or one builder; that section then has no `name`.
   `injected` maps a section to the keywords that the program fills in itself.
-  Sections in `optional` may be absent or None.
+  Sections in `optional` may be absent or None. `implied(config, before)`
+  returns the config with what its names imply, where `before` is the config
+  without the overrides.
   """
 
   settings: Callable[..., Any]
   sections: Mapping[str, Any]
   injected: Mapping[str, Collection[str]] = {}
   optional: Collection[str] = ()
+  implied: Callable[[Any, Any], dict[str, Any]] = lambda config, before: config
 
 
 class Arguments(NamedTuple):
@@ -272,6 +277,7 @@ def override(
       values = _section(result, section, spec, label)
       builder = _builder(values, section, spec, label)
       top, *inner = field.split('.')
+      _check_moved(section, top, builder, label)
       check_field(top, builder, spec.injected.get(section, ()), label, path)
       for part in inner:
         values[top] = copy.copy(values.get(top) or {})
@@ -279,6 +285,7 @@ def override(
           raise Error(f'{label(path)}: {top} is {values[top]!r}, not a dict.')
         values, top = values[top], part
       values[top] = new
+  result = spec.implied(result, plain_dicts(config))
   _validate(result, spec, label)
   return result, tuple(notes)
 
@@ -397,11 +404,28 @@ def _validate(config: dict[str, Any], spec: Spec, label: Label) -> None:
       raise Error(
         f'{label(path)} must be a section, dict(name=...), not {part!r}.'
       )
-    check(
-      keywords_of(part, namespace),
+    builder, keywords = (
       _builder(part, path, spec, label),
+      keywords_of(part, namespace),
+    )
+    for field in keywords:
+      _check_moved(path, field, builder, label)
+    check(
+      keywords,
+      builder,
       spec.injected.get(path, ()),
       lambda field, path=path: label(f'{path}.{field}'),
+    )
+
+
+def _check_moved(section: str, field: str, builder, label: Label) -> None:
+  """Raises an `Error` for a field that has moved to another section."""
+  to = versions.MOVED.get((section, field))
+  if to and field not in parameters(builder) and not open_ended(builder):
+    place = '.'.join(to)
+    raise Error(
+      f'{label(f"{section}.{field}")}: this field has moved to {place}: set '
+      f'--config.{place}, or {place} in the file.'
     )
 
 

@@ -303,16 +303,13 @@ def build(
   width = -(-longest // 8) * 8  # no column is longer than all examples
 
   # ---------------------------------------------------------------- clients --
-  owned, names = population.train, population.names
+  names, owned = data.population.trainers(population)
   cohort_conf = dict(conf['cohort'])
-  sizes = [len(own) for own in owned]
-  sampler = make('clients', num_clients=len(owned), sizes=sizes, seed=seed)
-  if conf['algorithm']['name'] == 'centralised':
-    # One client holds the texts of all and takes the steps of a cohort.
+  sizes = [len(own) for own in population.train]
+  sampler = make('clients', num_clients=len(sizes), sizes=sizes, seed=seed)
+  if population.pooled:  # one client takes the steps of a cohort
     cohort_conf['num_steps'] *= len(sampler(0).ids)
-    owned, names = (tuple(x for own in owned for x in own),), ('all',)
-    sampler = clients.sampling.full(1)
-    sizes = [sum(sizes)]
+    sampler, sizes = clients.sampling.full(1), [sum(sizes)]
   carry = None
   if conf.get('profiles'):
     carry = make('profiles', num_clients=len(owned), seed=seed)
@@ -346,7 +343,7 @@ def build(
   adapter_key, round_key = jax.random.split(jax.random.key(seed))
   if near is not None:  # parts of the base that are on no device yet
     loaded = loaded._replace(base=sharding.place(loaded.base, near))
-  adapter = make('adapter')
+  adapter = make('adapter', tokenizer=tokenizer)
   initial = sharding.fetched(adapter.init(adapter_key, loaded.base))
   initial = warm.start(initial, conf['adapter'].get('path'), loaded)
   complete(initial, loaded.base, task.head)  # raises if not exportable
@@ -392,9 +389,7 @@ def algorithm(
   parts = ('upload', 'aggregator', 'server')
   if loss is not None:
     loss = local.dropout(loss, adapter.peft.get('lora_dropout', 0.0))
-  recipe = builders.resolve_builder(
-    'algorithm', conf['algorithm']['name'], SPEC.sections['algorithm']
-  )
+  recipe = recipe_of(conf)
   if builders.open_ended(recipe):  # one's own, which hands its parts on
     recipe = builders.onward(recipe, sections.parts)
   result = builders.build(
@@ -404,12 +399,30 @@ def algorithm(
     model=model,
     optimizer=make('local'),
     num_clients=num_clients,
+    num_steps=conf['cohort']['num_steps'],
     profiles=profiles,
     fold=adapter.fold,
     **others,
     **{part: make(part) for part in parts if conf.get(part)},
   )
   return _of_kind('algorithm', conf['algorithm'], result)
+
+
+def recipe_of(conf: Mapping[str, Any]) -> Callable[..., FederatedAlgorithm]:
+  """Returns the recipe that the section `algorithm` names."""
+  return builders.resolve_builder(
+    'algorithm', conf['algorithm']['name'], SPEC.sections['algorithm']
+  )
+
+
+def counts_clients(conf: Mapping[str, Any]) -> bool:
+  """Returns True if the method is built for a number of clients.
+
+  >>> conf = {'algorithm': {'name': 'scaffold'}}
+  >>> counts_clients(conf), counts_clients({'algorithm': {'name': 'fed_avg'}})
+  (True, False)
+  """
+  return 'num_clients' in builders.parameters(recipe_of(conf))
 
 
 def keeps_private(algorithm: FederatedAlgorithm, params: Params) -> bool:
@@ -457,6 +470,7 @@ def save_adapter(
     task_type=task.peft_type,
     use_rslora=bool(peft_fields.get('use_rslora')),
     lora_dropout=peft_fields.get('lora_dropout', 0.0),
+    network=loaded.config,
   )
   if loaded.config.labels:
     labels = json.dumps(loaded.config.labels)

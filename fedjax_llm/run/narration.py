@@ -87,7 +87,8 @@ def unused_clients(conf: Mapping[str, Any]) -> str:
   >>> unused_clients({'data': data, 'partition': {'name': 'natural'}})
   ''
   """
-  key, name = conf['data'].get('client_key'), conf['partition'].get('name')
+  key, partition = conf['data'].get('client_key'), conf['partition']
+  name = (partition.get('of') or partition).get('name')
   if key is None or name not in ('iid', 'dirichlet', 'quantity', 'one_label'):
     return ''
   return (

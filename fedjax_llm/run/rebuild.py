@@ -83,6 +83,13 @@ def open(
     return _open(path, client, round)
 
 
+def _tokenizer(conf: Any, loaded: LoadedModel) -> data.tokenizers.Tokenizer:
+  """Returns the tokenizer of an adapter; those without a text read no file."""
+  if loaded.directory is None or conf['adapter'].get('text') is None:
+    return data.tokenizers.bytes()
+  return data.tokenizers.pretrained(str(loaded.directory))
+
+
 def _open(
   path: str, client: str | None, round: int | Literal['best'] | None
 ) -> Made:
@@ -100,11 +107,8 @@ def _open(
   room.hold()  # a run at work prunes its checkpoints
 
   task = build('task') if conf.get('task') else tasks.causal_lm()
-  recipe = builders.resolve_builder(
-    'algorithm', conf['algorithm']['name'], SPEC.sections['algorithm']
-  )
   # The number and names of clients, and the names of classes, are in the texts.
-  counts = client is not None or 'num_clients' in builders.parameters(recipe)
+  counts = client is not None or experiment.counts_clients(conf)
   records = build('data') if counts or conf.get('task') else []
   labels = task.labels(records)
   tokenizer = data.tokenizers.bytes()
@@ -114,11 +118,11 @@ def _open(
     eos_ids=(tokenizer.eos_id,),
     labels=labels,
   )
-  adapter: Adapter = build('adapter')
+  adapter: Adapter = build('adapter', tokenizer=_tokenizer(conf, loaded))
   seed = conf.get('seed', 0)
   names: tuple[str, ...] = ('all',)
   digest = None
-  if counts and conf['algorithm']['name'] != 'centralised':
+  if counts:
     if loaded.directory is not None:
       tokenizer = data.tokenizers.pretrained(str(loaded.directory))
     population = build(
@@ -130,7 +134,8 @@ def _open(
       seed=seed,
       encode=task.encode,
     )
-    names, digest = population.names, data.population.digest(population)
+    names, _ = data.population.trainers(population)
+    digest = data.population.digest(population)
 
   algorithm = experiment.algorithm(
     conf,

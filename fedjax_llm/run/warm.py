@@ -243,6 +243,7 @@ def load_adapter(directory: pathlib.Path, loaded: LoadedModel) -> Params:
     from_tensors=lambda tensors: _saved_whole(tensors, loaded),
     of_base=lambda tensors: _is_of_base(tensors, loaded),
     num_layers=loaded.config.num_layers,
+    network=loaded.config,
   )
   tenants.check(loaded.base, params, str(directory))
   return params

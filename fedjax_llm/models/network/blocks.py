@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from fedjax_llm.models.config import Config
 from fedjax_llm.models.network import layers, rope
 from fedjax_llm.models.network.attention import Places, attention
+from fedjax_llm.nodes import protocol
 from fedjax_llm.nodes.protocol import Record
 
 
@@ -88,6 +89,7 @@ def _attention(
   record: Record | None,
 ):
   w, p = layer.base['self_attn'], child(layer.params, 'self_attn') or {}
+  inputs = y
 
   def heads(name, num):
     leaf = p.get(f'{name}_proj')
@@ -130,4 +132,5 @@ def _attention(
   )
   y = y.reshape(*y.shape[:2], -1)
   y = layers.linear(y, w['o_proj'], p.get('o_proj'), record=record)
+  y = protocol.act(p.get('parallel'), inputs, y, None, record)
   return y, (k, v)

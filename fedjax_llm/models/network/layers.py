@@ -130,4 +130,5 @@ def mlp(
     inner = act(project(x, 'gate_proj')) * inner
   else:
     inner = act(inner)
-  return project(inner, 'down_proj')
+  y = project(inner, 'down_proj')
+  return protocol.act(p.get('parallel'), x, y, None, record)

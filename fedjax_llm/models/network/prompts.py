@@ -12,6 +12,7 @@ import numpy as np
 
 from fedjax_llm.models.config import Config, longest_text
 from fedjax_llm.models.network.attention import Places
+from fedjax_llm.nodes import protocol
 from fedjax_llm.types import Batch, Error, Params, known
 
 
@@ -33,6 +34,8 @@ def front(params: Params) -> Front:
   >>> front({})
   Front(prompt=None, prefix=0, rows=0)
   """
+
+  params = protocol.plain(params)
 
   def child(tree, name):
     return tree.get(name) if isinstance(tree, Mapping) else None

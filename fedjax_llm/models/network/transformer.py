@@ -300,6 +300,7 @@ def decoder(
     return hidden, Cache(keys, values, places)
 
   def begin(base, params, batch_size: int, slots: int) -> Cache:
+    params = protocol.plain(params)
     front = prompts.front(params)
     cache = empty(batch_size, front.length + slots)
     if not front.length:

@@ -1,0 +1,8 @@
+"""Adapters in front of the text: every builder returns an `Adapter`.
+
+They change no weight, so nothing of them can be merged or folded.
+"""
+
+from fedjax_llm.adapters.prompts.encoded import p_tuning as p_tuning
+from fedjax_llm.adapters.prompts.rows import prefix as prefix
+from fedjax_llm.adapters.prompts.rows import soft_prompt as soft_prompt

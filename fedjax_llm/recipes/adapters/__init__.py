@@ -1,0 +1,1 @@
+"""Adapters behind modules: clusters, duals, generated and growing ones."""

@@ -1,0 +1,1 @@
+"""Selective tuning: biases, chosen layers, widths."""
