@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm import adapters, data, models
+from fedjax_llm.adapters import peft
 from fedjax_llm.adapters.peft import dora as peft_dora
 from fedjax_llm.models import quantised
 from fedjax_llm.models.files.load import DTYPES
@@ -165,7 +166,7 @@ def _adapter(
   if loaded.directory is None:  # no model file holds this base
     models.save(folder / 'base', loaded.config, loaded.base)
     base_model = str(out.absolute() / 'base')
-  kind = adapters.peft.kind(made.params)
+  kind = peft.kind(made.params)
   if kind != 'LORA':
     if rank is not None:
       raise Error(f'--rank is of low-rank adapters, and this one is {kind}.')

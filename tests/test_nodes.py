@@ -449,8 +449,6 @@ def test_prompts_that_do_not_fit_are_refused():
   for node in (prefix(2, 3, 8), {'inputs': nodes.Prompt(jnp.ones((2, 16)))}):
     with pytest.raises(Error, match='so it cannot be written into a weight'):
       adapters.merge(base, node)
-    with pytest.raises(Error, match='shares no batch with others'):
-      tenants.stack(base, [node])
   own = models.own(lambda w, x: x @ w['q']['kernel'], {'q': {'kernel': W}})
   with pytest.raises(Error, match='it has inputs, but the model has only q'):
     own.bind(own.base, {'inputs': nodes.Prompt(jnp.ones((2, D)))})

@@ -12,6 +12,8 @@ weight. It has methods, of which only the first is required:
     fold(weight) -> (weight', node')   moves frozen dense parts into the weight,
                                 once a round
     peft() -> Peft              returns its form in PEFT, or raises `Error`
+    neutral() -> node            returns one of the same shapes that changes
+                                nothing, for requests without it in a batch
     act_with_statistics(x, y, weight, real) -> (y', statistics)
     no_statistics()             returns the statistics of zero tokens
 

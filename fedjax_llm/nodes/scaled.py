@@ -34,6 +34,9 @@ class Scaled(NamedTuple):
     del x, weight
     return y * self.scale.astype(y.dtype)
 
+  def neutral(self) -> 'Scaled':
+    return Scaled(jnp.ones_like(self.scale))
+
   def write(self, weight: Any) -> Any:
     """Returns a weight [L, D, F] or a vector [L, F] with scaled features."""
     if is_quantised(weight):

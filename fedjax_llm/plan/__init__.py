@@ -11,6 +11,13 @@ the operations, and the time, either from a short measurement on this machine or
 from the rates of another one. `--steps` compiles one step of one client and
 prints its peak memory with and without backpropagation. It assumes rows of
 `population.max_length` tokens and a loss on every token.
+from the rates of another one. It assumes rows of `population.max_length` tokens
+and a loss on every token.
+
+`--shards` lists the part of every tensor that a device holds with `--devices`
+and `mesh_model`. `--lower` checks, without a device, that the round of such a
+mesh can be lowered for a platform. `--topology` compiles it for TPUs that are
+not there, with the package libtpu, and counts memory and collectives.
 """
 
 import argparse
@@ -245,7 +252,11 @@ def _on_mesh(args, planned: work.Work, read, num_model: int) -> list[str]:
       devices=real.size,
       mesh=real,
     )
-    compiled = abstract.lower(whole, real, 'tpu').compile()
+    try:
+      compiled = abstract.lower(whole, real, 'tpu').compile()
+    except RuntimeError as error:  # most often of memory
+      text = ' '.join(str(error).split())[:300]
+      return [*lines, '', f'{args.topology}: the compiler refuses it: {text}']
     kinds = count(abstract.compiled_collectives(compiled))
     lines += ['', f'compiled for {args.topology}; collectives: {kinds}']
     if size := costs.compiled_bytes(compiled):

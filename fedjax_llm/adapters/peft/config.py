@@ -51,10 +51,10 @@ _SCHEMA: reading.Schema = {
 }
 
 
-def read(path: pathlib.Path, others: Sequence[str] = ()) -> dict[str, Any]:
+def read(path: pathlib.Path, kinds: Sequence[str] = ()) -> dict[str, Any]:
   """Reads and checks the config of a LoRA or a DoRA.
 
-  That of an adapter of the kinds `others` is returned unchecked but for its
+  That of an adapter of the other `kinds` is returned unchecked but for its
   `modules_to_save`.
 
   Raises:
@@ -63,7 +63,7 @@ def read(path: pathlib.Path, others: Sequence[str] = ()) -> dict[str, Any]:
   """
   config = reading.read(path)
   kind = config.get('peft_type')
-  if kind in others:
+  if kind in kinds:
     reading.check(
       {k: v for k, v in config.items() if k == 'modules_to_save'},
       _SCHEMA,
@@ -71,7 +71,7 @@ def read(path: pathlib.Path, others: Sequence[str] = ()) -> dict[str, Any]:
     )
     return config
   if kind != 'LORA':
-    names = ' or '.join(repr(name) for name in ('LORA', *others))
+    names = ' or '.join(repr(name) for name in ('LORA', *kinds))
     raise Error(
       f'{path}: peft_type is {reading.short(kind)}; supported is {names}.'
     )

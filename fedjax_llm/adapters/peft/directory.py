@@ -71,11 +71,9 @@ def refusal(params: Params, network: Any = None) -> str | None:
   `network` is the config of the model: PEFT reads labels of encoders from their
   prompts.
 
-  >>> from fedjax_llm.nodes import Experts
-  >>> node = Experts(*[np.ones(2)] * 4)
-  >>> print(refusal({'q': node}))
-  q: which experts act depends on the token, and PEFT has no such adapter: save \
-the shared expert alone (`adapters.experts.shared`).
+  >>> from fedjax_llm.nodes import Bottleneck
+  >>> print(refusal({'q': Bottleneck(np.ones((3, 2)), np.ones((2, 3)))}))
+  q: PEFT has no bottleneck adapters, so there are no files for it.
   """
   try:
     made = peft_kinds.forms(protocol.plain(params, keep='peft'))
