@@ -10,11 +10,12 @@ that has them. Half a minute each. A random model shows that a method runs and
 learns, not which method is better.
 """
 
+import inspect
 from typing import Any
 
 import ml_collections
 
-from fedjax_llm import recipes
+from fedjax_llm import adapters, recipes
 from fedjax_llm.run import builders
 from fedjax_llm.types import Error
 
@@ -55,7 +56,10 @@ def get_config(arg: str = 'fed_avg') -> ml_collections.ConfigDict:
     if 'name' not in fields:  # the section is kept, with these fields changed
       stands.update(fields)
     elif section == 'adapter':
-      config[section] = {'targets': 'all-linear', **fields}
+      builder = getattr(adapters, fields['name'])
+      takes = 'targets' in inspect.signature(builder).parameters
+      default = {'targets': 'all-linear'} if takes else {}
+      config[section] = {**default, **fields}
     else:
       config[section] = dict(fields)
   algorithm: Any = config.algorithm

@@ -38,6 +38,21 @@ def factors(seed=3):
   return {'q': LowRank(array(D, R), array(R, D), jnp.float32(0.5))}
 
 
+def stacked(layers=2, rank=4):
+  """Factors of several layers, whose products add up."""
+  rng = np.random.default_rng(8)
+  draw = lambda *s: jnp.asarray(rng.normal(size=s) * 0.4, jnp.float32)
+  node = LowRank(draw(layers, D, rank), draw(layers, rank, D), jnp.ones(layers))
+  return {'layers': {'q': node}}
+
+
+def deep_loss(base, params, batch, key):
+  """The loss for `stacked` factors."""
+  q = params['layers']['q']
+  mix = base['mix'] + jnp.sum(q.a @ q.b, 0)
+  return LOSS({**base, 'mix': mix}, {}, batch, key)
+
+
 def _hidden(base, params, batch):
   e = base['embed'][batch.tokens]
   if 'inputs' in params:
@@ -47,6 +62,8 @@ def _hidden(base, params, batch):
   if 'q' in params:
     q = params['q']
     h = h + q.scale * jnp.tanh(e) @ q.a @ q.b
+  if 'out' in params:
+    h = h + params['out']['bias']
   return h
 
 
@@ -151,6 +168,20 @@ def rows_of(batch, k, s):
 
 def nll(scores, label):
   return -log_softmax(scores)[np.arange(len(label)), label].mean()
+
+
+def deep_nll(data, a, b):
+  """The loss of `deep_loss` on rows (tokens, labels)."""
+  tokens, label = data
+  return nll(logits(hidden(tokens, None, (a @ b).sum(0))), label)
+
+
+def deep_step(data, a, b, rate, mask=1.0):
+  """One step of SGD on both factors; mask is [L] or a number."""
+  m = np.reshape(mask, (-1, 1, 1))
+  g = slope(lambda x: deep_nll(data, x, b), a)
+  h = slope(lambda x: deep_nll(data, a, x), b)
+  return a - rate * m * g, b - rate * m * h
 
 
 def slope(of, at, step=1e-5):

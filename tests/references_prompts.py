@@ -147,7 +147,7 @@ def p_fed_pg(phi, batch, ids, rate, server_rate, rounds, steps, heads):
     new = []
     for i, x in enumerate(phi):
 
-      def along(x, i=i):
+      def along(x, i=i, phi=phi, changes=changes):
         at = [*phi[:i], x, *phi[i + 1 :]]
         each = [
           (generate(at, c, heads) * change).sum()

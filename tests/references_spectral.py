@@ -189,3 +189,40 @@ def sketched(w, s, a, b, batches, rate, chosen, factor):
       g_a, g_b = gradient(w, size, a @ inside, inside @ b, x, y, m)
       a, b = a - rate * g_a @ keep, b - rate * keep @ g_b
   return a - start[0], b - start[1]
+
+
+# ----------------------------------------------------------------- experts --
+
+
+def leased(x, a, b, scale, router, cluster, used):
+  """FedLEASE's output for one token: the top M of 2 M - 1 router outputs."""
+  x, a, b, router = f64(x, a, b, router)
+  num = len(a)  # the places of experts; the first `used` are in use
+  outputs = [*range(used), *range(num, num + used - 1)]
+  score = np.array([x @ router[:, o] for o in outputs])
+  p = np.exp(score - score.max())
+  p = p / p.sum()
+  top = np.argsort(-p)[:used]
+  y: Any = 0.0
+  for i in top:
+    expert = outputs[i] if outputs[i] < num else cluster
+    y = y + p[i] / p[top].sum() * scale * x @ a[expert] @ b[expert]
+  return y
+
+
+def silhouette(apart, labels):
+  scores = []
+  for i in range(len(labels)):
+    inside = [
+      j for j in range(len(labels)) if labels[j] == labels[i] and j != i
+    ]
+    if not inside:
+      scores.append(0.0)
+      continue
+    a = np.mean([apart[i, j] for j in inside])
+    b = min(
+      np.mean([apart[i, j] for j in range(len(labels)) if labels[j] == other])
+      for other in set(labels) - {labels[i]}
+    )
+    scores.append((b - a) / max(a, b))
+  return np.mean(scores)

@@ -12,12 +12,14 @@ import references_personalised
 import references_prompts as ref
 import toy as linear
 from prompted import IDS, K, N, S, apart, close
+from test_prompt_recipes import check_step
 
-from fedjax_llm import recipes, tree
+from fedjax_llm import adapters, recipes, tree
 from fedjax_llm.adapters import mixing
-from fedjax_llm.nodes import Activation, Bottleneck, LowRank
+from fedjax_llm.nodes import Activation, Bottleneck
 from fedjax_llm.types import Error
 
+METHODS = ('fed_adapter', 'fed_ap', 'fed_dat', 'fed_mnmt')
 RATE = 0.5
 
 # ------------------------------------------------------------------ FedDAT --
@@ -88,6 +90,13 @@ def test_bottlenecks_side_by_side_add_their_changes():
       f if f is None or isinstance(f, Activation) else f[layer] for f in x
     )).act(None, y) - y  # fmt: skip
     close(of(both), 0.3 * of(pair[0]) + 0.7 * of(pair[1]))
+
+
+# ------------------------------------------------------------------- FedAP --
+
+
+def test_a_step_of_fed_ap_is_the_mean_of_the_clients_gradients():
+  check_step('fed_ap', adapters.bottleneck(2, form='houlsby'))
 
 
 # ---------------------------------------------------------------- Fed-MNMT --
@@ -181,19 +190,6 @@ def test_drawn_clusters_are_even():
 L, WIDE = 2, 4
 
 
-def bottleneck():
-  rng = np.random.default_rng(8)
-  draw = lambda *s: jnp.float32(rng.normal(size=s) * 0.4)
-  return {'layers': {'q': LowRank(
-    draw(L, toy.D, WIDE), draw(L, WIDE, toy.D), jnp.ones(L))}}  # fmt: skip
-
-
-def deep_loss(base, params, batch, key):
-  q = params['layers']['q']
-  change = jnp.sum(q.a @ q.b, 0)
-  return toy.LOSS({**base, 'mix': base['mix'] + change}, {}, batch, key)
-
-
 ADAPTER = dict(
   width=1, width_step=2, window=1, expand=2, cost=lambda d, w: 1.0 * d + 0 * w
 )
@@ -202,15 +198,15 @@ ADAPTER = dict(
 @functools.cache
 def fed_adapter(rounds=4):
   algorithm = recipes.fed_adapter(
-    deep_loss, toy.sgd(RATE), upload=toy.watched(), **ADAPTER
+    toy.deep_loss, toy.sgd(RATE), upload=toy.watched(), **ADAPTER
   )
   cohorts = [toy.cohort(seed=20 + r) for r in range(rounds)]
-  return algorithm, toy.run(algorithm, bottleneck(), rounds, cohorts)
+  return algorithm, toy.run(algorithm, toy.stacked(L, WIDE), rounds, cohorts)
 
 
 def adapter_reference(rounds=4):
   """Three groups, windows of 2 d + 1 rounds, an accuracy before each step."""
-  q = bottleneck()['layers']['q']
+  q = toy.stacked(L, WIDE)['layers']['q']
   arms = [(np.float64(q.a), np.float64(q.b))] * 3
   d, w, turn, score = 1, 1, 0, [-1.0] * 3
   path = []

@@ -11,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_adapter_recipes
 import test_lora_recipes
 import test_personalised
 import test_planned
+import test_prompt_recipes
+import test_selective_recipes
 import test_spectral
 import test_structured
 import test_variants
@@ -56,15 +59,18 @@ HERE = {
 ELSEWHERE = {
   *test_lora_recipes.RECIPES,
   *test_personalised.SETTINGS,
-  *test_spectral.RECIPES,
+  *('fedlease', 'hilora', *test_spectral.RECIPES),
   *(recipe for recipe, *_ in test_variants.METHODS.values()),
   *('fed_ra', 'slora', 'fed_hm', 'hafl'),  # test_structured
   'fed_amole',  # test_experts
   'fed_pipe',  # test_planned
   'lp_fl',  # test_labelling
   *('fed_mezo', 'decomfl', 'cyber_0', 'fed_kseed', 'fed_kseed_pro'),
-  *('fwdllm', 'spry'),  # test_zeroth_order
+  *('fwdllm', 'meerkat', 'spry'),  # test_zeroth_order
   *('fed_tt', 'federa'),  # fed_avg, on another adapter
+  *test_adapter_recipes.METHODS,
+  *test_prompt_recipes.METHODS,
+  *test_selective_recipes.METHODS,
 }
 
 

@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_adapter_recipes
+import test_prompt_recipes
+import test_selective_recipes
 import toy
 
 from fedjax_llm import (
@@ -102,11 +105,14 @@ RANKS = np.array([1, 2, 2, 1], np.int32)  # what clients can hold
 # On other parameters than two factors: test_variants, test_structured, ...
 OTHERS = (
   *('fed_amole', 'fed_pipe', 'fed_ra', 'fed_sb', 'fed_tt_plus'),
-  *('florg', 'lp_fl', 'ravan'),
+  *('fedlease', 'florg', 'hilora', 'lp_fl', 'ravan'),
+  *test_adapter_recipes.METHODS,
+  *test_prompt_recipes.METHODS,
+  *test_selective_recipes.METHODS,
 )
 EXTRA: dict[str, dict[str, int]] = {
   'scaffold': {'num_clients': 9},
-  **{name: {'num_steps': 3} for name in ('cyber_0', 'decomfl')},
+  **{name: {'num_steps': 3} for name in ('cyber_0', 'decomfl', 'meerkat')},
 }
 
 

@@ -31,7 +31,7 @@ TABLE = {
   # Stations, and the wings beside them. Stations never import each other.
   'data': ('types', 'batching', 'reading'),
   'clients': ('types', 'tree', 'batching', 'data', 'scopes'),
-  'scopes': ('types', 'tree', 'nodes'),
+  'scopes': ('types', 'tree', 'nodes', 'patterns'),
   'adapters': ('types', 'tree', 'nodes', 'linalg', 'reading', 'patterns'),
   'models': ('types', 'nodes', 'adapters', 'reading'),
   'local': ('types', 'tree', 'batching', 'linalg', 'nodes'),

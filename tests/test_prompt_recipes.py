@@ -8,15 +8,20 @@ import numpy as np
 import prompted as toy
 import pytest
 import references_prompts as ref
+import tiny
 from prompted import IDS, D, K, N, P, S, apart, close
 
-from fedjax_llm import recipes, tree
+from fedjax_llm import adapters, recipes, tree
 from fedjax_llm.local import distillation, evolution
 from fedjax_llm.recipes.prompts import fed_bbpt as bbpt
 from fedjax_llm.recipes.prompts import fed_bpt as bpt
 from fedjax_llm.recipes.prompts import p_fed_pg as pg
 from fedjax_llm.types import Error
 
+METHODS = (
+  *('fed_bbpt', 'fed_bpt', 'fed_p_tuning', 'fed_pep_tao', 'fed_pf', 'fed_pgp'),
+  *('fed_prompt', 'p_fed_pg', 'p_fed_pt'),
+)
 RATE = 0.5
 ROWS = np.asarray(toy.prompt()['inputs'].rows)
 BYTES = P * D * 4  # of a prompt
@@ -300,6 +305,203 @@ def test_contrast_of_equal_similarities_is_log_of_their_number():
   close(distillation.contrast(near, far), np.full(5, np.log(4)))
 
 
+# --------------------------------------------------------------- FedPrompt --
+
+
+def test_fed_prompt_equals_a_float64_loop():
+  _, seen = history('fed_prompt')
+  state, states, info = seen[-1]
+  want = ref.fed_prompt(toy.cohort().batches, ROWS, RATE, 2, K, S)
+  close(state.params['inputs'].rows, want)
+  apart(state.params['inputs'].rows, ROWS)
+  check_bytes(states, info, BYTES, BYTES)
+
+
+KINDS = {
+  'fed_prompt': (dict(name='soft_prompt', length=2), 'a soft prompt'),
+  'fed_pf': (dict(name='prefix', length=2), 'a prefix'),
+  'fed_p_tuning': (dict(name='p_tuning', length=2), "a prompt's network"),
+}
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_a_method_of_one_kind_of_prompt_refuses_the_others(name):
+  base = tiny.base()
+  for other, (settings, _) in KINDS.items():
+    settings = dict(settings)
+    adapter = getattr(adapters, settings.pop('name'))(**settings)
+    params = adapter.init(toy.KEY, base)
+    algorithm = getattr(recipes, name)(tiny.loss, tiny.sgd())
+    if name == other:
+      state = algorithm.init(toy.KEY, params)
+      assert jax.tree.structure(state.params) == jax.tree.structure(params)
+      continue
+    with pytest.raises(Error) as error:
+      algorithm.init(toy.KEY, params)
+    adapter_name, kind = KINDS[name][0]['name'], KINDS[name][1]
+    assert str(error.value) == (
+      f'{name} trains {kind}: adapter.name={adapter_name}.'
+    )
+
+
+@pytest.mark.parametrize('name', ['fed_pf', 'fed_p_tuning'])
+def test_a_step_of_prompts_is_the_mean_of_the_clients_gradients(name):
+  settings = dict(KINDS[name][0])
+  check_step(name, getattr(adapters, settings.pop('name'))(**settings))
+
+
+def check_step(name, adapter):
+  params = adapter.init(toy.KEY, tiny.base())
+  cohort = tiny.cohort(steps=1)
+  algorithm = getattr(recipes, name)(tiny.loss, tiny.sgd(0.5), measure=None)
+  state, _, info = tiny.run(algorithm, params, cohort)
+  first = jax.tree.map(lambda x: x[:, 0], cohort.batches)
+  grads = tiny.gradients(params, params, first)
+  want = jax.tree.map(lambda g: -0.5 * g, tiny.mean(grads, cohort.weight))
+  tiny.close(tiny.moved(state.params, params), want)
+  size = sum(x.nbytes for x in jax.tree.leaves(params))
+  assert info.bytes_up.sum(1).tolist() == [size] * tiny.K
+  plain = tiny.mean(grads, np.ones(tiny.K))
+  assert tiny.differs(want, jax.tree.map(lambda g: -0.5 * g, plain))
+
+
+# ------------------------------------------------------------------ pFedPT --
+
+BOTH = {**toy.prompt(), 'out': {'bias': jnp.zeros(D)}}
+
+
+def p_fed_pt_reference(rate=0.3, prompt_rate=1.0, epochs=2, rounds=2):
+  batch, bias = toy.cohort().batches, np.zeros(D)
+  own = [np.float64(ROWS)] * K
+
+  def of(k, s, rows, bias):
+    tokens, label = toy.rows_of(batch, k, s)
+    return toy.nll(toy.logits(toy.hidden(tokens, rows) + bias), label)
+
+  for _ in range(rounds):
+    ends = []
+    for k in range(K):
+      for _ in range(epochs):
+        for s in range(S):
+          own[k] = own[k] - prompt_rate * toy.slope(
+            lambda x, k=k, s=s, b=bias: of(k, s, x, b), own[k]
+          )
+      mine = bias
+      for s in range(S):
+        mine = mine - rate * toy.slope(
+          lambda x, k=k, s=s: of(k, s, own[k], x), mine
+        )
+      ends.append(mine)
+    bias = toy.mean(ends)
+  return bias, own
+
+
+def test_p_fed_pt_equals_a_float64_loop():
+  algorithm = recipes.p_fed_pt(
+    toy.LOSS, toy.sgd(0.3), prompt_epochs=2, upload=toy.watched()
+  )
+  state, states, info = toy.run(algorithm, BOTH, 2)[-1]
+  bias, own = p_fed_pt_reference()
+  close(state.params['out']['bias'], bias)
+  for k in range(K):
+    close(states.private['inputs'].rows[k], own[k])
+    served = algorithm.personal(state.params, tree.take(states, k))
+    close(served['inputs'].rows, own[k])
+  check_bytes(states, info, 4 * D, 4 * D)
+  # Neighbours: FedRep, with one rate and one pass, and one pass alone.
+  apart(p_fed_pt_reference(prompt_rate=0.3, epochs=1)[0], bias)
+  apart(p_fed_pt_reference(epochs=1)[0], bias)
+
+
+def test_p_fed_pt_of_one_pass_and_one_rate_is_fed_rep():
+  one = recipes.p_fed_pt(
+    toy.LOSS, toy.sgd(0.3), prompt_epochs=1, prompt_rate=0.3
+  )
+  two = recipes.fed_rep(toy.LOSS, toy.sgd(0.3), private='^inputs/')
+  ends = [toy.run(x, BOTH, 1)[-1] for x in (one, two)]
+  close(ends[0][0].params['out']['bias'], ends[1][0].params['out']['bias'])
+
+
+# --------------------------------------------------------------- FedPepTAO --
+
+
+def pep_tao_reference(rounds=3, lr=0.5, beta=0.9, server=0.05, correct=True):
+  """Layer 1 is shared, layer 0 the client's own; arrays [2, 2, ...]."""
+  q = toy.stacked()['layers']['q']
+  w = [np.float64(q.a)[1], np.float64(q.b)[1]]
+  own = [[np.float64(q.a)[0], np.float64(q.b)[0]] for _ in range(K)]
+  zero = [np.zeros_like(x) for x in w]
+  c, v, before = zero, zero, None
+  c_k = [zero] * K
+  batch, p = toy.cohort().batches, np.float64(toy.WEIGHT) / toy.WEIGHT.sum()
+  for _ in range(rounds):
+    ends = []
+    for k in range(K):
+      a, b = (np.stack([own[k][i], w[i]]) for i in range(2))
+      for s in range(S):
+        a, b = toy.deep_step(toy.rows_of(batch, k, s), a, b, lr)
+      own[k] = [a[0], b[0]]
+      ends.append([a[1], b[1]])
+    mean = [sum(p[k] * ends[k][i] for k in range(K)) for i in range(2)]
+    delta = [w[i] - mean[i] for i in range(2)]
+    new = [
+      [c_k[k][i] - c[i] + (w[i] - ends[k][i]) / (S * lr) for i in range(2)]
+      for k in range(K)
+    ]
+    gain = [sum(new[k][i] - c_k[k][i] for k in range(K)) / K for i in range(2)]
+    c = [c[i] + K / N * gain[i] for i in range(2)]
+    c_k = new
+    if before is None:
+      w = mean
+    else:
+      server = max(server * 0.99, 1e-4)
+      pull = [
+        c[i] - sum(p[k] * c_k[k][i] for k in range(K)) if correct else 0.0
+        for i in range(2)
+      ]
+      v = [
+        beta * v[i] + (1 - beta) * (before[i] - delta[i]) + pull[i]
+        for i in range(2)
+      ]
+      w = [mean[i] - server * v[i] for i in range(2)]
+    before = delta
+  return w, own
+
+
+def test_fed_pep_tao_equals_a_float64_loop():
+  algorithm = recipes.fed_pep_tao(
+    toy.deep_loss,
+    toy.sgd(RATE),
+    num_clients=N,
+    shared_layers=(-1,),
+    upload=toy.watched(),
+  )
+  seen = toy.run(algorithm, toy.stacked(), 3)
+  state, states, info = seen[-1]
+  want, own = pep_tao_reference()
+  got = state.params['prompts'].shared['layers']['q']
+  close(got.a[1], want[0])
+  close(got.b[1], want[1])
+  kept = states.private['prompts'].personal['layers']['q']
+  for k in range(K):
+    close(kept.a[k, 0], own[k][0])
+    served = algorithm.personal(state.params, tree.take(states, k))
+    close(served['layers']['q'].a, np.stack([own[k][0], want[0]]))
+  start = toy.stacked()['layers']['q']
+  np.testing.assert_array_equal(got.a[0], start.a[0])
+  apart(pep_tao_reference(server=1e-9)[0][0], want[0], by=1e-4)
+  apart(pep_tao_reference(correct=False)[0][0], want[0], by=1e-3)
+  size = 4 * 2 * D * 4  # one layer's factors
+  check_bytes(states, info, size + 4, size)
+
+
+def test_the_first_round_of_fed_pep_tao_is_fed_avg():
+  one = recipes.fed_pep_tao(toy.deep_loss, toy.sgd(RATE), num_clients=N)
+  two = recipes.fed_avg(toy.deep_loss, toy.sgd(RATE))
+  ends = [toy.run(x, toy.stacked(), 1)[-1][0].params for x in (one, two)]
+  close(ends[0]['prompts'].shared['layers']['q'].a, ends[1]['layers']['q'].a)
+
+
 # ---------------------------------------------------------------- refusals --
 
 
@@ -308,6 +510,8 @@ def test_contrast_of_equal_similarities_is_log_of_their_number():
   [
     ('fed_bpt', dict(population=1), 'algorithm.population is 1; it must be at '
      'least 2.'),
+    ('p_fed_pt', dict(prompt_epochs=0), 'algorithm.prompt_epochs is 0; it must '
+     'be at least 1.'),
     ('fed_bbpt', dict(radius=0.0), 'algorithm.radius is 0.0; it must be above '
      '0.'),
     ('fed_pgp', dict(model=None, rank=0), 'algorithm.rank is 0; it must be at '
@@ -330,6 +534,23 @@ def test_other_adapters_are_refused(name):
     algorithm.init(toy.KEY, toy.factors())
   assert str(error.value) == (
     f'{name} trains a soft prompt: adapter.name=soft_prompt.'
+  )
+
+
+def test_a_layer_that_is_not_there_is_refused():
+  algorithm = recipes.fed_pep_tao(
+    toy.deep_loss, toy.sgd(), num_clients=N, shared_layers=(2,)
+  )
+  with pytest.raises(Error) as error:
+    algorithm.init(toy.KEY, toy.stacked())
+  assert str(error.value) == (
+    'algorithm.shared_layers names the layer 2; the adapter has the layers 0 '
+    'to 1.'
+  )
+  with pytest.raises(Error) as error:
+    algorithm.init(toy.KEY, toy.prompt())
+  assert str(error.value) == (
+    'fed_pep_tao needs prompts in the layers: adapter.name=prefix.'
   )
 
 

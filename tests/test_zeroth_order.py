@@ -21,6 +21,7 @@ from fedjax_llm import (
 )
 from fedjax_llm.local.gradients import backprop
 from fedjax_llm.local.one_way import one_way
+from fedjax_llm.local.seeded import fresh
 from fedjax_llm.nodes import LowRank, Seeded, directions
 from fedjax_llm.recipes.zeroth_order import decomfl, fwdllm
 from fedjax_llm.types import Cohort, Context, Error, LossSum, Masks
@@ -56,10 +57,10 @@ def served(algorithm, *cohorts, params=None):
   step = jax.jit(algorithm.round)
   states, infos, kept = [algorithm.init(KEY, params or PARAMS)], [], None
   for one in cohorts:
-    fresh = tree.broadcast(
+    blank = tree.broadcast(
       algorithm.init_client(states[0].params), len(one.ids)
     )
-    one = one._replace(states=fresh if kept is None else kept)
+    one = one._replace(states=blank if kept is None else kept)
     new, kept, info = step(states[-1], one, None)
     states.append(new)
     infos.append(info)
@@ -205,7 +206,7 @@ def test_directions_of_a_leaf_depend_on_its_name_and_only_trained_ones_act():
 
 def shared_z(seed, round):
   """The directions of a round of DeComFL, [S, P, D]."""
-  keys = local.seeded.fresh(P).keys(seed, round, jnp.arange(S * P))
+  keys = fresh(P).keys(seed, round, jnp.arange(S * P))
   return drawn(keys).reshape(S, P, D)
 
 
@@ -216,7 +217,7 @@ def by_scalars(state, cohorts, slope, reduce):
     zs = shared_z(state.params.seed, round)
     rows = [
       ref.scalars(w, x, zs, np.float64(HESSIAN), MU, RATE, slope)
-      for x in np.float64(one.batches)
+      for x in np.asarray(one.batches, float)
     ]
     w = ref.stepped(w, reduce(np.array(rows)), zs, RATE)
   return w
@@ -270,7 +271,9 @@ def test_scalars_and_missed_rounds_are_what_is_billed(scalars_run):
     [4 + each] * 3,
     [4 + each, 4 + 2 * each, 4 + each],
   ]
-  rule = aggregators.replaying(aggregators.mean(), 2)
+  inner = aggregators.on_coefficients(aggregators.mean())
+  rule = aggregators.replaying(inner, 2)
+  assert rule.num_bytes is not None
   state = rule.init(Seeded(PARAMS, jnp.zeros((S, P))), KEY)
   late = state._replace(rounds=jnp.int32(9))
   assert int(rule.num_bytes(late, jnp.int32(0))[0]) == 4 + 4 * D  # parameters
@@ -354,6 +357,7 @@ def test_fed_kseed_pro_draws_large_slopes_more_often():
     loss, sgd(SLOW), num_steps=STEPS, eps=MU, clip=2.0
   )
   one = cohort(num_steps=STEPS)
+  assert method.train is not None and method.aggregate is not None
   train, aggregate = jax.jit(method.train), jax.jit(method.aggregate)
   state = method.init(KEY, PARAMS)
   state = state._replace(
@@ -361,8 +365,8 @@ def test_fed_kseed_pro_draws_large_slopes_more_often():
       log=jnp.where(jnp.arange(POOL) < 8, 1 / 8, 0.0)
     )
   )  # eight seeds alone
-  fresh = tree.broadcast(method.init_client(state.params), K)
-  sent, _, info = train(state, one._replace(states=fresh), None)
+  blank = tree.broadcast(method.init_client(state.params), K)
+  sent, _, info = train(state, one._replace(states=blank), None)
   places, slopes = (np.asarray(x)[..., 0] for x in sent.reports)
   assert places.max() < 8 and len(np.unique(places)) == 8
   z = pool(int(state.params.seed))
@@ -452,7 +456,9 @@ def test_spry_deals_pairs_and_averages_those_who_trained_them():
 
   def pull(base, params, x, key):
     factors = [f for node in params.values() for f in (node.a, node.b)]
-    total = sum(0.5 * jnp.sum((f - x[0]) ** 2) for f in factors)
+    total = jnp.float32(0)
+    for f in factors:
+      total += 0.5 * jnp.sum((f - x[0]) ** 2)
     return LossSum(total, jnp.float32(1), jnp.float32(0))
 
   one = cohort(num_steps=1)
@@ -535,10 +541,36 @@ def test_a_sum_of_seeded_coefficients_is_decoded_once():
   total = W + np.arange(float(D))
   got = codec.decode(sent[0] + sent[1], PARAMS, context)['w']
   np.testing.assert_allclose(got, z.T @ (z @ total) / 6, rtol=1e-4)
-  assert int(codec.num_bytes(sent[0], None)) == len(
+  assert int(codec.num_bytes(sent[0], ones)) == len(
     np.asarray(sent[0]).tobytes()
   )
   sparse, none = uploads.nonzero(), np.zeros(9, np.float32)
   none[[2, 5]] = 1.0
-  assert int(sparse.num_bytes(none, None)) == 16
-  assert int(sparse.num_bytes(np.ones(9, np.float32), None)) == 36
+  assert int(sparse.num_bytes(none, ones)) == 16
+  assert int(sparse.num_bytes(np.ones(9, np.float32), ones)) == 36
+
+
+def test_meerkat_steps_on_the_entries_of_largest_squared_gradients():
+  """Round 0 scores entries; round 1 is one of DeComFL on two of them."""
+  method = recipes.meerkat(loss, sgd(), num_steps=S, eps=MU, density=0.5)
+  cohorts = [cohort(seed=i) for i in range(2)]
+  states, infos = served(method, *cohorts)
+  gaps = np.float64(W) - np.asarray(cohorts[0].batches, float)  # [K, S, D]
+  score = ((gaps @ np.float64(HESSIAN)) ** 2).mean((0, 1))
+  mask = (score >= np.sort(score)[-2]).astype(float)
+  assert states[1].params.mask['w'].tolist() == mask.tolist()
+  assert states[1].params.params['w'].tolist() == W.tolist()
+  keys = fresh(1).keys(states[0].params.seed, 1, jnp.arange(S))
+  ends = {}
+  for name, which in (('mine', mask), ('all', np.ones(D))):
+    zs = (drawn(keys) * which)[:, None]
+    rows = [
+      ref.scalars(W, x, zs, np.float64(HESSIAN), MU, RATE, ref.central)
+      for x in np.asarray(cohorts[1].batches, float)
+    ]
+    ends[name] = ref.stepped(W, np.mean(rows, 0), zs, RATE)
+  got = states[2].params.params['w']
+  np.testing.assert_allclose(got, ends['mine'], rtol=1e-4)
+  assert np.abs(got - ends['all']).max() > 1e-3  # without a mask
+  up = [info.bytes_up.sum(1).tolist() for info in infos]
+  assert up == [[4 * D] * K, [4 * S] * K]

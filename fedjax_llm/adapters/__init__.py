@@ -5,6 +5,7 @@ names in `__all__`.
 """
 
 from fedjax_llm.adapters import gates as gates
+from fedjax_llm.adapters import picked as picked
 from fedjax_llm.adapters import targets as targets
 from fedjax_llm.adapters.bottleneck import bottleneck as bottleneck
 from fedjax_llm.adapters.changes import Dense as Dense
@@ -15,6 +16,7 @@ from fedjax_llm.adapters.changes import fold as fold
 from fedjax_llm.adapters.changes import merge as merge
 from fedjax_llm.adapters.changes import overlay as overlay
 from fedjax_llm.adapters.changes import product as product
+from fedjax_llm.adapters.changes import unmerged as unmerged
 from fedjax_llm.adapters.dense import beside as beside
 from fedjax_llm.adapters.dense import complete as complete
 from fedjax_llm.adapters.dense import dense as dense

@@ -92,7 +92,7 @@ class Replays(NamedTuple):
 
 
 def replaying(inner: AnyAggregator, log_rounds: int = 64) -> AnyAggregator:
-  """Returns `on_coefficients` with the bytes of the rounds that clients missed.
+  """Returns a rule on `Seeded`, with the bytes of rounds that clients missed.
 
   The coefficients mean the same directions for all clients of a round and
   others in the next, so the server optimizer may keep no moments. At the start
@@ -102,14 +102,14 @@ def replaying(inner: AnyAggregator, log_rounds: int = 64) -> AnyAggregator:
   parameters. A newcomer has the initial parameters.
 
   >>> from fedjax_llm.aggregators import uniform_mean
-  >>> rule = replaying(uniform_mean())
+  >>> rule = replaying(on_coefficients(uniform_mean()))
   >>> params = Seeded({'w': jnp.ones(99)}, jnp.zeros((1, 5)))
   >>> state = rule.init(params, jax.random.key(0))._replace(rounds=jnp.int32(3))
   >>> counts, seen = rule.num_bytes(state, jnp.int32(1))
   >>> int(counts), int(seen)  # two rounds of five scalars and a seed, a seed
   (52, 3)
   """
-  rule = on_coefficients(inner)
+  rule = as_rule(inner, 'replaying: inner')
   traits = rule.traits._replace(changes_basis=True)
 
   def init(params: Seeded, key: Any) -> Replays:

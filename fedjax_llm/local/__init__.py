@@ -3,6 +3,7 @@
 Builders return a `LocalUpdate`, a `Loss` or a `LocalOptimizer`.
 """
 
+from fedjax_llm.local.dropout import dropout as dropout
 from fedjax_llm.local.dual import viewed as viewed
 from fedjax_llm.local.importance import reported as reported
 from fedjax_llm.local.importance import weight_importance as weight_importance
@@ -42,6 +43,7 @@ __all__ = [
   'class_logits',
   'classification',
   'counted',
+  'dropout',
   'embeddings',
   'forward_difference',
   'forward_mode',

@@ -14,6 +14,7 @@ from fedjax_llm.nodes.dense import Added as Added
 from fedjax_llm.nodes.dense import Amended as Amended
 from fedjax_llm.nodes.dense import Dense as Dense
 from fedjax_llm.nodes.dora import Dora as Dora
+from fedjax_llm.nodes.dropped import Dropped as Dropped
 from fedjax_llm.nodes.encoded import Affine as Affine
 from fedjax_llm.nodes.encoded import Direction as Direction
 from fedjax_llm.nodes.encoded import Encoded as Encoded
@@ -21,6 +22,7 @@ from fedjax_llm.nodes.encoded import Projected as Projected
 from fedjax_llm.nodes.experts import Experts as Experts
 from fedjax_llm.nodes.experts import Routing as Routing
 from fedjax_llm.nodes.gram import Gram as Gram
+from fedjax_llm.nodes.leased import Leased as Leased
 from fedjax_llm.nodes.low_rank import LowRank as LowRank
 from fedjax_llm.nodes.parts import Controlled as Controlled
 from fedjax_llm.nodes.parts import Dual as Dual
@@ -30,4 +32,5 @@ from fedjax_llm.nodes.prompt import Prompt as Prompt
 from fedjax_llm.nodes.protocol import is_node as is_node
 from fedjax_llm.nodes.scaled import Scaled as Scaled
 from fedjax_llm.nodes.tensor_train import TensorTrain as TensorTrain
+from fedjax_llm.nodes.tiers import Tiers as Tiers
 from fedjax_llm.nodes.vera import Vera as Vera

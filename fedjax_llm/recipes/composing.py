@@ -5,6 +5,7 @@ optimizer, and passes further keywords (`aggregator`, `server`, `upload`,
 `scope`, `block_size`, ...) to `fed_opt`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from fedjax_llm import aggregators, local, scopes, server, uploads
@@ -14,11 +15,19 @@ from fedjax_llm.types import (
   FederatedAlgorithm,
   LocalUpdate,
   Loss,
+  Params,
   Scope,
 )
 
 # Two ranks, each of half of the clients.
 RANKS = dict(profiles=dict(name='ranks', choices=(2, 4)))
+# Short texts with a label each, the genre of a speech, skewed over clients.
+CLASSES = dict(
+  task=dict(name='classification'),
+  partition=dict(name='dirichlet', num_clients=12, alpha=0.3, min_size=10),
+  population=dict(max_length=32),
+  model=dict(name='random_encoder'),
+)
 # A rate for the moments of eight rounds: the papers' are for hundreds.
 SLOWLY = dict(algorithm=dict(server_learning_rate=0.003))
 
@@ -79,6 +88,23 @@ def ranked(
   )
 
 
+def only(
+  name: str, inner: Scope, accepts: Callable[[Params], bool], hint: str
+) -> Scope:
+  """Returns `inner`, for parameters of a method's own kind of adapter.
+
+  Raises:
+    Error: from `labels`, parameters that `accepts` does not take.
+  """
+
+  def labels(params):
+    if not accepts(params):
+      raise Error(f'{name} {hint}')
+    return inner.labels(params)
+
+  return inner._replace(labels=labels)
+
+
 def on_cores(name: str) -> Scope:
   """Returns a scope that shares everything, of parameters with cores.
 
@@ -87,14 +113,12 @@ def on_cores(name: str) -> Scope:
   Raises:
     Error: from `labels`, parameters without a leaf named core.
   """
-  inner = scopes.everything()
-
-  def labels(params):
-    if not any(path.endswith('/core') for path in scopes.leaf_paths(params)):
-      raise Error(
-        f'{name} trains matrices between frozen bases: adapter.name=lora_xs or '
-        'ravan.'
-      )
-    return inner.labels(params)
-
-  return inner._replace(labels=labels)
+  has_cores = lambda params: any(
+    path.endswith('/core') for path in scopes.leaf_paths(params)
+  )
+  return only(
+    name,
+    scopes.everything(),
+    has_cores,
+    'trains matrices between frozen bases: adapter.name=lora_xs or ravan.',
+  )

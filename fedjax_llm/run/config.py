@@ -20,6 +20,7 @@ import enum
 import importlib.util
 import inspect
 import os
+import pathlib
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -160,8 +161,45 @@ def usage(spec: Spec, config: Mapping[str, Any] | None = None) -> str:
   return '\n'.join(lines)
 
 
+def located(path: str) -> str:
+  """Returns the file that a --config names: a path, or one of the project's.
+
+  `configs/tiny.py`, `tiny.py` and `tiny` name the project's own config in every
+  folder, unless a file has that path.
+
+  Raises:
+    Error: there is neither; the message lists the project's configs.
+
+  >>> located('tiny') == located('configs/tiny.py')
+  True
+  """
+  if os.path.isfile(path):
+    return path
+  folder, file = os.path.split(path)
+  name = file.removesuffix('.py')
+  package = pathlib.Path(__file__).resolve().parents[1]
+  # Installed, they lie in the package; in a checkout beside it.
+  folders = (package / 'configs', package.parent / 'configs')
+  shipped = {
+    config.stem: config
+    for one in folders
+    for config in sorted(one.glob('*.py'))
+    if config.stem != '__init__'
+  }
+  if os.path.isdir(path) and (folder or name not in shipped):
+    raise Error(f'--config {path} is a folder; name a config, NAME.py.')
+  if folder in ('', 'configs') and name in shipped:
+    return str(shipped[name])
+  raise Error(
+    f'--config {path}: there is no such file, and no config of the project of '
+    f'that name {nearest(name, sorted(shipped))}.'
+  )
+
+
 def load(config_path: str) -> dict[str, Any]:
   """Runs `get_config` of FILE.py[:arg] and returns plain nested dicts.
+
+  The project's own configs need no path: see `located`.
 
   Raises:
     Error: there is no such file, its code raises, or `get_config` returns
@@ -169,8 +207,9 @@ def load(config_path: str) -> dict[str, Any]:
   """
   path, colon, arg = config_path.partition('.py:')
   path = path + '.py' if colon else path
-  if not os.path.isfile(path):
-    raise Error(f'--config {path}: there is no such file.')
+  if not colon and not os.path.isfile(path) and '/' not in path:
+    path, _, arg = path.partition(':')  # tiny:smoke
+  path = located(path)
   spec = importlib.util.spec_from_file_location('_fedjax_llm_config', path)
   if spec is None or spec.loader is None:
     raise Error(f'--config {path}: a config is a Python file, NAME.py.')

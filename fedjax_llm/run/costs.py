@@ -302,7 +302,7 @@ def _inside(step: _Step, trips: int, last, i: int, maker) -> int:
   eqn = step.eqn
   name = eqn.primitive.name
   if name == 'scan':
-    num_consts, num_carry = eqn.params['num_consts'], eqn.params['num_carry']
+    num_consts, num_carry = _scanned(eqn.params)
     body = eqn.params['jaxpr'].jaxpr
     slices = body.invars[num_consts + num_carry :]
     carries = [False] * num_consts + [True] * num_carry
@@ -314,6 +314,14 @@ def _inside(step: _Step, trips: int, last, i: int, maker) -> int:
     carries += [True] * (len(eqn.invars) - skip)
     return _peak(body, trips, carries)
   return max([_peak(body, trips) for body, _ in _inner(eqn)], default=0)
+
+
+def _scanned(params: Any) -> tuple[int, int]:
+  """Returns the numbers of constants and of carries of a scan."""
+  if 'num_consts' in params:
+    return params['num_consts'], params['num_carry']
+  consts, carry, _ = params['ft_in'].unpack()  # from jax 0.11 on
+  return len(consts), len(carry)
 
 
 def _slices(body: Any, slices: Sequence[Any]) -> int:

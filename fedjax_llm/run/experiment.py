@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fedjax_llm import clients, data, evals, models
+from fedjax_llm import clients, data, evals, local, models
 from fedjax_llm.adapters import complete, peft
 from fedjax_llm.devices import hosts, sharding
 from fedjax_llm.run import (
@@ -356,6 +356,8 @@ def algorithm(
   """
   make = functools.partial(_make, conf)
   parts = ('upload', 'aggregator', 'server')
+  if loss is not None:
+    loss = local.dropout(loss, adapter.peft.get('lora_dropout', 0.0))
   recipe = recipe_of(conf)
   if builders.open_ended(recipe):  # one's own, which hands its parts on
     recipe = builders.onward(recipe, sections.parts)
@@ -435,6 +437,8 @@ def save_adapter(
     base_model=base_model,
     task_type=task.peft_type,
     use_rslora=bool(peft_fields.get('use_rslora')),
+    lora_dropout=peft_fields.get('lora_dropout', 0.0),
+    network=loaded.config,
   )
   if loaded.config.labels:
     labels = json.dumps(loaded.config.labels)

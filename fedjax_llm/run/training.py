@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import clients, data, evals, models, tree
+from fedjax_llm import adapters, clients, data, evals, models, tree
 from fedjax_llm.adapters import complete, peft
 from fedjax_llm.devices import compilation, exchange, hosts, sharding
 from fedjax_llm.run import (
@@ -146,7 +146,9 @@ def train(args: config.Arguments) -> None:
   )
   judge = judge_of()
   if first:
-    room.keep('clients.json', data.population.sizes(population))
+    unit = built.task.metrics.unit
+    sizes = data.population.sizes(population)
+    room.keep('clients.json', {**sizes, 'unit': unit})
     record, leave = metrics.recorder(
       args.workdir,
       keep=-1 if restored is None else done,
@@ -312,11 +314,8 @@ def train(args: config.Arguments) -> None:
     return
   if keep_base:
     models.save(room.base, loaded.config, base)
-  if reason := peft.refusal(final):
-    note = (
-      f'{room.adapter} holds no PEFT adapter: {reason} '
-      'python -m fedjax_llm.export --to merged writes the whole model.'
-    )
+  if reason := peft.refusal(final, loaded.config):
+    note = f'{room.adapter} holds no PEFT adapter: {reason} {_way(base, final)}'
     room.adapter.mkdir(exist_ok=True)
     workdir.replace(room.adapter / 'no_adapter.txt', f'{note}\n')
     print(note)
@@ -340,3 +339,13 @@ def train(args: config.Arguments) -> None:
   )
   room.finish(number, text, test.patience if over else None)
   print(text)
+
+
+def _way(base: Any, final: Any) -> str:
+  """Returns a sentence that says how a result without PEFT files is used."""
+  if adapters.unmerged(base, final) is None:
+    return 'python -m fedjax_llm.export --to merged writes the whole model.'
+  return (
+    'It cannot be merged either; python -m fedjax_llm.generate reads it from '
+    'the checkpoints of this folder.'
+  )

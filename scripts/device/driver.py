@@ -68,8 +68,9 @@ def run(
   """
   began = time.monotonic()
   for stage in stages:
-    record = results['stages'].setdefault(stage.name, {'points': {}})
-    if record.get('status') == 'done':
+    fresh = {'status': 'not started', 'points': {}}
+    record = results['stages'].setdefault(stage.name, fresh)
+    if record['status'] == 'done':
       say(f'{stage.name}: done before')
       continue
     left = float('inf')
@@ -77,6 +78,7 @@ def run(
       left = 60 * budget - (time.monotonic() - began)
     if left < LEAST:
       say(f'{stage.name}: not started, the budget is spent')
+      write(file, results)
       continue
     limit = min(stage.limit * (DRY if dry else 1), left)
     say(f'{stage.name}: {stage.about} (at most {limit:.0f} s)')

@@ -41,7 +41,7 @@ def billion_points(dry: bool, have: frozenset[str]) -> Points:
 def compile_points(dry: bool, have: frozenset[str]) -> Points:
   """Seconds to trace and to compile one round, by layers in a scan step."""
   work = shapes.main(dry)[0]
-  for unroll in (1, 2, work.model['num_layers']):
+  for unroll in sorted({1, 2, work.model['num_layers']}):
     name = f'{work.name}, unroll {unroll}'
     more = {'unroll': unroll}
     yield from attempt(name, have, lambda more=more: times(work, **more)[0])

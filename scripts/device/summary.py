@@ -49,6 +49,8 @@ def text(results: dict[str, Any]) -> str:
     lines += [f'   {k}: {short(v)}' for k, v in stage['points'].items()]
     if 'error' in stage:
       lines.append(f'   {stage["error"].strip().splitlines()[-1][:300]}')
+  if results.get('dry'):
+    return '\n'.join([*lines, 'Tiny shapes: no number here means anything.'])
   return '\n'.join([*lines, *ratios(results)])
 
 

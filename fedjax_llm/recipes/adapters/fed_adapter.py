@@ -28,7 +28,7 @@ from fedjax_llm.types import (
 # What the config of each method changes.
 NEEDS = {
   'fed_adapter': dict(
-    adapter=dict(name='bottleneck', width=4),
+    adapter=dict(name='bottleneck', size=4),
     algorithm=dict(width=2, width_step=2, window=1),
   ),
 }

@@ -58,13 +58,13 @@ def fed_bpt(
               generation whose samples are the m_k, all of them parents;
               clients go on with  sigma_c <- sigma_c sigma_after / sigma_before
 
-  Sun et al. 2024, arXiv 2310.01467, as the authors' code has it, with mu = P / 2
-  and the equations of `local.evolution`. Only the loss is evaluated: nothing is
-  differentiated, and the config's optimizer is not used. The values are token
-  means over all batches of a round; the paper's disturbed inputs are left out.
-  A client receives d^2 + d + 1 numbers, and sends d + I + 1. Clients count the
-  same. A is drawn from the seed; its entries have the deviation of the leaf of
-  the adapter that they change, over sqrt(d).
+  Sun et al. 2024, arXiv 2310.01467, as the authors' code has it, with
+  mu = P / 2 and the equations of `local.evolution`. Only the loss is evaluated:
+  nothing is differentiated, and the config's optimizer is not used. The values
+  are token means over all batches of a round; the paper's disturbed inputs are
+  left out. A client receives d^2 + d + 1 numbers, and sends d + I + 1. Clients
+  count the same. A is drawn from the seed; its entries have the deviation of
+  the leaf of the adapter that they change, over sqrt(d).
 
   Args:
     dimension: d.

@@ -69,7 +69,8 @@ def selective_layers(
   >>> method = selective_layers(
   ...   None, local.optimizer('sgd'), num_clients=2,
   ...   profiles={'layers': np.array([1, 2])})
-  >>> state = method.init(jax.random.key(0), {'layers': {'q': jnp.ones((3, 2))}})
+  >>> params = {'layers': {'q': jnp.ones((3, 2))}}
+  >>> state = method.init(jax.random.key(0), params)
   >>> state.aggregator.profiles['chosen'].astype(int).tolist()
   [[0, 0, 1], [0, 1, 1]]
   """
@@ -116,6 +117,8 @@ def num_layers(params: Params) -> int:
   stacked = [x for x in jax.tree.leaves(below) if jnp.ndim(x)]
   if not stacked:
     raise Error('selective_layers needs an adapter in the layers.')
+  if len({x.shape[0] for x in stacked}) > 1:
+    raise Error('selective_layers needs an adapter in all of the layers.')
   return stacked[0].shape[0]
 
 

@@ -13,7 +13,7 @@ weights.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,12 @@ from fedjax_llm.types import (
   Error,
   FederatedAlgorithm,
   Key,
+  LocalUpdate,
   Loss,
   Params,
   Private,
   Scope,
+  ServerState,
   Shared,
 )
 
@@ -103,7 +105,15 @@ def decomfl(
   )
 
 
-def along_shared(
+class Pieces(NamedTuple):
+  """The parts of a method along shared directions, for `on_pieces`."""
+
+  update: LocalUpdate
+  wrap: Callable[[Key, Params], Seeded]
+  after: Callable[..., ServerState]
+
+
+def pieces(
   who: str,
   loss: Loss,
   optimizer: LocalOptimizer,
@@ -114,25 +124,17 @@ def along_shared(
   distribution: str = 'normal',
   log_rounds: int = 64,
   mask: Callable[[Params], Any] | None = None,
-  aggregator: AnyAggregator | None = None,
   scope: Scope | None = None,
-  **parts: Any,
-) -> FederatedAlgorithm:
-  """Returns a method whose clients send [S, P] coefficients of one basis.
-
-  Rule and server optimizer act on the coefficients; the phase after the rule
-  adds the directions to the parameters. All clients of a round have the same
-  basis, so the mean of the coefficients is the mean of the clients' ends.
+) -> Pieces:
+  """Returns the local update, the parameters and the phase after the rule.
 
   Args:
     who: the method's name, for error messages.
     loss, optimizer, slope: see `local.in_basis`.
     num_steps, perturbations: S and P.
     distribution, log_rounds: see `decomfl`.
-    mask: `(params) -> uint8` leaves: the entries that directions have.
-    aggregator: the rule on [K, S, P] coefficients; the mean without weights.
+    mask: `(params) -> leaves`: the entries that directions have, not zero.
     scope: its labels say which leaves are trained.
-    **parts: of `compose`.
   """
   for name, value in (
     ('num_steps', num_steps),
@@ -142,8 +144,6 @@ def along_shared(
     if value < 1:
       raise Error(f'{who}: {name}={value} must be at least 1.')
   scope = scope or scopes.everything()
-  basis = fresh(perturbations)
-  own_mask = mask
 
   def labels(params: Params) -> Any:
     chosen = scope.labels(params)
@@ -155,17 +155,17 @@ def along_shared(
     return chosen
 
   def wrap(key: Key, params: Params) -> Seeded:
-    labels(params)
+    trained = tree.select(params, labels(params), Shared)
     zeros = jnp.zeros((num_steps, perturbations))
     return Seeded(
       params=params,
       coefficients=zeros,
       seed=jax.random.bits(key, (), jnp.uint32),
-      mask=None if own_mask is None else own_mask(params),
+      mask=None if mask is None else mask(trained),
       log=jnp.broadcast_to(zeros, (log_rounds, *zeros.shape)),
     )
 
-  def after(state, base, data, key):
+  def after(state, base, data, key) -> ServerState:
     del base, data, key
     now: Seeded = state.params
     round, sent = state.round - 1, now.coefficients
@@ -177,29 +177,80 @@ def along_shared(
       )
     )
 
+  update = local.in_basis(
+    loss,
+    optimizer,
+    slope,
+    fresh(perturbations),
+    labels=labels,
+    distribution=distribution,
+    who=who,
+  )
+  return Pieces(update, wrap, after)
+
+
+def on_pieces(
+  made: Pieces, rule: AnyAggregator, scope: Scope, **parts: Any
+) -> FederatedAlgorithm:
+  """Returns the method of `pieces` under a rule and a scope on `Seeded`."""
   fold = parts.pop('fold', None)
-  parts.setdefault('upload', uploads.identity())
   parts.setdefault('measure', None)
   return server.on_part(
     functools.partial(
       compose,
-      local.in_basis(
-        loss, optimizer, slope, basis,
-        labels=labels, distribution=distribution, who=who,
-      ),
-      scope=scopes.frozen(STILL),
+      made.update,
+      scope=scope,
       download=uploads.known(),
-      aggregator=aggregators.replaying(
-        aggregator or aggregators.uniform_mean(), log_rounds
-      ),
-      after=after,
+      aggregator=rule,
+      after=made.after,
       **parts,
     ),
-    wrap=wrap,
+    wrap=made.wrap,
     get=lambda params: params.params,
     put=lambda params, part: params._replace(params=part),
     fold=fold,
-  )  # fmt: skip
+  )
+
+
+def along_shared(
+  who: str,
+  loss: Loss,
+  optimizer: LocalOptimizer,
+  slope: Slope,
+  *,
+  aggregator: AnyAggregator | None = None,
+  log_rounds: int = 64,
+  num_steps: int,
+  perturbations: int,
+  distribution: str = 'normal',
+  mask: Callable[[Params], Any] | None = None,
+  scope: Scope | None = None,
+  **parts: Any,
+) -> FederatedAlgorithm:
+  """Returns a method whose clients send [S, P] coefficients of one basis.
+
+  Rule and server optimizer act on the coefficients; the phase after the rule
+  adds the directions to the parameters. All clients of a round have the same
+  basis, so the mean of the coefficients is the mean of the clients' ends.
+
+  `aggregator` is the rule on [K, S, P] coefficients, the mean without weights
+  if None; other arguments are those of `pieces` and of `compose`.
+  """
+  made = pieces(
+    who,
+    loss,
+    optimizer,
+    slope,
+    num_steps=num_steps,
+    perturbations=perturbations,
+    distribution=distribution,
+    log_rounds=log_rounds,
+    mask=mask,
+    scope=scope,
+  )
+  rule = aggregators.on_coefficients(aggregator or aggregators.uniform_mean())
+  rule = aggregators.replaying(rule, log_rounds)
+  return on_pieces(made, rule, scopes.frozen(STILL), **parts)
 
 
 def step(

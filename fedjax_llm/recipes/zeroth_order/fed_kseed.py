@@ -39,6 +39,7 @@ from fedjax_llm.types import (
   Scope,
   Shared,
   StreamingAggregator,
+  known,
 )
 
 # What the config of each method changes.
@@ -127,7 +128,7 @@ def fed_kseed_pro(
   >>> state.params.log.tolist()  # the probabilities of the seeds
   [0.25, 0.25, 0.25, 0.25]
   """
-  if not clip > 0:
+  if known(clip) and not clip > 0:
     raise Error(f'fed_kseed_pro: clip={clip} must be above 0.')
   for section in ('aggregator', 'upload'):
     if section in parts:

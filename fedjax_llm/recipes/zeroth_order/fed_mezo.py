@@ -17,7 +17,7 @@ from fedjax_llm.types import FederatedAlgorithm, Loss
 
 # What the config of each method changes.
 NEEDS = {
-  'fed_mezo': dict(local=dict(name='sgd', learning_rate=2e-3)),
+  'fed_mezo': dict(local=dict(name='sgd', learning_rate=1e-2)),
 }
 
 

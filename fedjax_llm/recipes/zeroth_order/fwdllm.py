@@ -46,6 +46,7 @@ from fedjax_llm.types import (
   Params,
   Shared,
   Work,
+  known,
 )
 
 # What the config of each method changes.
@@ -101,7 +102,7 @@ def fwdllm(
     ('candidates', candidates),
     ('threshold', threshold),
   ):
-    if not value > 0:
+    if known(value) and not value > 0:
       raise Error(f'fwdllm: {name}={value} must be above 0.')
   update = forward_gradients(
     loss, h=h, directions=directions, candidates=candidates
