@@ -22,11 +22,11 @@ from fedjax_llm.run import (
   blocks,
   builders,
   config,
+  evaluators,
   narration,
   rates,
   sections,
   tasks,
-  viewing,
   warm,
 )
 from fedjax_llm.run.sections import SPEC, Evals, Settings
@@ -151,30 +151,22 @@ class Experiment(NamedTuple):
     tests: Tests | None = None,
     together: Callable[..., Any] | None = None,
   ) -> Callable[..., Any]:
-    """Returns the evaluation of a run: `evals.loop` over its held-out texts.
+    """Returns the evaluation of a run: the evaluators of its config.
 
     Runs that share a `likelihood` as `together`, and `tests` of the same
     shapes, share one compiled program.
     """
-    tests, people = tests or self.tests(), self.population
-    plain = evals.loop(
-      self.task.loss(self.loaded, per_row=True),
-      algorithm,
-      heldout=tests.heldout,
-      new=tests.new,
-      common=tests.common,
+    also = [] if self.test.personal is None else [self.test.personal]
+    return evaluators.build(
+      [*self.test.evaluators, *also],
+      built=self,
+      algorithm=algorithm,
+      tests=tests or self.tests(),
+      private=keeps_private(algorithm, self.initial),
+      loss=self.task.loss(self.loaded, per_row=True),
+      model=self.loaded.model,
       together=together,
-      names=people.names,
-      new_names=people.new_names,
-      has_private=keeps_private(algorithm, self.initial),
-      labelled=self.task.metrics.accuracies,
     )
-    if self.test.personal is None:
-      return plain
-    look = viewing.viewer(
-      self, algorithm, tests, private=keeps_private(algorithm, self.initial)
-    )
-    return lambda *arguments: {**plain(*arguments), **look(*arguments)}
 
   def rows(
     self,
@@ -209,6 +201,7 @@ def checked(conf: Mapping[str, Any]) -> tuple[Settings, Evals]:
   config.at_least(test, 'evals.', every=1, batch_size=1, per_client=0)
   config.at_least(test, 'evals.', patience=1)
   config.at_least(test, 'evals.', common=0, samples=0, sample_tokens=1)
+  evaluators.check(test.evaluators)
   return settings, test
 
 
