@@ -5,6 +5,8 @@
 Float64 references need only these lines: their gradients are differences.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,7 +102,8 @@ def run(algorithm, params, rounds=2, cohorts=None, jit=jax.jit):
   """Every (state, client states, info), the first before any round."""
   state = algorithm.init(KEY, params)
   states = tree.broadcast(algorithm.init_client(state.params), K)
-  history, step = [(state, states, None)], jit(algorithm.round)
+  history: list[Any] = [(state, states, None)]
+  step = jit(algorithm.round)
   for number in range(rounds):
     of = cohort() if cohorts is None else cohorts[number]
     state, states, info = step(state, of._replace(states=states), base())
@@ -176,7 +179,7 @@ def deep_nll(data, a, b):
   return nll(logits(hidden(tokens, None, (a @ b).sum(0))), label)
 
 
-def deep_step(data, a, b, rate, mask=1.0):
+def deep_step(data, a, b, rate, mask: Any = 1.0):
   """One step of SGD on both factors; mask is [L] or a number."""
   m = np.reshape(mask, (-1, 1, 1))
   g = slope(lambda x: deep_nll(data, x, b), a)
@@ -184,7 +187,7 @@ def deep_step(data, a, b, rate, mask=1.0):
   return a - rate * m * g, b - rate * m * h
 
 
-def slope(of, at, step=1e-5):
+def slope(of, at, step=1e-5) -> Any:
   """The gradient of a function of one array, by central differences."""
   at = np.float64(at)
   out = np.zeros_like(at)
@@ -196,7 +199,7 @@ def slope(of, at, step=1e-5):
   return out
 
 
-def mean(stack, weight=WEIGHT):
+def mean(stack, weight: Any = WEIGHT) -> Any:
   w = np.float64(weight) / np.sum(np.float64(weight))
   return sum(x * y for x, y in zip(w, stack))
 

@@ -34,7 +34,7 @@ TABLE = {
   'scopes': ('types', 'tree', 'nodes'),
   'adapters': ('types', 'tree', 'nodes', 'linalg', 'reading', 'patterns'),
   'models': ('types', 'nodes', 'adapters', 'reading'),
-  'local': ('types', 'tree', 'batching', 'nodes'),
+  'local': ('types', 'tree', 'batching', 'nodes', 'linalg'),
   'uploads': ('types', 'tree', 'nodes'),
   'aggregators': ('types', 'tree', 'nodes', 'linalg', 'checks'),
   'server': (

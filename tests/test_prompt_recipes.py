@@ -1,6 +1,7 @@
 """Prompt methods: float64 references, identities, neighbours, bytes."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -317,7 +318,7 @@ def test_fed_prompt_equals_a_float64_loop():
   check_bytes(states, info, BYTES, BYTES)
 
 
-KINDS = {
+KINDS: dict[str, Any] = {
   'fed_prompt': (dict(name='soft_prompt', length=2), 'a soft prompt'),
   'fed_pf': (dict(name='prefix', length=2), 'a prefix'),
   'fed_p_tuning': (dict(name='p_tuning', length=2), "a prompt's network"),
@@ -372,7 +373,7 @@ BOTH = {**toy.prompt(), 'out': {'bias': jnp.zeros(D)}}
 
 def p_fed_pt_reference(rate=0.3, prompt_rate=1.0, epochs=2, rounds=2):
   batch, bias = toy.cohort().batches, np.zeros(D)
-  own = [np.float64(ROWS)] * K
+  own: list[Any] = [np.float64(ROWS)] * K
 
   def of(k, s, rows, bias):
     tokens, label = toy.rows_of(batch, k, s)
@@ -428,8 +429,9 @@ def test_p_fed_pt_of_one_pass_and_one_rate_is_fed_rep():
 def pep_tao_reference(rounds=3, lr=0.5, beta=0.9, server=0.05, correct=True):
   """Layer 1 is shared, layer 0 the client's own; arrays [2, 2, ...]."""
   q = toy.stacked()['layers']['q']
-  w = [np.float64(q.a)[1], np.float64(q.b)[1]]
-  own = [[np.float64(q.a)[0], np.float64(q.b)[0]] for _ in range(K)]
+  a, b = (np.asarray(x, np.float64) for x in (q.a, q.b))
+  w: list[Any] = [a[1], b[1]]
+  own = [[a[0], b[0]] for _ in range(K)]
   zero = [np.zeros_like(x) for x in w]
   c, v, before = zero, zero, None
   c_k = [zero] * K

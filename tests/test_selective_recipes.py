@@ -190,7 +190,7 @@ def test_fed_bf_trains_biases_alone():
   )
   state, states, info = toy.run(algorithm, params, 2)[-1]
   q, batch, bias = params['q'], toy.cohort().batches, np.zeros(toy.D)
-  change = 0.5 * np.float64(q.a) @ np.float64(q.b)
+  change = 0.5 * np.asarray(q.a, float) @ np.asarray(q.b, float)
   for _ in range(2):
     ends = []
     for k in range(K):
