@@ -58,8 +58,8 @@ def get_config(arg: str = 'fed_avg') -> ml_collections.ConfigDict:
     elif section == 'adapter':
       builder = getattr(adapters, fields['name'])
       takes = 'targets' in inspect.signature(builder).parameters
-      config[section] = {'targets': 'all-linear'} if takes else {}
-      config[section].update(fields)
+      default = {'targets': 'all-linear'} if takes else {}
+      config[section] = {**default, **fields}
     else:
       config[section] = dict(fields)
   algorithm: Any = config.algorithm

@@ -1,11 +1,16 @@
-"""Prints the programs of the package, a line each, from their docstrings.
+"""Lists the programs of the package, or runs the one that is named.
 
-python -m fedjax_llm
+    fedjax_llm train --config configs/tiny.py --workdir runs/tiny
+
+`fedjax_llm PROGRAM` and `python -m fedjax_llm PROGRAM` are
+`python -m fedjax_llm.PROGRAM`.
 """
 
 import ast
+import difflib
 import importlib.util
 import sys
+from collections.abc import Sequence
 
 PROGRAMS = ('train', 'plan', 'export', 'generate', 'report', 'sweep', 'replay')
 
@@ -28,9 +33,33 @@ def listing() -> str:
   width = max(map(len, PROGRAMS))
   lines = ['usage: python -m fedjax_llm.PROGRAM [--help]', '']
   lines += [f'  {name:{width}}  {summary(name)}' for name in PROGRAMS]
+  lines += ['', 'fedjax_llm PROGRAM, where it is installed, does the same.']
   return '\n'.join(lines)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the program that the first word names; returns its exit status.
+
+  >>> main(['trian'])
+  1
+  """
+  words = list(sys.argv[1:] if argv is None else argv)
+  if not words or words[0] in ('--help', '-h'):
+    print(listing())
+    return 0
+  name, *rest = words
+  if name not in PROGRAMS:
+    near = difflib.get_close_matches(name, PROGRAMS, 1, 0.4)
+    hint = f'the nearest is {near[0]!r}; ' if near else ''
+    known = ', '.join(PROGRAMS)
+    message = f'{name!r} is no program ({hint}there are {known}).'
+    print(f'error: {message}', file=sys.stderr)
+    return 1
+  module = importlib.import_module(f'fedjax_llm.{name}')
+  if not hasattr(module, 'main'):
+    module = importlib.import_module(f'fedjax_llm.{name}.__main__')
+  return module.main(rest)
+
+
 if __name__ == '__main__':
-  print(listing())
-  sys.exit(0)
+  sys.exit(main())

@@ -1,7 +1,8 @@
 """Signals before a program begins and after it is over.
 
-Importing the package takes seconds. `python -m fedjax_llm.PROGRAM` that is
-stopped meanwhile ends as it does later, with a sentence and no traceback.
+Importing the package takes seconds. `python -m fedjax_llm.PROGRAM`, or the
+command `fedjax_llm PROGRAM`, that is stopped meanwhile ends as it does later,
+with a sentence and no traceback.
 """
 
 import contextlib
@@ -27,7 +28,9 @@ def install() -> None:
     word == '-m' and name.split('.')[0] == 'fedjax_llm'
     for word, name in itertools.pairwise(words)
   )
-  if ours and sys.argv[:1] == ['-m']:  # the package is being imported
+  importing = sys.argv[:1] == ['-m']
+  command = os.path.splitext(os.path.basename(sys.argv[0] or ''))[0]
+  if (ours and importing) or command == 'fedjax_llm':
     for one in SIGNALS:
       signal.signal(one, _leave)
 

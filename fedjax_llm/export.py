@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm import adapters, data, models
+from fedjax_llm.adapters import peft
 from fedjax_llm.adapters.peft import dora as peft_dora
 from fedjax_llm.models import quantised
 from fedjax_llm.models.files.load import DTYPES
@@ -161,7 +162,25 @@ def _hand_on_ends(folder: pathlib.Path, made: rebuild.Made) -> None:
 def _adapter(
   folder: pathlib.Path, out: pathlib.Path, made: rebuild.Made, rank: int | None
 ) -> str:
-  loaded, plain = made.loaded, adapters.as_low_rank(made.params)
+  loaded, base_model = made.loaded, made.loaded.name
+  if loaded.directory is None:  # no model file holds this base
+    models.save(folder / 'base', loaded.config, loaded.base)
+    base_model = str(out.absolute() / 'base')
+  kind = peft.kind(made.params)
+  if kind != 'LORA':
+    if rank is not None:
+      raise Error(f'--rank is of low-rank adapters, and this one is {kind}.')
+    experiment.save_adapter(
+      folder,
+      made.params,
+      loaded,
+      made.task,
+      base_model=base_model,
+      peft_fields={},
+    )
+    _hand_on_ends(folder, made)
+    return f'a PEFT adapter of the kind {kind} of {base_model}'
+  plain = adapters.as_low_rank(made.params)
   params, lengths = peft_dora.split(plain)
   changed = any(x.residual is not None for _, x in low_rank(params))
   lost = 0.0
@@ -172,18 +191,15 @@ def _adapter(
     )
   if changed or rank is not None:
     params, lost = factored(params, rank)
-  base_model = loaded.name
-  if loaded.directory is None:  # no model file holds this base
-    models.save(folder / 'base', loaded.config, loaded.base)
-    base_model = str(out.absolute() / 'base')
-  plain_scale = not changed and rank is None
+  stabilised = made.adapter.peft.get('use_rslora', False)
+  stabilised = stabilised and not changed and rank is None
   experiment.save_adapter(
     folder,
     peft_dora.put(params, lengths),
     loaded,
     made.task,
     base_model=base_model,
-    peft_fields=made.adapter.peft if plain_scale else {},
+    peft_fields={**made.adapter.peft, 'use_rslora': stabilised},
   )
   _hand_on_ends(folder, made)
   ranks = sorted({node.a.shape[-1] for _, node in low_rank(params)})

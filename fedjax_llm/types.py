@@ -140,6 +140,7 @@ class Population(NamedTuple):
   new_names: tuple[str, ...] = ()  # clients that no round trains on
   new: tuple[tuple[Any, ...], ...] = ()  # all examples of each of them
   report: Mapping[str, Any] = {}  # records left out, with reasons; histogram
+  pooled: bool = False  # True: one client trains, on the examples of all
 
 
 @jax.tree_util.register_static

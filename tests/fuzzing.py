@@ -7,7 +7,7 @@ project then does is one of these:
     other       it computes something, of the changed file
     sentence    an `Error`, or one of the system that names its file
     traceback   anything else is raised: a fault of the project
-    hang        no answer within the limit of time: another one
+    hang        no answer within the limit of time: also a fault
 
 `scripts/fuzz` tries thousands of cases, `test_fuzz.py` a few.
 """
@@ -22,6 +22,7 @@ import pathlib
 import random
 import shutil
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -360,8 +361,8 @@ def run(
           kind = 'same'
       except (Error, OSError) as error:
         kind, told = 'sentence', str(error)
-      except Hang:
-        kind, told = 'hang', ''
+      except Hang as error:
+        kind, told = 'hang', _place(error)
       except Exception as error:
         kind, told = 'traceback', _place(error)
   finally:
@@ -370,7 +371,7 @@ def run(
   return Outcome(case, name, words, kind, ' '.join(told.split())[:300])
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
   """The innermost line of the project, and the error."""
   ours = [
     frame
@@ -384,13 +385,20 @@ def _place(error: Exception) -> str:
 
 @contextlib.contextmanager
 def limited(seconds: float) -> Iterator[None]:
-  """Raises `Hang` after so many seconds."""
+  """Raises `Hang` after so many seconds of work, or ten times as many of any.
+
+  Seconds of work are those of the processor, so that a busy machine makes no
+  hang of a slow answer.
+  """
+  began, worked = time.monotonic(), time.process_time()
 
   def over(number: int, frame: Any) -> None:
-    raise Hang
+    waited = time.monotonic() - began
+    if time.process_time() - worked > seconds or waited > 10 * seconds:
+      raise Hang
 
   before = signal.signal(signal.SIGALRM, over)
-  signal.setitimer(signal.ITIMER_REAL, seconds)
+  signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
   try:
     yield
   finally:

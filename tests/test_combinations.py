@@ -17,6 +17,7 @@ import test_personalised
 import test_planned
 import test_prompt_recipes
 import test_selective_recipes
+import test_spectral
 import test_structured
 import test_variants
 import toy
@@ -58,11 +59,14 @@ HERE = {
 ELSEWHERE = {
   *test_lora_recipes.RECIPES,
   *test_personalised.SETTINGS,
+  *('fedlease', 'hilora', *test_spectral.RECIPES),
   *(recipe for recipe, *_ in test_variants.METHODS.values()),
   *('fed_ra', 'slora', 'fed_hm', 'hafl'),  # test_structured
   'fed_amole',  # test_experts
   'fed_pipe',  # test_planned
   'lp_fl',  # test_labelling
+  *('fed_mezo', 'decomfl', 'cyber_0', 'fed_kseed', 'fed_kseed_pro'),
+  *('fwdllm', 'meerkat', 'spry'),  # test_zeroth_order
   *('fed_tt', 'federa'),  # fed_avg, on another adapter
   *test_adapter_recipes.METHODS,
   *test_prompt_recipes.METHODS,
@@ -117,7 +121,7 @@ RULES = {
 }
 # Rules that mean entries, whatever they are of.
 BY_ENTRY = ('krum', 'masked_mean', 'mean', 'median', 'trimmed_mean')
-BY_ENTRY += ('uniform_mean',)
+BY_ENTRY += ('fedrpca', 'uniform_mean')
 SERVERS = {name: getattr(server, name) for name in server.__all__}
 SCOPES = {
   'everything': scopes.everything,

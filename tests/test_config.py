@@ -217,8 +217,9 @@ def test_mistakes_of_the_command_line(parse):
 
 
 def test_mistakes_of_the_file(parse, tmp_path):
-  assert sentence(parse, file='no.py:smoke') == (
-    '--config no.py: there is no such file.'
+  assert sentence(parse, file='no.py:smoke').startswith(
+    '--config no.py: there is no such file, and no config of the project of '
+    'that name ('
   )
   assert sentence(parse, file='tiny.py:smok') == (
     'tiny.py:5: ValueError: no form smok'
@@ -235,6 +236,13 @@ def test_mistakes_of_the_file(parse, tmp_path):
   (tmp_path / 'd.txt').write_text('')
   assert sentence(parse, file='d.txt') == (
     '--config d.txt: a config is a Python file, NAME.py.'
+  )
+  (tmp_path / 'e.py').write_text(
+    'def get_config():\n  deep = []\n  for _ in range(2000):\n    deep = [deep]'
+    "\n  return {'data': {'limit': deep}}"
+  )
+  assert sentence(parse, file='e.py') == (
+    'config: data.limit is nested more than 64 levels deep.'
   )
 
 

@@ -105,18 +105,21 @@ RANKS = np.array([1, 2, 2, 1], np.int32)  # what clients can hold
 # On other parameters than two factors: test_variants, test_structured, ...
 OTHERS = (
   *('fed_amole', 'fed_pipe', 'fed_ra', 'fed_sb', 'fed_tt_plus'),
-  *('lp_fl', 'ravan'),
+  *('fedlease', 'florg', 'hilora', 'lp_fl', 'ravan'),
   *test_adapter_recipes.METHODS,
   *test_prompt_recipes.METHODS,
   *test_selective_recipes.METHODS,
 )
+EXTRA: dict[str, dict[str, int]] = {
+  'scaffold': {'num_clients': 9},
+  **{name: {'num_steps': 3} for name in ('cyber_0', 'decomfl', 'meerkat')},
+}
 
 
 def test_every_recipe_carries_a_round():
   for name in sorted(set(recipes.__all__) - set(OTHERS)):
-    extra: dict = {'num_clients': 9} if name == 'scaffold' else {}
     algorithm = getattr(recipes, name)(
-      toy.loss, toy.sgd(), fold=toy.fold, **extra
+      toy.loss, toy.sgd(), fold=toy.fold, **EXTRA.get(name, {})
     )
     assert isinstance(algorithm, FederatedAlgorithm)
     cohort = toy.cohort(num_clients=4)

@@ -441,38 +441,6 @@ def population_of(folder):
   )
 
 
-# ------------------------------------------------------------- every method --
-
-METHODS = sorted(set(SPEC.sections['algorithm']) - {'fed_avg', 'fedex_lora'})
-
-
-# Methods on other adapters than two factors.
-ADAPTERS = {
-  'fed_sb': 'lora_xs',
-  'fed_tt_plus': 'tensor_train',
-  'ravan': 'ravan',
-}
-
-
-@pytest.mark.parametrize('name', METHODS)
-def test_every_method_comes_back_from_its_checkpoint(name, tmp_path):
-  """Structure by config, values by checkpoint, whatever a method keeps."""
-  folder = tmp_path / 'run'
-  fields = {**RANDOM, 'algorithm.name': name}
-  if name in ADAPTERS:
-    fields['adapter.name'] = ADAPTERS[name]
-  if name == 'scaffold':
-    fields['local.name'] = 'sgd'
-  if name == 'fed_pipe':
-    fields['profiles'] = {'name': 'budgets', 'choices': [100, 400]}
-  if name == 'fed_amole':
-    fields['algorithm.num_experts'] = 8
-  _, served, _ = written(folder, fields)
-  made = rebuild.open(str(folder))
-  assert jax.tree.structure(made.params) == jax.tree.structure(served)
-  jax.tree.map(np.testing.assert_array_equal, made.params, served)
-
-
 # ----------------------------------------------------------------- mistakes --
 
 

@@ -31,10 +31,10 @@ TABLE = {
   # Stations, and the wings beside them. Stations never import each other.
   'data': ('types', 'batching', 'reading'),
   'clients': ('types', 'tree', 'batching', 'data', 'scopes'),
-  'scopes': ('types', 'tree', 'nodes'),
+  'scopes': ('types', 'tree', 'nodes', 'patterns'),
   'adapters': ('types', 'tree', 'nodes', 'linalg', 'reading', 'patterns'),
   'models': ('types', 'nodes', 'adapters', 'reading'),
-  'local': ('types', 'tree', 'batching', 'nodes', 'linalg'),
+  'local': ('types', 'tree', 'batching', 'linalg', 'nodes'),
   'uploads': ('types', 'tree', 'nodes'),
   'aggregators': ('types', 'tree', 'nodes', 'linalg', 'checks'),
   'server': (
@@ -55,10 +55,13 @@ TABLE = {
   'plan': (*BELOW, 'run'),
   'replay': (*BELOW, 'run'),
   'report': ('types', 'run'),
-  'sweep': (*BELOW, 'run', 'train'),  # settings that cannot train together
+  'sweep': (*BELOW, 'run'),
   '__init__': (*BELOW, 'run'),
   '__main__': (),
 }
+PROGRAMS = (
+  *('train', 'export', 'generate', 'plan', 'replay', 'report', 'sweep'),
+)
 # What the language of the house itself may need.
 OUTSIDE = {
   'types': ('jax', 'optax', 'numpy'),
@@ -105,6 +108,11 @@ def strangers(source: str, path: pathlib.Path) -> list[str]:
   names = [n for n in imports(source, path) if n.split('.')[0] == 'fedjax_llm']
   allowed = (here, *TABLE[here])
   return [n for n in names if n.split('.')[1] not in allowed]
+
+
+def test_programs_never_import_each_other():
+  for program in PROGRAMS:
+    assert not {*TABLE[program]} & {*PROGRAMS}
 
 
 def test_every_file_has_a_row_in_the_table():

@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -392,67 +391,6 @@ def test_a_copy_of_the_base_ends_with_a_process(owners, monkeypatch):
 
 
 # ----------------------------------------------------------------- launchers --
-
-
-def launch(*words):
-  return subprocess.run(
-    [ROOT / 'scripts' / 'launch_tpu', *words],
-    capture_output=True,
-    text=True,
-    timeout=60,
-  )
-
-
-POD = ('--name=pod', '--zone=us-west4-a', '--type=v5litepod-256', '--dry-run')
-
-
-def test_launch_tpu_prints_what_it_would_run():
-  program = ['--config', 'configs/tiny.py', '--workdir=gs://b/runs/x']
-  fields = ["--config.adapter.targets=('q','v')"]
-  got = launch(*POD, '--project=p', '--create', '--', *program, *fields)
-  assert got.returncode == 0, got.stderr
-  lines = [shlex.split(x.removeprefix('+ ')) for x in got.stdout.splitlines()]
-  tpu = ['gcloud', 'compute', 'tpus', 'tpu-vm']
-  where = ['--zone=us-west4-a', '--project=p']
-  assert lines[0] == [
-    *(*tpu, 'create', 'pod', *where),
-    '--accelerator-type=v5litepod-256',
-    '--version=v2-alpha-tpuv5-lite',
-  ]
-  copied = [x for x in lines if 'scp' in x]
-  assert copied[0][-4:] == ['pod:', *where, '--worker=all']
-  install, mount, run = [x for x in lines if 'ssh' in x]
-  for line in (install, mount, run):
-    assert line[:-1] == [*tpu, 'ssh', 'pod', *where, '--worker=all']
-  assert '.[tpu]' in install[-1]
-  assert 'gcsfuse' in mount[-1] and '"$HOME"/buckets/b' in mount[-1]
-  # Read by the worker's shell: the folder and the fields as they were meant.
-  read = run[-1].removeprefix('--command=').replace('exec .venv', 'echo .venv')
-  shell = f'cd() {{ :; }}; HOME=/home/me; {read}'
-  told = subprocess.run(['bash', '-c', shell], capture_output=True, text=True)
-  assert told.stdout.split() == [
-    *('.venv/bin/python', '-m', 'fedjax_llm.train'),
-    *('--workdir', '/home/me/buckets/b/runs/x', '--config', 'configs/tiny.py'),
-    *(*fields, '--config.hosts.coordinator=auto'),
-  ]
-
-
-def test_launch_tpu_uses_what_is_there():
-  got = launch(*POD, '--', '--config=c.py', '--workdir', '/mnt/run')
-  assert got.returncode == 0, got.stderr
-  assert ' create ' not in got.stdout and 'gcsfuse' not in got.stdout
-  assert '--workdir /mnt/run --config=c.py' in got.stdout
-  for words, said in (
-    ((), 'there must be --config and --workdir'),
-    (('--', '--config=c.py'), 'there must be --config and --workdir'),
-    (
-      ('--', '--config=c', '--workdir=w', '--config.hosts.process_id=1'),
-      'leave out --config.hosts',
-    ),
-    (('--spot', '--', '--config=c', '--workdir=w'), 'goes with --create'),
-  ):
-    got = launch(*POD, *words)
-    assert got.returncode == 2 and said in got.stderr
 
 
 @pytest.mark.parametrize('tasks', [1, 4])

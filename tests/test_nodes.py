@@ -73,6 +73,19 @@ WEIGHTS: dict[str, tuple[Any, Any]] = {
   ),
   'dora': (nodes.Dora(LOW, GAIN_OF_F), dora_by_hand),
   'core': (nodes.Core(CORE, P, Q, HALF, GAIN), core_by_hand),
+  'gram': (
+    nodes.Gram(B_, draw(D, F, seed=3), draw(F, F), HALF),
+    lambda w: w + 0.5 * np.float64(draw(D, F, seed=3)) @ B_.T @ B_ @ draw(F, F),
+  ),
+  'tiers': (
+    nodes.Tiers(
+      LOW,
+      nodes.LowRank(jnp.stack([A, -A]), jnp.stack([B_, 3 * B_]), None),
+      LOW,
+      jnp.array([0.0, 1.0]),
+    ),
+    lambda w: w + 0.5 * (2 - 3) * np.float64(A) @ B_,
+  ),
   'vera': (
     nodes.Vera(GAIN[:R], GAIN_OF_F, A, B_),
     lambda w: w + np.float64(A) * GAIN[:R] @ B_ * GAIN_OF_F,
@@ -279,12 +292,9 @@ def test_a_node_of_ones_own_works_everywhere():
 
 def test_nodes_say_why_peft_has_no_files_for_them():
   save = functools.partial(peft.save, module_name=lambda *_: '', base_model='')
-  prompt, prefix = nodes.Prompt(jnp.ones((2, 3))), draw(2, 3, 4)
   for leaf, reason in [
-    (nodes.Scaled(GAIN_OF_F), r'q: a scaled feature'),
+    (nodes.Scaled(GAIN_OF_F), r'q: PEFT scales inputs and outputs only'),
     (nodes.Bottleneck(A, B_), 'q: PEFT has no bottleneck'),
-    (prompt, 'q: a soft prompt is not written'),
-    (nodes.Prefix(prefix, prefix), 'q: a prefix is not written'),
     (nodes.Experts(LOW, LOW, A, None), 'q: which experts act depends'),
   ]:
     with pytest.raises(Error, match=reason):
@@ -439,8 +449,6 @@ def test_prompts_that_do_not_fit_are_refused():
   for node in (prefix(2, 3, 8), {'inputs': nodes.Prompt(jnp.ones((2, 16)))}):
     with pytest.raises(Error, match='so it cannot be written into a weight'):
       adapters.merge(base, node)
-    with pytest.raises(Error, match='shares no batch with others'):
-      tenants.stack(base, [node])
   own = models.own(lambda w, x: x @ w['q']['kernel'], {'q': {'kernel': W}})
   with pytest.raises(Error, match='it has inputs, but the model has only q'):
     own.bind(own.base, {'inputs': nodes.Prompt(jnp.ones((2, D)))})

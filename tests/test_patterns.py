@@ -2,9 +2,9 @@
 
 import pytest
 
-from fedjax_llm import patterns
+from fedjax_llm import patterns, scopes
 from fedjax_llm.adapters import targets
-from fedjax_llm.types import Error
+from fedjax_llm.types import Context, Error
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,27 @@ def test_a_match_that_does_not_end_is_ended(monkeypatch):
     Error, match=r'adapter\.targets: .* does not come to an en'
   ):
     targets.find(base, '(a|aa)+')
+
+
+def test_scopes_search_within_the_same_limits(monkeypatch):
+  names = {'q_proj/a': 1.0, 'q_proj/b': 2.0, 'x' * 40 + '!': 3.0}
+  scope = scopes.labelled({'(?:proj)/b$': 'private', '^x+!': 'frozen'})
+  values = [label.value for label in scope.labels(names).values()]
+  assert values == ['shared', 'private', 'frozen']
+  builders = (scopes.private, scopes.untrained, scopes.in_turn)
+  for builder in (*builders, lambda p: scopes.alternating('a', p)):
+    with pytest.raises(Error, match=r"pattern: '\*' is no regular expression"):
+      builder('*')
+    with pytest.raises(Error, match=r'pattern: 3 is no regular expression'):
+      builder(3)
+    with pytest.raises(Error, match='has 10,001 characters, and a regular ex'):
+      builder('a' * 10_001)
+  with pytest.raises(Error, match='needs one group'):
+    scopes.in_turn('a')
+  with pytest.raises(Error, match=r'finds q_proj/a without a number in its gr'):
+    scopes.in_turn('/(a)$').mask(names, None, Context())
+  monkeypatch.setattr(patterns, 'MAX_SECONDS', 0.1)
+  with pytest.raises(
+    Error, match="scope's pattern: .* does not come to an end"
+  ):
+    scopes.private('^(x|xx)+$').labels(names)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fedjax_llm import plan, recipes
+from fedjax_llm.devices import sharding
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.plan import probe, published, work
 from fedjax_llm.run import blocks, config, costs
@@ -267,6 +268,26 @@ def test_a_probe_measures_a_round_of_this_machine():
   assert 0 < found < 600
 
 
+def test_limits_are_a_devices_and_those_of_all(capsys):
+  tiny = ['--config', f'{ROOT}/configs/tiny.py:smoke', '--memory=1GB']
+  more = ['--devices=4', '--config.mesh_model=2']
+  assert plan.main([*tiny, *more]) == 0
+  rows = dict(
+    line.split('  ', 1) for line in capsys.readouterr().out.splitlines() if line
+  )
+  one = int(rows['clients at once that fit, 2 devices with one base'])
+  every = int(rows['clients at once that fit, all 4 devices'])
+  assert every == 2 * one > 0
+  error = 'error: mesh_model is 3: it must divide the 4 devices.\n'
+  assert plan.main([*tiny, '--devices=4', '--config.mesh_model=3']) == 1
+  assert capsys.readouterr().err == error
+  with pytest.raises(Error, match='mesh_model is 3: it must divide the 4 dev'):
+    sharding.mesh(3, np.arange(4))  # as `train` does
+  pmap = ['--devices=2', '--config.mesh_model=2', '--config.execution=pmap']
+  assert plan.main([*tiny, *pmap]) == 1
+  assert 'execution=pmap knows no model axis' in capsys.readouterr().err
+
+
 def test_mistakes_are_told_in_a_sentence(capsys):
   tiny = ['--config', f'{ROOT}/configs/tiny.py']
   cases = {
@@ -274,6 +295,8 @@ def test_mistakes_are_told_in_a_sentence(capsys):
     '--devices=0': '--devices is 0',
     '--model=nobody/nothing': 'its shapes are not known',
     '--clients=0': '--clients is 0',
+    '--config.mesh_model=2': 'mesh_model is 2: it must divide the 1 device.',
+    '--config.execution=map': "execution is 'map'; it must be one of",
     '--config.cohort.batch_sise=2': 'batch_size',
   }
   for word, sentence in cases.items():

@@ -17,7 +17,7 @@ import pytest
 import fedjax_llm as fl
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / 'scripts'
-NAMES = ('fedex', 'ranks', 'flora', 'fedsa', 'ffa', 'flasc')
+NAMES = ('fedex', 'ranks', 'flora', 'fedsa', 'ffa', 'flasc', 'collapse')
 RESULTS = SCRIPTS / 'reproductions' / 'results.json'
 
 

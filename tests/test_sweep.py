@@ -17,7 +17,7 @@ from fedjax_llm.run import config, metrics, narration, workdir
 from fedjax_llm.run.sections import SPEC
 from fedjax_llm.sweep import grid as grids
 from fedjax_llm.sweep import groups, population, singly, table
-from fedjax_llm.train import train
+from fedjax_llm.run.training import train
 from fedjax_llm.types import Error, Uploads
 
 WORDS = 'the quick brown fox jumps over a lazy dog and then some'.split()  # noqa: SIM905
@@ -247,7 +247,7 @@ def test_what_clients_keep_is_trained_run_after_run(
     if len(trained) == 2:
       raise narration.Diverged('round 1: nothing finite is left.')
 
-  monkeypatch.setattr(singly.train, 'train', train)
+  monkeypatch.setattr(singly.training, 'train', train)
   private = {'algorithm.name': 'fed_sa', 'aggregator': None, 'num_rounds': 1}
   less, said = checked(conf, **private), []
   again = lambda: sweep.run(

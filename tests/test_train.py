@@ -538,6 +538,9 @@ def refused(arguments, *words):
     'upload.name=from_optax': ["no 'from_optax'", 'identity'],
     'algorithm.name=fedavg': ["nearest is 'fed_avg'", 'scaffold'],
     'algorithm.aggregator=mean': ['is filled in by the program'],
+    'algorithm.clip_norm=1': [
+      'this field has moved to local.clip_norm: set --config.local.clip_norm'
+    ],
     'model.vocab_size=16': ['is filled in by the program'],
     'num_rounds=many': ['must be int', "'many'"],
     'num_rounds=0': ['num_rounds is 0', 'at least 1'],

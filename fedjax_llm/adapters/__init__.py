@@ -5,6 +5,7 @@ names in `__all__`.
 """
 
 from fedjax_llm.adapters import gates as gates
+from fedjax_llm.adapters import picked as picked
 from fedjax_llm.adapters import targets as targets
 from fedjax_llm.adapters.bottleneck import bottleneck as bottleneck
 from fedjax_llm.adapters.changes import Dense as Dense
@@ -15,6 +16,7 @@ from fedjax_llm.adapters.changes import fold as fold
 from fedjax_llm.adapters.changes import merge as merge
 from fedjax_llm.adapters.changes import overlay as overlay
 from fedjax_llm.adapters.changes import product as product
+from fedjax_llm.adapters.changes import unmerged as unmerged
 from fedjax_llm.adapters.dense import beside as beside
 from fedjax_llm.adapters.dense import complete as complete
 from fedjax_llm.adapters.dense import dense as dense
@@ -27,6 +29,9 @@ from fedjax_llm.adapters.low_rank import rslora as rslora
 from fedjax_llm.adapters.low_rank.cores import lora_xs as lora_xs
 from fedjax_llm.adapters.low_rank.cores import ravan as ravan
 from fedjax_llm.adapters.low_rank.dora import dora as dora
+from fedjax_llm.adapters.low_rank.gram import florg as florg
+from fedjax_llm.adapters.low_rank.orthogonal import orthogonal as orthogonal
+from fedjax_llm.adapters.low_rank.orthogonal import sfed_lora as sfed_lora
 from fedjax_llm.adapters.low_rank.tensor_train import (
   tensor_train as tensor_train,
 )
@@ -47,16 +52,19 @@ __all__ = [
   'dora',
   'factorised',
   'federa',
+  'florg',
   'heads',
   'ia3',
   'layers',
   'lora',
   'lora_xs',
   'norms',
+  'orthogonal',
   'p_tuning',
   'prefix',
   'ravan',
   'rslora',
+  'sfed_lora',
   'soft_prompt',
   'tensor_train',
   'vera',

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from fedjax_llm.adapters import picked
 from fedjax_llm.nodes import protocol
 from fedjax_llm.nodes.dense import Amended as Amended
 from fedjax_llm.nodes.dense import Dense as Dense
@@ -73,7 +74,22 @@ def merge(base: Base, params: Params) -> Base:
   >>> merge(head, {'score': {'bias': Dense(jnp.zeros(1))}})['score']['bias']
   Array([0.], dtype=float32)
   """
-  return _merged(base, protocol.plain(params), ())
+  return _merged(base, picked.spread(protocol.plain(params), base), ())
+
+
+def unmerged(base: Base, params: Params) -> str | None:
+  """Returns the reason why `merge` refuses an adapter, or None.
+
+  >>> from fedjax_llm.nodes import Prompt
+  >>> table = {'embed_tokens': {'embedding': jax.numpy.ones((5, 4))}}
+  >>> unmerged(table, {'inputs': Prompt(jax.numpy.ones((2, 4)))})[:40]
+  'inputs: a soft prompt stands in front of'
+  """
+  try:
+    jax.eval_shape(merge, base, params)
+  except Error as error:
+    return str(error)
+  return None
 
 
 def _merged(base: Any, params: Any, path: Path) -> Any:
@@ -132,13 +148,19 @@ def fold(base: Base, params: Params) -> tuple[Base, Params]:
   >>> base['q']['kernel'].tolist(), params['q'].residual
   ([[5.0]], None)
   """
+  index = picked.of(params)
+  base, params = _folded(base, picked.spread(params, base))
+  return base, picked.gather(params, index)
+
+
+def _folded(base: Any, params: Any) -> tuple[Any, Any]:
   if params is None:
     return base, None
   if isinstance(params, Mapping):
     base, done = dict(base), dict(params)
     for name in params:
       if name in base:
-        base[name], done[name] = fold(base[name], params[name])
+        base[name], done[name] = _folded(base[name], params[name])
     return base, done
   name = _main(base)
   if name is None:
@@ -151,7 +173,8 @@ def overlay(base: Base, params: Params) -> tuple[Base, Params]:
   """Moves every leaf that replaces its weight from the params into the base.
 
   For the forward pass: other nodes stay in the params, those that are computed
-  (`nodes.protocol.plain`) as their results.
+  (`nodes.protocol.plain`) as their results, those of some layers with zeros in
+  the others (`picked.spread`).
 
   Raises:
     Error: a leaf without a weight of its shape in the base.
@@ -171,6 +194,7 @@ def overlay(base: Base, params: Params) -> tuple[Base, Params]:
       whole.append((tuple(key.key for key in path), value))
     return None
 
+  params = picked.spread(params, base)
   rest = jax.tree_util.tree_map_with_path(take, params, is_leaf=is_node)
   for path, value in whole:
     base = _put(base, path, path, value)
@@ -212,7 +236,7 @@ def check(
 that of the model is [4, 6].
   """
   try:
-    _check(base, params, (), places)
+    _check(base, picked.spread(params, base), (), places)
   except Error as error:
     raise Error(f'{who}: {error}') from error
 

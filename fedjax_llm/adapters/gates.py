@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from fedjax_llm.adapters import picked
 from fedjax_llm.types import Error, Params
 
 NAME = 'gate'
@@ -18,11 +19,16 @@ def added(params: Params) -> Params:
   """Returns the tree with a gate of 1 for each layer.
 
   Raises:
-    Error: no leaf of the tree is stacked over layers.
+    Error: no leaf of the tree is stacked over layers, or only over some.
 
   >>> added({'layers': {'q': jnp.zeros((2, 3))}})['layers']['gate']
   Array([1., 1.], dtype=float32)
   """
+  if picked.of(params) is not None:
+    raise Error(
+      'adapter.layers: this method leaves layers out by itself; leave '
+      'adapter.layers out.'
+    )
   stacked = jax.tree.leaves(params.get('layers', ()))
   if not stacked:
     raise Error('there is no adapter in the layers, so none can be left out.')

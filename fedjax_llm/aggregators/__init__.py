@@ -16,6 +16,8 @@ from fedjax_llm.aggregators.lifted import from_rule as from_rule
 from fedjax_llm.aggregators.low_rank.bases import fedrot as fedrot
 from fedjax_llm.aggregators.low_rank.bases import fedsvd as fedsvd
 from fedjax_llm.aggregators.low_rank.bases import flexlora as flexlora
+from fedjax_llm.aggregators.low_rank.frames import flora_na as flora_na
+from fedjax_llm.aggregators.low_rank.frames import glora as glora
 from fedjax_llm.aggregators.low_rank.metrics import measure as measure
 from fedjax_llm.aggregators.low_rank.rules import fedex as fedex
 from fedjax_llm.aggregators.low_rank.rules import flora as flora
@@ -23,20 +25,37 @@ from fedjax_llm.aggregators.low_rank.rules import lora_fair as lora_fair
 from fedjax_llm.aggregators.low_rank.rules import norm_weighted as norm_weighted
 from fedjax_llm.aggregators.low_rank.rules import replication as replication
 from fedjax_llm.aggregators.low_rank.rules import zero_padding as zero_padding
+from fedjax_llm.aggregators.low_rank.spectra import fedask as fedask
+from fedjax_llm.aggregators.low_rank.spectra import fedmomentum as fedmomentum
+from fedjax_llm.aggregators.low_rank.spectra import florist as florist
+from fedjax_llm.aggregators.low_rank.spectra import ilora as ilora
+from fedjax_llm.aggregators.low_rank.spectra import raflora as raflora
 from fedjax_llm.aggregators.mixing import matched_mean as matched_mean
+from fedjax_llm.aggregators.replaying import (
+  on_coefficients as on_coefficients,
+)
+from fedjax_llm.aggregators.replaying import replaying as replaying
 from fedjax_llm.aggregators.robust import krum as krum
 from fedjax_llm.aggregators.robust import median as median
 from fedjax_llm.aggregators.robust import trimmed_mean as trimmed_mean
+from fedjax_llm.aggregators.robust_pca import fedrpca as fedrpca
 
 __all__ = [
   'as_stack',
   'control_variates',
+  'fedask',
   'fedex',
+  'fedmomentum',
   'fedrot',
+  'fedrpca',
   'fedsvd',
   'flexlora',
   'flora',
+  'flora_na',
+  'florist',
   'from_rule',
+  'glora',
+  'ilora',
   'krum',
   'lora_fair',
   'masked_mean',
@@ -44,6 +63,7 @@ __all__ = [
   'mean',
   'median',
   'norm_weighted',
+  'raflora',
   'replication',
   'trimmed_mean',
   'uniform_mean',

@@ -11,14 +11,14 @@ import heapq
 import statistics
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedjax_llm.data.sources import Record
 from fedjax_llm.types import Error
 
-__all__ = ['dirichlet', 'iid', 'natural', 'one_label', 'quantity']
+__all__ = ['dirichlet', 'iid', 'natural', 'one_label', 'pooled', 'quantity']
 
 Partition = Callable[[Sequence[Record], int], list[str]]
 
@@ -122,6 +122,30 @@ def natural() -> Partition:
     return [record.client for record in records]
 
   return partition
+
+
+class Pooled(NamedTuple):
+  """A partition whose clients are tested apart, but train as a single one."""
+
+  of: Partition
+
+  def __call__(self, records: Sequence[Record], seed: int) -> list[str]:
+    return self.of(records, seed)
+
+
+def pooled(of: Partition = natural()) -> Partition:  # noqa: B008 (pure)
+  """Returns a partition whose clients' training examples are pooled.
+
+  The clients of `of` hold out examples and are tested as always, but a single
+  client, 'all', trains, on the examples of all of them. It takes the steps of a
+  whole cohort, so that it computes as much as the federation that it is
+  compared with.
+
+  >>> records = [Record(client='ann', text='a'), Record(client='bob', text='b')]
+  >>> pooled()(records, 0)
+  ['ann', 'bob']
+  """
+  return Pooled(of)
 
 
 def iid(num_clients: int) -> Partition:

@@ -12,7 +12,13 @@ from typing import Any
 from fedjax_llm import batching
 from fedjax_llm.data import encoding, text
 from fedjax_llm.data.encoding import content
-from fedjax_llm.data.partition import Partition, histogram, keyed, natural
+from fedjax_llm.data.partition import (
+  Partition,
+  Pooled,
+  histogram,
+  keyed,
+  natural,
+)
 from fedjax_llm.data.sources import Record
 from fedjax_llm.data.tokenizers import Tokenizer
 from fedjax_llm.types import Error, Population
@@ -156,7 +162,26 @@ def build(
   }
   if labels is not None:
     report |= _labels(labels, train, (*heldout, *new))
-  return Population(tuple(names), train, heldout, new_names, new, report)
+  return Population(
+    *(tuple(names), train, heldout, new_names, new, report),
+    pooled=isinstance(partition, Pooled),
+  )
+
+
+def trainers(
+  population: Population,
+) -> tuple[tuple[str, ...], tuple[tuple[Any, ...], ...]]:
+  """Returns the names of the clients that train, and their examples.
+
+  They are the clients of the population, or 'all' where they are pooled.
+
+  >>> people = Population(('ann', 'bob'), ((1, 2), (3,)), ((), ()))
+  >>> trainers(people._replace(pooled=True))
+  (('all',), ((1, 2, 3),))
+  """
+  if not population.pooled:
+    return population.names, population.train
+  return ('all',), (tuple(x for own in population.train for x in own),)
 
 
 def _labels(

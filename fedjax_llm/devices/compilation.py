@@ -30,7 +30,7 @@ def keep(setting: str | None) -> pathlib.Path | None:
     return None
   if setting == 'auto':
     cache = os.environ.get('FEDJAX_LLM_CACHE') or '~/.cache/fedjax_llm'
-    folder = pathlib.Path(cache).expanduser() / 'xla' / _machine()
+    folder = pathlib.Path(cache).expanduser() / 'xla' / machine()
   else:
     folder = pathlib.Path(setting).expanduser()
   try:
@@ -47,7 +47,7 @@ def keep(setting: str | None) -> pathlib.Path | None:
   return folder
 
 
-def _machine() -> str:
+def machine() -> str:
   """Returns the name of the processor kind and a checksum of its features."""
   kind = platform.machine() or 'unknown'
   try:

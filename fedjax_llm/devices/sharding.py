@@ -60,15 +60,38 @@ def mesh(num_model: int = 1, devices: Any = None) -> Mesh:
   if devices is None:  # the devices of one process are adjacent
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
   devices = np.asarray(devices)
-  if num_model < 1 or devices.size % num_model:
-    raise Error(
-      f'mesh_model is {num_model}: it must divide the {devices.size} devices.'
-    )
+  check_mesh(num_model, devices.size)
   return Mesh(
     devices.reshape(-1, num_model),
     (CLIENTS, MODEL),
     axis_types=(AxisType.Auto, AxisType.Auto),
   )
+
+
+def check_mesh(
+  num_model: int, num_devices: int, execution: str = 'shard_map'
+) -> None:
+  """Raises `Error` unless this many devices form a mesh with rows of M.
+
+  >>> check_mesh(3, 4)
+  Traceback (most recent call last):
+  fedjax_llm.types.Error: mesh_model is 3: it must divide the 4 devices.
+  """
+  if num_model < 1 or num_devices % num_model:
+    plural = '' if num_devices == 1 else 's'
+    raise Error(
+      f'mesh_model is {num_model}: it must divide the {num_devices} '
+      f'device{plural}.'
+    )
+  if execution not in EXECUTIONS:
+    raise Error(
+      f'execution is {execution!r}; it must be one of {", ".join(EXECUTIONS)}.'
+    )
+  if execution == 'pmap' and num_model > 1:
+    raise Error(
+      f'execution=pmap knows no model axis: with mesh_model={num_model} use '
+      'shard_map.'
+    )
 
 
 def spec(names: Sequence[str], shape: Sequence[int], num: int) -> P:
@@ -147,15 +170,7 @@ def over_clients(
   Raises:
     Error: another name, or 'pmap' with several devices a row.
   """
-  if execution not in EXECUTIONS:
-    raise Error(
-      f'execution is {execution!r}; it must be one of {", ".join(EXECUTIONS)}.'
-    )
-  if execution == 'pmap' and mesh.shape[MODEL] > 1:
-    raise Error(
-      f'execution=pmap knows no model axis: with mesh_model='
-      f'{mesh.shape[MODEL]} use shard_map.'
-    )
+  check_mesh(mesh.shape[MODEL], mesh.size, execution)
   if mesh.shape[CLIENTS] == 1:  # one row has all clients: nothing to add
     return train
   if execution == 'pmap':
@@ -247,6 +262,15 @@ def num_sharing(mesh: Mesh | None) -> int:
   if mesh is None:
     return 1
   return len({device.process_index for device in mesh.devices[0]})
+
+
+def num_rows(mesh: Mesh | None) -> int:
+  """Returns the number of device rows that train clients side by side.
+
+  >>> num_rows(None), num_rows(mesh()) == len(jax.devices())
+  (1, True)
+  """
+  return 1 if mesh is None else mesh.shape[CLIENTS]
 
 
 def compiled(round: Callable, mesh: Mesh | None) -> Callable:

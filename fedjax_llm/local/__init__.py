@@ -3,6 +3,7 @@
 Builders return a `LocalUpdate`, a `Loss` or a `LocalOptimizer`.
 """
 
+from fedjax_llm.local.dropout import dropout as dropout
 from fedjax_llm.local.dual import viewed as viewed
 from fedjax_llm.local.importance import reported as reported
 from fedjax_llm.local.importance import weight_importance as weight_importance
@@ -21,26 +22,41 @@ from fedjax_llm.local.phases import phases as phases
 from fedjax_llm.local.routing import balanced as balanced
 from fedjax_llm.local.routing import embeddings as embeddings
 from fedjax_llm.local.routing import routed as routed
+from fedjax_llm.local.seeded import in_basis as in_basis
 from fedjax_llm.local.sgd import sgd as sgd
+from fedjax_llm.local.zeroth_order import along as along
+from fedjax_llm.local.zeroth_order import (
+  forward_difference as forward_difference,
+)
+from fedjax_llm.local.zeroth_order import forward_mode as forward_mode
+from fedjax_llm.local.zeroth_order import one_point as one_point
+from fedjax_llm.local.zeroth_order import two_point as two_point
 
 __all__ = [
   'Counted',
   'LocalOptimizer',
   'Observed',
   'Phase',
+  'along',
   'balanced',
   'causal_lm',
   'class_logits',
   'classification',
   'counted',
+  'dropout',
   'embeddings',
+  'forward_difference',
+  'forward_mode',
+  'in_basis',
   'lora_plus',
   'observed',
+  'one_point',
   'optimizer',
   'phases',
   'reported',
   'routed',
   'sgd',
+  'two_point',
   'viewed',
   'weight_importance',
 ]

@@ -41,3 +41,25 @@ def backprop(
   """
   of = lambda trained: mean_loss(loss, base, trained, start, batch, key)
   return jax.grad(of, has_aux=True)(trained)
+
+
+def within(loss: Loss, start: Params, mask: Any) -> Loss:
+  """Returns the loss with the entries outside of the mask as in `start`.
+
+  Its gradient is zero there, so that a direction through all entries of a leaf
+  acts through the trained ones alone.
+
+  >>> loss = lambda base, p, batch, key: LossSum(p['w'].sum(), *jnp.ones(2))
+  >>> start, mask = {'w': jnp.ones(2)}, {'w': jnp.array([True, False])}
+  >>> inside = within(loss, start, mask)
+  >>> float(inside(None, {'w': jnp.full(2, 5.0)}, None, None).total)
+  6.0
+  """
+
+  def inside(base: Base, params: Params, batch: Any, key: Key) -> LossSum:
+    kept = tree.map_present(
+      lambda p, s, m: jnp.where(m, p, s), params, start, mask
+    )
+    return loss(base, tree.merge(kept, params), batch, key)
+
+  return inside

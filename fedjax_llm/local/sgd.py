@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import batching, tree
-from fedjax_llm.local.gradients import backprop
+from fedjax_llm.local.gradients import backprop, within
 from fedjax_llm.local.one_way import one_way
 from fedjax_llm.local.optimizers import LocalOptimizer
 from fedjax_llm.types import (
@@ -133,8 +133,10 @@ def descend(
   `adjust(grads, now) -> grads`, in which the updates differ.
   """
   num_steps = jax.tree.leaves(batches)[0].shape[0]
-  texts, needed = _contents(batches, num_steps)
+  texts, needed = contents(batches, num_steps)
   round, key = context.round, context.key
+  if gradient is not backprop:  # others move entries that are not trained
+    loss = within(loss, start, masks.trained)
 
   def step(index, carry):
     trained, optimizer_state, totals = carry
@@ -197,7 +199,7 @@ def descend(
   return Descent(end, optimizer_state, rates, work, metrics)
 
 
-def _contents(batches: Any, num_steps: int) -> tuple[list[Batch], Any]:
+def contents(batches: Any, num_steps: int) -> tuple[list[Batch], Any]:
   """Returns the texts of [S, ...] batches, and the number of steps to run.
 
   Steps after the last one that is not padding are left out. Batches of an

@@ -52,9 +52,9 @@ def generate(
   `LoadedModel` keeps keys and values in a cache; a bare `Model` reads the whole
   text again for each token, with the same result.
 
-  A soft prompt or a prefix in `params` (`nodes.Prompt`, `nodes.Prefix`) comes
-  before every text and takes one of the model's positions for each row;
-  adapters that share a batch cannot have them.
+  A soft prompt or a prefix of an adapter (`nodes.Prompt`, `nodes.Prefix`) comes
+  before its texts and takes one of the model's positions for each row.
+  Requests whose prompts have the same number of rows share a batch.
 
   Raises `Error` for an empty prompt, a token outside the vocabulary, a text
   longer than the model's positions, a temperature without key and seeds, and
@@ -79,11 +79,35 @@ def generate(
   if batch_size < 1:
     raise Error(f'{batch_size=} must be at least 1.')
   config = model.config if isinstance(model, LoadedModel) else None
-  length = front(params).length
-  requests.check(config, prompts, max_new_tokens, length)
   draws = requests.seeds(seeds, len(prompts))
   owners = requests.owners(which, params, adapters, len(prompts))
+  fronts = [front(adapter)[1:] for adapter in (*adapters, {})]
+  if owners is None:
+    rows = [front(params).length] * len(prompts)
+  else:
+    rows = [sum(fronts[index]) for index in owners]
+  requests.check(config, prompts, max_new_tokens, rows)
   if owners is not None:
+    groups = requests.groups([fronts[index] for index in owners])
+    if len(groups) > 1 or len({*fronts[:-1]}) > 1:
+      return _in_groups(
+        groups,
+        prompts,
+        adapters,
+        fronts,
+        owners,
+        draws,
+        functools.partial(
+          generate,
+          *(model, base, params),
+          max_new_tokens=max_new_tokens,
+          temperature=temperature,
+          top_p=top_p,
+          eos_id=eos_id,
+          key=key,
+          batch_size=batch_size,
+        ),
+      )
     for index, adapter in enumerate(adapters if config else ()):
       tenants.check(base, adapter, f'adapter {index}')
     params = tenants.stack(base, adapters)
@@ -121,6 +145,32 @@ def generate(
     )
     for row in np.asarray(new)[: len(prompts[chunk])]:
       replies.append([int(token) for token in row if token >= 0])
+  return replies
+
+
+def _in_groups(
+  groups: Sequence[Sequence[int]],
+  prompts: Sequence[Sequence[int]],
+  adapters: Sequence[Params],
+  fronts: Sequence[Any],
+  owners: np.ndarray,
+  draws: np.ndarray,
+  read: Callable[..., list[list[int]]],
+) -> list[list[int]]:
+  """Reads each group with the adapters that have its rows in front."""
+  replies: list[list[int]] = [[] for _ in prompts]
+  for group in groups:
+    own = fronts[owners[group[0]]]
+    used = [i for i in range(len(adapters)) if fronts[i] == own]
+    place = {-1: -1, **{index: i for i, index in enumerate(used)}}
+    done = read(
+      prompts=[prompts[index] for index in group],
+      seeds=[int(draws[index]) for index in group],
+      adapters=[adapters[index] for index in used],
+      which=[place[int(owners[index])] for index in group],
+    )
+    for index, reply in zip(group, done, strict=True):
+      replies[index] = reply
   return replies
 
 

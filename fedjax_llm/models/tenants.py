@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import adapters as adapters_lib
-from fedjax_llm.adapters import as_low_rank
+from fedjax_llm.adapters import as_low_rank, picked
+from fedjax_llm.models.network import prompts
 from fedjax_llm.models.network.layers import Places
 from fedjax_llm.models.network.transformer import Cache, Decoder
-from fedjax_llm.nodes import Dense, LowRank, protocol
+from fedjax_llm.nodes import Dense, LowRank, Prefix, Prompt, protocol
 from fedjax_llm.types import Base, Error, Model, Params
 
 Path = tuple[str, ...]
@@ -47,11 +48,14 @@ def stack(base: Base, adapters: Sequence[Params]) -> Params:
 
   Ranks are padded with zeros to the largest. A weight that only some adapters
   change gets a zero change, or itself as the replacement, in the others, so
-  that every adapter computes the same as alone.
+  that every adapter computes the same as alone. Prompts and prefixes need the
+  same number of rows in all adapters, and the empty adapter gets zeros: no
+  request with prompts in its batch may select it.
 
   Raises:
     Error: two adapters change a weight in ways that do not stack (a low-rank
-      node and a dense change), or weights of different shapes; a DoRA.
+      node and a dense change), or weights of different shapes; a DoRA; an
+      adapter without a prompt among others.
 
   >>> node = lambda rank: LowRank(
   ...   jnp.ones([1, 4, rank]), jnp.ones([1, rank, 6]), jnp.ones(1)
@@ -60,9 +64,11 @@ def stack(base: Base, adapters: Sequence[Params]) -> Params:
   >>> both['layers']['q'].a.shape
   (1, 3, 4, 3)
   """
-  plain = [as_low_rank(adapter) for adapter in adapters]
+  plain = [
+    as_low_rank(picked.spread(protocol.plain(x), base)) for x in adapters
+  ]
   for leaf in jax.tree.leaves(plain, is_leaf=protocol.is_node):
-    if protocol.is_node(leaf) and not isinstance(leaf, LowRank | Dense):
+    if protocol.is_node(leaf) and not _stacks(leaf):
       raise Error(
         f'a {protocol.kind(leaf)} node is no sum of factors, so it shares no '
         'batch with others: read it alone, or merge it into a base of its own.'
@@ -75,7 +81,11 @@ def _join(base: Any, trees: Sequence[Any], path: Path) -> Any:
   if not present:
     return None
   kinds = {
-    next((k for k in (Mapping, LowRank, Dense) if isinstance(x, k)), None)
+    Mapping
+    if isinstance(x, Mapping)
+    else type(x)
+    if protocol.is_node(x)
+    else None
     for x in present
   }
   if len(kinds) > 1:
@@ -97,7 +107,9 @@ def _join(base: Any, trees: Sequence[Any], path: Path) -> Any:
     values = [None if x is None else x.value for x in trees]
     return Dense(_rows(values, path, base))
   if not isinstance(present[0], LowRank):
-    return _rows(trees, path)
+    if not protocol.is_node(present[0]):
+      return _rows(trees, path)
+    return _alike(trees, path)
   rank = max(node.b.shape[-2] for node in present)
 
   def padded(x, axis):
@@ -116,6 +128,37 @@ def _join(base: Any, trees: Sequence[Any], path: Path) -> Any:
     scale=field('scale'),
     residual=field('residual'),
   )
+
+
+def _stacks(leaf: Any) -> bool:
+  kinds = LowRank | Dense | Prompt | Prefix
+  return isinstance(leaf, kinds) or hasattr(leaf, 'neutral')
+
+
+def _alike(nodes: Sequence[Any], path: Path) -> Any:
+  """Stacks nodes of one kind; absent ones are neutral."""
+  first = next(node for node in nodes if node is not None)
+  where = '/'.join(path)
+  if hasattr(first, 'neutral'):
+    absent = first.neutral()
+  else:
+    absent = jax.tree.map(jnp.zeros_like, first)
+    if any(node is None for node in nodes[:-1]):  # the last is the empty one
+      raise Error(
+        f'Only some of the adapters have a {protocol.kind(first)} at {where}: '
+        'the others are of another batch.'
+      )
+  treedef = jax.tree.structure(absent)
+  fields = []
+  for node in nodes:
+    own, tree = jax.tree.flatten(absent if node is None else node)
+    if tree != treedef:
+      raise Error(
+        f'The adapters change {where} in different ways, so they are not of '
+        'one batch.'
+      )
+    fields.append(own)
+  return jax.tree.unflatten(treedef, [_rows(x, path) for x in zip(*fields)])
 
 
 def _rows(leaves: Sequence[Any], path: Path, absent: Any = None) -> Any:
@@ -190,7 +233,12 @@ def decoder(plain: Decoder) -> Decoder:
     )(params, batch, cache)
 
   def begin(base, params, batch_size, slots):
-    del base, params  # stacks have no prompts
-    return plain.empty(batch_size, slots)
+    if not prompts.front(params).length:
+      return plain.empty(batch_size, slots)
+
+    def one(own):
+      return alone(plain.begin(base, own, 1, slots), jnp.squeeze)
+
+    return jax.vmap(one, in_axes=(_axes(params),), out_axes=of_cache)(params)
 
   return Decoder(plain.empty, extend, begin)

@@ -93,6 +93,9 @@ class Bottleneck(NamedTuple):
       change = change * self.scale.astype(z.dtype)
     return change
 
+  def neutral(self) -> 'Bottleneck':
+    return jax.tree.map(jnp.zeros_like, self)
+
   def write(self, weight: Any) -> Any:
     del weight
     raise Error(
@@ -135,6 +138,9 @@ class Parallel(NamedTuple):
   def act(self, x, y, weight=None) -> jax.Array:
     del weight
     return y + self.bottleneck.change(x).astype(y.dtype)
+
+  def neutral(self) -> 'Parallel':
+    return Parallel(self.bottleneck.neutral())
 
   def write(self, weight: Any) -> Any:
     return self.bottleneck.write(weight)

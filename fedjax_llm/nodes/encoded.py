@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm.nodes.prompt import Prefix, Prompt
+from fedjax_llm.nodes.protocol import Peft
 
 
 class Affine(NamedTuple):
@@ -86,6 +87,18 @@ class Encoded(NamedTuple):
     for layer in self.mlp[:-1]:
       x = jax.nn.relu(layer(x))
     return Prompt(self.mlp[-1](x))
+
+  def peft(self) -> Peft:
+    kind = 'LSTM' if self.lstm else 'MLP'
+    inner = self.mlp[0].bias if not self.lstm else self.lstm[0][0].hidden
+    fields = {
+      'encoder_dropout': 0.0,
+      'encoder_hidden_size': jnp.shape(inner)[0],
+      'encoder_num_layers': len(self.lstm) or 2,
+      'encoder_reparameterization_type': kind,
+    }
+    rows = self.plain().rows
+    return Peft(None, kind='P_TUNING', values=rows, fields=fields)
 
 
 class Projected(NamedTuple):

@@ -1,4 +1,4 @@
-"""Parameters of two parts, each with the structure of an adapter's tree."""
+"""Parameters of several parts, with the structure of an adapter's tree."""
 
 from typing import Any, NamedTuple
 
@@ -29,3 +29,20 @@ class Dual(NamedTuple):
 
   shared: Any  # sent and averaged
   personal: Any  # stays on the client
+
+
+class Seeded(NamedTuple):
+  """Parameters with coefficients in a basis that is drawn from a seed.
+
+  Clients send `coefficients` alone. A method defines the parameters that it
+  serves by both, for example `params` + sum_j coefficients_j z_j.
+
+  >>> Seeded({'w': 1.0}, coefficients=[0.0, 0.5], seed=7).coefficients
+  [0.0, 0.5]
+  """
+
+  params: Any  # those of the adapter; frozen in updates
+  coefficients: Any  # [...] float32
+  seed: Any = None  # [] uint32, of the basis
+  mask: Any = None  # the entries that the basis has, uint8; None: all
+  log: Any = None  # earlier coefficients, for clients that missed rounds

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm.nodes.protocol import mismatch
+from fedjax_llm.nodes.protocol import Peft, mismatch
 from fedjax_llm.types import Error
 
 
@@ -57,8 +57,14 @@ class Prompt(NamedTuple):
     if here != want:
       raise mismatch(path, here, want)
 
-  def peft(self) -> Any:
-    raise Error('a soft prompt is not written as PEFT files yet.')
+  def peft(self) -> Peft:
+    fields = {
+      'prompt_tuning_init': 'RANDOM',
+      'prompt_tuning_init_text': None,
+      'tokenizer_kwargs': None,
+      'tokenizer_name_or_path': None,
+    }
+    return Peft(None, kind='PROMPT_TUNING', values=self.rows, fields=fields)
 
 
 class Prefix(NamedTuple):
@@ -108,5 +114,9 @@ class Prefix(NamedTuple):
           f'{shape[-1]} = KV * head_dim.'
         )
 
-  def peft(self) -> Any:
-    raise Error('a prefix is not written as PEFT files yet.')
+  def peft(self) -> Peft:
+    fields = {
+      'encoder_hidden_size': jnp.shape(self.keys)[-1],
+      'prefix_projection': False,
+    }
+    return Peft(None, kind='PREFIX_TUNING', values=self, fields=fields)

@@ -12,6 +12,8 @@ weight. It has methods, of which only the first is required:
     fold(weight) -> (weight', node')   moves frozen dense parts into the weight,
                                 once a round
     peft() -> Peft              returns its form in PEFT, or raises `Error`
+    neutral() -> node            returns one of the same shapes that changes
+                                nothing, for requests without it in a batch
     act_with_statistics(x, y, weight, real) -> (y', statistics)
     no_statistics()             returns the statistics of zero tokens
 
@@ -64,10 +66,16 @@ _METHODS = ('act', 'factors', 'replacement', 'before', 'plain', 'generate')
 
 
 class Peft(NamedTuple):
-  """The form of a node in PEFT: low-rank factors, and a DoRA's magnitude."""
+  """The form of a node in PEFT: factors, or the values of another kind.
 
-  factors: Any  # a `LowRank`
-  magnitude: Any = None  # [L, F]
+  `kind` is the config's `peft_type`, and `fields` are further fields of it.
+  """
+
+  factors: Any  # a `LowRank`; None for another kind
+  magnitude: Any = None  # [L, F] of a DoRA
+  kind: str = 'LORA'
+  values: Any = None  # rows [P, D], a `Prefix`, or factors [L, F] of (IA)3
+  fields: Mapping[str, Any] = {}
 
 
 class Record(NamedTuple):
@@ -90,8 +98,10 @@ def is_node(leaf: Any) -> bool:
   return any(callable(getattr(leaf, name, None)) for name in _METHODS)
 
 
-def plain(params: Any) -> Any:
+def plain(params: Any, *, keep: str = '') -> Any:
   """Returns the tree with computed nodes in the place of their parameters.
+
+  Nodes with a method of the name `keep` are left as they are.
 
   Raises:
     Error: a generator makes a node at a place that has one already.
@@ -104,8 +114,9 @@ def plain(params: Any) -> Any:
   2
   """
   leaves, treedef = jax.tree.flatten(params, is_leaf=is_node)
-  if any(hasattr(leaf, 'plain') for leaf in leaves):
-    leaves = [x.plain() if hasattr(x, 'plain') else x for x in leaves]
+  computed = [hasattr(x, 'plain') and not hasattr(x, keep) for x in leaves]
+  if any(computed):
+    leaves = [x.plain() if c else x for x, c in zip(leaves, computed)]
     params = jax.tree.unflatten(treedef, leaves)
   if not isinstance(params, Mapping) or GENERATOR not in params:
     return params

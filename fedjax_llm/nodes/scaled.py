@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm.nodes.dense import is_quantised
-from fedjax_llm.nodes.protocol import mismatch
+from fedjax_llm.nodes.protocol import Peft, mismatch
 from fedjax_llm.types import Error
 
 
@@ -34,6 +34,9 @@ class Scaled(NamedTuple):
     del x, weight
     return y * self.scale.astype(y.dtype)
 
+  def neutral(self) -> 'Scaled':
+    return Scaled(jnp.ones_like(self.scale))
+
   def write(self, weight: Any) -> Any:
     """Returns a weight [L, D, F] or a vector [L, F] with scaled features."""
     if is_quantised(weight):
@@ -52,5 +55,5 @@ class Scaled(NamedTuple):
     if jnp.shape(self.scale) != shape:
       raise mismatch(path, jnp.shape(self.scale), shape)
 
-  def peft(self) -> Any:
-    raise Error('a scaled feature, (IA)3, is not written as PEFT files yet.')
+  def peft(self) -> Peft:
+    return Peft(None, kind='IA3', values=self.scale)

@@ -2,13 +2,22 @@
 
     python -m fedjax_llm.plan --config C [--config.section.field=value ...]
         [--devices N] [--memory 16GB] [--model DIRECTORY-OR-NAME] [--clients N]
-        [--probe | --peak 197e12 --bandwidth 819e9]
+        [--probe | --peak 197e12 --bandwidth 819e9] [--steps]
+        [--shards] [--lower tpu|cuda|rocm|cpu] [--topology v5e:2x4]
 
 The program traces the config's round from shapes. It prints the parameters, the
-bytes of every kind, the clients that fit at once, the bytes sent, the
-operations, and the time, either from a short measurement on this machine or
+bytes of every kind, the clients that fit at once on a device, the bytes sent,
+the operations, and the time, either from a short measurement on this machine or
+from the rates of another one. `--steps` compiles one step of one client and
+prints its peak memory with and without backpropagation. It assumes rows of
+`population.max_length` tokens and a loss on every token.
 from the rates of another one. It assumes rows of `population.max_length` tokens
 and a loss on every token.
+
+`--shards` lists the part of every tensor that a device holds with `--devices`
+and `mesh_model`. `--lower` checks, without a device, that the round of such a
+mesh can be lowered for a platform. `--topology` compiles it for TPUs that are
+not there, with the package libtpu, and counts memory and collectives.
 """
 
 import argparse
@@ -19,7 +28,7 @@ from collections.abc import Sequence
 
 import jax
 
-from fedjax_llm.plan import probe, work
+from fedjax_llm.plan import abstract, probe, steps, work
 from fedjax_llm.run import blocks, command, config, costs, metrics, workdir
 from fedjax_llm.run.sections import SPEC
 from fedjax_llm.types import Error
@@ -79,7 +88,7 @@ def run(argv: Sequence[str]) -> str:
   wider = read(conf, cohort_size=more, block_size=sizes.block)
   further = _further(planned, cost, wider)
   up, down = work.travel(planned)
-  rows = max(args.devices // share, 1)
+  rows = args.devices // share
   rounds = settings.num_rounds
   flops = sum(cost.flops.values()) * rows
 
@@ -122,7 +131,11 @@ def run(argv: Sequence[str]) -> str:
   ]
   if limit is not None:
     fits = int((limit - fixed) // each) if each > 0 else sizes.clients
-    table.append(('clients that fit at once', f'{max(fits, 0)}'))
+    of = 'a device' if share == 1 else f'{share} devices with one base'
+    table.append((f'clients at once that fit, {of}', f'{max(fits, 0)}'))
+    if rows > 1:
+      every = f'clients at once that fit, all {args.devices} devices'
+      table.append((every, f'{max(fits, 0) * rows}'))
     table.append(('memory', human(limit)))
   table += [
     ('', ''),
@@ -132,6 +145,12 @@ def run(argv: Sequence[str]) -> str:
     ('operations, a round', f'{flops:.3g}'),
     (f'operations, {rounds} rounds', f'{flops * rounds:.3g}'),
   ]
+  if args.steps:
+    again = None
+    if conf['model'].get('remat') in (None, 'none'):
+      again = _rematerialised(conf, read)
+    table += [('', ''), ('a step of one client, compiled', '')]
+    table += steps.rows(steps.peaks(planned, again=again))
   seconds = None
   if args.probe:
     seconds = probe.seconds(
@@ -158,6 +177,7 @@ def run(argv: Sequence[str]) -> str:
     if args.devices % (2 * share) == 0:
       knobs.append(('mesh_model', lambda s: 2 * share))
     lines += ['', *_advice(conf, read, need, limit, knobs)]
+  lines += _on_mesh(args, planned, read, share)
   return '\n'.join(lines)
 
 
@@ -175,13 +195,17 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     allow_abbrev=False,
   )
   parser.add_argument('--config', required=True)
-  parser.add_argument('--devices', type=int, default=1)
+  parser.add_argument('--devices', type=int)
   parser.add_argument('--memory', default='')
   parser.add_argument('--model', default='')
   parser.add_argument('--clients', type=int)
   parser.add_argument('--probe', action='store_true')
+  parser.add_argument('--steps', action='store_true')
   parser.add_argument('--peak', type=float)
   parser.add_argument('--bandwidth', type=float)
+  parser.add_argument('--shards', action='store_true')
+  parser.add_argument('--lower', choices=abstract.PLATFORMS)
+  parser.add_argument('--topology', default='')
   fields = [word for word in argv if word.startswith('--config.')]
   rest = [word for word in argv if not word.startswith('--config.')]
   args = command.parse(parser, rest)
@@ -191,7 +215,54 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
       raise Error(f'--{name} is {value:g}: it must be above 0.')
   words = ['--config', args.config, '--workdir', os.curdir, *fields]
   args.conf = config.parse(words, SPEC).config
+  if args.devices is None:  # those that `train` would make of a CPU
+    args.devices = config.settings(args.conf, SPEC).cpu_devices
   return args
+
+
+def _rematerialised(conf, read) -> work.Work | None:
+  """Returns the round with layers computed again, None if there is none."""
+  try:
+    changed, _ = config.override(conf, [('model.remat', 'full')], SPEC)
+    return read(changed)
+  except Error:
+    return None  # this model has no such setting
+
+
+def _on_mesh(args, planned: work.Work, read, num_model: int) -> list[str]:
+  """Returns the lines of --shards, --lower and --topology."""
+  lines: list[str] = []
+  mesh = abstract.mesh(args.devices, num_model)
+  if args.shards:
+    lines += ['', *abstract.lines(abstract.table(planned.base, mesh))]
+  count = lambda kinds: (
+    ', '.join(f'{n} {name}' for name, n in kinds.items()) or 'none'
+  )
+  if args.lower:
+    lowered = abstract.lower(read(args.conf, mesh=mesh), mesh, args.lower)
+    kinds = count(abstract.collectives(lowered))
+    text = f'lowered for {args.lower} on {args.devices} devices'
+    lines += ['', f'{text}; collectives over clients: {kinds}']
+  if args.topology:
+    real = abstract.topology(args.topology, num_model)
+    whole = work.read(
+      args.conf,
+      model=args.model,
+      num_clients=args.clients,
+      devices=real.size,
+      mesh=real,
+    )
+    try:
+      compiled = abstract.lower(whole, real, 'tpu').compile()
+    except RuntimeError as error:  # most often of memory
+      text = ' '.join(str(error).split())[:300]
+      return [*lines, '', f'{args.topology}: the compiler refuses it: {text}']
+    kinds = count(abstract.compiled_collectives(compiled))
+    lines += ['', f'compiled for {args.topology}; collectives: {kinds}']
+    if size := costs.compiled_bytes(compiled):
+      text = f'{metrics.human_bytes(size)} of each device'
+      lines.append(f'the compiler plans with {text}')
+  return lines
 
 
 def _further(planned: work.Work, cost: costs.Costs, wider: work.Work) -> float:

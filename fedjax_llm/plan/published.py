@@ -60,6 +60,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     _LLAMA3, 3072, 8192, 28, 24, 8, head_dim=128, tie_word_embeddings=True
   ),
   'meta-llama/Llama-3.1-8B': _sizes(_LLAMA3, 4096, 14336, 32, 32, 8),
+  'meta-llama/Llama-3.1-70B': _sizes(_LLAMA3, 8192, 28672, 80, 64, 8),
   'HuggingFaceTB/SmolLM2-135M': _sizes(_SMOL, 576, 1536, 30, 9, 3),
   'HuggingFaceTB/SmolLM2-360M': _sizes(_SMOL, 960, 2560, 32, 15, 5),
   'HuggingFaceTB/SmolLM2-1.7B': _sizes(_SMOL, 2048, 8192, 24, 32, 32),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm import adapters, batching, data, local, models, tree
+from fedjax_llm.devices import sharding
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.models import families, quantised
 from fedjax_llm.models.files import load
@@ -57,6 +58,8 @@ class Work(NamedTuple):
   model: load.LoadedModel
   light: FederatedAlgorithm  # the same method on a loss without a model
   filled: Callable[[int, int, int, int], Any]  # K, S, B, T -> full batches
+  loss: Any  # of the task and the model
+  initial: Any  # the adapter's parameters
 
   @property
   def arguments(self) -> int:
@@ -150,6 +153,7 @@ def read(
   block_size: int | None = None,
   num_steps: int | None = None,
   num_layers: int | None = None,
+  mesh: Any = None,
 ) -> Work:
   """Returns the round of a checked config as shapes.
 
@@ -163,6 +167,8 @@ def read(
     devices: the number of devices, of which `mesh_model` share a copy of the
       base; K and the result are those of one row of devices.
     cohort_size, block_size, num_steps, num_layers: instead of the config's.
+    mesh: the round of this mesh, with the clients of all its rows, in place of
+      that of one row; it may be abstract.
 
   Raises:
     Error: the number of clients is not known.
@@ -182,7 +188,7 @@ def read(
   K = cohort_size or sampling.get('cohort_size')
   N = (
     num_clients
-    or full['partition'].get('num_clients')
+    or (full['partition'].get('of') or full['partition']).get('num_clients')
     or full['population'].get('max_clients')
     or K
   )
@@ -196,9 +202,10 @@ def read(
   row = full['cohort']
   S, B = num_steps or row['num_steps'], row['batch_size']
   T = full['population']['max_length']
-  if conf['algorithm']['name'] == 'centralised':
+  if isinstance(build('partition'), data.partition.Pooled):
     S, K, N = S * K, 1, 1
-  rows = max(devices // settings.mesh_model, 1)
+  sharding.check_mesh(settings.mesh_model, devices, settings.execution)
+  rows = devices // settings.mesh_model
   K = -(-K // rows)
   block = block_size or settings.block_size
   if block == 'auto':
@@ -212,7 +219,7 @@ def read(
   profiles: Any = ()
   if conf.get('profiles'):
     profiles = build('profiles', num_clients=N, seed=settings.seed)
-  method = lambda loss, model: experiment.algorithm(
+  method = lambda loss, model, mesh=None: experiment.algorithm(
     conf,
     loss=loss,
     model=model,
@@ -220,8 +227,10 @@ def read(
     num_clients=N,
     profiles=profiles or None,
     block_size=m,
+    mesh=mesh,
+    execution=settings.execution,
   )
-  algorithm = method(task.loss(loaded), loaded.model)
+  algorithm = method(task.loss(loaded), loaded.model, mesh)
   params = jax.eval_shape(adapter.init, jax.random.key(0), loaded.base)
   state = jax.eval_shape(algorithm.init, jax.random.key(0), params)
   newcomer = jax.eval_shape(algorithm.init_client, state.params)
@@ -240,6 +249,9 @@ def read(
     profiles=jax.tree.map(lambda x: stacked(np.asarray(x)[0]), profiles),
     states=jax.tree.map(stacked, newcomer),
   )
+  if mesh is not None:  # the cohort of all rows
+    every = lambda x: jax.ShapeDtypeStruct((rows * K, *x.shape[1:]), x.dtype)
+    cohort = jax.tree.map(every, cohort)
   kept = jax.eval_shape(optimizer.init, _floats(state.params))
   return Work(
     algorithm,
@@ -252,6 +264,8 @@ def read(
     loaded,
     method(_no_loss, _no_network(len(labels or ()))),
     filled,
+    task.loss(loaded),
+    params,
   )
 
 

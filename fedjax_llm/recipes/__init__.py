@@ -1,7 +1,7 @@
 """Recipes: the named methods, each a short composition of parts.
 
-A method is a function in a module of one of the families (`averaging`, `lora`,
-`ranks`, `personal`, `labels`) and returns a `FederatedAlgorithm`. The module's
+A method is a function in a module of one of the families, which are folders
+(`averaging`, `lora`, ...), and returns a `FederatedAlgorithm`. The module's
 `NEEDS` holds the settings that a config of the method changes. The list of
 methods is read from the modules, so a new file adds its methods.
 """

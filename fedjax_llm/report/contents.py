@@ -70,6 +70,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
           title='Speed of training',
           label=f'{unit}s a second',
         ),
+        *_devices(runs),
       ],
     ),
     Section(
@@ -80,6 +81,24 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     ),
     Section('config', 'Config', '', [tables.configs(runs)]),
   ]
+
+
+def _devices(runs: Sequence[Run]) -> list[Item]:
+  """Returns charts of what devices did, of runs that have recorded it."""
+  charts = (
+    ('share_of_peak', 'Share of the measured rate of products', 'share'),
+    ('memory', 'Memory in use on the first device', 'bytes'),
+    ('waiting', 'Waiting for the host', 'seconds'),
+  )
+  items: list[Item] = []
+  for name, title, label in charts:
+    field = f'time/{name}'
+    if any(field in record for run in runs for record in run.records):
+      name = name.replace('_', '-')
+      items += curves.rounds(
+        runs, field=field, name=name, title=title, label=label
+      )
+  return items
 
 
 def _aggregation(runs: Sequence[Run]) -> list[Item]:

@@ -9,12 +9,13 @@ from fedjax_llm.report.runs import Run
 from fedjax_llm.run import config
 
 # Fields that do not change the results of a run.
-_SILENT = ('compilation_cache', 'hosts', 'tracking')
+_SILENT = ('compilation_cache', 'hosts', 'tracking', 'profile')
 STATIONS = {
   'time/setup': 'setting up',
   'time/data': 'data and clients',
   'time/round': 'training, uploads, server',
   'time/evals': 'tests',
+  'time/checkpoint': 'checkpoints',
 }
 AXES = {
   'rounds': (),

@@ -46,7 +46,9 @@ class Run(NamedTuple):
 
   @property
   def unit(self) -> str:
-    return 'label' if self.labelled else 'token'
+    """Returns the name of what the loss counts, in the singular."""
+    written = (self.sizes or {}).get('unit')  # absent before version 0.3
+    return written or ('label' if self.labelled else 'token')
 
 
 def find(paths: Paths) -> list[pathlib.Path]:

@@ -189,7 +189,7 @@ def times(runs: Sequence[Run]) -> Picture | str:
     unit, name = 60, 'minutes'
   keys = [
     Key(title, COLOURS[i])
-    for i, title in zip((9, 2, 0, 1), numbers.STATIONS.values(), strict=True)
+    for i, title in zip((9, 2, 0, 1, 3), numbers.STATIONS.values(), strict=True)
   ]
   parts = []
   for run, seconds in spent[:6]:

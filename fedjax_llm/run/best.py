@@ -75,7 +75,11 @@ class Judge(NamedTuple):
 
 
 def judge(
-  records: Records = (), *, by: str | None = None, patience: int | None = None
+  records: Records = (),
+  *,
+  by: str | None = None,
+  patience: int | None = None,
+  keep: bool = False,
 ) -> Judge:
   """Returns a `Judge` of the rounds of a run, with those of earlier starts.
 
@@ -84,6 +88,7 @@ def judge(
     by: the name of the metric, see `best`.
     patience: evaluations in a row without a better one before `over()` is True;
       None: any number.
+    keep: True if the best round is kept, so that there must be one.
 
   Raises:
     Error: `patience` is below 1; from `note`: the evaluations lack that metric.
@@ -104,7 +109,8 @@ def judge(
       x.removeprefix('evals/') for x in metrics if x.startswith('evals/')
     ]
     tested = [x for x in names if isinstance(metrics[f'evals/{x}'], float)]
-    if value is None and names and round == 0 and (by or not tested):
+    wanted = by or (not tested and (keep or patience is not None))
+    if value is None and names and round == 0 and wanted:
       field = f'evals.best_by={by}' if by else 'evals.patience and keep_best'
       known = ', '.join(sorted(tested)) or 'nothing'
       raise Error(f'{field}: the evaluations of this run tell {known}.')

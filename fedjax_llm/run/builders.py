@@ -11,6 +11,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import itertools
 import math
 import numbers
 import types as python_types
@@ -28,6 +29,8 @@ Label = Callable[[str], str]  # a dotted field -> its name in messages
 _confined: contextvars.ContextVar[tuple[str, str] | None] = (
   contextvars.ContextVar('confined', default=None)
 )
+
+_DEPTH = 64  # the most levels of a config: far fewer are of use
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -246,13 +249,37 @@ def keywords_of(section: Mapping[str, Any], namespace: Any) -> dict[str, Any]:
   return {k: v for k, v in section.items() if k != 'name'}
 
 
-def plain_dicts(x: Any) -> Any:
-  """Returns a copy with ConfigDicts and mappings as dicts, at every depth."""
+def named(section: Any) -> Any:
+  """Returns the name of a section; None of anything else.
+
+  >>> named({'name': 'iid'}), named(None)
+  ('iid', None)
+  """
+  return section.get('name') if isinstance(section, Mapping) else None
+
+
+def plain_dicts(x: Any, path: tuple[str, ...] = ()) -> Any:
+  """Returns a copy with ConfigDicts and mappings as dicts, at every depth.
+
+  Raises:
+    Error: a value is nested more than 64 deep; `path` is the field of x.
+
+  >>> plain_dicts({'a': {'b': [1, {'c': 2}]}})
+  {'a': {'b': [1, {'c': 2}]}}
+  """
+  if len(path) > _DEPTH:
+    # Numbers are places in lists; the field is what stands before them.
+    keys = itertools.takewhile(lambda key: not key.isdecimal(), path[:4])
+    raise Error(
+      f'config: {".".join(keys)} is nested more than {_DEPTH} levels deep.'
+    )
   if hasattr(x, 'to_dict'):
     x = x.to_dict()
   if isinstance(x, Mapping):
-    return {k: plain_dicts(v) for k, v in x.items()}
-  return [plain_dicts(v) for v in x] if type(x) is list else x
+    return {k: plain_dicts(v, (*path, str(k))) for k, v in x.items()}
+  if type(x) is not list:
+    return x
+  return [plain_dicts(v, (*path, str(i))) for i, v in enumerate(x)]
 
 
 def names(namespace: Any) -> dict[str, Builder]:

@@ -20,10 +20,12 @@ import enum
 import importlib.util
 import inspect
 import os
+import pathlib
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fedjax_llm.run import versions
 from fedjax_llm.run.builders import (
   Label,
   check_field,
@@ -31,6 +33,7 @@ from fedjax_llm.run.builders import (
   keywords_of,
   names,
   nearest,
+  open_ended,
   parameters,
   plain_dicts,
 )
@@ -54,13 +57,16 @@ class Spec(NamedTuple):
   namespace of its builder: a module (the names in its `__all__`), a mapping
   from names to builders, or one builder; that section then has no `name`.
   `injected` maps a section to the keywords that the program fills in itself.
-  Sections in `optional` may be absent or None.
+  Sections in `optional` may be absent or None. `implied(config, before)`
+  returns the config with what its names imply, where `before` is the config
+  without the overrides.
   """
 
   settings: Callable[..., Any]
   sections: Mapping[str, Any]
   injected: Mapping[str, Collection[str]] = {}
   optional: Collection[str] = ()
+  implied: Callable[[Any, Any], dict[str, Any]] = lambda config, before: config
 
 
 class Arguments(NamedTuple):
@@ -155,8 +161,45 @@ def usage(spec: Spec, config: Mapping[str, Any] | None = None) -> str:
   return '\n'.join(lines)
 
 
+def located(path: str) -> str:
+  """Returns the file that a --config names: a path, or one of the project's.
+
+  `configs/tiny.py`, `tiny.py` and `tiny` name the project's own config in every
+  folder, unless a file has that path.
+
+  Raises:
+    Error: there is neither; the message lists the project's configs.
+
+  >>> located('tiny') == located('configs/tiny.py')
+  True
+  """
+  if os.path.isfile(path):
+    return path
+  folder, file = os.path.split(path)
+  name = file.removesuffix('.py')
+  package = pathlib.Path(__file__).resolve().parents[1]
+  # Installed, they lie in the package; in a checkout beside it.
+  folders = (package / 'configs', package.parent / 'configs')
+  shipped = {
+    config.stem: config
+    for one in folders
+    for config in sorted(one.glob('*.py'))
+    if config.stem != '__init__'
+  }
+  if os.path.isdir(path) and (folder or name not in shipped):
+    raise Error(f'--config {path} is a folder; name a config, NAME.py.')
+  if folder in ('', 'configs') and name in shipped:
+    return str(shipped[name])
+  raise Error(
+    f'--config {path}: there is no such file, and no config of the project of '
+    f'that name {nearest(name, sorted(shipped))}.'
+  )
+
+
 def load(config_path: str) -> dict[str, Any]:
   """Runs `get_config` of FILE.py[:arg] and returns plain nested dicts.
+
+  The project's own configs need no path: see `located`.
 
   Raises:
     Error: there is no such file, its code raises, or `get_config` returns
@@ -164,8 +207,9 @@ def load(config_path: str) -> dict[str, Any]:
   """
   path, colon, arg = config_path.partition('.py:')
   path = path + '.py' if colon else path
-  if not os.path.isfile(path):
-    raise Error(f'--config {path}: there is no such file.')
+  if not colon and not os.path.isfile(path) and '/' not in path:
+    path, _, arg = path.partition(':')  # tiny:smoke
+  path = located(path)
   spec = importlib.util.spec_from_file_location('_fedjax_llm_config', path)
   if spec is None or spec.loader is None:
     raise Error(f'--config {path}: a config is a Python file, NAME.py.')
@@ -233,6 +277,7 @@ def override(
       values = _section(result, section, spec, label)
       builder = _builder(values, section, spec, label)
       top, *inner = field.split('.')
+      _check_moved(section, top, builder, label)
       check_field(top, builder, spec.injected.get(section, ()), label, path)
       for part in inner:
         values[top] = copy.copy(values.get(top) or {})
@@ -240,6 +285,7 @@ def override(
           raise Error(f'{label(path)}: {top} is {values[top]!r}, not a dict.')
         values, top = values[top], part
       values[top] = new
+  result = spec.implied(result, plain_dicts(config))
   _validate(result, spec, label)
   return result, tuple(notes)
 
@@ -358,11 +404,28 @@ def _validate(config: dict[str, Any], spec: Spec, label: Label) -> None:
       raise Error(
         f'{label(path)} must be a section, dict(name=...), not {part!r}.'
       )
-    check(
-      keywords_of(part, namespace),
+    builder, keywords = (
       _builder(part, path, spec, label),
+      keywords_of(part, namespace),
+    )
+    for field in keywords:
+      _check_moved(path, field, builder, label)
+    check(
+      keywords,
+      builder,
       spec.injected.get(path, ()),
       lambda field, path=path: label(f'{path}.{field}'),
+    )
+
+
+def _check_moved(section: str, field: str, builder, label: Label) -> None:
+  """Raises an `Error` for a field that has moved to another section."""
+  to = versions.MOVED.get((section, field))
+  if to and field not in parameters(builder) and not open_ended(builder):
+    place = '.'.join(to)
+    raise Error(
+      f'{label(f"{section}.{field}")}: this field has moved to {place}: set '
+      f'--config.{place}, or {place} in the file.'
     )
 
 

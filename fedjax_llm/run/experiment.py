@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fedjax_llm import clients, data, evals, models
+from fedjax_llm import clients, data, evals, local, models
 from fedjax_llm.adapters import complete, peft
 from fedjax_llm.devices import hosts, sharding
 from fedjax_llm.run import (
@@ -279,16 +279,13 @@ def build(
   width = -(-longest // 8) * 8  # no column is longer than all examples
 
   # ---------------------------------------------------------------- clients --
-  owned, names = population.train, population.names
+  names, owned = data.population.trainers(population)
   cohort_conf = dict(conf['cohort'])
-  sizes = [len(own) for own in owned]
-  sampler = make('clients', num_clients=len(owned), sizes=sizes, seed=seed)
-  if conf['algorithm']['name'] == 'centralised':
-    # One client holds the texts of all and takes the steps of a cohort.
+  sizes = [len(own) for own in population.train]
+  sampler = make('clients', num_clients=len(sizes), sizes=sizes, seed=seed)
+  if population.pooled:  # one client takes the steps of a cohort
     cohort_conf['num_steps'] *= len(sampler(0).ids)
-    owned, names = (tuple(x for own in owned for x in own),), ('all',)
-    sampler = clients.sampling.full(1)
-    sizes = [sum(sizes)]
+    sampler, sizes = clients.sampling.full(1), [sum(sizes)]
   carry = None
   if conf.get('profiles'):
     carry = make('profiles', num_clients=len(owned), seed=seed)
@@ -366,9 +363,9 @@ def algorithm(
   """
   make = functools.partial(_make, conf)
   parts = ('upload', 'aggregator', 'server')
-  recipe = builders.resolve_builder(
-    'algorithm', conf['algorithm']['name'], SPEC.sections['algorithm']
-  )
+  if loss is not None:
+    loss = local.dropout(loss, adapter.peft.get('lora_dropout', 0.0))
+  recipe = recipe_of(conf)
   if builders.open_ended(recipe):  # one's own, which hands its parts on
     recipe = builders.onward(recipe, sections.parts)
   return builders.build(
@@ -378,11 +375,29 @@ def algorithm(
     model=model,
     optimizer=make('local'),
     num_clients=num_clients,
+    num_steps=conf['cohort']['num_steps'],
     profiles=profiles,
     fold=adapter.fold,
     **others,
     **{part: make(part) for part in parts if conf.get(part)},
   )
+
+
+def recipe_of(conf: Mapping[str, Any]) -> Callable[..., FederatedAlgorithm]:
+  """Returns the recipe that the section `algorithm` names."""
+  return builders.resolve_builder(
+    'algorithm', conf['algorithm']['name'], SPEC.sections['algorithm']
+  )
+
+
+def counts_clients(conf: Mapping[str, Any]) -> bool:
+  """Returns True if the method is built for a number of clients.
+
+  >>> conf = {'algorithm': {'name': 'scaffold'}}
+  >>> counts_clients(conf), counts_clients({'algorithm': {'name': 'fed_avg'}})
+  (True, False)
+  """
+  return 'num_clients' in builders.parameters(recipe_of(conf))
 
 
 def keeps_private(algorithm: FederatedAlgorithm, params: Params) -> bool:
@@ -429,6 +444,8 @@ def save_adapter(
     base_model=base_model,
     task_type=task.peft_type,
     use_rslora=bool(peft_fields.get('use_rslora')),
+    lora_dropout=peft_fields.get('lora_dropout', 0.0),
+    network=loaded.config,
   )
   if loaded.config.labels:
     labels = json.dumps(loaded.config.labels)

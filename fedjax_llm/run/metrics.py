@@ -222,9 +222,9 @@ def summarise(info: RoundInfo) -> dict[str, Any]:
 class Progress(NamedTuple):
   """Functions of a progress bar.
 
-  `update(round, loss, speed, heldout=None)` is called after every round, with
-  the held-out loss of rounds with an evaluation; `write(text)` prints a line
-  above the bar; `close()` ends it.
+  `update(round, loss, speed, heldout=None, more=())` is called after every
+  round, with the held-out loss of rounds with an evaluation and texts to print
+  after the speed; `write(text)` prints a line above the bar; `close()` ends it.
   """
 
   update: Callable[..., None]
@@ -266,7 +266,11 @@ def progress(
   tested = ['']  # the last held-out loss, as text
 
   def update(
-    round: int, loss: float, speed: float, heldout: float | None = None
+    round: int,
+    loss: float,
+    speed: float,
+    heldout: float | None = None,
+    more: Sequence[str] = (),
   ) -> None:
     now = clock()
     since, began = marks[-1]
@@ -276,7 +280,8 @@ def progress(
     left = _clock_time(seconds * (num_rounds - round))
     if heldout is not None:
       tested[0] = f'held-out {heldout:.4f}, '
-    status = f'loss {loss:.4f}, {tested[0]}{speed:,.0f} {unit}/s, {left} left'
+    after = ', '.join([f'{speed:,.0f} {unit}/s', *more, f'{left} left'])
+    status = f'loss {loss:.4f}, {tested[0]}{after}'
     if bar is not None:
       bar.set_postfix_str(status, refresh=False)
       bar.update(round - bar.n)

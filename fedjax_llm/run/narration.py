@@ -87,7 +87,8 @@ def unused_clients(conf: Mapping[str, Any]) -> str:
   >>> unused_clients({'data': data, 'partition': {'name': 'natural'}})
   ''
   """
-  key, name = conf['data'].get('client_key'), conf['partition'].get('name')
+  key, partition = conf['data'].get('client_key'), conf['partition']
+  name = (partition.get('of') or partition).get('name')
   if key is None or name not in ('iid', 'dirichlet', 'quantity', 'one_label'):
     return ''
   return (
@@ -142,7 +143,11 @@ def left_out(
       f'{some}'
     )
   if not reported.any():
-    note = f'round {number}: no client reported, so nothing changed'
+    note = f'round {number}: no client reported'
+    if float(record.get('server/step_norm', 0)) > 0:  # of a rule such as noise
+      note += ', and the rule changed the parameters all the same'
+    else:
+      note += ', so nothing changed'
     for field in ('loss', 'accuracy', 'grad_norm', 'update_norm'):
       if f'local/{field}' in metrics:
         metrics[f'local/{field}'] = float('nan')  # written as null

@@ -107,11 +107,8 @@ def _open(
   room.hold()  # a run at work prunes its checkpoints
 
   task = build('task') if conf.get('task') else tasks.causal_lm()
-  recipe = builders.resolve_builder(
-    'algorithm', conf['algorithm']['name'], SPEC.sections['algorithm']
-  )
   # The number and names of clients, and the names of classes, are in the texts.
-  counts = client is not None or 'num_clients' in builders.parameters(recipe)
+  counts = client is not None or experiment.counts_clients(conf)
   records = build('data') if counts or conf.get('task') else []
   labels = task.labels(records)
   tokenizer = data.tokenizers.bytes()
@@ -125,7 +122,7 @@ def _open(
   seed = conf.get('seed', 0)
   names: tuple[str, ...] = ('all',)
   digest = None
-  if counts and conf['algorithm']['name'] != 'centralised':
+  if counts:
     if loaded.directory is not None:
       tokenizer = data.tokenizers.pretrained(str(loaded.directory))
     population = build(
@@ -137,7 +134,8 @@ def _open(
       seed=seed,
       encode=task.encode,
     )
-    names, digest = population.names, data.population.digest(population)
+    names, _ = data.population.trainers(population)
+    digest = data.population.digest(population)
 
   algorithm = experiment.algorithm(
     conf,

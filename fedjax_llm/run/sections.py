@@ -46,6 +46,8 @@ class Settings(NamedTuple):
   checkpoint_writers: Literal['first', 'all'] = 'first'
   # The folder of compiled programs for the next start; none: they are not kept.
   compilation_cache: str | None = 'auto'
+  # Rounds of which a trace is written to the workdir: see `run.profiling`.
+  profile: int | tuple[int, ...] | None = None
 
 
 class Evals(NamedTuple):
@@ -79,6 +81,45 @@ def parts(
   """Has the signature of the arguments that recipes pass on to `fed_opt`."""
 
 
+def pooled(of: Mapping[str, Any] = {'name': 'natural'}) -> Any:
+  """Returns `data.partition.pooled` of the partition that a section names."""
+  return data.partition.pooled(builders.build(of, data.partition))
+
+
+def implied(
+  conf: Mapping[str, Any], before: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns a config with the partition that its method cannot do without.
+
+  A partition that `recipes.NEEDS` names for the method takes that of the config
+  as its `of`. It is removed again where `before`, the config without this
+  change of its method, had it for the method of then.
+
+  >>> conf = dict(algorithm={'name': 'centralised'}, partition={'name': 'iid'})
+  >>> pool = implied(conf, conf)
+  >>> pool['partition']
+  {'name': 'pooled', 'of': {'name': 'iid'}}
+  >>> implied({**pool, 'algorithm': {'name': 'fed_avg'}}, pool)['partition']
+  {'name': 'iid'}
+  """
+
+  def needed(conf: Mapping[str, Any]) -> Any:
+    name = builders.named(conf.get('algorithm'))
+    needs = recipes.NEEDS.get(name, {}) if isinstance(name, str) else {}
+    return needs.get('partition')
+
+  was, need, new = needed(before), needed(conf), dict(conf)
+  if was and not need and new.get('partition') == before.get('partition'):
+    inner = new['partition']
+    if builders.named(inner) == was['name']:
+      new['partition'] = dict(inner.get('of') or {'name': 'natural'})
+  inner = new.get('partition')
+  pool = need and builders.named(inner) != need['name']
+  if pool and isinstance(inner, Mapping):
+    new['partition'] = {**need, 'of': inner}
+  return new
+
+
 def without(namespace: Any, *names: str) -> dict[str, Any]:
   known = builders.names(namespace)
   return {name: known[name] for name in known if name not in names}
@@ -89,7 +130,8 @@ SPEC = config.Spec(
   sections={
     'task': tasks,
     'data': data.sources,
-    'partition': data.partition,
+    'partition': {**builders.names(data.partition), 'pooled': pooled},
+    'partition.of': without(data.partition, 'pooled'),
     'population': data.population.build,
     'clients': clients.sampling,
     'profiles': clients.profiles,
@@ -142,6 +184,7 @@ SPEC = config.Spec(
     'model': ('vocab_size', 'eos_ids', 'labels', 'place'),
     'algorithm': (
       *('loss', 'model', 'optimizer', 'num_clients', 'profiles'),
+      'num_steps',
       *builders.parameters(parts),
     ),
     'evals.personal': ('loss', 'model'),
@@ -150,4 +193,5 @@ SPEC = config.Spec(
     *('task', 'profiles', 'upload', 'aggregator', 'server'),
     *('local.schedule', 'server.schedule', 'evals.personal'),
   ),
+  implied=implied,
 )

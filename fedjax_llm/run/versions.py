@@ -7,10 +7,13 @@ resumes, is exported and is reported by the present programs.
 from collections.abc import Mapping
 from typing import Any
 
+from fedjax_llm.run.builders import named
+
 # Fields that moved: (section, field) before -> (section, field) now.
 MOVED = {
   ('algorithm', 'clip_norm'): ('local', 'clip_norm'),  # after 0.1.0
 }
+_POOLED = ('algorithm', 'partition')
 
 
 def translated(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,4 +32,12 @@ def translated(config: Mapping[str, Any]) -> dict[str, Any]:
     there = new.get(to)
     if isinstance(there, Mapping):
       new[to] = {name: before[field], **there}
-  return new
+  return _pooled(new)
+
+
+def _pooled(conf: dict[str, Any]) -> dict[str, Any]:
+  """Names the partition of a centralised run, which 0.2.0 did not name."""
+  names = [named(conf.get(part)) for part in _POOLED]
+  if names[0] != 'centralised' or names[1] in (None, 'pooled'):
+    return conf
+  return {**conf, 'partition': {'name': 'pooled', 'of': conf['partition']}}

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm import models
-from fedjax_llm.adapters import peft
+from fedjax_llm.adapters import peft, picked
 from fedjax_llm.models import LoadedModel, families, tenants
-from fedjax_llm.nodes import LowRank
+from fedjax_llm.nodes import LowRank, is_node
 from fedjax_llm.run import builders
 from fedjax_llm.types import Error, Params
 
@@ -72,7 +72,23 @@ def start(initial: Params, path: str | None, loaded: LoadedModel) -> Params:
       )
     _check_base(folder / 'base', loaded, where)
     folder = folder / 'adapter'
-  return fitted(initial, load_adapter(folder, loaded), where)
+  trained = load_adapter(folder, loaded)
+  if (index := picked.of(initial)) is not None:
+    _check_layers(trained, index, where)
+    trained = picked.gather(trained, index)
+  return fitted(initial, trained, where)
+
+
+def _check_layers(trained: Params, index: Any, where: str) -> None:
+  """Raises `Error` if an adapter changes layers that this run leaves out."""
+  for node in jax.tree.leaves(trained.get('layers'), is_leaf=is_node):
+    if isinstance(node, LowRank):
+      some = jnp.any(node.a != 0, (1, 2)) & jnp.any(node.b != 0, (1, 2))
+      more = np.setdiff1d(np.flatnonzero(some), np.asarray(index)).tolist()
+      if more:
+        raise Error(
+          f'{where} changes the layers {more}, which adapter.layers leaves out.'
+        )
 
 
 def _check_base(base: pathlib.Path, loaded: LoadedModel, where: str) -> None:
@@ -157,7 +173,11 @@ def _node(initial: LowRank, trained: LowRank, where: str) -> LowRank:
       'starts with factors other than zero starts from its own rank only.'
     )
   ratio = jnp.asarray(trained.scale / initial.scale)[..., None, None]
-  a = initial.a.at[..., :old].set(trained.a.astype(initial.a.dtype))
+  # A layer that the adapter leaves out starts as in a new one, not from zeros,
+  # where nothing has a gradient.
+  absent = ~jnp.any(trained.a != 0, (-1, -2), keepdims=True)
+  first = jnp.where(absent, initial.a[..., :old], trained.a)
+  a = initial.a.at[..., :old].set(first.astype(initial.a.dtype))
   b = initial.b.at[..., :old, :].set(
     (trained.b * ratio).astype(initial.b.dtype)
   )
@@ -223,6 +243,7 @@ def load_adapter(directory: pathlib.Path, loaded: LoadedModel) -> Params:
     from_tensors=lambda tensors: _saved_whole(tensors, loaded),
     of_base=lambda tensors: _is_of_base(tensors, loaded),
     num_layers=loaded.config.num_layers,
+    network=loaded.config,
   )
   tenants.check(loaded.base, params, str(directory))
   return params

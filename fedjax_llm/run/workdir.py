@@ -7,6 +7,7 @@ config.json            the resolved config, every default filled in
 metrics.jsonl          one JSON object a round
 metrics.csv            its numbers as a table
 tensorboard/           the same as event files
+profile/               traces of the rounds that `profile` names
 trackers.json          the ids of this run at services that track it
 clients.json           the number of texts of each client
 checkpoints/, states/  the server's state, and the private states of clients
@@ -40,7 +41,8 @@ from fedjax_llm.types import Error
 # number that was already written.
 _FREE = (
   *('num_rounds', 'checkpoint_every', 'keep_checkpoints'),
-  *('checkpoint_writers', 'compilation_cache', 'chosen', 'hosts', 'tracking'),
+  *('checkpoint_writers', 'compilation_cache', 'profile'),
+  *('chosen', 'hosts', 'tracking'),
   *('mesh_model', 'execution', 'cpu_devices'),  # rounding, from here on
   *('evals', 'changes'),
 )
@@ -51,7 +53,10 @@ NOTES = ('chosen', 'changes')
 
 
 # Folders that a run writes into, and those in which services put links.
-_OURS = ('checkpoints', 'states', 'adapter', 'base', 'tensorboard', 'runs')
+_OURS = (
+  *('checkpoints', 'states', 'adapter', 'base', 'tensorboard', 'runs'),
+  'profile',
+)
 _THEIRS = ('wandb', 'mlruns')
 
 
@@ -287,8 +292,8 @@ def _is_one(field: str, fields: Sequence[str]) -> bool:
 def _sizes(resolved: Mapping[str, Any]) -> tuple[str, ...]:
   """Returns the cohort size's field, where no other setting depends on it."""
   free = _get(resolved, 'clients.name') in ('uniform', 'by_size')
-  # In that case the size sets the number of steps in a round.
-  free &= _get(resolved, 'algorithm.name') != 'centralised'
+  # There the size sets the number of steps in a round.
+  free &= _get(resolved, 'partition.name') != 'pooled'
   return ('clients.cohort_size',) if free else ()
 
 

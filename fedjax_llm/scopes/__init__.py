@@ -5,6 +5,7 @@ Builders return a `Scope`: a label a leaf, and masks inside the round.
 `assignment` turn them into masks.
 """
 
+from fedjax_llm.scopes.draws import drawn as drawn
 from fedjax_llm.scopes.labels import all_private as all_private
 from fedjax_llm.scopes.labels import everything as everything
 from fedjax_llm.scopes.labels import frozen as frozen
@@ -20,6 +21,7 @@ from fedjax_llm.scopes.turns import untrained as untrained
 __all__ = [
   'all_private',
   'alternating',
+  'drawn',
   'everything',
   'frozen',
   'in_turn',

@@ -5,13 +5,13 @@ dictionary keys, list places and fields joined by '/'. `leaf_paths` lists them,
 patterns select them.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fedjax_llm import patterns as expressions
 from fedjax_llm import tree
 from fedjax_llm.nodes import LowRank
 from fedjax_llm.types import (
@@ -176,7 +176,7 @@ def all_private() -> Scope:
   return _scope(labels)
 
 
-def check_match(regex: re.Pattern, names: list[str]) -> None:
+def check_match(regex: expressions.Search, names: list[str]) -> None:
   """Raises an `Error` if no name of a trainable leaf matches the pattern."""
   if not any(map(regex.search, names)):
     raise Error(
@@ -185,14 +185,9 @@ def check_match(regex: re.Pattern, names: list[str]) -> None:
     )
 
 
-def compiled(pattern: str) -> re.Pattern:
-  """Returns the compiled pattern; an `Error` says what is wrong with it."""
-  try:
-    return re.compile(pattern)
-  except re.error as e:
-    raise Error(
-      f'the pattern {pattern!r} is no regular expression: {e}.'
-    ) from None
+def compiled(pattern: str) -> expressions.Search:
+  """Returns the search for a pattern; an `Error` says what is wrong with it."""
+  return expressions.searcher(pattern, "the scope's pattern")
 
 
 def _label(label: Label | str) -> Label:

@@ -86,7 +86,13 @@ def in_turn(pattern: str) -> Scope:
     masks = tree.full_masks(start, shared_labels(start))
     names = leaf_paths(masks.trained)
     check_match(regex, names)
-    places = {n: int(m[1]) for n in names if (m := regex.search(n))}
+    groups = {n: m[1] for n in names if (m := regex.search(n))}
+    places = {n: int(x) for n, x in groups.items() if x and x.isdecimal()}
+    if len(places) < len(groups):
+      raise Error(
+        f'the pattern {pattern!r} finds {min(groups.keys() - places)} without '
+        'a number in its group.'
+      )
     num = 1 + max(places.values())
 
     def leaf(path, m):

@@ -12,9 +12,8 @@ import jax
 import numpy as np
 
 from fedjax_llm import batching
-from fedjax_llm.run import builders, experiment
+from fedjax_llm.run import experiment
 from fedjax_llm.run.experiment import Experiment
-from fedjax_llm.run.sections import SPEC
 from fedjax_llm.sweep.grid import Run
 from fedjax_llm.types import Cohort, Error
 
@@ -22,7 +21,7 @@ from fedjax_llm.types import Cohort, Error
 METHOD = ('algorithm', 'local', 'upload', 'aggregator', 'server')
 # Sections that only the host reads, to draw clients and their texts.
 _HOST = ('partition', 'population', 'clients', 'profiles', 'cohort')
-_UNUSED = ('hosts', 'tracking', 'compilation_cache')
+_UNUSED = ('hosts', 'tracking', 'compilation_cache', 'profile')
 _FREE = (*_UNUSED, 'checkpoint_every', 'keep_checkpoints')
 
 
@@ -122,9 +121,8 @@ def lead(members: Sequence[Member]) -> Experiment:
 
 def _ground(run: Run) -> str:
   """Returns the sections that are read before the method, as text."""
-  central = run.conf['algorithm']['name'] == 'centralised'
   parts = [name for name in run.resolved if name not in (*METHOD, *_FREE)]
-  return f'{central} {_text(run, parts)}'
+  return _text(run, parts)
 
 
 def _form(member: Member, numbers: Sequence[str]) -> Any:
@@ -138,12 +136,7 @@ def _form(member: Member, numbers: Sequence[str]) -> Any:
   shapes = [np.shape(x) for x in jax.tree.leaves(batches)]
   shapes += [np.shape(x) for x in jax.tree.leaves(member.cohort.profiles)]
   shapes += [(x.shape, x.dtype) for x in jax.tree.leaves(built.initial)]
-  recipe = builders.resolve_builder(
-    'algorithm',
-    member.run.conf['algorithm']['name'],
-    SPEC.sections['algorithm'],
-  )
-  counted = 'num_clients' in builders.parameters(recipe)
+  counted = experiment.counts_clients(run.conf)
   return text, str(shapes), len(built.owned) if counted else None
 
 

@@ -239,6 +239,7 @@ def train(
     last = folders.Outcome(settings.num_rounds)
     if folders.outcome(folder, member.run) is None:
       sizes = data.population.sizes(member.built.population)
+      sizes = {**sizes, 'unit': member.built.task.metrics.unit}
       folders.write(folder, member.run, rounds[i], ended.get(i, last), sizes)
   return done + settings.num_rounds * share
 

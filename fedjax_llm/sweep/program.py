@@ -154,13 +154,16 @@ def _check(setting: grids.Setting) -> None:
   )
   try:
     experiment.checked(setting.conf)
-    experiment.algorithm(
-      setting.conf,
-      loss=None,  # nothing is trained
-      model=None,
-      adapter=make('adapter'),
-      num_clients=1,
-    )
+    adapter = make('adapter')
+    # A method of a number of clients is checked when the texts are read.
+    if not experiment.counts_clients(setting.conf):
+      experiment.algorithm(
+        setting.conf,
+        loss=None,  # nothing is trained
+        model=None,
+        adapter=adapter,
+        num_clients=1,
+      )
   except Error as error:
     of = ' '.join(f'{f}={w}' for f, w in setting.words.items())
     raise Error(f'--grid {of}: {error}' if of else str(error)) from error

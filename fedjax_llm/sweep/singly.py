@@ -1,11 +1,10 @@
-"""Trains runs one after another, each with `train`."""
+"""Trains runs one after another, each with `run.training`."""
 
 import contextlib
 import io
 from collections.abc import Callable, Sequence
 
-from fedjax_llm import train
-from fedjax_llm.run import config, workdir
+from fedjax_llm.run import config, training, workdir
 from fedjax_llm.run.narration import Diverged
 from fedjax_llm.sweep import folder as folders
 from fedjax_llm.sweep.grid import Run
@@ -27,7 +26,7 @@ def train_each(
     error = None
     try:
       with workdir.stoppable(), contextlib.redirect_stdout(io.StringIO()):
-        train.train(config.Arguments(run.conf, where, ''))
+        training.train(config.Arguments(run.conf, where, ''))
     except Diverged as diverged:
       error = str(diverged)
     records = folders.records(folder, run)

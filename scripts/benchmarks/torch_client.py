@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 class Client:
   """A model with an adapter, and local training on one client's batches."""
 
-  def __init__(self, args: Any, dtype: Any = torch.float32):
+  def __init__(
+    self, args: Any, dtype: Any = torch.float32, device: str = 'cpu'
+  ):
     model: Any = AutoModelForCausalLM.from_pretrained(
       str(args.work / 'model'), dtype=dtype, attn_implementation='sdpa'
     )
@@ -19,14 +21,16 @@ class Client:
     self.model: Any = PeftModel.from_pretrained(
       model, str(args.work / 'adapter'), is_trainable=True
     )
-    self.model.to(dtype)  # PEFT keeps its factors in float32
+    self.model.to(device, dtype)  # PEFT keeps its factors in float32
     self.model.train()  # the adapter has no dropout
     self.names = [
       n for n, p in self.model.named_parameters() if p.requires_grad
     ]
     self.params = [p for p in self.model.parameters() if p.requires_grad]
     self.optimizer, self.rate = args.optimizer, args.rate
-    tokens, mask = (torch.from_numpy(x) for x in peer.data(args.work))
+    tokens, mask = (
+      torch.from_numpy(x).to(device) for x in peer.data(args.work)
+    )
     self.tokens, self.mask = tokens.long(), mask
     self.num_clients, self.num_steps = tokens.shape[:2]
     # The places of the reply are the same in every batch.
@@ -74,7 +78,7 @@ class Client:
 
   def named(self, values: list[torch.Tensor]) -> dict[str, Any]:
     return {
-      name.replace('.default', ''): value.detach().numpy()
+      name.replace('.default', ''): value.detach().cpu().numpy()
       for name, value in zip(self.names, values, strict=True)
     }
 

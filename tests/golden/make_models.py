@@ -177,6 +177,10 @@ MODELS = {
       },
     ),
   ),
+  'vaultgemma': (
+    'VaultGemmaForCausalLM',
+    dict(GEMMA2, attn_logit_softcapping=2.0, final_logit_softcapping=4.0),
+  ),
   'gpt2': ('GPT2LMHeadModel', dict(GPT2)),
   'opt': (
     'OPTForCausalLM',

@@ -20,6 +20,7 @@ def dora(
   alpha: float = 16.0,
   targets: str | Sequence[str] = ('q_proj', 'v_proj'),
   modules_to_save: str | Sequence[str] = (),
+  lora_dropout: float = 0.0,
 ) -> Adapter:
   """Returns DoRA: low-rank factors for the direction, a vector for the norm.
 
@@ -38,12 +39,13 @@ def dora(
   >>> params['layers']['q_proj'].magnitude.tolist()  # [L, F]
   [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
   """
-  fresh = low_rank.lora(rank, alpha, targets)
+  fresh = low_rank.lora(rank, alpha, targets, lora_dropout=lora_dropout)
 
   def init(key: Key, base: Base) -> Params:
     return _directed(fresh.init(key, base), base)
 
-  return saved_beside(Adapter(init, merge, fold), modules_to_save)
+  inner = Adapter(init, merge, fold, fresh.peft)
+  return saved_beside(inner, modules_to_save)
 
 
 def _directed(params: Any, base: Any) -> Any:

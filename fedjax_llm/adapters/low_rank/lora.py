@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedjax_llm.adapters import picked
 from fedjax_llm.adapters import targets as targets_lib
 from fedjax_llm.adapters.changes import fold, merge, product
 from fedjax_llm.adapters.dense import saved_beside
@@ -24,6 +25,8 @@ def lora(
   alpha: float = 16.0,
   targets: str | Sequence[str] = ('q_proj', 'v_proj'),
   modules_to_save: str | Sequence[str] = (),
+  lora_dropout: float = 0.0,
+  layers: int | str | Sequence[int] | None = None,
 ) -> Adapter:
   """Returns LoRA, with scale = alpha / rank.
 
@@ -36,10 +39,14 @@ def lora(
     targets: see `targets.find`.
     modules_to_save: modules that are trained whole, such as the head of a
       classifier: see `dense`.
+    lora_dropout: the probability that an entry of A's input is dropped in
+      training: see `local.dropout`.
+    layers: the numbers of the layers that have an adapter, from 0, or a regular
+      expression that matches them, '[0-7]'; None: all layers.
 
   Raises:
-    Error: a rank below one or above a target's sides; no matching target or
-      module; a target that is also trained whole.
+    Error: a rank below one or above a target's sides; no matching target,
+      layer or module; a target that is also trained whole.
 
   >>> import jax, jax.numpy as jnp
   >>> base = {'layers': {'q_proj': {'kernel': jnp.zeros((2, 6, 4))}}}
@@ -48,6 +55,7 @@ def lora(
   ((2, 6, 3), (2, 3, 4))
   """
   inner = _low_rank(rank, alpha / max(rank, 1), targets)
+  inner = in_layers(with_dropout(inner, lora_dropout), layers)
   return saved_beside(inner, modules_to_save)
 
 
@@ -56,6 +64,8 @@ def rslora(
   alpha: float = 16.0,
   targets: str | Sequence[str] = ('q_proj', 'v_proj'),
   modules_to_save: str | Sequence[str] = (),
+  lora_dropout: float = 0.0,
+  layers: int | str | Sequence[int] | None = None,
 ) -> Adapter:
   """Returns rank-stabilised LoRA, with scale = alpha / sqrt(rank).
 
@@ -70,6 +80,7 @@ def rslora(
   """
   inner = _low_rank(rank, alpha / max(rank, 1) ** 0.5, targets)
   inner = inner._replace(peft={'use_rslora': True})
+  inner = in_layers(with_dropout(inner, lora_dropout), layers)
   return saved_beside(inner, modules_to_save)
 
 
@@ -78,6 +89,8 @@ def federa(
   alpha: float = 16.0,
   targets: str | Sequence[str] = ('q_proj', 'v_proj'),
   modules_to_save: str | Sequence[str] = (),
+  lora_dropout: float = 0.0,
+  layers: int | str | Sequence[int] | None = None,
 ) -> Adapter:
   """Returns LoRA that starts from the largest singular directions of the base.
 
@@ -111,7 +124,44 @@ def federa(
     params = fresh.init(jax.random.key(0), base)
     return _beside(params, base, node)
 
-  return saved_beside(fresh._replace(init=init), modules_to_save)
+  inner = with_dropout(fresh._replace(init=init), lora_dropout)
+  return saved_beside(in_layers(inner, layers), modules_to_save)
+
+
+def with_dropout(adapter: Adapter, rate: float) -> Adapter:
+  """Returns the adapter with PEFT's field `lora_dropout`.
+
+  Raises:
+    Error: a rate below 0, or 1 and above.
+
+  >>> with_dropout(lora(), 0.1).peft
+  {'lora_dropout': 0.1}
+  """
+  if not 0 <= rate < 1:
+    raise Error(
+      f'adapter.lora_dropout is {rate}; it must be at least 0 and below 1.'
+    )
+  return adapter._replace(peft={**adapter.peft, 'lora_dropout': rate})
+
+
+def in_layers(
+  adapter: Adapter, layers: int | str | Sequence[int] | None
+) -> Adapter:
+  """Returns the adapter cut down to some layers: see `picked`; None: all.
+
+  >>> import jax, jax.numpy as jnp
+  >>> base = {'layers': {'q_proj': {'kernel': jnp.zeros((3, 6, 4))}}}
+  >>> some = in_layers(lora(targets='q_proj', rank=2), [0, 2])
+  >>> some.init(jax.random.key(0), base)['layers']['q_proj'].a.shape
+  (2, 6, 2)
+  """
+  if layers is None:
+    return adapter
+
+  def init(key: Key, base: Base) -> Params:
+    return picked.pick(adapter.init(key, base), base, layers)
+
+  return adapter._replace(init=init)
 
 
 def factorised(

@@ -2,6 +2,7 @@
 
 from fedjax_llm.adapters.peft.directory import CONFIG as CONFIG
 from fedjax_llm.adapters.peft.directory import WEIGHTS as WEIGHTS
+from fedjax_llm.adapters.peft.directory import kind as kind
 from fedjax_llm.adapters.peft.directory import load as load
 from fedjax_llm.adapters.peft.directory import refusal as refusal
 from fedjax_llm.adapters.peft.directory import save as save

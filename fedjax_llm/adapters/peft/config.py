@@ -51,18 +51,29 @@ _SCHEMA: reading.Schema = {
 }
 
 
-def read(path: pathlib.Path) -> dict[str, Any]:
+def read(path: pathlib.Path, kinds: Sequence[str] = ()) -> dict[str, Any]:
   """Reads and checks the config of a LoRA or a DoRA.
+
+  That of an adapter of the other `kinds` is returned unchecked but for its
+  `modules_to_save`.
 
   Raises:
     Error: the file cannot be read, a field has an invalid or unsupported value,
       or the adapter is of another kind.
   """
   config = reading.read(path)
-  if config.get('peft_type') != 'LORA':
+  kind = config.get('peft_type')
+  if kind in kinds:
+    reading.check(
+      {k: v for k, v in config.items() if k == 'modules_to_save'},
+      _SCHEMA,
+      str(path),
+    )
+    return config
+  if kind != 'LORA':
+    names = ' or '.join(repr(name) for name in ('LORA', *kinds))
     raise Error(
-      f'{path}: peft_type is {reading.short(config.get("peft_type"))}; '
-      "supported is 'LORA'."
+      f'{path}: peft_type is {reading.short(kind)}; supported is {names}.'
     )
   for field in ('r', 'lora_alpha'):
     if field not in config:

@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_llm.adapters import picked
 from fedjax_llm.adapters.peft import (
   config as peft_config,
 )
@@ -42,6 +43,7 @@ from fedjax_llm.adapters.peft import (
   dora as peft_dora,
 )
 from fedjax_llm.adapters.peft import fused as fused_lib
+from fedjax_llm.adapters.peft import kinds as peft_kinds
 from fedjax_llm.adapters.peft import (
   whole as peft_whole,
 )
@@ -63,14 +65,20 @@ _PREFIX = 'base_model.model.'
 # -------------------------------------------------------------------- save --
 
 
-def refusal(params: Params) -> str | None:
+def refusal(params: Params, network: Any = None) -> str | None:
   """Returns the reason why PEFT has no form for a node of an adapter, or None.
 
-  >>> from fedjax_llm.nodes import Scaled
-  >>> print(refusal({'q': Scaled(np.ones(2))}))
-  q: a scaled feature, (IA)3, is not written as PEFT files yet.
+  `network` is the config of the model: PEFT reads labels of encoders from their
+  prompts.
+
+  >>> from fedjax_llm.nodes import Bottleneck
+  >>> print(refusal({'q': Bottleneck(np.ones((3, 2)), np.ones((2, 3)))}))
+  q: PEFT has no bottleneck adapters, so there are no files for it.
   """
   try:
+    made = peft_kinds.forms(protocol.plain(params, keep='peft'))
+    if made:
+      return peft_kinds.refusal(made, network)
     rest, whole = peft_whole.split(protocol.plain(params))
     rest, _ = peft_dora.split(rest)
   except Error as error:
@@ -86,6 +94,20 @@ def refusal(params: Params) -> str | None:
   return None
 
 
+def kind(params: Params) -> str:
+  """Returns PEFT's name of the kind of an adapter, its `peft_type`.
+
+  Raises:
+    Error: a node has no form in PEFT, or the adapter has nodes of two kinds.
+
+  >>> from fedjax_llm.nodes import Prompt
+  >>> kind({'inputs': Prompt(np.ones((2, 3)))}), kind({})
+  ('PROMPT_TUNING', 'LORA')
+  """
+  made = peft_kinds.forms(protocol.plain(params, keep='peft'))
+  return next((form.kind for form in made.values()), 'LORA')
+
+
 def save(
   directory: str | os.PathLike,
   params: Params,
@@ -96,8 +118,12 @@ def save(
   base_model: str,
   task_type: str = 'CAUSAL_LM',
   use_rslora: bool = False,
+  lora_dropout: float = 0.0,
+  network: Any = None,
 ) -> None:
   """Writes an adapter as a PEFT directory, in float32.
+
+  Prompts, prefixes and (IA)3 have files of their own kind (`peft.kinds`).
 
   The scale is saved as alpha = scale * R, or scale * sqrt(R) with `use_rslora`;
   where ranks or alphas differ, the config's `r` and `lora_alpha` are the most
@@ -113,13 +139,40 @@ def save(
     base_model: name or directory of the base, saved for loading the adapter.
     task_type: PEFT's name of the task.
     use_rslora: how alpha encodes the scale; the scale itself does not change.
+    lora_dropout: the rate that the adapter was trained with, for the config.
+    network: the config of the model, for prompts and prefixes.
 
   Raises:
     Error: `params` holds no low-rank adapter, or a node without a form in PEFT
       (residuals, changes that are added to a weight), or the directory cannot
       be written.
   """
+  made = peft_kinds.forms(protocol.plain(params, keep='peft'))
+  chosen = picked.of(params)  # of `layers`; None: all
+  if chosen is not None:
+    chosen = np.asarray(chosen)
+    below = {k: v for k, v in params['layers'].items() if k != picked.NAME}
+    params = {**params, 'layers': below}
   params, whole = peft_whole.split(protocol.plain(params))
+  if made:
+    of = peft_kinds.contents(
+      made, module_name=module_name, fused=fused, network=network
+    )
+    named = peft_whole.named(whole, to_tensors)
+    config = {
+      'auto_mapping': None,
+      'base_model_name_or_path': base_model,
+      'inference_mode': True,
+      'modules_to_save': peft_whole.modules(named, task_type) or None,
+      'peft_type': of.kind,
+      'revision': None,
+      'task_type': task_type,
+      **of.fields,
+    }
+    front = peft_kinds.front(of.kind)
+    beside = {f'{front}{name}': value for name, value in named.items()}
+    _written(directory, dict(sorted(config.items())), of.tensors | beside)
+    return
   params, magnitudes = peft_dora.split(params)
   modules: dict[str, Factors] = {}
   parts: dict[str, list[Any]] = collections.defaultdict(list)
@@ -131,9 +184,9 @@ def save(
       )
     a, b, scale = (np.asarray(x, np.float32) for x in node[:3])
     place = fused(path)
-    for layer in range(a.shape[0]) if a.ndim == 3 else [None]:
+    for at in range(a.shape[0]) if a.ndim == 3 else [()]:
+      layer = None if at == () else at if chosen is None else int(chosen[at])
       name = module_name(path, layer)
-      at = () if layer is None else layer
       one = Factors(a[at], b[at], scale[at])
       if place is not None:
         parts[name].append((place, one))
@@ -177,9 +230,9 @@ def save(
     'inference_mode': True,
     'init_lora_weights': True,
     'layers_pattern': None,
-    'layers_to_transform': None,
+    'layers_to_transform': None if chosen is None else chosen.tolist(),
     'lora_alpha': alpha,
-    'lora_dropout': 0.0,
+    'lora_dropout': lora_dropout,
     'modules_to_save': peft_whole.modules(named, task_type) or None,
     'peft_type': 'LORA',
     'r': rank,
@@ -190,6 +243,14 @@ def save(
     'use_dora': bool(magnitudes),
     'use_rslora': use_rslora,
   }
+  _written(directory, config, tensors)
+
+
+def _written(
+  directory: str | os.PathLike,
+  config: Mapping[str, Any],
+  tensors: dict[str, np.ndarray],
+) -> None:
   try:
     _write(pathlib.Path(directory), config, tensors)
   except OSError as error:
@@ -298,8 +359,12 @@ def load(
   of_base: OfBase | None = None,
   num_layers: int | None = None,
   template: Params | None = None,
+  network: Any = None,
 ) -> Params:
   """Reads a PEFT LoRA directory as nested dicts of `LowRank`, in float32.
+
+  Prompts, prefixes and (IA)3 become nodes `Prompt`, `Prefix` and `Scaled`; they
+  need `network`, the config of the model, and ignore a template.
 
   Modules of `modules_to_save` become `Dense` leaves; nodes of a DoRA are
   `Dora`.
@@ -318,7 +383,22 @@ def load(
       a wrong shape, or the adapter does not fit the template.
   """
   directory = pathlib.Path(directory)
-  config = peft_config.read(directory / CONFIG)
+  config = peft_config.read(directory / CONFIG, peft_kinds.KINDS)
+  if config['peft_type'] in peft_kinds.KINDS:
+    tensors = _tensors(directory / WEIGHTS)
+    own, beside = peft_kinds.split(config, tensors)
+    params = peft_kinds.read(
+      config,
+      own,
+      file=directory / WEIGHTS,
+      path_of=path_of,
+      fused=fused,
+      num_layers=num_layers,
+      network=network,
+    )
+    return peft_whole.put(
+      params, peft_whole.read(beside, from_tensors, directory)
+    )
   rank_of = peft_config.by_pattern(config, 'rank_pattern', 'r')
   alpha_of = peft_config.by_pattern(config, 'alpha_pattern', 'lora_alpha')
   modules, beside, vectors = _read_modules(
@@ -410,21 +490,8 @@ def _split(
   return targets
 
 
-def _read_modules(
-  path: pathlib.Path,
-  saved: Iterable[str],
-  dora: bool,
-  of_base: OfBase | None,
-) -> tuple[
-  dict[str, dict[str, np.ndarray]],
-  dict[str, np.ndarray],
-  dict[str, np.ndarray],
-]:
-  """Reads the tensors of an adapter file.
-
-  Returns the factors {'A': [R, D], 'B': [F, R]} by module, the tensors of
-  modules that are saved whole, and for a DoRA the magnitude [F] by module.
-  """
+def _tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads the tensors of a file, which are finite floating point numbers."""
   import safetensors
   import safetensors.numpy
 
@@ -446,6 +513,25 @@ def _read_modules(
       raise Error(f'{path}: {key} is stored as {tensor.dtype.name}.')
     if not np.isfinite(tensor.astype(np.float32)).all():
       raise Error(f'{path}: {key} holds values that are not finite.')
+  return tensors
+
+
+def _read_modules(
+  path: pathlib.Path,
+  saved: Iterable[str],
+  dora: bool,
+  of_base: OfBase | None,
+) -> tuple[
+  dict[str, dict[str, np.ndarray]],
+  dict[str, np.ndarray],
+  dict[str, np.ndarray],
+]:
+  """Reads the tensors of an adapter file.
+
+  Returns the factors {'A': [R, D], 'B': [F, R]} by module, the tensors of
+  modules that are saved whole, and for a DoRA the magnitude [F] by module.
+  """
+  tensors = _tensors(path)
   modules: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
   beside, vectors = {}, {}
   for key in sorted(tensors):

@@ -1,5 +1,6 @@
 """P-tuning: a soft prompt that an encoder computes from trained rows."""
 
+import itertools
 from typing import Literal
 
 import jax
@@ -60,7 +61,7 @@ def p_tuning(
       for inputs in (width, *[2 * inner] * (num_layers - 1)):
         both = [draws.direction(next(keys), inputs, inner) for _ in range(2)]
         lstm.append((both[0], both[1]))
-    mlp = [draws.affine(next(keys), d, f) for d, f in zip(sides, sides[1:])]
+    mlp = [draws.affine(next(keys), d, f) for d, f in itertools.pairwise(sides)]
     return {'inputs': Encoded(rows, tuple(mlp), tuple(lstm))}
 
   return saved_beside(Adapter(start, merge, fold), modules_to_save)

@@ -8,8 +8,10 @@ from fedjax_llm.aggregators.low_rank.algebra import (
 )
 from fedjax_llm.aggregators.low_rank.algebra import fro_norm as fro_norm
 from fedjax_llm.aggregators.low_rank.algebra import is_node as is_node
+from fedjax_llm.aggregators.low_rank.algebra import join as join
 from fedjax_llm.aggregators.low_rank.algebra import mean as mean
 from fedjax_llm.aggregators.low_rank.algebra import residual as residual
 from fedjax_llm.aggregators.low_rank.algebra import ridge as ridge
 from fedjax_llm.aggregators.low_rank.algebra import stack as stack
+from fedjax_llm.aggregators.low_rank.algebra import svd as svd
 from fedjax_llm.aggregators.low_rank.algebra import svd_round as svd_round

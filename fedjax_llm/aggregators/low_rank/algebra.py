@@ -155,23 +155,57 @@ def svd_round(
   if rank < 1:
     raise Error(f'svd_round: rank={rank} must be at least 1.')
   scale = node.scale if scale is None else scale
-  q_a, r_a = _qr(node.a.astype(jnp.float32))
-  q_b, r_b = _qr(_transpose(node.b).astype(jnp.float32))
-  small = dot(r_a, _transpose(r_b)) * (node.scale / scale)[..., None, None]
-  u, s, v = linalg.svd(small)
-  u, s, v = u[..., :rank], s[..., :rank], _transpose(v)[..., :rank]
+  ratio = (node.scale / scale)[..., None, None]
+  u, s, v = svd(node._replace(b=node.b.astype(jnp.float32) * ratio), rank)
+  s = s[..., :rank]
   if split == 'both':
     root = jnp.sqrt(s)
-    a, b = u * root[..., None, :], v * root[..., None, :]
+    a, b = u * root[..., None, :], v * root[..., :, None]
   elif split == 'a':
     a, b = u * s[..., None, :], v
   else:
-    a, b = u, v * s[..., None, :]
-  a = a if q_a is None else dot(q_a, a)
-  b = b if q_b is None else dot(q_b, b)
-  missing = [(0, 0)] * (a.ndim - 1) + [(0, rank - a.shape[-1])]
+    a, b = u, v * s[..., :, None]
+  more = (0, rank - a.shape[-1])
+  lead = [(0, 0)] * (a.ndim - 2)
   return LowRank(
-    jnp.pad(a, missing), _transpose(jnp.pad(b, missing)), jnp.asarray(scale)
+    jnp.pad(a, [*lead, (0, 0), more]),
+    jnp.pad(b, [*lead, more, (0, 0)]),
+    jnp.asarray(scale),
+  )
+
+
+def svd(node: LowRank, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns u, s, v of a b without the scale, and all its singular values.
+
+  u is [..., D, r], v [..., r, F] with r = min(rank, Q), s is [..., Q], where Q
+  is the smallest of the node's rank and the sides. Computed as `svd_round`.
+
+  >>> node = LowRank(jnp.eye(2), jnp.diag(jnp.array([3.0, 1.0])), jnp.ones(()))
+  >>> u, s, v = svd(node, 1)
+  >>> u.shape, s.tolist(), v.shape
+  ((2, 1), [3.0, 1.0], (1, 2))
+  """
+  q_a, r_a = _qr(node.a.astype(jnp.float32))
+  q_b, r_b = _qr(_transpose(node.b).astype(jnp.float32))
+  u, s, v = linalg.svd(dot(r_a, _transpose(r_b)))
+  u, v = u[..., :rank], _transpose(v)[..., :rank]
+  u = u if q_a is None else dot(q_a, u)
+  v = v if q_b is None else dot(q_b, v)
+  return u, s, _transpose(v)
+
+
+def join(*nodes: LowRank) -> LowRank:
+  """Returns one node with the sum of the nodes' products, of scale one.
+
+  >>> one = LowRank(jnp.ones((2, 1)), jnp.ones((1, 2)), jnp.float32(3))
+  >>> dense(join(one, one)).tolist()
+  [[6.0, 6.0], [6.0, 6.0]]
+  """
+  b = [x.b.astype(jnp.float32) * x.scale[..., None, None] for x in nodes]
+  return LowRank(
+    jnp.concatenate([x.a.astype(jnp.float32) for x in nodes], -1),
+    jnp.concatenate(b, -2),
+    jnp.ones_like(nodes[0].scale),
   )
 
 

@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 (text): scaled embeddings and norms of 1 + scale."""
+"""Gemma 1, 2, 3 (text) and VaultGemma: scaled embeddings, norms of 1 + scale."""
 
 from fedjax_llm.models.families import ropes
 from fedjax_llm.models.families.llama import LLAMA_MODULES, decoder_modules
@@ -73,6 +73,21 @@ GEMMA2 = Family(
   {'Gemma2ForCausalLM': 'lm'},
   _SANDWICH,
   _read_gemma2,
+  _write_gemma2,
+  fields={**FIELDS, 'activation': 'hidden_activation'},
+  handled=frozenset(['attn_logit_softcapping', 'final_logit_softcapping']),
+)
+
+
+# Gemma 2 without the norms after attention and MLP (Google 2025, VaultGemma: A
+# Differentially Private Gemma Model).
+VAULTGEMMA = Family(
+  {'VaultGemmaForCausalLM': 'lm'},
+  tuple(
+    m._replace(name=m.name.replace('post_attention', 'pre_feedforward'))
+    for m in LLAMA_MODULES
+  ),
+  lambda hf, head: {**_read_gemma2(hf, head), 'residual': 'pre'},
   _write_gemma2,
   fields={**FIELDS, 'activation': 'hidden_activation'},
   handled=frozenset(['attn_logit_softcapping', 'final_logit_softcapping']),

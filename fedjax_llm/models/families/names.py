@@ -25,6 +25,7 @@ FAMILIES: Mapping[str, Family] = {
   'gemma': gemma.GEMMA,
   'gemma2': gemma.GEMMA2,
   'gemma3_text': gemma.GEMMA3,
+  'vaultgemma': gemma.VAULTGEMMA,
   'gpt2': gpt.GPT2,
   'opt': gpt.OPT,
   'gpt_neox': gpt.GPT_NEOX,

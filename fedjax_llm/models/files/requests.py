@@ -1,6 +1,6 @@
 """Checks the arguments of `generate` and pads prompts to a few shapes."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,18 @@ def owners(
   return np.asarray(which, np.int32)
 
 
+def groups(kinds: Sequence[Hashable]) -> list[list[int]]:
+  """Returns the indices of equal entries together.
+
+  >>> groups(['a', 'b', 'a'])
+  [[0, 2], [1]]
+  """
+  result: dict[Hashable, list[int]] = {}
+  for index, kind in enumerate(kinds):
+    result.setdefault(kind, []).append(index)
+  return list(result.values())
+
+
 def filled(values: np.ndarray, num: int, filler: int) -> np.ndarray:
   return np.pad(values, (0, num - len(values)), constant_values=filler)
 
@@ -53,11 +65,11 @@ def check(
   config: Config | None,
   prompts: Sequence[Sequence[int]],
   max_new_tokens: int,
-  num_rows: int = 0,
+  num_rows: Sequence[int] = (),
 ) -> None:
   """Raises `Error` for a prompt that cannot be read or continued.
 
-  `num_rows` is the number of positions that an adapter takes before it.
+  `num_rows` are the positions that an adapter takes before each; (): none.
   """
   if config is not None and not config.causal:
     raise Error(f'A {config.family} model is an encoder: it writes no text.')
@@ -72,8 +84,9 @@ def check(
         f'{config.vocab_size}.'
       )
     total = len(prompt) + max_new_tokens
-    if num_rows + total > longest_text(config):
-      rows = f' behind {num_rows} prompt rows' if num_rows else ''
+    ahead = num_rows[index] if num_rows else 0
+    if ahead + total > longest_text(config):
+      rows = f' behind {ahead} prompt rows' if ahead else ''
       raise Error(
         f'Prompt {index} and {max_new_tokens} new tokens are {total} tokens'
         f'{rows}; the model has {longest_text(config)} positions.'

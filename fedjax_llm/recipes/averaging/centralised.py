@@ -8,7 +8,7 @@ from fedjax_llm.types import FederatedAlgorithm, Loss
 
 # What the config of each method changes.
 NEEDS = {
-  'centralised': {},
+  'centralised': dict(partition=dict(name='pooled')),
 }
 
 
@@ -21,9 +21,9 @@ def centralised(
 ) -> FederatedAlgorithm:
   """Centralised training: one client holds all data (no federation).
 
-  The program pools the clients' texts and gives that client the steps of a
-  whole cohort, so the token budget is that of the federated run it is compared
-  with.
+  This is federated averaging of the single client of `data.partition.pooled`,
+  whose optimizer goes on from round to round. A config that names this method
+  has its partition pooled.
 
   >>> from jax import numpy as jnp
   >>> from fedjax_llm import local

@@ -1,0 +1,1 @@
+"""Methods without backpropagation: zeroth order and forward gradients."""

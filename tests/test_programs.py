@@ -1,0 +1,118 @@
+"""Every method of `configs/methods.py` is swept, trained, replayed, exported.
+
+The programs are real, and their folders are. Only the compiled round is not:
+it is traced, and returns the state that it was given.
+"""
+
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+
+from fedjax_llm import export, sweep
+from fedjax_llm.devices import sharding
+from fedjax_llm.replay import program as replay
+from fedjax_llm.run import config, rebuild, sections, tasks, training
+from fedjax_llm.sweep import population
+from fedjax_llm.types import LossSum
+
+PATH = pathlib.Path(__file__).parents[1] / 'configs' / 'methods.py'
+NAMES = runpy.run_path(str(PATH))['NAMES']
+# Their loss needs the statistics of nodes.
+OBSERVED = ('fed_amole',)
+SMALL = (
+  *('num_rounds=1', 'model.hidden_size=8', 'cohort.num_steps=1'),
+  *('population.max_clients=4', 'population.new_clients=0'),
+  *('clients.cohort_size=2', 'compilation_cache=none'),
+  *('evals.per_client=0', 'evals.common=0', 'evals.samples=0'),
+)
+
+
+def sum_of_squares(base, params, batch, key):
+  """Returns a loss that is traced in no time."""
+  del base, key
+  count = jnp.sum(batch.segments > 0).astype(jnp.float32)
+  floats = [x for x in jax.tree.leaves(params) if x.dtype == jnp.float32]
+  return LossSum(count * sum(jnp.sum(x**2) for x in floats), count, count)
+
+
+def texts():
+  return tasks.causal_lm()._replace(loss=lambda *_, **__: sum_of_squares)
+
+
+def labels(**more):
+  task = tasks.classification(**more)
+  return task._replace(loss=lambda *_, **__: sum_of_squares)
+
+
+def standing(round_fn, num=None):
+  """Returns a round that is traced and changes nothing but its number.
+
+  With `num` the function is that of a population, with an axis of members.
+  """
+
+  def result(shapes, state):
+    same = lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype)
+    assert jax.tree.all(jax.tree.map(same, shapes[0], state))
+    info = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes[-1])
+    everybody = np.ones(info.reported.shape, bool)
+    info = info._replace(reported=everybody, finite=everybody)
+    return state._replace(round=state.round + 1), info
+
+  def one(state, cohort, base):
+    state, info = result(jax.eval_shape(round_fn, state, cohort, base), state)
+    return state, cohort.states, info
+
+  def several(values, states, cohorts, kind, base):
+    shapes = jax.eval_shape(round_fn, values, states, cohorts, kind, base)
+    return result(shapes, states)
+
+  return several if num else one
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch):
+  program = population.program
+  monkeypatch.setattr(
+    population, 'program', lambda *args: standing(program(*args), num=2)
+  )
+  monkeypatch.setattr(
+    sharding, 'compiled', lambda round_fn, mesh: standing(round_fn)
+  )
+
+
+def parsed(name, folder):
+  argv = ['--config', f'{PATH}:{name}:smoke', '--workdir', str(folder)]
+  conf = config.parse(
+    [*argv, *(f'--config.{field}' for field in SMALL)], sections.SPEC
+  ).config
+  if name not in OBSERVED:
+    kind = 'labels' if conf.get('task') else 'texts'
+    conf['task'] = {**(conf.get('task') or {}), 'name': f'{__name__}:{kind}'}
+  return config.override(conf, [], sections.SPEC)[0]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_method_is_swept_trained_replayed_and_exported(name, tmp_path):
+  conf, said = parsed(name, tmp_path), []
+  result = sweep.run(
+    *(conf, {}),
+    seeds=[0, 1],
+    workdir=tmp_path / 'sweep',
+    metric='local/loss',
+    say=said.append,
+  )
+  assert result.rows[0].value is not None, said
+  folder = tmp_path / 'sweep' / 'runs' / 'seed=0'
+  if not (folder / 'checkpoints').is_dir():  # trained by one program
+    folder = tmp_path / 'run'
+    training.train(config.Arguments(conf, str(folder), str(PATH)))
+  words = ['--workdir', folder, '--round', 1, rebuild.TRUST]
+  assert 'equal: every number' in runs.done(replay, words)
+  words = ['--workdir', folder, rebuild.TRUST, '--to', 'merged']
+  done = runs.done(export, [*words, '--out', tmp_path / 'merged'])
+  assert str(tmp_path / 'merged') in done
