@@ -109,7 +109,7 @@ def mixed(matrix: Callable[[Update, jax.Array, jax.Array], Any]) -> Aggregator:
   whose client took no part keeps its value, and so does one whose row of W is
   zero. `recipes.rows` gives every client its row.
 
-  >>> from fedjax_llm.types import Masks
+  >>> from fedjax_llm.types import Masks, Uploads
   >>> params = {'w': jnp.array([[1.0], [2.0], [3.0]])}  # N = 3
   >>> update = {'w': jnp.zeros((2, 3, 1)).at[0, 2].set(5.0)}
   >>> uploads = Uploads(
