@@ -145,12 +145,16 @@ def wire(states, k):
 # --------------------------------------------------------- float64, by hand --
 
 
+def f64(x) -> Any:
+  return np.asarray(x, np.float64)
+
+
 def hidden(tokens, rows=None, *changes):
   """[B, T, D]; changes are matrices [D, D] beside M."""
-  w = {name: np.float64(x) for name, x in base().items()}
+  w = {name: f64(x) for name, x in base().items()}
   e = w['embed'][tokens]
   if rows is not None:
-    e = e + np.float64(rows).mean(0)
+    e = e + f64(rows).mean(0)
   return np.tanh(e) @ (w['mix'] + sum(changes, np.zeros((D, D))))
 
 
@@ -160,7 +164,7 @@ def log_softmax(x):
 
 
 def logits(h):
-  return h[:, 0] @ np.float64(base()['head'])
+  return h[:, 0] @ f64(base()['head'])
 
 
 def rows_of(batch, k, s):
@@ -189,7 +193,7 @@ def deep_step(data, a, b, rate, mask: Any = 1.0):
 
 def slope(of, at, step=1e-5) -> Any:
   """The gradient of a function of one array, by central differences."""
-  at = np.float64(at)
+  at = f64(at)
   out = np.zeros_like(at)
   for i in np.ndindex(at.shape):
     up, down = at.copy(), at.copy()
@@ -200,7 +204,7 @@ def slope(of, at, step=1e-5) -> Any:
 
 
 def mean(stack, weight: Any = WEIGHT) -> Any:
-  w = np.float64(weight) / np.sum(np.float64(weight))
+  w = f64(weight) / np.sum(f64(weight))
   return sum(x * y for x, y in zip(w, stack))
 
 

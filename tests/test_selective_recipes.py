@@ -90,7 +90,7 @@ def history(rounds=3, strength=0.0, budgets=tuple(BUDGETS)):
 
 def reference(rounds=3, budgets=BUDGETS):
   q = toy.stacked(L, R)['layers']['q']
-  a, b = np.float64(q.a), np.float64(q.b)
+  a, b = toy.f64(q.a), toy.f64(q.b)
   plan = np.zeros((N, L), bool)
   for k, r in enumerate(budgets):
     plan[k, L - r :] = True
