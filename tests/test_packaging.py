@@ -73,7 +73,7 @@ def test_configs_have_names_in_every_folder(tmp_path, monkeypatch):
   }  # a file of one's own comes first
   (tmp_path / 'quickstart').mkdir()
   assert config.located('quickstart').endswith('quickstart.py')
-  with pytest.raises(Error, match='--config . is a folder; name a config'):
+  with pytest.raises(Error, match=r'--config \. is a folder; name a config'):
     config.located('.')
   message = (
     r'--config configs/tony.py: there is no such file, and no config of the '

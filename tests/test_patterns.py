@@ -71,6 +71,6 @@ def test_scopes_search_within_the_same_limits(monkeypatch):
     scopes.in_turn('/(a)$').mask(names, None, Context())
   monkeypatch.setattr(patterns, 'MAX_SECONDS', 0.1)
   with pytest.raises(
-    Error, match="scope's pattern: .* does not come to an end"
+    Error, match=r"scope's pattern: .* does not come to an end"
   ):
     scopes.private('^(x|xx)+$').labels(names)

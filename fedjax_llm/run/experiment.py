@@ -16,6 +16,7 @@ import jax
 from fedjax_llm import clients, data, evals, local, models
 from fedjax_llm.adapters import complete, peft
 from fedjax_llm.devices import hosts, sharding
+from fedjax_llm.models.network import prompts
 from fedjax_llm.run import (
   blocks,
   builders,
@@ -323,6 +324,7 @@ def build(
   initial = sharding.fetched(adapter.init(adapter_key, loaded.base))
   initial = warm.start(initial, conf['adapter'].get('path'), loaded)
   complete(initial, loaded.base, task.head)  # raises if not exportable
+  prompts.check(loaded.config, prompts.front(initial), width)
   return Experiment(
     conf=conf,
     settings=settings,
