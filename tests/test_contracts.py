@@ -66,7 +66,7 @@ def quadratic(forward):
 # ------------------------------------------------------- what is there now --
 
 BUILT = {
-  adapters: dict(lora={}, rslora={}),
+  adapters: dict(dense=dict(modules='q_proj'), lora={}, rslora={}),
   aggregators: dict(
     krum=dict(num_byzantine=1),
     control_variates=dict(inner=aggregators.mean(), num_clients=9),
