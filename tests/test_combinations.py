@@ -47,7 +47,7 @@ RULES = {
 }
 # Rules that mean entries, whatever they are of.
 BY_ENTRY = ('krum', 'masked_mean', 'mean', 'median', 'trimmed_mean')
-BY_ENTRY += ('fedrpca', 'uniform_mean')
+BY_ENTRY += ('fedrpca', 'matched_mean', 'uniform_mean')
 SERVERS = {name: getattr(server, name) for name in server.__all__}
 SCOPES = {
   'everything': scopes.everything,
