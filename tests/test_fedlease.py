@@ -135,7 +135,7 @@ def cohort(states):
 @functools.cache
 def run() -> Any:
   """The method, and each round's (before, after, states, uploads, info)."""
-  algorithm = recipes.fedlease(
+  algorithm: Any = recipes.fedlease(
     loss, toy.sgd(0.1), num_clients=N, first_rounds=1, most=E
   )
   params = adapters.lora(rank=R, alpha=1.0, targets='q').init(KEY, base())

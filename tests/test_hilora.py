@@ -68,7 +68,7 @@ def test_the_penalty_is_the_overlap_of_the_tiers():
   pool = LowRank(draw(C, D, R), draw(C, R, F), None)
   node = Tiers(low(1), pool, low(2), jnp.eye(C)[1])
   plain = lambda *_: LossSum(jnp.float32(3), jnp.float32(5), jnp.float32(0))
-  result = penalised(plain, 0.5, 0.25)(None, {'q': node}, None, None).total
+  result = penalised(plain, 0.5, 0.25)(None, {'q': node}, None, KEY).total
   root, middle, leaf = lora.f64(node.root.b, pool.b[1], node.leaf.b)
   square = lambda x, y: np.linalg.norm(x @ y.T) ** 2
   first = square(root, middle) + square(root, leaf)
@@ -82,7 +82,7 @@ def test_the_penalty_is_the_overlap_of_the_tiers():
 @functools.cache
 def run() -> Any:
   """The method, and each round's (before, after, states, uploads, info)."""
-  algorithm = recipes.hilora(
+  algorithm: Any = recipes.hilora(
     loss, toy.sgd(0.1), num_clients=N, first_rounds=1, cluster_rounds=1, most=C
   )
   params = adapters.lora(rank=R, alpha=1.0, targets='q').init(KEY, base())
@@ -108,7 +108,8 @@ def node(tree):
 
 
 def product(x):
-  return np.float64(x.scale)[0] * np.float64(x.a)[0] @ np.float64(x.b)[0]
+  a, b, scale = lora.f64(x.a, x.b, x.scale)
+  return scale[0] * a[0] @ b[0]
 
 
 def check(before, after, update, members):

@@ -52,7 +52,7 @@ def raflora(
   ...         for x in (2.0, 0.0)]
   >>> sent, rule = received(start, ends, ranks=[2, 1]), raflora()
   >>> new = rule.aggregate(sent, (), start, jax.random.key(0))[0].assign
-  >>> jnp.diagonal(new.a @ new.b).round(3).tolist()  # the small client is heard
+  >>> jnp.diagonal(new.a @ new.b).round().tolist()  # the small client is heard
   [4.0, 2.0]
   """
   low_rank.check_split('raflora', split)
@@ -104,7 +104,7 @@ def florist(*, energy: float = 0.9) -> Aggregator:
   >>> end = start._replace(b=jnp.diag(jnp.array([3.0, 1.0])))
   >>> sent, rule = received(start, [end]), florist(energy=0.9)
   >>> new = rule.aggregate(sent, (), start, jax.random.key(0))[0].assign
-  >>> (new.a @ new.b).round(3).tolist()  # 9 of 10 parts of the energy
+  >>> (new.a @ new.b).round().tolist()  # 9 of 10 parts of the energy
   [[3.0, 0.0], [0.0, 0.0]]
   """
   _check_energy('florist', energy)

@@ -82,7 +82,7 @@ def gram_mean(*, weighted: bool = False, align: bool = True) -> Aggregator:
   ...   [[1.0, 0.0]], [[1.0, 0.0]]), None, jnp.ones(2), jnp.ones(2, bool))
   >>> rule, server = gram_mean(), node([1.0, 0.0])
   >>> new = rule.aggregate(sent, (), server, None)[0].assign
-  >>> (new.g ** 2).round(3).tolist()  # (4^2 + 2^2) / 2
+  >>> (new.g ** 2).round().tolist()  # (4^2 + 2^2) / 2
   [[10.0, 0.0]]
   """
   weights = by_weight if weighted else equal

@@ -16,11 +16,8 @@ from fedjax_llm.types import Download, FederatedAlgorithm, Loss
 
 # What the config of each method changes.
 NEEDS = {
-  # A server of a rank above the clients': it keeps what their stack needs.
-  'florist': dict(
-    adapter=dict(name='lora', rank=8),
-    profiles=dict(name='ranks', choices=(2, 4)),
-  ),
+  # Below the server's rank, which then keeps what their stack needs.
+  'florist': dict(profiles=dict(name='ranks', choices=(1, 2))),
 }
 
 
