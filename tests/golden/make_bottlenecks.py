@@ -7,14 +7,18 @@ directory of `tests/golden/adapters` is an adapter of one of `models`, with
 `logits.npz` beside it: `tokens` [B, T] and `logits` of the adapted model.
 """
 
+import importlib
 import json
 import pathlib
 import shutil
+from typing import Any
 
-import adapters  # pyright: ignore[reportMissingImports]
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import transformers
+
+# The folder beside this file has the same name, so it is named by a string.
+adapters: Any = importlib.import_module('adapters')
 
 HERE = pathlib.Path(__file__).parent
 CONFIGS = {
