@@ -35,6 +35,7 @@ OF = {
   'ia3_gpt2': 'gpt2',
   'ia3_bert': 'bert_classifier',
 }
+BOTTLENECKS = ('bottleneck_houlsby', 'bottleneck_parallel')
 
 
 @functools.cache
@@ -224,6 +225,65 @@ def test_the_names_of_modules_are_those_of_the_model():
   name = families.hf_module_name('layers/mlp/down_proj', 1, config)
   _, tensors = files(GOLDEN / 'adapters' / 'ia3')
   assert f'base_model.model.{name}.ia3_l' in tensors
+
+
+@pytest.mark.parametrize('name', BOTTLENECKS)
+def test_bottlenecks_are_those_of_the_library_adapters(tmp_path, name):
+  """Files of its version 1.3.0, by tests/golden/make_bottlenecks.py."""
+  of, folder = loaded('bert_classifier'), GOLDEN / 'adapters' / name
+  params = warm.load_adapter(folder, of)
+  values = np.load(folder / 'logits.npz')
+  got = network('bert_classifier')(of.base, params, values['tokens'])
+  np.testing.assert_allclose(got, values['logits'], rtol=0, atol=1e-4)
+  plain = network('bert_classifier')(of.base, {}, values['tokens'])
+  assert np.abs(plain - got).max() > 0.3
+  peft.bottlenecks.save(
+    tmp_path / name,
+    params,
+    module_name=lambda p, i: families.hf_module_name(p, i, of.config),
+    network=of.config,
+    base_model='models/bert_classifier',
+  )
+  read = safetensors.numpy.load_file
+  ours = read(tmp_path / name / 'adapter.safetensors')
+  theirs = read(folder / 'adapter.safetensors')
+  assert set(ours) == set(theirs)
+  for key, value in theirs.items():
+    np.testing.assert_array_equal(ours[key], value)
+  before, after = (
+    json.loads((x / 'adapter_config.json').read_text())
+    for x in (folder, tmp_path / name)
+  )
+  for field, value in after['config'].items():
+    if field != 'init_weights':
+      assert before['config'][field] == value, field
+  assert {k: before[k] for k in after if k != 'config'} == {
+    k: v for k, v in after.items() if k != 'config'
+  }
+  again = warm.load_adapter(tmp_path / name, of)
+  assert jax.tree.structure(again) == jax.tree.structure(params)
+
+
+def test_bottlenecks_that_the_library_computes_otherwise_are_refused(tmp_path):
+  of = loaded('bert_classifier')
+  save = functools.partial(
+    peft.bottlenecks.save,
+    tmp_path / 'x',
+    module_name=lambda p, i: families.hf_module_name(p, i, of.config),
+  )
+  params = adapters.bottleneck(4).init(jax.random.key(0), of.base)
+  with pytest.raises(Error, match='form=houlsby'):
+    save(params, network=of.config)
+  with pytest.raises(Error, match='a llama model: the files of the library'):
+    save(params, network=loaded('llama').config)
+  folder = tmp_path / 'y'
+  shutil.copytree(GOLDEN / 'adapters' / 'bottleneck_houlsby', folder)
+  file = folder / 'adapter_config.json'
+  config = json.loads(file.read_text())
+  config['config']['original_ln_before'] = True
+  file.write_text(json.dumps(config))
+  with pytest.raises(Error, match='original_ln_before = True is not supported'):
+    warm.load_adapter(folder, of)
 
 
 @pytest.mark.filterwarnings('ignore')  # those of torch are not ours

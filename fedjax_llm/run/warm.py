@@ -236,6 +236,14 @@ def load_adapter(directory: pathlib.Path, loaded: LoadedModel) -> Params:
     raise Error(
       f'{directory} has no {peft.CONFIG}, so it is no adapter directory.'
     )
+  if (directory / peft.bottlenecks.WEIGHTS).is_file():
+    params = peft.bottlenecks.load(
+      directory,
+      path_of=lambda name: families.our_paths(name, loaded.config),
+      network=loaded.config,
+    )
+    tenants.check(loaded.base, params, str(directory))
+    return params
   params = peft.load(
     directory,
     path_of=lambda name: families.our_paths(name, loaded.config),
