@@ -1,4 +1,4 @@
-"""The launcher of TPU pods: its commands, also under a fake gcloud."""
+"""The launcher of TPU pods: its commands, its scripts under a fake gcloud."""
 
 import os
 import pathlib

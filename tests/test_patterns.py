@@ -70,5 +70,7 @@ def test_scopes_search_within_the_same_limits(monkeypatch):
   with pytest.raises(Error, match=r'finds q_proj/a without a number in its gr'):
     scopes.in_turn('/(a)$').mask(names, ClientState(), Context())
   monkeypatch.setattr(patterns, 'MAX_SECONDS', 0.1)
-  with pytest.raises(Error, match=r"scope's pattern: .* does not come to"):
+  with pytest.raises(
+    Error, match=r"scope's pattern: .* does not come to an end"
+  ):
     scopes.private('^(x|xx)+$').labels(names)

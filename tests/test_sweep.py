@@ -15,9 +15,9 @@ from fedjax_llm import aggregators, sweep
 from fedjax_llm.aggregators import from_rule
 from fedjax_llm.run import config, metrics, narration, workdir
 from fedjax_llm.run.sections import SPEC
+from fedjax_llm.run.training import train
 from fedjax_llm.sweep import grid as grids
 from fedjax_llm.sweep import groups, population, singly, table
-from fedjax_llm.run.training import train
 from fedjax_llm.types import Error, Uploads
 
 WORDS = 'the quick brown fox jumps over a lazy dog and then some'.split()  # noqa: SIM905

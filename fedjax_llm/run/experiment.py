@@ -17,6 +17,7 @@ from fedjax_llm import clients, data, evals, local, models
 from fedjax_llm.adapters import complete, peft
 from fedjax_llm.devices import hosts, sharding
 from fedjax_llm.local import LocalOptimizer
+from fedjax_llm.models.network import prompts
 from fedjax_llm.run import (
   blocks,
   builders,
@@ -347,6 +348,7 @@ def build(
   initial = sharding.fetched(adapter.init(adapter_key, loaded.base))
   initial = warm.start(initial, conf['adapter'].get('path'), loaded)
   complete(initial, loaded.base, task.head)  # raises if not exportable
+  prompts.check(loaded.config, prompts.front(initial), width)
   return Experiment(
     conf=conf,
     settings=settings,
