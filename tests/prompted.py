@@ -5,6 +5,8 @@
 Float64 references need only these lines: their gradients are differences.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,7 +102,8 @@ def run(algorithm, params, rounds=2, cohorts=None, jit=jax.jit):
   """Every (state, client states, info), the first before any round."""
   state = algorithm.init(KEY, params)
   states = tree.broadcast(algorithm.init_client(state.params), K)
-  history, step = [(state, states, None)], jit(algorithm.round)
+  history: list[Any] = [(state, states, None)]
+  step = jit(algorithm.round)
   for number in range(rounds):
     of = cohort() if cohorts is None else cohorts[number]
     state, states, info = step(state, of._replace(states=states), base())
@@ -142,12 +145,16 @@ def wire(states, k):
 # --------------------------------------------------------- float64, by hand --
 
 
+def f64(x) -> Any:
+  return np.asarray(x, np.float64)
+
+
 def hidden(tokens, rows=None, *changes):
   """[B, T, D]; changes are matrices [D, D] beside M."""
-  w = {name: np.float64(x) for name, x in base().items()}
+  w = {name: f64(x) for name, x in base().items()}
   e = w['embed'][tokens]
   if rows is not None:
-    e = e + np.float64(rows).mean(0)
+    e = e + f64(rows).mean(0)
   return np.tanh(e) @ (w['mix'] + sum(changes, np.zeros((D, D))))
 
 
@@ -157,7 +164,7 @@ def log_softmax(x):
 
 
 def logits(h):
-  return h[:, 0] @ np.float64(base()['head'])
+  return h[:, 0] @ f64(base()['head'])
 
 
 def rows_of(batch, k, s):
@@ -176,7 +183,7 @@ def deep_nll(data, a, b):
   return nll(logits(hidden(tokens, None, (a @ b).sum(0))), label)
 
 
-def deep_step(data, a, b, rate, mask=1.0):
+def deep_step(data, a, b, rate, mask: Any = 1.0):
   """One step of SGD on both factors; mask is [L] or a number."""
   m = np.reshape(mask, (-1, 1, 1))
   g = slope(lambda x: deep_nll(data, x, b), a)
@@ -184,9 +191,9 @@ def deep_step(data, a, b, rate, mask=1.0):
   return a - rate * m * g, b - rate * m * h
 
 
-def slope(of, at, step=1e-5):
+def slope(of, at, step=1e-5) -> Any:
   """The gradient of a function of one array, by central differences."""
-  at = np.float64(at)
+  at = f64(at)
   out = np.zeros_like(at)
   for i in np.ndindex(at.shape):
     up, down = at.copy(), at.copy()
@@ -196,8 +203,8 @@ def slope(of, at, step=1e-5):
   return out
 
 
-def mean(stack, weight=WEIGHT):
-  w = np.float64(weight) / np.sum(np.float64(weight))
+def mean(stack, weight: Any = WEIGHT) -> Any:
+  w = f64(weight) / np.sum(f64(weight))
   return sum(x * y for x, y in zip(w, stack))
 
 

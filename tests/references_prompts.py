@@ -13,7 +13,7 @@ def root(matrix, power):
 
 def weights(raw, n):
   """Table 1 of arXiv 1604.00772, for raw weights from the best on."""
-  raw = np.float64(raw)
+  raw = toy.f64(raw)
   good, bad = raw[raw > 0], raw[raw < 0]
   mu_eff = good.sum() ** 2 / (good**2).sum()
   c_1 = 2 / ((n + 1.3) ** 2 + mu_eff)
@@ -37,8 +37,8 @@ class CMA:
 
   def __init__(self, mean, sigma, C=None):
     n = len(mean)
-    self.m, self.sigma = np.float64(mean), float(sigma)
-    self.C = np.eye(n) if C is None else np.float64(C)
+    self.m, self.sigma = toy.f64(mean), float(sigma)
+    self.C = np.eye(n) if C is None else toy.f64(C)
     self.ps, self.pc, self.g = np.zeros(n), np.zeros(n), 0
 
   def tell(self, xs, values, raw):
@@ -116,8 +116,7 @@ def local_prompt(batch, k, rows, rate, steps):
 def fed_prompt(batch, rows, rate, rounds, clients, steps):
   for _ in range(rounds):
     ends = [
-      local_prompt(batch, k, np.float64(rows), rate, steps)
-      for k in range(clients)
+      local_prompt(batch, k, toy.f64(rows), rate, steps) for k in range(clients)
     ]
     rows = toy.mean(ends)
   return rows
@@ -138,7 +137,7 @@ def generate(phi, client, heads):
 
 
 def p_fed_pg(phi, batch, ids, rate, server_rate, rounds, steps, heads):
-  phi = [np.float64(x) for x in phi]
+  phi = [toy.f64(x) for x in phi]
   for _ in range(rounds):
     changes = []
     for k, client in enumerate(ids):
@@ -166,7 +165,13 @@ def cosine(x, y):
   )  # fmt: skip
 
 
-def fed_pgp_loss(tokens, label, sigma, u, v, mu, t):
+def swapped(arrays, i, x):
+  """The arrays with x in place i."""
+  return [*arrays[:i], x, *arrays[i + 1 :]]
+
+
+def fed_pgp_loss(data, arrays, mu, t):
+  (tokens, label), (sigma, u, v) = data, arrays
   own = sigma + u @ v
   nats = toy.nll(toy.logits(toy.hidden(tokens, own)), label)
   f = [toy.hidden(tokens, rows).mean(1) for rows in (None, sigma, own)]
@@ -175,8 +180,8 @@ def fed_pgp_loss(tokens, label, sigma, u, v, mu, t):
 
 
 def fed_pgp(batch, sigma, u, v, rate, rounds, clients, steps, mu, t):
-  sigma = np.float64(sigma)
-  own = [(np.float64(u), np.float64(v))] * clients
+  sigma = toy.f64(sigma)
+  own = [(toy.f64(u), toy.f64(v))] * clients
   for _ in range(rounds):
     ends = []
     for k in range(clients):
@@ -186,7 +191,7 @@ def fed_pgp(batch, sigma, u, v, rate, rounds, clients, steps, mu, t):
         grads = [
           toy.slope(
             lambda x, i=i, p=p, data=data: fed_pgp_loss(
-              *data, *p[:i], x, *p[i + 1 :], mu, t
+              data, swapped(p, i, x), mu, t
             ),
             p[i],
           )
@@ -210,8 +215,8 @@ def apart(teacher, student, t):
 
 def fed_dat(batch, s, c, scale, rate, rounds, clients, steps, gate, t):
   """s and c are pairs (a, b); returns s and every client's c."""
-  s = [np.float64(x) for x in s]
-  own = [[np.float64(x) for x in c] for _ in range(clients)]
+  s = [toy.f64(x) for x in s]
+  own = [[toy.f64(x) for x in c] for _ in range(clients)]
   for _ in range(rounds):
     ends = []
     for k in range(clients):

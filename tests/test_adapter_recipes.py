@@ -59,6 +59,13 @@ def test_fed_dat_equals_a_float64_loop():
   assert info.bytes_down.sum(1).tolist() == [size] * K
 
 
+def test_the_loss_of_fed_dat_falls():
+  losses = [
+    float(info.metrics['local/loss']) for _, _, info in fed_dat()[1][1:]
+  ]
+  assert losses[1] < losses[0]
+
+
 def test_fed_dat_serves_the_teacher():
   algorithm, seen = fed_dat()
   state, states, _ = seen[-1]
@@ -124,8 +131,8 @@ def mnmt_reference(clusters, weighted=False):
   q = linear.params()['q']
   data = references_personalised.clients(linear.cohort().batches)
   weight = linear.cohort().weight if weighted else np.ones(5)
-  base = np.float64(linear.base())
-  held = [(np.float64(q.a), np.float64(q.b))] * (max(clusters) + 1)
+  base = toy.f64(linear.base())
+  held = [(toy.f64(q.a), toy.f64(q.b))] * (max(clusters) + 1)
   for _ in range(2):
     ends = [
       references_personalised.factors(
@@ -207,7 +214,7 @@ def fed_adapter(rounds=4):
 def adapter_reference(rounds=4):
   """Three groups, windows of 2 d + 1 rounds, an accuracy before each step."""
   q = toy.stacked(L, WIDE)['layers']['q']
-  arms = [(np.float64(q.a), np.float64(q.b))] * 3
+  arms = [(toy.f64(q.a), toy.f64(q.b))] * 3
   d, w, turn, score = 1, 1, 0, [-1.0] * 3
   path = []
   for r in range(rounds):

@@ -1,28 +1,13 @@
-"""Parts of any method under those of any other: shapes, bytes and refusals.
-
-What a client sends is serialised for every method: here for those whose own
-tests do not, which `ELSEWHERE` points to.
-"""
+"""Parts of any method under those of any other: shapes and refusals."""
 
 import itertools
 import random
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_adapter_recipes
-import test_lora_recipes
-import test_personalised
-import test_planned
-import test_prompt_recipes
-import test_selective_recipes
-import test_spectral
-import test_structured
-import test_variants
 import toy
 from test_contracts import carry
-from test_lora_recipes import watched
 
 from fedjax_llm import (
   aggregators,
@@ -30,7 +15,6 @@ from fedjax_llm import (
   recipes,
   scopes,
   server,
-  uploads,
 )
 from fedjax_llm.clients import cohorts, sampling
 from fedjax_llm.recipes.lora.lora_a2 import selected
@@ -41,64 +25,6 @@ from fedjax_llm.types import Error, Example
 KEY = jax.random.key(0)
 K = 4
 RANKS = np.array([2, 1, 1, 2], np.int32)
-
-# ------------------------------------------------------------------- bytes --
-
-# recipe -> what a client sends beside two factors, as multiples of them.
-HERE = {
-  'fed_avg': 1,
-  'fed_prox': 1,
-  'scaffold': 2,  # the change of its control variate
-  'fed_avgm': 1,
-  'fed_adagrad': 1,
-  'fed_adam': 1,
-  'fed_yogi': 1,
-  'local_only': 0,
-  'centralised': 1,
-}
-ELSEWHERE = {
-  *test_lora_recipes.RECIPES,
-  *test_personalised.SETTINGS,
-  *('fedlease', 'hilora', *test_spectral.RECIPES),
-  *(recipe for recipe, *_ in test_variants.METHODS.values()),
-  *('fed_ra', 'slora', 'fed_hm', 'hafl'),  # test_structured
-  'fed_amole',  # test_experts
-  'fed_pipe',  # test_planned
-  'lp_fl',  # test_labelling
-  *('fed_mezo', 'decomfl', 'cyber_0', 'fed_kseed', 'fed_kseed_pro'),
-  *('fwdllm', 'meerkat', 'spry'),  # test_zeroth_order
-  *('fed_tt', 'federa'),  # fed_avg, on another adapter
-  *test_adapter_recipes.METHODS,
-  *test_prompt_recipes.METHODS,
-  *test_selective_recipes.METHODS,
-}
-
-
-def test_every_methods_message_is_serialised_somewhere():
-  assert test_structured.rooms is not None and test_planned.SIZE > 0
-  assert {*HERE, *ELSEWHERE} >= set(recipes.__all__)
-
-
-@pytest.mark.parametrize('name', HERE)
-def test_bytes_are_those_of_a_serialised_message(name):
-  extra = {'num_clients': K} if name == 'scaffold' else {}
-  algorithm = getattr(recipes, name)(
-    toy.loss, toy.sgd(), upload=watched(uploads.identity()), **extra
-  )
-  state = algorithm.init(KEY, toy.params())
-  one = algorithm.init_client(state.params)
-  states = jax.tree.map(lambda x: jnp.stack([x] * K), one)
-  cohort = toy.cohort(num_clients=K, states=states)
-  _, states, told = jax.jit(algorithm.round)(state, cohort, toy.base())
-  message, sent = states.upload
-  pairs = list(zip(jax.tree.leaves(message), jax.tree.leaves(sent)))
-  for k in range(K):
-    wire = b''.join(
-      np.asarray(x)[k][np.asarray(m)[k]].tobytes() for x, m in pairs
-    )
-    assert len(wire) == told.bytes_up[k].sum()
-    assert len(wire) == HERE[name] * 4 * toy.R * (toy.D + toy.F)
-
 
 # ------------------------------------------------------------ combinations --
 
@@ -121,7 +47,7 @@ RULES = {
 }
 # Rules that mean entries, whatever they are of.
 BY_ENTRY = ('krum', 'masked_mean', 'mean', 'median', 'trimmed_mean')
-BY_ENTRY += ('fedrpca', 'uniform_mean')
+BY_ENTRY += ('fedrpca', 'matched_mean', 'uniform_mean')
 SERVERS = {name: getattr(server, name) for name in server.__all__}
 SCOPES = {
   'everything': scopes.everything,

@@ -8,11 +8,7 @@ import inspect
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-import test_adapter_recipes
-import test_prompt_recipes
-import test_selective_recipes
 import toy
 
 from fedjax_llm import (
@@ -27,7 +23,6 @@ from fedjax_llm.types import (
   Adapter,
   Aggregator,
   Codec,
-  FederatedAlgorithm,
   LossSum,
   StreamingAggregator,
 )
@@ -71,7 +66,7 @@ def quadratic(forward):
 # ------------------------------------------------------- what is there now --
 
 BUILT = {
-  adapters: dict(lora={}, rslora={}),
+  adapters: dict(dense=dict(modules='q_proj'), lora={}, rslora={}),
   aggregators: dict(
     krum=dict(num_byzantine=1),
     control_variates=dict(inner=aggregators.mean(), num_clients=9),
@@ -99,31 +94,6 @@ def test_every_public_builder_keeps_its_rooms_contract(room):
     assert inspect.getdoc(builder), f'{name} has no docstring'
     seen += 1
   assert seen >= 1
-
-
-RANKS = np.array([1, 2, 2, 1], np.int32)  # what clients can hold
-# On other parameters than two factors: test_variants, test_structured, ...
-OTHERS = (
-  *('fed_amole', 'fed_pipe', 'fed_ra', 'fed_sb', 'fed_tt_plus'),
-  *('fedlease', 'florg', 'hilora', 'lp_fl', 'ravan'),
-  *test_adapter_recipes.METHODS,
-  *test_prompt_recipes.METHODS,
-  *test_selective_recipes.METHODS,
-)
-EXTRA: dict[str, dict[str, int]] = {
-  'scaffold': {'num_clients': 9},
-  **{name: {'num_steps': 3} for name in ('cyber_0', 'decomfl', 'meerkat')},
-}
-
-
-def test_every_recipe_carries_a_round():
-  for name in sorted(set(recipes.__all__) - set(OTHERS)):
-    algorithm = getattr(recipes, name)(
-      toy.loss, toy.sgd(), fold=toy.fold, **EXTRA.get(name, {})
-    )
-    assert isinstance(algorithm, FederatedAlgorithm)
-    cohort = toy.cohort(num_clients=4)
-    carry(algorithm, toy.params(), cohort._replace(profiles=RANKS))
 
 
 def test_every_aggregator_works_under_every_server_optimizer():

@@ -39,14 +39,14 @@ def test_a_token_uses_the_largest_outputs_of_its_clusters_router(used, cluster):
     live=first.astype(jnp.float32),
   )
   x, zero = draw(6, D), jnp.zeros((6, F))
-  found = node.act(x, zero)
+  result = node.act(x, zero)
   want = [
     ref.leased(
       *(t, node.pool.a, node.pool.b, 0.5, node.router[cluster], cluster, used)
     )
     for t in x
   ]
-  np.testing.assert_allclose(found, want, atol=1e-5)
+  np.testing.assert_allclose(result, want, atol=1e-5)
   gates = np.asarray(node.gates(x))
   np.testing.assert_allclose(gates.sum(-1), 1, atol=1e-6)
   assert not gates[:, used:].any()
@@ -54,7 +54,7 @@ def test_a_token_uses_the_largest_outputs_of_its_clusters_router(used, cluster):
   np.testing.assert_allclose(warm, node.own.act(x, zero), atol=1e-6)
   if used > 1:  # the other experts count: it is not the own expert alone
     alone = 0.5 * x @ node.pool.a[cluster] @ node.pool.b[cluster]
-    assert np.abs(found - alone).max() > 0.1
+    assert np.abs(result - alone).max() > 0.1
 
 
 # ---------------------------------------------------------------- clusters --
@@ -84,9 +84,9 @@ def test_four_tasks_are_found_as_scipy_and_a_loop_find_them():
   assert max(scores, key=scores.__getitem__) == 4
   assert clusters.best(apart, most=6).tolist() == [0, 1, 2, 3] * 3
   two = hierarchy.fcluster(tree_of, 2, 'maxclust')
-  found = clusters.best(apart, most=2)
+  result = clusters.best(apart, most=2)
   same = lambda x: np.equal.outer(x, x)
-  np.testing.assert_array_equal(same(found), same(two))
+  np.testing.assert_array_equal(same(result), same(two))
 
 
 def test_a_plan_is_made_once_and_covers_clients_without_a_report():

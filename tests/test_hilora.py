@@ -68,12 +68,12 @@ def test_the_penalty_is_the_overlap_of_the_tiers():
   pool = LowRank(draw(C, D, R), draw(C, R, F), None)
   node = Tiers(low(1), pool, low(2), jnp.eye(C)[1])
   plain = lambda *_: LossSum(jnp.float32(3), jnp.float32(5), jnp.float32(0))
-  found = penalised(plain, 0.5, 0.25)(None, {'q': node}, None, None).total
+  result = penalised(plain, 0.5, 0.25)(None, {'q': node}, None, None).total
   root, middle, leaf = lora.f64(node.root.b, pool.b[1], node.leaf.b)
   square = lambda x, y: np.linalg.norm(x @ y.T) ** 2
   first = square(root, middle) + square(root, leaf)
   want = 3 + 5 * (0.5 * first + 0.25 * square(middle, leaf))
-  np.testing.assert_allclose(found, want, rtol=1e-5)
+  np.testing.assert_allclose(result, want, rtol=1e-5)
   product = sum(np.float64(x.a) @ x.b for x in (node.root, node.leaf))
   product += np.float64(pool.a[1]) @ pool.b[1]
   np.testing.assert_allclose(node.factors().change(), product, atol=1e-5)

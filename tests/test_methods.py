@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from fedjax_llm import adapters, local, models, recipes
+from fedjax_llm import adapters, local, models, recipes, server, tree, uploads
 from fedjax_llm.run import builders, config, experiment, sections
 from fedjax_llm.types import Error, LossSum
 
@@ -138,12 +138,66 @@ def small(name):
   return algorithm, adapter.init(tiny.KEY, loaded.base), cohort, loaded.base
 
 
+def watched(upload):
+  """Returns an `identity` that leaves the message in the client's state."""
+
+  def init(update):
+    blank = jax.tree.map(lambda u: jnp.zeros(u.shape, bool), update)
+    return upload.init(update), (tree.zeros_like(update), blank)
+
+  def encode(update, masks, state, context):
+    message, inner = upload.encode(update, masks, state[0], context)
+    entries = jax.tree.map(
+      lambda u, m: jnp.broadcast_to(True if m is None else m, u.shape),
+      update,
+      masks.trained,
+    )
+    return message, (inner, (message, entries))
+
+  return upload._replace(init=init, encode=encode)
+
+
+@pytest.fixture
+def watching(monkeypatch):
+  """Every `identity` upload is `watched`, those of other codecs are not."""
+  fed_opt = server.fed_opt
+
+  def watching_fed_opt(update, **parts):
+    upload = parts['upload']
+    if upload.encode.__qualname__ == uploads.identity().encode.__qualname__:
+      parts['upload'] = watched(upload)
+    return fed_opt(update, **parts)
+
+  monkeypatch.setattr(server, 'fed_opt', watching_fed_opt)
+
+
+def check_bytes(states, bytes_up):
+  """Asserts that bytes are those of a client's serialised message.
+
+  A bitmap may come with entries that the client chose. Reports, counted behind
+  the leaves of the message, have tests of their own.
+  """
+  if not states.upload:
+    return  # a codec of its own: test_uploads, test_zeroth_order
+  _, (message, entries) = states.upload
+  pairs = zip(jax.tree.leaves(message), jax.tree.leaves(entries))
+  for i, (x, mask) in enumerate(pairs):
+    for k in (0, 2):  # clients that are no padding
+      wire = np.asarray(x)[k][np.asarray(mask)[k]].tobytes()
+      more = int(bytes_up[k][i]) - len(wire)
+      bitmap = -(-mask[k].size // 8)
+      assert more == 0 or (mask[k].any() and 0 < more <= bitmap)
+
+
 def check_halves(name):
   """Asserts that a round of a method is `aggregate` of `train`."""
   algorithm, params, cohort, base = small(name)
   train, aggregate = algorithm.train, algorithm.aggregate
   assert train is not None and aggregate is not None
   state = algorithm.init(tiny.KEY, params)
+  arrays = [x for x in jax.tree.leaves(state._replace(key=None)) if x.size]
+  places = [x.unsafe_buffer_pointer() for x in arrays]
+  assert len(set(places)) == len(places)  # a run donates every buffer once
   cohort = cohort._replace(states=tiny.fresh(algorithm, state, 3))
 
   @jax.jit
@@ -159,13 +213,14 @@ def check_halves(name):
   plain = lambda x: x._replace(key=None)
   tiny.close(plain(parts[0]), plain(whole[0]), 1e-6, 1e-6)
   tiny.close(parts[1:], whole[1:], 1e-5, 1e-6)
+  check_bytes(parts[1], parts[2].bytes_up)
   # They wait, or their first rounds are local.
   if name not in ('fedlease', 'fwdllm', 'local_only'):
     assert tiny.differs(whole[0].params, state.params, by=1e-6)
 
 
 @each
-def test_a_round_of_every_method_is_its_two_halves(name):
+def test_a_round_of_every_method_is_its_two_halves(name, watching):
   check_halves(name)
 
 

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 
-from fedjax_llm import aggregators
+from fedjax_llm import aggregators, local, recipes, tree
 from fedjax_llm.aggregators import mixing
 from fedjax_llm.nodes import Prompt
+from fedjax_llm.recipes import rows
 from fedjax_llm.types import Error
 
 RNG = np.random.default_rng(0)
@@ -111,7 +113,7 @@ def test_a_matched_mean_does_not_see_the_order_of_prompts():
     rule = aggregators.as_stack(rule)
     sent = aggregators.received(start, ends, weight=list(weight))
     result, _ = jax.jit(rule.aggregate)(
-      sent, rule.init(start, None), start, jax.random.key(0)
+      sent, rule.init(start, jax.random.key(0)), start, jax.random.key(0)
     )
     return start['inputs'].rows + result.delta['inputs'].rows
 
@@ -120,6 +122,52 @@ def test_a_matched_mean_does_not_see_the_order_of_prompts():
   close(served(aggregators.matched_mean(), still), want, atol=1e-3)
   close(served(aggregators.mean(), still), want)
   assert np.abs(served(aggregators.mean(), orders) - want).max() > 0.5
+
+
+def rounds(matrix):
+  """A round of a row a client; only clients 3, 0 and 1 of 5 take part."""
+  ids, num = np.array([3, 0, 1], np.int32), 5
+  method = rows.compose(
+    local.sgd(toy.loss, toy.sgd()),
+    num,
+    lambda params, context: context.client,
+    {},
+    rule=mixing.mixed(matrix),
+  )
+  state = method.init(jax.random.key(0), toy.params())
+  states = tree.broadcast(method.init_client(state.params), 3)
+  cohort = toy.cohort(3, states=states)._replace(ids=ids)
+  new, states, info = jax.jit(method.round)(state, cohort, toy.base())
+  return method, new, states, info
+
+
+def test_personal_mixtures_are_those_of_the_clients_ends():
+  near = lambda stack, weight, ids: mixing.nearest(stack, weight, 2)
+  _, alone, _, _ = rounds(lambda stack, weight, ids: jnp.eye(3))
+  method, new, states, info = rounds(near)
+  a, b = (np.asarray(x, np.float64) for x in alone.params['q'][:2])
+  flat = [np.r_[a[i].ravel(), b[i].ravel()] for i in (3, 0, 1)]
+  for k, i in enumerate((3, 0, 1)):
+    far = [np.linalg.norm(flat[k] - x) for x in flat]
+    pair = [(3, 0, 1)[j] for j in np.argsort(far)[:2]]
+    close(new.params['q'].a[i], a[pair].mean(0))
+    served = method.personal(new.params, tree.take(states, k))['q']
+    close(served.a, a[pair].mean(0))
+  np.testing.assert_array_equal(new.params['q'].a[2], toy.params()['q'].a)
+  assert np.abs(new.params['q'].a[3] - a[3]).max() > 1e-3
+  assert info.bytes_up.sum(1).tolist() == [4 * toy.R * (toy.D + toy.F)] * 3
+
+
+def test_a_matrix_of_equal_rows_serves_everybody_the_mean():
+  whole = lambda stack, weight, ids: mixing.clustered(0 * ids, weight)
+  _, new, _, _ = rounds(whole)
+  plain = recipes.fed_avg(toy.loss, toy.sgd())
+  state = plain.init(jax.random.key(0), toy.params())
+  cohort = toy.cohort(3)._replace(ids=np.array([3, 0, 1], np.int32))
+  want, _, _ = jax.jit(plain.round)(state, cohort, toy.base())
+  for i in (3, 0, 1):
+    close(new.params['q'].a[i], want.params['q'].a)
+    close(new.params['q'].b[i], want.params['q'].b)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Prompt methods: float64 references, identities, neighbours, bytes."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ SEARCH = dict(dimension=3, population=4, generations=2)
 def test_fed_bpt_equals_a_float64_loop():
   _, seen = history('fed_bpt', **SEARCH)
   state = seen[-1][0]
-  A = np.float64(seen[0][0].params['projection']['inputs'].rows)
+  A = toy.f64(seen[0][0].params['projection']['inputs'].rows)
   batch = toy.cohort().batches
 
   def value(k, z):
@@ -193,11 +194,11 @@ def bbpt_reference(momentum, c=0.05, rate=0.1):
   batch, ends = toy.cohort().batches, []
   like = {'inputs': toy.prompt()['inputs']}
   for k, client in enumerate(IDS):
-    p, v = np.float64(ROWS), np.zeros_like(ROWS)
+    p, v = toy.f64(ROWS), np.zeros_like(ROWS)
     for s in range(S):
       key = jax.random.fold_in(toy.client_key(client, 0), s)
       u = bbpt.direction(jax.random.fold_in(key, 0), like)['inputs'].rows
-      u = np.float64(u)
+      u = toy.f64(u)
       gap = ref.loss_of(batch, k, s, p + c * u)
       gap -= ref.loss_of(batch, k, s, p - c * u)
       g = gap / (2 * c) / u
@@ -239,11 +240,13 @@ def test_the_mean_of_many_estimates_is_the_gradient():
 def test_p_fed_pg_equals_a_float64_loop():
   algorithm, seen = history('p_fed_pg', num_clients=N, num_heads=2)
   phi = seen[0][0].params['generator']
-  settings = (toy.cohort().batches, IDS, RATE)
-  want = ref.p_fed_pg(phi, *settings, 1.0, 2, S, heads=2)
+  train = functools.partial(
+    ref.p_fed_pg, phi, toy.cohort().batches, IDS, RATE, 1.0, 2, S
+  )
+  want = train(heads=2)
   for x, y in zip(seen[-1][0].params['generator'], want):
     close(x, y)
-  one = ref.p_fed_pg(phi, *settings, 1.0, 2, S, heads=1)
+  one = train(heads=1)
   apart(one[1], want[1], by=1e-4)
   served = algorithm.personal(seen[-1][0].params, tree.take(seen[-1][1], 1))
   close(served['inputs'].rows, ref.generate(want, IDS[1], 2))
@@ -254,7 +257,8 @@ def test_p_fed_pg_moves_only_descriptors_of_the_cohort():
   start, end = (seen[i][0].params['generator'].descriptors for i in (0, -1))
   changed = np.abs(end - start).max(1) > 0
   assert set(np.flatnonzero(changed)) == set(IDS.tolist())
-  check_bytes(*seen[-1][1:], BYTES, BYTES)
+  _, states, info = seen[-1]
+  check_bytes(states, info, BYTES, BYTES)
 
 
 def test_p_fed_pg_without_attention_is_fed_prompt():
@@ -317,7 +321,7 @@ def test_fed_prompt_equals_a_float64_loop():
   check_bytes(states, info, BYTES, BYTES)
 
 
-KINDS = {
+KINDS: dict[str, Any] = {
   'fed_prompt': (dict(name='soft_prompt', length=2), 'a soft prompt'),
   'fed_pf': (dict(name='prefix', length=2), 'a prefix'),
   'fed_p_tuning': (dict(name='p_tuning', length=2), "a prompt's network"),
@@ -372,7 +376,7 @@ BOTH = {**toy.prompt(), 'out': {'bias': jnp.zeros(D)}}
 
 def p_fed_pt_reference(rate=0.3, prompt_rate=1.0, epochs=2, rounds=2):
   batch, bias = toy.cohort().batches, np.zeros(D)
-  own = [np.float64(ROWS)] * K
+  own: list[Any] = [toy.f64(ROWS)] * K
 
   def of(k, s, rows, bias):
     tokens, label = toy.rows_of(batch, k, s)
@@ -428,12 +432,13 @@ def test_p_fed_pt_of_one_pass_and_one_rate_is_fed_rep():
 def pep_tao_reference(rounds=3, lr=0.5, beta=0.9, server=0.05, correct=True):
   """Layer 1 is shared, layer 0 the client's own; arrays [2, 2, ...]."""
   q = toy.stacked()['layers']['q']
-  w = [np.float64(q.a)[1], np.float64(q.b)[1]]
-  own = [[np.float64(q.a)[0], np.float64(q.b)[0]] for _ in range(K)]
+  a, b = (np.asarray(x, np.float64) for x in (q.a, q.b))
+  w: list[Any] = [a[1], b[1]]
+  own = [[a[0], b[0]] for _ in range(K)]
   zero = [np.zeros_like(x) for x in w]
   c, v, before = zero, zero, None
   c_k = [zero] * K
-  batch, p = toy.cohort().batches, np.float64(toy.WEIGHT) / toy.WEIGHT.sum()
+  batch, p = toy.cohort().batches, toy.f64(toy.WEIGHT) / toy.WEIGHT.sum()
   for _ in range(rounds):
     ends = []
     for k in range(K):
@@ -500,6 +505,34 @@ def test_the_first_round_of_fed_pep_tao_is_fed_avg():
   two = recipes.fed_avg(toy.deep_loss, toy.sgd(RATE))
   ends = [toy.run(x, toy.stacked(), 1)[-1][0].params for x in (one, two)]
   close(ends[0]['prompts'].shared['layers']['q'].a, ends[1]['layers']['q'].a)
+
+
+# ------------------------------------------------------------ combinations --
+
+SETTINGS: dict[str, Any] = {
+  'fed_bpt': SEARCH,
+  'fed_pgp': dict(model=toy.MODEL, rank=2),
+  'fed_prompt': {},
+  'p_fed_pg': dict(num_clients=N, num_heads=2),
+}
+
+
+@pytest.mark.parametrize('name', ['fed_bpt', 'p_fed_pg'])
+def test_blocks_change_nothing(name):
+  whole = history(name, **SETTINGS[name])[1][1][0]
+  algorithm = getattr(recipes, name)(
+    toy.LOSS, toy.sgd(RATE), block_size=2, **SETTINGS[name]
+  )
+  parts = toy.run(algorithm, toy.prompt(), 1)[-1][0]
+  for x, y in zip(jax.tree.leaves(parts.params), jax.tree.leaves(whole.params)):
+    close(x, y)
+
+
+@pytest.mark.parametrize('name', ['fed_pgp', 'fed_prompt', 'p_fed_pg'])
+def test_the_loss_falls(name):
+  _, seen = history(name, **SETTINGS[name])
+  losses = [float(info.metrics['local/loss']) for _, _, info in seen[1:]]
+  assert losses[1] < losses[0]
 
 
 # ---------------------------------------------------------------- refusals --

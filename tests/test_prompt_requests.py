@@ -70,7 +70,7 @@ def test_adapters_that_share_no_batch_say_so():
   with pytest.raises(Error, match='Only some of the adapters have a Prompt at'):
     tenants.stack(loaded().base, [prompt, bare])
   longer = {'inputs': nodes.Prompt(jnp.ones((4, 16)))}
-  with pytest.raises(Error, match=r'at inputs they are \[3, 16\] and \[4, 16\]'):
+  with pytest.raises(Error, match=r'they are \[3, 16\] and \[4, 16\]'):
     tenants.stack(loaded().base, [prompt, longer])
-  with pytest.raises(Error, match='59 new tokens are 63 tokens behind 3 prompt'):
+  with pytest.raises(Error, match='are 63 tokens behind 3 prompt rows'):
     replies(adapters=[bare, prompt], which=[1, 0, 0, 0], max_new_tokens=59)

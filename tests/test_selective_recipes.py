@@ -90,7 +90,7 @@ def history(rounds=3, strength=0.0, budgets=tuple(BUDGETS)):
 
 def reference(rounds=3, budgets=BUDGETS):
   q = toy.stacked(L, R)['layers']['q']
-  a, b = np.float64(q.a), np.float64(q.b)
+  a, b = toy.f64(q.a), toy.f64(q.b)
   plan = np.zeros((N, L), bool)
   for k, r in enumerate(budgets):
     plan[k, L - r :] = True
@@ -190,7 +190,7 @@ def test_fed_bf_trains_biases_alone():
   )
   state, states, info = toy.run(algorithm, params, 2)[-1]
   q, batch, bias = params['q'], toy.cohort().batches, np.zeros(toy.D)
-  change = 0.5 * np.float64(q.a) @ np.float64(q.b)
+  change = 0.5 * np.asarray(q.a, float) @ np.asarray(q.b, float)
   for _ in range(2):
     ends = []
     for k in range(K):

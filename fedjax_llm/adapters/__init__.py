@@ -20,6 +20,9 @@ from fedjax_llm.adapters.changes import unmerged as unmerged
 from fedjax_llm.adapters.dense import beside as beside
 from fedjax_llm.adapters.dense import complete as complete
 from fedjax_llm.adapters.dense import dense as dense
+from fedjax_llm.adapters.generated import compacter as compacter
+from fedjax_llm.adapters.generated import feature_gate as feature_gate
+from fedjax_llm.adapters.generated import hyper_adapter as hyper_adapter
 from fedjax_llm.adapters.low_rank import cores as cores
 from fedjax_llm.adapters.low_rank import experts as experts
 from fedjax_llm.adapters.low_rank import factorised as factorised
@@ -36,8 +39,11 @@ from fedjax_llm.adapters.low_rank.tensor_train import (
   tensor_train as tensor_train,
 )
 from fedjax_llm.adapters.low_rank.vera import vera as vera
+from fedjax_llm.adapters.prompts import generated_prompt as generated_prompt
 from fedjax_llm.adapters.prompts import p_tuning as p_tuning
 from fedjax_llm.adapters.prompts import prefix as prefix
+from fedjax_llm.adapters.prompts import projected_prompt as projected_prompt
+from fedjax_llm.adapters.prompts import prompt_pool as prompt_pool
 from fedjax_llm.adapters.prompts import soft_prompt as soft_prompt
 from fedjax_llm.adapters.scaling import ia3 as ia3
 from fedjax_llm.adapters.selective import bitfit as bitfit
@@ -48,12 +54,16 @@ from fedjax_llm.adapters.selective import norms as norms
 __all__ = [
   'bitfit',
   'bottleneck',
+  'compacter',
   'dense',
   'dora',
   'factorised',
+  'feature_gate',
   'federa',
   'florg',
+  'generated_prompt',
   'heads',
+  'hyper_adapter',
   'ia3',
   'layers',
   'lora',
@@ -62,6 +72,8 @@ __all__ = [
   'orthogonal',
   'p_tuning',
   'prefix',
+  'projected_prompt',
+  'prompt_pool',
   'ravan',
   'rslora',
   'sfed_lora',

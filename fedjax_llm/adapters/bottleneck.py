@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from fedjax_llm.adapters.changes import fold, merge
 from fedjax_llm.adapters.dense import saved_beside
+from fedjax_llm.adapters.prompts.draws import at_least
 from fedjax_llm.nodes import Activation, Bottleneck, Parallel
 from fedjax_llm.types import Adapter, Base, Error, Key, Params
 
@@ -57,18 +58,12 @@ def bottleneck(
   >>> params['layers']['mlp']['down_proj']['output'].down.shape
   (2, 4, 3)
   """
-  if size < 1:
-    raise Error(f'adapter.size is {size}; it must be at least 1.')
+  at_least(size=size)
   if form not in _FORMS:
     raise Error(
       f'adapter.form is {form!r}; it must be one of: {", ".join(_FORMS)}.'
     )
-  names = [kind.value for kind in Activation]
-  if activation not in names:
-    raise Error(
-      f'adapter.activation is {activation!r}; it must be one of: '
-      f'{", ".join(names)}.'
-    )
+  kind = activation_of(activation)
 
   def node(key: Key, lead: tuple[int, ...], width: int) -> Bottleneck:
     bound = width**-0.5
@@ -81,19 +76,19 @@ def bottleneck(
       down_bias=zeros((*lead, size)),
       up_bias=zeros((*lead, width)),
       scale=None if scale == 1 else jnp.full(lead, scale, jnp.float32),
-      activation=Activation(activation),
+      activation=kind,
     )
 
   def start(key: Key, base: Base) -> Params:
     one, two = jax.random.split(key)
 
     def behind(key, *path):
-      *lead, _, width = _kernel(base, *path).shape
+      *lead, _, width = kernel_of(base, *path).shape
       return {path[1]: {'output': node(key, tuple(lead), width)}}
 
     layers: dict[str, Any] = {}
     if form == 'parallel':
-      *lead, width, _ = _kernel(base, 'mlp', 'up_proj').shape
+      *lead, width, _ = kernel_of(base, 'mlp', 'up_proj').shape
       layers['mlp'] = {'parallel': Parallel(node(one, tuple(lead), width))}
     else:
       layers['mlp'] = behind(one, 'mlp', 'down_proj')
@@ -104,7 +99,32 @@ def bottleneck(
   return saved_beside(Adapter(start, merge, fold), modules_to_save)
 
 
-def _kernel(base: Base, *path: str) -> Any:
+def activation_of(name: str) -> Activation:
+  """Returns the activation of a name.
+
+  Raises:
+    Error: there is none of this name.
+
+  >>> activation_of('relu').value
+  'relu'
+  """
+  names = [kind.value for kind in Activation]
+  if name not in names:
+    raise Error(
+      f'adapter.activation is {name!r}; it must be one of: {", ".join(names)}.'
+    )
+  return Activation(name)
+
+
+def kernel_of(base: Base, *path: str) -> Any:
+  """Returns the matrices [L, D, F] of a module of the layers.
+
+  Raises:
+    Error: the model has no such module.
+
+  >>> kernel_of({'layers': {'q': {'kernel': 1}}}, 'q')
+  1
+  """
   module = base.get('layers', {})
   for name in path:
     module = module.get(name, {})

@@ -146,7 +146,7 @@ def layers(
       return Chosen(
         delta=jnp.zeros((len(chosen), *weight.shape[1:]), jnp.float32),
         layers=jnp.asarray(chosen, jnp.int32),
-        like=jnp.zeros(number, jnp.float32),
+        like=jnp.zeros(number, jnp.int8),
       )
 
     return {'layers': _tree(base['layers'], lambda path: True, node)}

@@ -1,10 +1,12 @@
 """Rules that mix clients in other ways than by one mean.
 
 Functions of a stack of K trees return a matrix [K, K] of weights, whose rows
-sum to one, and `mix` applies it: row k is the mixture for client k.
+sum to one, and `mix` applies it: row k is the mixture for client k. `mixed` is
+a rule with such a matrix, for methods with one version a client.
 `matched_mean` is a rule for sets of prompt rows, in which order means nothing.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +16,13 @@ import numpy as np
 from fedjax_llm import tree
 from fedjax_llm.aggregators.weights import by_weight
 from fedjax_llm.nodes import Prompt
-from fedjax_llm.types import Aggregate, Aggregator, Error, Update, known
+from fedjax_llm.types import (
+  Aggregate,
+  Aggregator,
+  Error,
+  Update,
+  known,
+)
 
 
 def mix(stack: Update, matrix: jax.Array) -> Update:
@@ -89,6 +97,52 @@ def nearest(stack: Update, weight: Any, num: int) -> jax.Array:
   far = jnp.where(jnp.eye(len(far), dtype=bool) & here, -1.0, far)
   place = jnp.argsort(jnp.argsort(far, axis=-1), axis=-1)
   return _rows(((place < num) & here).astype(jnp.float32))
+
+
+def mixed(matrix: Callable[[Update, jax.Array, jax.Array], Any]) -> Aggregator:
+  """Returns a rule on one version of the parameters a client, [N, ...] a leaf.
+
+      theta_k <- sum_j W_kj theta_j   over the clients j of the round
+
+  where theta_j is the row of client j at the end of its training, and
+  `matrix(stack, weight, ids) -> W [K, K]` is one of the functions above. A row
+  whose client took no part keeps its value, and so does one whose row of W is
+  zero. `recipes.rows` gives every client its row.
+
+  >>> from fedjax_llm.types import Masks, Uploads
+  >>> params = {'w': jnp.array([[1.0], [2.0], [3.0]])}  # N = 3
+  >>> update = {'w': jnp.zeros((2, 3, 1)).at[0, 2].set(5.0)}
+  >>> uploads = Uploads(
+  ...   update, tree.broadcast(params, 2), Masks(None, None), jnp.ones(2),
+  ...   jnp.ones(2, bool), ids=jnp.array([2, 0]))
+  >>> rule = mixed(lambda stack, weight, ids: clustered(0 * ids, weight))
+  >>> result, _ = rule.aggregate(uploads, (), params, None)
+  >>> (params['w'] + result.delta['w']).ravel().tolist()  # (8 + 1) / 2
+  [4.5, 2.0, 4.5]
+  """
+
+  def aggregate(uploads, state, params, key):
+    del key
+    weight = by_weight(uploads)
+    ids = jnp.maximum(uploads.ids, 0)
+    number = jnp.arange(len(ids))
+    own = lambda x: x[number, ids]
+    stack = tree.map_present(
+      lambda u, s: own(s) + own(u), uploads.update,
+      tree.like(uploads.start, uploads.update),
+    )  # fmt: skip
+    weights = matrix(stack, weight, uploads.ids)
+    acts = (weight > 0) & (jnp.sum(weights, -1) > 0)
+    to = jnp.where(acts, uploads.ids, jax.tree.leaves(params)[0].shape[0])
+
+    def moved(new, p):
+      change = (new - p[ids]).astype(p.dtype)
+      return jnp.zeros_like(p).at[to].set(change, mode='drop')
+
+    delta = tree.map_present(moved, mix(stack, weights), params)
+    return Aggregate(delta), state
+
+  return Aggregator(lambda params, key: (), aggregate, weights=by_weight)
 
 
 def _rows(matrix: Any) -> jax.Array:

@@ -187,7 +187,7 @@ def krum(num_byzantine: int, num_selected: int = 1) -> Aggregator:
     # Squared distance over the whole update: norms a tensor select others.
     distance = tree.squared_distances(uploads.update)  # [K, K]
     other = valid[None, :] & ~jnp.eye(num_rows, dtype=bool)
-    nearest = jnp.sort(jnp.where(other, distance, jnp.inf), axis=1)
+    nearest = _sorted(jnp.where(other, distance, jnp.inf))
     summed = jnp.arange(num_rows) < jnp.clip(n - f - 2, 1, n - 1)
     score = jnp.sum(jnp.where(summed, nearest, 0.0), axis=1)
     total = jnp.sum(jnp.where(other, distance, 0.0), axis=1)

@@ -50,9 +50,16 @@ class Base(NamedTuple):
 
 
 def read_base(
-  folder: pathlib.Path, leaves: list, at_round: int, *, create: bool = True
+  folder: pathlib.Path,
+  leaves: list,
+  at_round: int,
+  *,
+  create: bool = True,
+  begins: bool = False,
 ) -> Base:
   """Returns a store's base, checked against this run; a new one at round 0.
+
+  With `begins` a new one is made at any round.
 
   Raises:
     Error: base.json is damaged, missing after round 0, of other leaves, or its
@@ -60,12 +67,12 @@ def read_base(
   """
   path = folder / 'base.json'
   if not path.exists():
-    if at_round:
+    if at_round and not begins:
       raise Error(
         f'{folder} holds no client state of round {at_round}: the run cannot '
         'continue without it.'
       )
-    base = Base(0, 0, 0, _ids_sum(b''))
+    base = Base(at_round, at_round, 0, _ids_sum(b''))
     if create:
       with _writing(path):
         folder.mkdir(parents=True, exist_ok=True)

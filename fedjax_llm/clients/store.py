@@ -61,6 +61,7 @@ def open(
   at_round: int,
   mine: bool = True,
   read_only: bool = False,
+  begins: bool = False,
 ) -> Store:
   """Opens or creates a store as it was when `at_round` was committed.
 
@@ -75,6 +76,8 @@ def open(
       writes nothing.
     read_only: nothing on the disk changes, so `commit` and `prune` may not be
       called; `gather` returns the rows that were scattered.
+    begins: True: where the folder holds no store, it begins at `at_round` with
+      no row (an earlier version of the project kept no state here).
 
   Raises:
     Error: the store has no such round, is damaged (the file is named), is of
@@ -97,7 +100,9 @@ def open(
   if not row_bytes or not mine:
     return _stateless(template)
   folder = pathlib.Path(directory)
-  base = journal.read_base(folder, leaves, at_round, create=not read_only)
+  base = journal.read_base(
+    folder, leaves, at_round, create=not read_only, begins=begins
+  )
   journals = journal.read_chain(folder, base, at_round, row_bytes)
   slots = journal.read_ids(folder, base)  # id -> place in the base
   mapped = journal.map_rows(folder, len(slots), row_bytes)

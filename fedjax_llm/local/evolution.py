@@ -35,9 +35,10 @@ def started(mean: jax.Array, sigma: Any, covariance: Any = None) -> Strategy:
   """
   if covariance is None:
     covariance = jnp.eye(mean.shape[0], dtype=mean.dtype)
-  zeros = jnp.zeros_like(mean)
+  # Two buffers: a donated state must not hold one buffer twice.
+  paths = [jnp.zeros_like(mean) for _ in range(2)]
   sigma = jnp.asarray(sigma, mean.dtype)
-  return Strategy(mean, sigma, covariance, zeros, zeros, jnp.int32(0))
+  return Strategy(mean, sigma, covariance, paths[0], paths[1], jnp.int32(0))
 
 
 class Constants(NamedTuple):

@@ -17,7 +17,7 @@ import numpy as np
 from fedjax_llm.models import tenants
 from fedjax_llm.models.files import requests
 from fedjax_llm.models.files.load import LoadedModel
-from fedjax_llm.models.network.prompts import front
+from fedjax_llm.models.network.prompts import front, settled
 from fedjax_llm.models.network.transformer import Decoder
 from fedjax_llm.types import Base, Batch, Error, Key, Model, Params
 
@@ -271,6 +271,8 @@ def _run(
     params = tenants.rows(params, which)
     network = tenants.model(network)
     decoder = None if decoder is None else tenants.decoder(decoder)
+  if which is None:
+    params = settled(base, params, _texts(tokens, lengths))
   if decoder is None:
     reader = _uncached(network, base, params, tokens, lengths, num_new)
   else:

@@ -18,7 +18,7 @@ class Chosen(NamedTuple):
 
   delta: Any  # [C, ...]
   layers: Any  # [C] int32
-  like: Any  # [L] zeros, so that the number of layers is a shape
+  like: Any  # [L] int8 zeros, so that the number of layers is a shape
 
   PLACES = ('kernel', 'bias', 'scale')
   FROZEN = ('layers', 'like')

@@ -32,7 +32,7 @@ class Prompt(NamedTuple):
   (3, (2, 3, 4))
   """
 
-  rows: Any  # [P, D]
+  rows: Any  # [P, D], or [B, P, D] for the texts of one batch
 
   PLACES = ('inputs',)
 
@@ -42,7 +42,7 @@ class Prompt(NamedTuple):
   def before(self, x: jax.Array) -> jax.Array:
     """Returns the rows in front of embedded tokens x [B, T, D], [B, P, D]."""
     rows = self.rows.astype(x.dtype)
-    return jnp.broadcast_to(rows, (x.shape[0], *rows.shape))
+    return jnp.broadcast_to(rows, (x.shape[0], *rows.shape[-2:]))
 
   def write(self, weight: Any) -> Any:
     del weight
@@ -53,7 +53,9 @@ class Prompt(NamedTuple):
 
   def check(self, shape: tuple[int, ...], path: tuple[str, ...]) -> None:
     here = jnp.shape(self.rows)
-    want = (*here[:1], *shape) if here and here[0] else (1, *shape)
+    want = (
+      (*here[:-1], *shape) if here[-2:-1] not in ((), (0,)) else (1, *shape)
+    )
     if here != want:
       raise mismatch(path, here, want)
 

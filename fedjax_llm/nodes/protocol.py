@@ -35,6 +35,10 @@ Other places than weights:
 
 where the last two have `length() -> P` and `before(x)` instead of `act`, and
 
+    choose(x, real) -> Prompt   instead of `before`: rows that depend on the
+                                text, from its embedded tokens; `statistics` of
+                                the same arguments are those of the choice
+
     params['layers']['mlp']['parallel']     x is the input of the whole module
     params['layers']['self_attn']['parallel']     and y its output
     params['generator']                     a node for many places

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from fedjax_llm import aggregators, scopes, server, tree
 from fedjax_llm.recipes import composing
 from fedjax_llm.types import (
+  AnyAggregator,
   ClientOutput,
   Context,
   FederatedAlgorithm,
@@ -40,7 +41,7 @@ def compose(
   parts: dict[str, Any],
   *,
   narrow: Callable[[Params, Masks, Context], Masks] | None = None,
-  weighted: bool = True,
+  rule: AnyAggregator | None = None,
 ) -> FederatedAlgorithm:
   """Returns a method on C versions of the parameters.
 
@@ -51,7 +52,15 @@ def compose(
     parts: of `fed_opt`, without an aggregator.
     narrow: `(params of one row, masks, context) -> masks`, entries of its row
       that a client holds and trains; all if None.
-    weighted: whether clients count by their weight or the same.
+    rule: on the stacked parameters; the mean of each row over the clients that
+      trained it if None. `aggregators.mixing.mixed` wants a row a client.
+
+  >>> from fedjax_llm import local
+  >>> own = lambda params, context: context.client % 2
+  >>> method = compose(local.sgd(None, local.optimizer('sgd')), 2, own, {})
+  >>> state = method.init(jax.random.key(0), {'w': jnp.ones(3)})
+  >>> state.params['w'].shape, method.personal(state.params, None)['w'].shape
+  ((2, 3), (3,))
   """
   # No rule here writes residuals, so there is nothing to fold.
   parts = {'measure': None, **parts, 'fold': None}
@@ -62,7 +71,7 @@ def compose(
       composing.compose,
       on_row(update, place),
       scope=_rows_of(inner, num_rows, place, narrow),
-      aggregator=aggregators.masked_mean('mask', weighted=weighted),
+      aggregator=rule or aggregators.masked_mean('mask'),
       **parts,
     ),
     wrap=lambda key, params: jax.tree.map(

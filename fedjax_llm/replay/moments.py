@@ -100,10 +100,12 @@ def _before(path: str, number: int) -> Moment:
   newcomer = algorithm.init_client(state.params)
   saver = checkpoint.open(room.checkpoints, read_only=True)
 
-  def open_store(at: int) -> clients.store.Store:
+  def open_store(at: int, begins: bool) -> clients.store.Store:
     # Before the first round no client has a private state.
     states = room.states if at else room.states / 'none'
-    return clients.store.open(states, newcomer, at_round=at, read_only=True)
+    return clients.store.open(
+      states, newcomer, at_round=at, read_only=True, begins=begins
+    )
 
   def check(restored: checkpoint.Restored) -> None:
     digest = built.digest

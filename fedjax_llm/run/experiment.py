@@ -16,6 +16,8 @@ import jax
 from fedjax_llm import clients, data, evals, local, models
 from fedjax_llm.adapters import complete, peft
 from fedjax_llm.devices import hosts, sharding
+from fedjax_llm.local import LocalOptimizer
+from fedjax_llm.models.network import prompts
 from fedjax_llm.run import (
   blocks,
   builders,
@@ -32,6 +34,7 @@ from fedjax_llm.types import (
   Adapter,
   Cohort,
   Draw,
+  Error,
   FederatedAlgorithm,
   Model,
   Params,
@@ -202,8 +205,30 @@ def checked(conf: Mapping[str, Any]) -> tuple[Settings, Evals]:
   return settings, test
 
 
+# What a builder of one's own must return.
+_KINDS = {
+  'task': tasks.Task,
+  'model': models.LoadedModel,
+  'adapter': Adapter,
+  'algorithm': FederatedAlgorithm,
+  'local': LocalOptimizer,
+}
+
+
 def _make(conf: Mapping[str, Any], section: str, **injected: Any) -> Any:
-  return builders.build(conf[section], SPEC.sections[section], **injected)
+  result = builders.build(conf[section], SPEC.sections[section], **injected)
+  return _of_kind(section, conf[section], result)
+
+
+def _of_kind(section: str, fields: Mapping[str, Any], result: Any) -> Any:
+  """Returns what a builder made; an `Error` if it is of another kind."""
+  kind = _KINDS.get(section)
+  if kind is not None and not isinstance(result, kind):
+    raise Error(
+      f'{section}.name: {fields["name"]} returned a {type(result).__name__}; '
+      f'it must return a {kind.__name__}.'
+    )
+  return result
 
 
 def build(
@@ -316,6 +341,7 @@ def build(
   initial = sharding.fetched(adapter.init(adapter_key, loaded.base))
   initial = warm.start(initial, conf['adapter'].get('path'), loaded)
   complete(initial, loaded.base, task.head)  # raises if not exportable
+  prompts.check(loaded.config, prompts.front(initial), width)
   return Experiment(
     conf=conf,
     settings=settings,
@@ -361,7 +387,7 @@ def algorithm(
   recipe = recipe_of(conf)
   if builders.open_ended(recipe):  # one's own, which hands its parts on
     recipe = builders.onward(recipe, sections.parts)
-  return builders.build(
+  result = builders.build(
     {**conf['algorithm'], 'name': recipe},
     SPEC.sections['algorithm'],
     loss=loss,
@@ -374,6 +400,7 @@ def algorithm(
     **others,
     **{part: make(part) for part in parts if conf.get(part)},
   )
+  return _of_kind('algorithm', conf['algorithm'], result)
 
 
 def recipe_of(conf: Mapping[str, Any]) -> Callable[..., FederatedAlgorithm]:

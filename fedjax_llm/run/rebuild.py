@@ -180,13 +180,13 @@ def _open(
   saver = checkpoint.open(room.checkpoints, read_only=True)
   number = _round_of(folder, conf, round, saver.rounds())
 
-  def open_store(at: int) -> clients.store.Store:
+  def open_store(at: int, begins: bool) -> clients.store.Store:
     if client is None:
       return clients.store.open(room.states, ClientState(), at_round=at)
     # A client that has never trained has the initial state.
     newcomer = algorithm.init_client(start().params)
     return clients.store.open(
-      room.states, newcomer, at_round=at, read_only=True
+      room.states, newcomer, at_round=at, read_only=True, begins=begins
     )
 
   def check(restored: checkpoint.Restored) -> None:

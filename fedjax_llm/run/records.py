@@ -53,11 +53,14 @@ def check_sizes(content: Mapping[str, Any], file: str) -> None:
   Raises:
     Error: a field is not of the kind that a run writes.
 
-  >>> check_sizes({'clients': {'ann': {'examples': 2}}, 'new': {}}, 'x.json')
+  >>> sizes = {'clients': {'ann': {'examples': 2}}, 'new': {}, 'unit': 'token'}
+  >>> check_sizes(sizes, 'x.json')
   """
   for group in content:
     if group == 'unit':  # the name of what the loss counts
-      _texts(content[group], f'{file} is damaged: unit')
+      if not isinstance(content[group], str):
+        value = f'{content[group]!r:.60}'
+        raise Error(f'{file} is damaged: unit is {value}, not a name.')
       continue
     _mapping(content[group], f'{file} is damaged: {group}')
     for name, sizes in content[group].items():

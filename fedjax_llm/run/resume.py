@@ -14,7 +14,7 @@ from fedjax_llm.types import Error
 def newest(
   saver: Checkpointer,
   template: Any,
-  open_store: Callable[[int], Store],
+  open_store: Callable[[int, bool], Store],
   check: Callable[[Restored], None] = lambda restored: None,
   *,
   up_to: int | None = None,
@@ -27,7 +27,8 @@ def newest(
   Args:
     saver: the checkpoints.
     template: a state, or its shapes.
-    open_store: opens the client states of a round; 0 is the start.
+    open_store: opens the client states of a round, 0 for the start; True as
+      the second argument: an earlier version may have kept none.
     check: raises `Error` if the run is another one.
     up_to: the newest round that may be restored; None: any.
 
@@ -40,9 +41,9 @@ def newest(
   while True:
     restored = saver.restore(template, newest=up_to)
     if restored is None:
-      return None, open_store(0)
+      return None, open_store(0, False)
     check(restored)
     try:
-      return restored, open_store(restored.round)
+      return restored, open_store(restored.round, restored.earlier)
     except Error as error:
       saver.fail(restored.round, str(error))

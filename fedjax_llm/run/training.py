@@ -29,6 +29,7 @@ from fedjax_llm.run import (
   profiling,
   rates,
   resume,
+  stalls,
   workdir,
 )
 from fedjax_llm.run.ends import ends
@@ -126,8 +127,8 @@ def train(args: config.Arguments) -> None:
         f'{args.workdir} is at round {restored.round}, above {num_rounds=}.'
       )
 
-  open_store = lambda number: clients.store.open(
-    room.states, newcomer, at_round=number, mine=first
+  open_store = lambda number, begins: clients.store.open(
+    room.states, newcomer, at_round=number, mine=first, begins=begins
   )
   restored, store = resume.newest(saver, state, open_store, check)
   done = 0
@@ -198,8 +199,10 @@ def train(args: config.Arguments) -> None:
     ended = lambda: over or number == num_rounds
     at_end.push(lambda kind, *_: leave(kind is None and ended()))
     at_end.callback(bar.close)
+    begins = at_end.enter_context(stalls.watched(bar.write))
     for number in range(done + 1, done + 1 if over else num_rounds + 1):
       began = time.monotonic()
+      begins(number)
       draw, cohort = following or prepared(number - 1)
       own, mine = sharding.own_rows(draw, mesh)
       ids = own.ids

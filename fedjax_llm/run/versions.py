@@ -1,13 +1,20 @@
-"""Runs of earlier versions: their configs in the words of this one.
+"""Runs of earlier versions: their configs and states in those of this one.
 
-A workdir is read through `translated`, so that a run of an earlier version
-resumes, is exported and is reported by the present programs.
+A config is read through `translated`, a checkpoint through `earlier_state`, so
+that a run of an earlier version resumes, is exported and is reported by the
+present programs.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
+from fedjax_llm import tree
+from fedjax_llm.aggregators.low_rank.by_node import Added
 from fedjax_llm.run.builders import named
+from fedjax_llm.types import ServerState
 
 # Fields that moved: (section, field) before -> (section, field) now.
 MOVED = {
@@ -43,3 +50,61 @@ def _pooled(conf: dict[str, Any]) -> dict[str, Any]:
   if names[0] != 'centralised' or names[1] in (None, 'pooled'):
     return conf
   return {**conf, 'partition': {'name': 'pooled', 'of': conf['partition']}}
+
+
+class Earlier(NamedTuple):
+  """A state as an earlier version wrote it."""
+
+  template: Any  # its structure and types
+  upgrade: Callable[[Any], Any]  # such a state -> one of this version
+
+
+def earlier_state(template: Any, names: Sequence[str]) -> Earlier | None:
+  """Returns the earlier structure whose leaves have these names, or None.
+
+  In 0.1.0 the state of FedEx-LoRA and FLoRA was the bytes of the residual of
+  the last round, an array for each node, in place of `Added`. Its ranks are
+  computed from these bytes; clients did not keep what they have received, so
+  after an upgrade each is billed from the last residual on.
+
+  Args:
+    template: a state of this version, arrays or their shapes.
+    names: the names of the leaves of a checkpoint.
+
+  >>> earlier_state({'params': 1}, ['params'])  # as it is now
+  """
+  if not isinstance(template, ServerState):
+    return None
+  is_added = lambda x: isinstance(x, Added)
+  state = jax.tree.map(
+    lambda x: x.rank if is_added(x) else x,
+    template.aggregator,
+    is_leaf=is_added,
+  )
+  before = template._replace(aggregator=state)
+  paths = jax.tree_util.tree_leaves_with_path(before)
+  if [tree.path_name(path) for path, _ in paths] != list(names):
+    return None
+  if jax.tree.structure(before) == jax.tree.structure(template):
+    return None
+
+  def upgrade(old: ServerState) -> ServerState:
+    def node(added, num_bytes, params):
+      if added is None:
+        return None
+      new = Added.none(params)
+      few = num_bytes // new.factors
+      dense = new.dense // new.factors + 1  # a rank that makes dense cheaper
+      rank = jnp.where(num_bytes < new.dense, few, dense)
+      return new.plus(rank.astype(jnp.int32))
+
+    aggregator = jax.tree.map(
+      node,
+      template.aggregator,
+      old.aggregator,
+      old.params,
+      is_leaf=lambda x: x is None or is_added(x),
+    )
+    return old._replace(aggregator=aggregator)
+
+  return Earlier(before, upgrade)

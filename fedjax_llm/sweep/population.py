@@ -126,7 +126,8 @@ def num_at_once(
   method = lead.method(block_size)
   key, params = first.built.round_key, first.built.initial
   state = jax.eval_shape(method.init, key, params)
-  newcomer = method.init_client(params)  # without private state
+  # Without private state: it has no leaf.
+  newcomer = jax.eval_shape(method.init_client, state.params)
   cohort = first.cohort._replace(states=newcomer)
   trace = jax.make_jaxpr(method.round)(state, cohort, lead.base)
   each = costs.of(trace, trips=steps).temporary

@@ -38,6 +38,8 @@ RUNS = {
   'ditto': ('algorithm.strength=0.5', 'evals.samples=1'),
   # A plan of the server's.
   'fed_pipe': ('profiles.choices=(300,900)', 'evals.samples=0'),
+  # A changed base, and bytes that clients have missed.
+  'flora': ('evals.samples=0',),
 }
 CLIP = 0.05  # a bound that these gradients exceed
 

@@ -81,6 +81,8 @@ def sfed_lora(
   clients: int = 8,
   targets: str | Sequence[str] = ('q_proj', 'v_proj'),
   modules_to_save: str | Sequence[str] = (),
+  lora_dropout: float = 0.0,
+  layers: int | str | Sequence[int] | None = None,
 ) -> Adapter:
   """Returns LoRA with scale = alpha sqrt(clients / rank), for an averaged a.
 
@@ -104,4 +106,6 @@ def sfed_lora(
   if clients < 1:
     raise Error(f'adapter.clients is {clients}; it must be at least 1.')
   factor = (clients * max(rank, 1)) ** 0.5  # lora divides by the rank
-  return lora(rank, alpha * factor, targets, modules_to_save)
+  return lora(
+    rank, alpha * factor, targets, modules_to_save, lora_dropout, layers
+  )

@@ -4,5 +4,12 @@ They change no weight, so nothing of them can be merged or folded.
 """
 
 from fedjax_llm.adapters.prompts.encoded import p_tuning as p_tuning
+from fedjax_llm.adapters.prompts.made import (
+  generated_prompt as generated_prompt,
+)
+from fedjax_llm.adapters.prompts.made import (
+  projected_prompt as projected_prompt,
+)
+from fedjax_llm.adapters.prompts.made import prompt_pool as prompt_pool
 from fedjax_llm.adapters.prompts.rows import prefix as prefix
 from fedjax_llm.adapters.prompts.rows import soft_prompt as soft_prompt

@@ -92,7 +92,7 @@ def flora_na(*, weighted: bool = True, sweeps: int = 5) -> Aggregator:
       (p, q) = argmin ||a b - sum_k w_k a_k b_k||_F,   from p = q = w
 
   (arXiv 2509.26399.) The paper does not give its solver, nor the range of p and
-  q; here each matrix has its own, found by alternating least squares with a
+  q; here each matrix has its own, from alternating least squares with a
   small pull to the last iterate, so the error never grows: it is at most that
   of the means and at least that of the best product of rank R. Clients' Gram
   matrices [K R, K R] are all that the solver sees. The bytes are FedIT's.

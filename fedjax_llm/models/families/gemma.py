@@ -1,4 +1,4 @@
-"""Gemma 1, 2, 3 (text) and VaultGemma: scaled embeddings, norms of 1 + scale."""
+"""Gemma 1, 2, 3 (text), VaultGemma: scaled embeddings, norms of 1 + scale."""
 
 from fedjax_llm.models.families import ropes
 from fedjax_llm.models.families.llama import LLAMA_MODULES, decoder_modules

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_llm import adapters
 from fedjax_llm.models.config import Config, longest_text
+from fedjax_llm.models.network import layers
 from fedjax_llm.models.network.attention import Places
 from fedjax_llm.nodes import protocol
-from fedjax_llm.types import Batch, Error, Params, known
+from fedjax_llm.types import Base, Batch, Error, Params, known
 
 
 class Front(NamedTuple):
@@ -56,17 +58,47 @@ def check(config: Config, own: Front, length: int) -> None:
     )
 
 
-def refuse_packing(config: Config, batch: Batch) -> Any:
+def settled(base: Base, params: Params, batch: Batch) -> Params:
+  """Returns the parameters with the prompts that the texts of a batch choose.
+
+  For generation, where the choice is made once, from the request.
+
+  >>> settled({}, {'layers': {}}, None)
+  {'layers': {}}
+  """
+  node = front(params).prompt
+  if not hasattr(node, 'choose'):
+    return params
+  base, over = adapters.overlay(base, params)
+  x = embedded(base, over, batch.tokens, jnp.float32)
+  return {**params, 'inputs': node.choose(x, batch.segments > 0)}
+
+
+def embedded(base: Base, params: Params, tokens: Any, dtype: Any) -> Any:
+  """Returns the rows of the table of tokens, [B, T, D]."""
+  leaf = params.get('embed_tokens') if isinstance(params, Mapping) else None
+  return layers.embed(tokens, base['embed_tokens'], leaf, dtype)
+
+
+def refuse_packing(config: Config, own: Front, batch: Batch) -> Any:
   """Refuses several texts in a row of an encoder that has a prompt.
+
+  Also where the text chooses its prompt.
 
   Returns None, or for a traced batch the rows with several texts, [B] bool,
   which the network sets to NaN.
   """
-  if config.causal:
+  pooled = hasattr(own.prompt, 'choose')
+  if config.causal and not pooled:
     return None
   if not known(batch.segments):
     return jnp.any(batch.segments > 1, axis=-1)
   if np.max(batch.segments, initial=0) > 1:
+    if pooled:
+      raise Error(
+        'A pool of prompts is chosen from by the text, so a row holds one '
+        'text; set packing to False.'
+      )
     raise Error(
       f'A {config.family} model is an encoder: its prompt sees the text behind '
       'it, so a row holds one text; set packing to False.'

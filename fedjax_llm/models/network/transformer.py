@@ -140,7 +140,17 @@ def _walk(config, implementation, dtype, remat, unroll):
         f'Rows of {length} tokens are longer than the {longest_text(config)} '
         f'up to which the rope type {config.rope.kind!r} is supported.'
       )
-    mixed = prompts.refuse_packing(config, batch) if front.length else None
+    mixed = None
+    if front.length:
+      mixed = prompts.refuse_packing(config, front, batch)
+    chosen = None
+    if hasattr(front.prompt, 'choose') and with_rows:
+      tokens = prompts.embedded(base, params, batch.tokens, dtype)
+      there = jnp.broadcast_to(batch.segments > 0, tokens.shape[:2])
+      node = front.prompt.choose(tokens, there)
+      params = {**params, 'inputs': node}
+      if record:
+        chosen = front.prompt.statistics(tokens, there)
     num_rows = front.rows if with_rows else 0
     queries = Places(batch.positions, batch.segments)
     if front.length:
@@ -184,7 +194,11 @@ def _walk(config, implementation, dtype, remat, unroll):
       x = _norm(config, base, params, x, 'norm')
     if mixed is not None:
       x = jnp.where(mixed[:, None, None], jnp.nan, x)
-    return x[:, num_rows:] if num_rows else x, kv, {'layers': statistics}
+    return (
+      x[:, num_rows:] if num_rows else x,
+      kv,
+      {'layers': statistics, 'inputs': chosen},
+    )
 
   return walk
 
@@ -261,7 +275,10 @@ def build(
 
   def hidden_with_statistics(base: Base, params: Params, batch: Batch):
     hidden, _, statistics = walk(base, params, batch, record=True)
-    return hidden, {**dict.fromkeys(params or {}), **statistics}
+    empty = dict.fromkeys(params or {})
+    if 'inputs' not in empty:
+      del statistics['inputs']
+    return hidden, {**empty, **statistics}
 
   return Model(hidden, logits, hidden_with_statistics)
 
@@ -302,6 +319,11 @@ def decoder(
   def begin(base, params, batch_size: int, slots: int) -> Cache:
     params = protocol.plain(params)
     front = prompts.front(params)
+    if hasattr(front.prompt, 'choose'):
+      raise Error(
+        'The prompt of a pool is chosen by the text, which a cache begins '
+        'before: pass the parameters of `prompts.settled`.'
+      )
     cache = empty(batch_size, front.length + slots)
     if not front.length:
       return cache

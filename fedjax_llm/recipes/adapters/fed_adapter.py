@@ -139,10 +139,11 @@ def fed_adapter(
   def init(key, params):
     most = largest(params)
     state = algorithm.init(key, params)
-    start = (jnp.minimum(jnp.int32(x), m) for x, m in zip((depth, width), most))
-    none = jnp.zeros(ARMS, jnp.float32)
+    start = [jnp.minimum(jnp.int32(x), m) for x, m in zip((depth, width), most)]
+    none = [jnp.zeros(ARMS, jnp.float32) for _ in range(2)]
+    sizes = arms(start[0], start[1], most)
     trials = Trials(
-      state.aggregator, *arms(*start, most), jnp.int32(0), none, none
+      state.aggregator, sizes[0], sizes[1], jnp.int32(0), none[0], none[1]
     )
     return state._replace(aggregator=trials)
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm import local
+from fedjax_llm import aggregators, local
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.recipes import rows
 from fedjax_llm.recipes.composing import refuse
@@ -76,7 +76,7 @@ def fed_mnmt(
     num_clusters,
     lambda params, context: table[jnp.maximum(context.client, 0)],
     parts,
-    weighted=weighted,
+    rule=aggregators.masked_mean('mask', weighted=weighted),
   )
 
 

@@ -30,7 +30,7 @@ def flora_na(
       (p, q) = argmin ||a b - 1/K sum_k a_k b_k||_F
 
   arXiv 2509.26399 (2025). Nothing but two factors travels. Clients count the
-  same unless `weighted`. `aggregators.flora_na` says how p and q are found,
+  same unless `weighted`. `aggregators.flora_na` has the solver of p and q,
   which the paper leaves open.
 
   >>> from fedjax_llm import local

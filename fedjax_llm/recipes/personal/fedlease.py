@@ -35,7 +35,7 @@ from fedjax_llm.types import (
 NEEDS = {
   # All of twelve clients in every round.
   'fedlease': dict(
-    clients=dict(name='full'),
+    clients=dict(cohort_size=12),
     population=dict(max_clients=12),
     algorithm=dict(first_rounds=2, most=3),
   ),

@@ -40,7 +40,7 @@ from fedjax_llm.types import (
 NEEDS = {
   # All of twelve clients in every round.
   'hilora': dict(
-    clients=dict(name='full'),
+    clients=dict(cohort_size=12),
     population=dict(max_clients=12),
     algorithm=dict(first_rounds=3, cluster_rounds=3),
   ),

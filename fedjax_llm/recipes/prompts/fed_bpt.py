@@ -25,6 +25,7 @@ from fedjax_llm.types import (
   Masks,
   Params,
   Scope,
+  Shared,
   Work,
 )
 
@@ -142,7 +143,7 @@ def _at(wrapped: Params, z: jax.Array) -> Params:
 def _projection(key: Key, params: Params, dimension: int) -> Params:
   """Returns A, [d, ...] for each leaf that is trained, None for the others."""
   labels = scopes.everything().labels(params)
-  chosen = tree.select(params, labels, scopes.labels.Shared)
+  chosen = tree.select(params, labels, Shared)
   leaves, treedef = jax.tree.flatten(chosen)
   drawn = []
   for number, x in enumerate(leaves):

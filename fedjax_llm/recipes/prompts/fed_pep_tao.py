@@ -216,12 +216,14 @@ def _rule(optimizer, num_clients, momentum, server_rate) -> Aggregator:
     del key
     shared = params['prompts'].shared
     labels = scopes.everything().labels(shared)
-    zeros = tree.zeros_like(tree.select(shared, labels, Shared), jnp.float32)
+    chosen = tree.select(shared, labels, Shared)
+    # Buffers of their own: a donated state must not hold one buffer twice.
+    zeros = lambda: tree.zeros_like(chosen, jnp.float32)
     return Momentum(
-      velocity=zeros,
-      before=zeros,
-      control=zeros,
-      controls=tree.broadcast(zeros, num_clients),
+      velocity=zeros(),
+      before=zeros(),
+      control=zeros(),
+      controls=tree.broadcast(zeros(), num_clients),
       rate=jnp.float32(server_rate),
       rounds=jnp.int32(0),
     )

@@ -29,6 +29,7 @@ from fedjax_llm.types import (
   Params,
   Private,
   Scope,
+  Shared,
 )
 
 # What the config of each method changes.
@@ -182,7 +183,7 @@ def _scope() -> Scope:
   def labels(params):
     whole = scopes.everything().labels(params)
     own = jax.tree.map(
-      lambda x: Private if x is scopes.labels.Shared else x, whole['adapter']
+      lambda x: Private if x is Shared else x, whole['adapter']
     )
     own['inputs'] = whole['adapter']['inputs']
     return {**whole, 'adapter': own}

@@ -13,6 +13,7 @@ from fedjax_llm import scopes, tree
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.recipes.averaging.fed_avg import fed_avg
 from fedjax_llm.recipes.composing import CLASSES, refuse
+from fedjax_llm.scopes.labels import compiled
 from fedjax_llm.types import (
   Error,
   FederatedAlgorithm,
@@ -68,7 +69,7 @@ def fed_bf(
 def _biases(also: str) -> Scope:
   inner = scopes.everything()
   bias = re.compile(r'(^|/)bias(/value)?$')
-  head = scopes.labels.compiled(also) if also else None
+  head = compiled(also) if also else None
 
   def labels(params):
     names = scopes.leaf_paths(params)

@@ -40,7 +40,7 @@ from fedjax_llm.types import (
 
 # What the config of each method changes.
 NEEDS = {
-  'decomfl': dict(local=dict(name='sgd', learning_rate=2e-3)),
+  'decomfl': dict(local=dict(name='sgd', learning_rate=1e-2)),
 }
 # The leaves of `Seeded` that clients neither train nor send.
 STILL = r'^(params|mask|log)(/|$)'

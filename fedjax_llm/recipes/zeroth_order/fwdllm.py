@@ -52,7 +52,7 @@ from fedjax_llm.types import (
 # What the config of each method changes.
 NEEDS = {
   'fwdllm': dict(
-    local=dict(name='sgd', learning_rate=0.05),
+    local=dict(name='sgd', learning_rate=1e-2),
     algorithm=dict(threshold=1.0),  # that of a tiny model's few rounds
   ),
 }

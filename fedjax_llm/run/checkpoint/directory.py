@@ -28,6 +28,7 @@ class Restored(NamedTuple):
   state: Any  # with the template's structure
   meta: dict[str, Any]
   notices: list[str]  # a sentence about each checkpoint that was skipped
+  earlier: bool = False  # an earlier version wrote it in another structure
 
 
 class Checkpointer(NamedTuple):
@@ -183,9 +184,9 @@ def open(
       if round not in damaged:
         try:
           manifest = files.verified(path)
-          state = files.read(path, manifest, template)
+          state, earlier = files.read(path, manifest, template)
           meta = json.loads((path / 'meta.json').read_text())
-          return Restored(round, state, meta, notices)
+          return Restored(round, state, meta, notices, earlier)
         except files.Damage as e:
           damaged[round] = f'the checkpoint {path} is damaged ({e}): left out.'
         except (OSError, ValueError) as e:

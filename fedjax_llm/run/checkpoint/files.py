@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_llm.run import versions
 from fedjax_llm.run.checkpoint import leaves
 from fedjax_llm.run.checkpoint.leaves import Writers
 from fedjax_llm.types import Error
@@ -159,15 +160,25 @@ def verified(path: pathlib.Path) -> dict[str, Any]:
   return manifest
 
 
-def read(path: pathlib.Path, manifest: dict[str, Any], template: Any) -> Any:
+def read(
+  path: pathlib.Path, manifest: dict[str, Any], template: Any
+) -> tuple[Any, bool]:
   """Reads the state of a checkpoint, with the template's types of leaves.
+
+  Returns:
+    The state, and True if an earlier version wrote it in another structure.
 
   Raises:
     Error: it is the state of another run.
     Damage: it cannot be read.
   """
   try:
-    return _read(path, manifest, template)
+    earlier = versions.earlier_state(
+      template, [leaf['name'] for leaf in manifest['leaves']]
+    )
+    if earlier is None:
+      return _read(path, manifest, template), False
+    return earlier.upgrade(_read(path, manifest, earlier.template)), True
   except Error:
     raise
   except Exception as error:  # any error of orbax and NumPy on damaged files
