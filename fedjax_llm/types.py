@@ -622,5 +622,6 @@ class FederatedAlgorithm(NamedTuple):
 
 # ------------------------------------------------------------------- evals --
 
-# (base, params, personal, data, key) -> {'evals/name': number}
-Evaluator = Callable[..., Mapping[str, float]]
+# (base, params, store of client states, key) -> {'evals/name': number}: see
+# `run.evaluators`.
+Evaluator = Callable[..., Mapping[str, Any]]

@@ -1,4 +1,4 @@
-"""The launcher of TPU pods: its commands, its scripts under a fake gcloud."""
+"""The launcher of TPU pods: its commands, also under a fake gcloud."""
 
 import os
 import pathlib
@@ -100,7 +100,7 @@ def test_a_queued_resource_is_waited_for():
     (('--env', 'HF_TOKEN=abc', *RUN), 'without its value'),
     (
       ('--env', 'NOT_SET_HERE', *RUN),
-      'NOT_SET_HERE: there is no such variable',
+      'NOT_SET_HERE: there is no such',
     ),
     (('--logs', *RUN), 'take only --name and --zone'),
     (('--logs', '--stop'), 'not allowed with argument --logs'),

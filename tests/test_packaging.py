@@ -68,9 +68,7 @@ def test_configs_have_names_in_every_folder(tmp_path, monkeypatch):
     config.load('tiny') == config.load('tiny.py') != config.load('tiny:smoke')
   )
   (tmp_path / 'tiny.py').write_text('def get_config(): return {"mine": 1}')
-  assert config.load('tiny.py') == {
-    'mine': 1
-  }  # a file of one's own comes first
+  assert config.load('tiny.py') == {'mine': 1}  # one's own first
   (tmp_path / 'quickstart').mkdir()
   assert config.located('quickstart').endswith('quickstart.py')
   with pytest.raises(Error, match=r'--config \. is a folder; name a config'):
@@ -131,7 +129,7 @@ def test_notebooks_install_from_the_projects_address(tmp_path):
     check=True,
     capture_output=True,
   )
-  assert f"'git+{new}'" in (tmp_path / 'colabs/04_partitions.ipynb').read_text()
+  assert f"'git+{new}'" in (tmp_path / notebook).read_text()
   assert f'Repository = "{new}"' in (tmp_path / 'pyproject.toml').read_text()
 
 

@@ -186,7 +186,7 @@ def test_the_files_of_a_page_train(name, tmp_path, monkeypatch):
     merge = ['--workdir', str(folder), '--to', 'merged', '--out', out]
     assert export.main([*merge, '--trust-code']) == 0
   assert (folder / 'config.json').read_text().count('my_lab') == len(
-    [field for field in fields if '.name=' in field]
+    [field for field in fields if 'my_lab' in field]
   )
 
 

@@ -1,4 +1,4 @@
-"""Adapters of some layers, absent elsewhere: PEFT's layers_to_transform."""
+"""Adapters of some layers, as with PEFT's layers_to_transform."""
 
 import functools
 import json

@@ -272,9 +272,9 @@ def test_limits_are_a_devices_and_those_of_all(capsys):
   tiny = ['--config', f'{ROOT}/configs/tiny.py:smoke', '--memory=1GB']
   more = ['--devices=4', '--config.mesh_model=2']
   assert plan.main([*tiny, *more]) == 0
-  rows = dict(
-    line.split('  ', 1) for line in capsys.readouterr().out.splitlines() if line
-  )
+  lines = capsys.readouterr().out.splitlines()
+  rows = dict(line.rsplit('  ', 1) for line in lines if '  ' in line)
+  rows = {name.strip(): text for name, text in rows.items()}
   one = int(rows['clients at once that fit, 2 devices with one base'])
   every = int(rows['clients at once that fit, all 4 devices'])
   assert every == 2 * one > 0

@@ -1,9 +1,11 @@
 """Every method of `configs/methods.py` is swept, trained, replayed, exported.
 
 The programs are real, and their folders are. Only the compiled round is not:
-it is traced, and returns the state that it was given.
+it is traced, and returns the state that it was given. Methods on the same texts
+and adapter share them.
 """
 
+import json
 import pathlib
 import runpy
 
@@ -16,7 +18,14 @@ import runs
 from fedjax_llm import export, sweep
 from fedjax_llm.devices import sharding
 from fedjax_llm.replay import program as replay
-from fedjax_llm.run import config, rebuild, sections, tasks, training
+from fedjax_llm.run import (
+  config,
+  experiment,
+  rebuild,
+  sections,
+  tasks,
+  training,
+)
 from fedjax_llm.sweep import population
 from fedjax_llm.types import LossSum
 
@@ -25,9 +34,8 @@ NAMES = runpy.run_path(str(PATH))['NAMES']
 # Their loss needs the statistics of nodes.
 OBSERVED = ('fed_amole',)
 SMALL = (
-  *('num_rounds=1', 'model.hidden_size=8', 'cohort.num_steps=1'),
+  *('num_rounds=1', 'cohort.num_steps=1', 'compilation_cache=none'),
   *('population.max_clients=4', 'population.new_clients=0'),
-  *('clients.cohort_size=2', 'compilation_cache=none'),
   *('evals.per_client=0', 'evals.common=0', 'evals.samples=0'),
 )
 
@@ -74,8 +82,23 @@ def standing(round_fn, num=None):
   return several if num else one
 
 
+BUILD, BUILT = experiment.build, {}
+METHOD = ('algorithm', 'local', 'upload', 'aggregator', 'server')
+
+
+def shared_build(conf, say=print, *, model=None):
+  """Returns `experiment.build`, computed once for the sections it reads."""
+  read = config.resolved(conf, sections.SPEC)
+  read = {k: v for k, v in read.items() if k not in METHOD}
+  key = json.dumps(read, sort_keys=True)
+  if key not in BUILT:
+    BUILT[key] = BUILD(conf, say, model=model)
+  return BUILT[key]._replace(conf=conf)
+
+
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch):
+  monkeypatch.setattr(experiment, 'build', shared_build)
   program = population.program
   monkeypatch.setattr(
     population, 'program', lambda *args: standing(program(*args), num=2)
@@ -90,6 +113,8 @@ def parsed(name, folder):
   conf = config.parse(
     [*argv, *(f'--config.{field}' for field in SMALL)], sections.SPEC
   ).config
+  if conf['clients']['name'] != 'full':
+    conf['clients']['cohort_size'] = 2
   if name not in OBSERVED:
     kind = 'labels' if conf.get('task') else 'texts'
     conf['task'] = {**(conf.get('task') or {}), 'name': f'{__name__}:{kind}'}

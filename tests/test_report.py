@@ -50,6 +50,21 @@ def page(text):
   return Page(text)
 
 
+def test_the_unit_is_the_tasks(tmp_path):
+  sizes = {'clients': {'a': {'examples': 2}}, 'new': {}}
+  for unit in ({'unit': 'image'}, {}):
+    folder = tmp_path / unit.get('unit', 'none')
+    write(folder, config(), records(2))
+    (folder / 'clients.json').write_text(json.dumps({**sizes, **unit}))
+  one, plain = report.read([tmp_path / 'image', tmp_path / 'none'])
+  assert (one.unit, plain.unit) == ('image', 'token')
+  assert len(numbers.same_clients([one, plain])) == 1
+  assert 'Held-out loss in nats per image' in report.page([one.path])
+  (tmp_path / 'image' / 'clients.json').write_text('{"unit": 3}')
+  with pytest.raises(Error, match=r'clients.json is damaged: unit is 3, not a'):
+    report.read(tmp_path / 'image')
+
+
 # --------------------------------------------------------------- structure --
 
 

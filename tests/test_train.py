@@ -328,6 +328,8 @@ def test_a_round_without_anybody_says_so(texts, tmp_path):
   assert told['clients/unavailable'] == 4
   assert told['local/loss'] is None
   assert told['server/step_norm'] == 0
+  held = json.loads((tmp_path / 'run' / 'clients.json').read_text())
+  assert held['unit'] == 'token'
 
 
 # ------------------------------------------------------------------ resume --

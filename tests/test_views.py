@@ -143,7 +143,6 @@ def test_clients_that_trained_are_tested_with_what_they_keep(world):
   ] * 3
   names = ('ann', 'bob', 'cat')
   built = SimpleNamespace(
-    test=SimpleNamespace(personal={'name': 'instance_mixed', 'num_texts': 6}),
     task=tasks.Task(lambda *_, **__: loss),
     population=SimpleNamespace(train=texts, heldout=texts, names=names),
     **{'loaded': loaded, 'initial': both.shared, 'labels': None},
@@ -152,7 +151,8 @@ def test_clients_that_trained_are_tested_with_what_they_keep(world):
   )
   group = (jax.tree.map(lambda x: x[None], batch), np.array([[0, 1, 2]]))
   tests = SimpleNamespace(heldout=[group], common=[])
-  look = viewing.viewer(built, algorithm, tests, private=True)
+  section = {'name': 'instance_mixed', 'num_texts': 6}
+  look = viewing.viewer(section, built, algorithm, tests, private=True)
   told = look(loaded.base, params, store, KEY)
   assert list(told['evals/instance_mixed/own/clients']) == ['bob']
   view = views.instance_mixed(loss, loaded.model)

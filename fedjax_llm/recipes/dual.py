@@ -23,6 +23,7 @@ from fedjax_llm.adapters.low_rank import multi
 from fedjax_llm.nodes import Dual
 from fedjax_llm.recipes import composing
 from fedjax_llm.types import (
+  ClientState,
   FederatedAlgorithm,
   Key,
   LocalUpdate,
@@ -42,12 +43,35 @@ def compose(
   parts: dict[str, Any],
   split: Callable[[Key, Params], Dual],
 ) -> FederatedAlgorithm:
+  """Returns `on_both` of a single local update.
+
+  The first state of the local update, or the whole state, counts the client's
+  rounds.
+  """
+
+  def trained(state):
+    count = state.local
+    count = count if isinstance(count, local.Counted) else count[0]
+    return count.rounds > 0
+
+  build = functools.partial(composing.compose, update)
+  return on_both(build, serve, parts, split, trained)
+
+
+def on_both(
+  build: Callable[..., FederatedAlgorithm],
+  serve: Callable[[Dual, Any], Params],
+  parts: dict[str, Any],
+  split: Callable[[Key, Params], Dual],
+  trained: Callable[[ClientState], Any],
+) -> FederatedAlgorithm:
   """Returns a method on `Dual` parameters; clients keep the personal part.
 
+  `build(scope=..., aggregator=..., **parts)` returns the algorithm on both
+  parts; `trained(state)` is True if the client has trained its personal part.
+
   `split(key, params)` makes them from the adapter's parameters;
-  `serve(params, seen)` returns a client's model, where `seen` is True if the
-  client has trained its part. The first state of the local update, or the
-  whole state, counts the client's rounds.
+  `serve(params, seen)` returns a client's model, with that as `seen`.
   """
   parts = dict(parts)
   fold = parts.pop('fold', None)
@@ -63,14 +87,11 @@ def compose(
   def served(params, state):
     if state is None:
       return serve(params, jnp.bool_(False))
-    count = state.local
-    count = count if isinstance(count, local.Counted) else count[0]
-    return serve(params, count.rounds > 0)
+    return serve(params, trained(state))
 
   return server.on_part(
     functools.partial(
-      composing.compose,
-      update,
+      build,
       scope=_at_home(inner),
       aggregator=aggregators.on_shared(rule),
       **parts,

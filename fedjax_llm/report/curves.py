@@ -26,7 +26,7 @@ _LOSSES = {
 def losses(runs: Sequence[Run]) -> list[Picture | str]:
   """Returns charts of loss by rounds, tokens and bytes, and of accuracy."""
   unit = runs[0].unit
-  label = f'loss, nats a {unit}'
+  label = f'loss, nats per {unit}'
   axes = {
     'rounds': 'rounds',
     'tokens': f'{unit}s trained on',

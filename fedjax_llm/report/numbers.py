@@ -134,12 +134,16 @@ def same_clients(runs: Sequence[Run]) -> list[tuple[Mapping, list[Run]]]:
     if run.sizes is None:
       continue
     for held, members in groups:
-      if held == run.sizes:
+      if _clients(held) == _clients(run.sizes):
         members.append(run)
         break
     else:
       groups.append((run.sizes, [run]))
   return groups
+
+
+def _clients(sizes: Mapping[str, Any]) -> dict[str, Any]:
+  return {name: sizes[name] for name in sizes if name != 'unit'}
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:

@@ -57,7 +57,7 @@ def distribution(runs: Sequence[Run]) -> Picture | str:
     axes.set_ylim(-len(rows) + 0.6, 0.62)
     axes.set_yticks([])
     axes.spines['left'].set_visible(False)
-    axes.set_xlabel(f'held-out loss of a client, nats a {runs[0].unit}')
+    axes.set_xlabel(f'held-out loss of a client, nats per {runs[0].unit}')
 
   title = 'Held-out loss, client by client'
   size = (4.2, 0.75 + 0.5 * len(rows))
@@ -170,7 +170,7 @@ def loss_by_size(runs: Sequence[Run]) -> Picture | str:
       axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:,.0f}'))
       axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel('texts a client trains on')
-    axes.set_ylabel(f'held-out loss, nats a {runs[0].unit}')
+    axes.set_ylabel(f'held-out loss, nats per {runs[0].unit}')
 
   title = 'Held-out loss against size, a point a client'
   alt = f'{title}: from {small:,} to {large:,} texts.'

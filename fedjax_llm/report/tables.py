@@ -64,7 +64,7 @@ def summary(runs: Sequence[Run]) -> Table:
     if any(cell is not None for cell in column)
   ]
   rows = list(zip(*(cells[name] for name in kept), strict=True))
-  caption = f'Held-out loss in nats a {runs[0].unit}, and what it cost.'
+  caption = f'Held-out loss in nats per {runs[0].unit}, and what it cost.'
   return Table('summary-table', caption, kept, rows, of_runs=len(runs) > 1)
 
 

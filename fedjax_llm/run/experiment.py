@@ -16,16 +16,17 @@ import jax
 from fedjax_llm import clients, data, evals, local, models
 from fedjax_llm.adapters import complete, peft
 from fedjax_llm.devices import hosts, sharding
+from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.models.network import prompts
 from fedjax_llm.run import (
   blocks,
   builders,
   config,
+  evaluators,
   narration,
   rates,
   sections,
   tasks,
-  viewing,
   warm,
 )
 from fedjax_llm.run.sections import SPEC, Evals, Settings
@@ -33,6 +34,7 @@ from fedjax_llm.types import (
   Adapter,
   Cohort,
   Draw,
+  Error,
   FederatedAlgorithm,
   Model,
   Params,
@@ -149,30 +151,22 @@ class Experiment(NamedTuple):
     tests: Tests | None = None,
     together: Callable[..., Any] | None = None,
   ) -> Callable[..., Any]:
-    """Returns the evaluation of a run: `evals.loop` over its held-out texts.
+    """Returns the evaluation of a run: the evaluators of its config.
 
     Runs that share a `likelihood` as `together`, and `tests` of the same
     shapes, share one compiled program.
     """
-    tests, people = tests or self.tests(), self.population
-    plain = evals.loop(
-      self.task.loss(self.loaded, per_row=True),
-      algorithm,
-      heldout=tests.heldout,
-      new=tests.new,
-      common=tests.common,
+    also = [] if self.test.personal is None else [self.test.personal]
+    return evaluators.build(
+      [*self.test.evaluators, *also],
+      built=self,
+      algorithm=algorithm,
+      tests=tests or self.tests(),
+      private=keeps_private(algorithm, self.initial),
+      loss=self.task.loss(self.loaded, per_row=True),
+      model=self.loaded.model,
       together=together,
-      names=people.names,
-      new_names=people.new_names,
-      has_private=keeps_private(algorithm, self.initial),
-      labelled=self.task.metrics.accuracies,
     )
-    if self.test.personal is None:
-      return plain
-    look = viewing.viewer(
-      self, algorithm, tests, private=keeps_private(algorithm, self.initial)
-    )
-    return lambda *arguments: {**plain(*arguments), **look(*arguments)}
 
   def rows(
     self,
@@ -207,11 +201,34 @@ def checked(conf: Mapping[str, Any]) -> tuple[Settings, Evals]:
   config.at_least(test, 'evals.', every=1, batch_size=1, per_client=0)
   config.at_least(test, 'evals.', patience=1)
   config.at_least(test, 'evals.', common=0, samples=0, sample_tokens=1)
+  evaluators.check(test.evaluators)
   return settings, test
 
 
+# What a builder of one's own must return.
+_KINDS = {
+  'task': tasks.Task,
+  'model': models.LoadedModel,
+  'adapter': Adapter,
+  'algorithm': FederatedAlgorithm,
+  'local': LocalOptimizer,
+}
+
+
 def _make(conf: Mapping[str, Any], section: str, **injected: Any) -> Any:
-  return builders.build(conf[section], SPEC.sections[section], **injected)
+  result = builders.build(conf[section], SPEC.sections[section], **injected)
+  return _of_kind(section, conf[section], result)
+
+
+def _of_kind(section: str, fields: Mapping[str, Any], result: Any) -> Any:
+  """Returns what a builder made; an `Error` if it is of another kind."""
+  kind = _KINDS.get(section)
+  if kind is not None and not isinstance(result, kind):
+    raise Error(
+      f'{section}.name: {fields["name"]} returned a {type(result).__name__}; '
+      f'it must return a {kind.__name__}.'
+    )
+  return result
 
 
 def build(
@@ -370,7 +387,7 @@ def algorithm(
   recipe = recipe_of(conf)
   if builders.open_ended(recipe):  # one's own, which hands its parts on
     recipe = builders.onward(recipe, sections.parts)
-  return builders.build(
+  result = builders.build(
     {**conf['algorithm'], 'name': recipe},
     SPEC.sections['algorithm'],
     loss=loss,
@@ -383,6 +400,7 @@ def algorithm(
     **others,
     **{part: make(part) for part in parts if conf.get(part)},
   )
+  return _of_kind('algorithm', conf['algorithm'], result)
 
 
 def recipe_of(conf: Mapping[str, Any]) -> Callable[..., FederatedAlgorithm]:

@@ -59,8 +59,8 @@ def check_sizes(content: Mapping[str, Any], file: str) -> None:
   for group in content:
     if group == 'unit':  # the name of what the loss counts
       if not isinstance(content[group], str):
-        value = content[group]
-        raise Error(f'{file} is damaged: unit is {value!r:.60}, not a text.')
+        value = f'{content[group]!r:.60}'
+        raise Error(f'{file} is damaged: unit is {value}, not a name.')
       continue
     _mapping(content[group], f'{file} is damaged: {group}')
     for name, sizes in content[group].items():

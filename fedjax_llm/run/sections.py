@@ -4,7 +4,7 @@
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import optax
@@ -64,7 +64,9 @@ class Evals(NamedTuple):
   keep_best: bool = False
   patience: int | None = None  # evaluations without a better one before the end
   best_by: str | None = None  # 'heldout/accuracy'; None: the held-out loss
-  # Evaluations of clients besides the model they are served: `evals.views`.
+  # The evaluations, in this order: `run.evaluators`.
+  evaluators: Sequence[Mapping[str, Any]] = ({'name': 'likelihood'},)
+  # One more: a view of clients besides the model they are served.
   personal: Mapping[str, Any] | None = None
 
 

@@ -39,6 +39,8 @@ def translated(config: Mapping[str, Any]) -> dict[str, Any]:
     there = new.get(to)
     if isinstance(there, Mapping):
       new[to] = {name: before[field], **there}
+  if isinstance(test := new.get('evals'), Mapping):  # after 0.2.0
+    new['evals'] = {'evaluators': [{'name': 'likelihood'}], **test}
   return _pooled(new)
 
 

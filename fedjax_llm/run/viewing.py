@@ -1,6 +1,6 @@
-"""The evaluations of the section `evals.personal`: see `evals.views`."""
+"""Evaluators of clients through a view: see `evals.views`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,12 @@ from fedjax_llm.types import Error, FederatedAlgorithm
 
 
 def viewer(
-  built: Any, algorithm: FederatedAlgorithm, tests: Any, *, private: bool
+  section: Mapping[str, Any],
+  built: Any,
+  algorithm: FederatedAlgorithm,
+  tests: Any,
+  *,
+  private: bool,
 ) -> Callable[..., dict[str, Any]]:
   """Returns `examine(base, params, store, key) -> {'evals/...': ...}` of a run.
 
@@ -21,6 +26,7 @@ def viewer(
   trained, else all clients with held-out texts.
 
   Args:
+    section: the name and the keywords of a view.
     built: an `experiment.Experiment`.
     algorithm: its method.
     tests: its held-out texts, `experiment.Tests`.
@@ -30,7 +36,7 @@ def viewer(
     Error: the view needs two adapters and the method has one.
   """
   view: evals.views.View = builders.build(
-    built.test.personal,
+    section,
     evals.views,
     loss=built.task.loss(built.loaded, per_row=True),
     model=built.loaded.model,

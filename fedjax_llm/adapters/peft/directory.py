@@ -185,7 +185,9 @@ def save(
     a, b, scale = (np.asarray(x, np.float32) for x in node[:3])
     place = fused(path)
     for at in range(a.shape[0]) if a.ndim == 3 else [()]:
-      layer = None if at == () else at if chosen is None else int(chosen[at])
+      layer = at if isinstance(at, int) else None
+      if layer is not None and chosen is not None:
+        layer = int(chosen[layer])
       name = module_name(path, layer)
       one = Factors(a[at], b[at], scale[at])
       if place is not None:

@@ -273,9 +273,11 @@ def _find(path: str | os.PathLike) -> pathlib.Path:
   name = os.fspath(path)
   is_hub_name = name.count('/') == 1 and not name.startswith(('.', '~', '/'))
   if directory.exists() or not is_hub_name or name.endswith('/'):
+    hint = reading.fetched_by(name)
+    if directory.is_file() and directory.suffix == '.gguf':
+      hint = ' fedjax_llm.models.gguf.convert makes a model directory of it.'
     raise Error(
-      f'{name} is neither a directory nor a name such as owner/model.'
-      f'{reading.fetched_by(name)}'
+      f'{name} is neither a directory nor a name such as owner/model.{hint}'
     )
   try:
     from huggingface_hub import snapshot_download

@@ -3,7 +3,6 @@
 Babakniya et al. 2023, arXiv 2308.06522.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -93,39 +92,37 @@ def slora(
     here = jax.random.fold_in(key, 1)
     return Staged(_pattern(here, params, density), params)
 
-  def turn(state, base, data, key):
-    del base, data, key
-    turned = jax.lax.cond(
-      state.round == first_rounds, _factored, lambda p: p, state.params
-    )
-    return state._replace(params=turned)
-
-  fold = parts.pop('fold', None)
-  return server.on_part(
-    functools.partial(
-      fed_avg,
+  def build(**more: Any) -> FederatedAlgorithm:
+    stage = lambda part: fed_avg(
       local.viewed(loss, _together),
       optimizer,
-      scope=_by_stage(first_rounds),
-      after=turn,
-      **parts,
-    ),
+      scope=_only(part),
+      **{**parts, **more},
+    )
+    return server.stages(
+      (stage('sparse'), first_rounds),
+      (stage('factors'), None),
+      between=[_factored],
+    )
+
+  return server.on_part(
+    build,
     wrap=wrap,
     get=lambda params: params.factors,
     put=lambda params, part: params._replace(factors=part),
     serve=lambda params, state: _together(params),
-    fold=fold,
+    fold=parts.pop('fold', None),
   )
 
 
-def _by_stage(first_rounds: int) -> Scope:
+def _only(part: str) -> Scope:
+  """Returns a scope that trains one part of `Staged` and keeps the other."""
   inner = scopes.everything()
 
   def mask(start, state, context):
     masks = inner.mask(start, state, context)
-    early = context.round < first_rounds
-    when = lambda m, now: jax.tree.map(lambda x: x & now, m)
-    narrow = lambda m: Staged(when(m.sparse, early), when(m.factors, ~early))
+    none = lambda m: jax.tree.map(jnp.zeros_like, m)
+    narrow = lambda m: none(m)._replace(**{part: getattr(m, part)})
     return Masks(*map(narrow, masks))
 
   return inner._replace(mask=mask)

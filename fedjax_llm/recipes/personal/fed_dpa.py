@@ -5,15 +5,12 @@ Yang et al. 2024, arXiv 2403.19211.
 
 from typing import Any
 
-import jax.numpy as jnp
-
-from fedjax_llm import local, tree
+from fedjax_llm import local, server
 from fedjax_llm.adapters.low_rank import multi
 from fedjax_llm.local import LocalOptimizer, Phase
-from fedjax_llm.local.phases import Counted
 from fedjax_llm.nodes import Dual
-from fedjax_llm.recipes import dual
-from fedjax_llm.types import Error, FederatedAlgorithm, LocalUpdate, Loss
+from fedjax_llm.recipes import composing, dual
+from fedjax_llm.types import Error, FederatedAlgorithm, Loss
 
 # What the config of each method changes.
 NEEDS = {
@@ -107,67 +104,33 @@ def fed_dpa_f(
     raise Error(
       f'fed_dpa_f: federated_rounds={federated_rounds} must be at least 1.'
     )
-  step = lambda view: local.sgd(local.viewed(loss, view), optimizer)
-  update = local.phases(
-    Phase(
-      forked(step(dual.personal)),
-      dual.OWN,
-      lambda t: t >= federated_rounds,
-    ),
-    Phase(step(dual.shared), dual.COMMON, lambda t: t < federated_rounds),
+
+  def build(**more: Any) -> FederatedAlgorithm:
+    def stage(view, scope):
+      step = local.sgd(local.viewed(loss, view), optimizer)
+      return composing.compose(local.phases(Phase(step, scope)), **more)
+
+    return server.stages(
+      (stage(dual.shared, dual.COMMON), federated_rounds),
+      (stage(dual.personal, dual.OWN), None),
+      between=[_copied],
+    )
+
+  return dual.on_both(
+    build,
+    dual.weighed(local_weight),
+    parts,
+    lambda key, p: Dual(p, p),
+    lambda state: state.local.took[1],
   )
-  return dual.compose(
-    update, dual.weighed(local_weight), parts, lambda key, p: Dual(p, p)
-  )
+
+
+def _copied(both: Dual) -> Dual:
+  """Returns both parts, the personal one with the factors of the shared."""
+  own = multi.with_residuals(both.shared, both.personal)
+  return both._replace(personal=own)
 
 
 def _check_weight(weight: float) -> None:
   if not 0 <= weight <= 1:
     raise Error(f'local_weight={weight} must be between 0 and 1.')
-
-
-def forked(inner: LocalUpdate) -> LocalUpdate:
-  """Returns `inner`; a client's personal part starts as a copy of the shared.
-
-  In later rounds it continues from its own. The state counts the client's
-  rounds.
-
-  >>> from fedjax_llm.types import ClientOutput, Context
-  >>> still = LocalUpdate(lambda p: (), lambda base, start, *rest: ClientOutput(
-  ...   Dual(jnp.float32(0), jnp.float32(0)), None))
-  >>> start = Dual(shared=jnp.float32(5), personal=jnp.float32(1))
-  >>> update = forked(still)
-  >>> out = update.run(None, start, update.init(start), None, None, Context())
-  >>> float(start.personal + out.update.personal), int(out.state.rounds)
-  (5.0, 1)
-  """
-
-  def init(trainable):
-    return Counted(jnp.int32(0), inner.init(trainable))
-
-  def run(base, start, state, batches, masks, context):
-    own = tree.merge(
-      tree.map_present(
-        lambda w, v: jnp.where(state.rounds == 0, w, v),
-        start.shared,
-        start.personal,
-      ),
-      start.personal,
-    )
-    out = inner.run(
-      base,
-      start._replace(personal=own),
-      state.inner,
-      batches,
-      masks,
-      context,
-    )
-    moved = tree.map_present(
-      lambda u, v, old: v + u - old, out.update.personal, own, start.personal
-    )
-    return out._replace(
-      update=out.update._replace(personal=moved),
-      state=Counted(state.rounds + 1, out.state),
-    )
-
-  return LocalUpdate(init, run)
