@@ -57,7 +57,7 @@ def test_a_builder_of_another_kind_is_named():
       Error, match=f'{section}.name: my_lab:mine returned .*{kind}'
     ):
       experiment._of_kind(section, fields, made)
-  adapter = Adapter(*3 * [lambda *_: None])
+  adapter = Adapter(lambda *_: {}, lambda *_: {}, lambda *_: ({}, {}))
   assert experiment._of_kind('adapter', fields, adapter) is adapter
   assert experiment._of_kind('data', fields, 3) == 3
 
