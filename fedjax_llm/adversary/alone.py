@@ -7,7 +7,6 @@ the population, drawn by `seed` (`malicious.ids`).
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 
 from fedjax_llm import tree

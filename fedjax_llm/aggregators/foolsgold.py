@@ -39,7 +39,8 @@ def foolsgold(
   >>> update = jnp.array([[1.0, 0.0], [0.0, 1.0], [-9.0, -9.0], [-9.0, -9.0]])
   >>> ones = jnp.ones(4)
   >>> uploads = Uploads(update, None, None, ones, ones > 0)
-  >>> foolsgold().aggregate(uploads, (), None, None)[0].delta.tolist()
+  >>> rule = jax.jit(foolsgold().aggregate)
+  >>> rule(uploads, (), None, None)[0].delta.tolist()
   [0.5, 0.5]
   """
   if num_clients is not None and num_clients < 1:
@@ -67,9 +68,7 @@ def foolsgold(
       own = jax.tree.map(add, tree.like(state, update), update)
       past = tree.take(own, jnp.where(here, place, 0))
       state = tree.merge(own, state)
-    return Aggregate(
-      tree.weighted_mean(update, weights(past, here))
-    ), state
+    return Aggregate(tree.weighted_mean(update, weights(past, here))), state
 
   def of_round(uploads: Uploads) -> jax.Array:
     return weights(uploads.update, counted(uploads))
@@ -85,7 +84,7 @@ def learned(cosine: jax.Array, here: jax.Array, confidence) -> jax.Array:
   Clients outside of `here` [K] are not compared and get the weight zero.
 
   >>> alike = jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
-  >>> learned(alike, jnp.ones(3, bool), 1.0).tolist()
+  >>> jax.jit(learned)(alike, jnp.ones(3, bool), 1.0).tolist()
   [1.0, 0.0, 0.0]
   """
   num = cosine.shape[0]

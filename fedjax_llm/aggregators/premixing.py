@@ -121,9 +121,7 @@ def nearest_mixing(
     return (place < kept) & here & here[:, None]
 
   def aggregate(uploads, state, params, key):
-    return rule.aggregate(
-      _mixed(uploads, matrix(uploads)), state, params, key
-    )
+    return rule.aggregate(_mixed(uploads, matrix(uploads)), state, params, key)
 
   return rule._replace(aggregate=aggregate, weights=equal)
 

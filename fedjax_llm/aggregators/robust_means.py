@@ -71,7 +71,9 @@ def geometric_median(
 
   def aggregate(uploads, state, params, key):
     del params, key
-    return Aggregate(tree.weighted_mean(uploads.update, weights(uploads))), state
+    return Aggregate(
+      tree.weighted_mean(uploads.update, weights(uploads))
+    ), state
 
   return Aggregator(_nothing, aggregate, weights=weights)
 
@@ -109,9 +111,7 @@ def norm_bounding(*, bound: float = 1.0) -> StreamingAggregator:
   return rule._replace(accumulate=accumulate, traits=Traits())
 
 
-def centred_clipping(
-  *, radius: float = 1.0, iterations: int = 1
-) -> Aggregator:
+def centred_clipping(*, radius: float = 1.0, iterations: int = 1) -> Aggregator:
   """Returns centred clipping: the mean of differences clipped to a radius.
 
       v <- v + 1 / n sum_k (u_k - v) min(1, radius / ||u_k - v||)

@@ -90,9 +90,7 @@ def pooled(of: Mapping[str, Any] = {'name': 'natural'}) -> Any:
   return data.partition.pooled(builders.build(of, data.partition))
 
 
-def bucketing(
-  of: Mapping[str, Any] = {'name': 'median'}, size: int = 2
-) -> Any:
+def bucketing(of: Mapping[str, Any] = {'name': 'median'}, size: int = 2) -> Any:
   """Returns `aggregators.bucketing` before the rule that a section names."""
   return aggregators.bucketing(builders.build(of, aggregators), size=size)
 
