@@ -9,6 +9,7 @@ holds the contracts (read it first).
 
 from fedjax_llm import _early as _early  # signals while the rest is imported
 from fedjax_llm import adapters as adapters
+from fedjax_llm import adversary as adversary
 from fedjax_llm import aggregators as aggregators
 from fedjax_llm import batching as batching
 from fedjax_llm import clients as clients

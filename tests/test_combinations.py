@@ -48,6 +48,8 @@ RULES = {
 # Rules that mean entries, whatever they are of.
 BY_ENTRY = ('krum', 'masked_mean', 'mean', 'median', 'trimmed_mean')
 BY_ENTRY += ('fedrpca', 'matched_mean', 'uniform_mean')
+BY_ENTRY += ('bucketing', 'centred_clipping', 'foolsgold', 'geometric_median')
+BY_ENTRY += ('nearest_mixing', 'norm_bounding', 'product_krum')
 SERVERS = {name: getattr(server, name) for name in server.__all__}
 SCOPES = {
   'everything': scopes.everything,

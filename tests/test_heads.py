@@ -169,6 +169,9 @@ REQUIRED = {'krum': dict(num_byzantine=1)}
 # Their head is not the weighted mean, by what they are.
 OWN_WEIGHTS = {
   *('uniform_mean', 'median', 'trimmed_mean', 'krum', 'norm_weighted'),
+  *('bucketing', 'centred_clipping', 'foolsgold', 'geometric_median'),
+  *('nearest_mixing', 'norm_bounding', 'product_krum'),
+  'product_geometric_median',
   'fedrpca',
 }
 

@@ -13,8 +13,8 @@ FILES = sorted(PACKAGE.rglob('*.py'))
 BELOW = (
   *('types', 'tree', 'batching', 'checks', 'linalg', 'patterns', 'reading'),
   *('devices', 'nodes', 'data', 'clients', 'scopes', 'adapters', 'models'),
-  *('local', 'uploads', 'aggregators', 'server', 'evals', 'recipes'),
-  '_early',
+  *('local', 'uploads', 'adversary', 'aggregators', 'server', 'evals'),
+  *('recipes', '_early'),
 )
 # A room may import itself and the rooms of its row.
 TABLE = {
@@ -36,6 +36,7 @@ TABLE = {
   'models': ('types', 'nodes', 'adapters', 'reading'),
   'local': ('types', 'tree', 'batching', 'linalg', 'nodes'),
   'uploads': ('types', 'tree', 'nodes'),
+  'adversary': ('types', 'tree', 'nodes'),
   'aggregators': ('types', 'tree', 'nodes', 'linalg', 'checks'),
   'server': (
     *('types', 'tree', 'batching', 'checks', 'nodes'),

@@ -98,6 +98,7 @@ def uploads(num_clients=5, seed=0):
     masks=Masks({'q': held}, {'q': held}),
     weight=jnp.arange(1.0, num_clients + 1),
     valid=jnp.ones(num_clients, bool),
+    ids=jnp.arange(num_clients),
   ), mine
 
 

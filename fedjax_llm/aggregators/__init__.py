@@ -12,6 +12,7 @@ from fedjax_llm.aggregators.averaging import mean as mean
 from fedjax_llm.aggregators.averaging import uniform_mean as uniform_mean
 from fedjax_llm.aggregators.by_hand import received as received
 from fedjax_llm.aggregators.dual import on_shared as on_shared
+from fedjax_llm.aggregators.foolsgold import foolsgold as foolsgold
 from fedjax_llm.aggregators.lifted import from_rule as from_rule
 from fedjax_llm.aggregators.low_rank.bases import fedrot as fedrot
 from fedjax_llm.aggregators.low_rank.bases import fedsvd as fedsvd
@@ -31,6 +32,12 @@ from fedjax_llm.aggregators.low_rank.spectra import florist as florist
 from fedjax_llm.aggregators.low_rank.spectra import ilora as ilora
 from fedjax_llm.aggregators.low_rank.spectra import raflora as raflora
 from fedjax_llm.aggregators.mixing import matched_mean as matched_mean
+from fedjax_llm.aggregators.premixing import bucketing as bucketing
+from fedjax_llm.aggregators.premixing import nearest_mixing as nearest_mixing
+from fedjax_llm.aggregators.product_space import (
+  product_geometric_median as product_geometric_median,
+)
+from fedjax_llm.aggregators.product_space import product_krum as product_krum
 from fedjax_llm.aggregators.replaying import (
   on_coefficients as on_coefficients,
 )
@@ -38,10 +45,19 @@ from fedjax_llm.aggregators.replaying import replaying as replaying
 from fedjax_llm.aggregators.robust import krum as krum
 from fedjax_llm.aggregators.robust import median as median
 from fedjax_llm.aggregators.robust import trimmed_mean as trimmed_mean
+from fedjax_llm.aggregators.robust_means import (
+  centred_clipping as centred_clipping,
+)
+from fedjax_llm.aggregators.robust_means import (
+  geometric_median as geometric_median,
+)
+from fedjax_llm.aggregators.robust_means import norm_bounding as norm_bounding
 from fedjax_llm.aggregators.robust_pca import fedrpca as fedrpca
 
 __all__ = [
   'as_stack',
+  'bucketing',
+  'centred_clipping',
   'control_variates',
   'fedask',
   'fedex',
@@ -53,7 +69,9 @@ __all__ = [
   'flora',
   'flora_na',
   'florist',
+  'foolsgold',
   'from_rule',
+  'geometric_median',
   'glora',
   'ilora',
   'krum',
@@ -62,7 +80,11 @@ __all__ = [
   'matched_mean',
   'mean',
   'median',
+  'nearest_mixing',
+  'norm_bounding',
   'norm_weighted',
+  'product_geometric_median',
+  'product_krum',
   'raflora',
   'replication',
   'trimmed_mean',

@@ -6,13 +6,12 @@ a client did not train is a zero among the others.
 """
 
 from collections.abc import Callable
-from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 
 from fedjax_llm import tree
-from fedjax_llm.aggregators.weights import counted, equal
+from fedjax_llm.aggregators.weights import counted, equal, floor_of
 from fedjax_llm.types import Aggregate, Aggregator, Error, known
 
 
@@ -113,18 +112,9 @@ def trimmed_mean(trim_fraction: float = 0.1) -> Aggregator:
       'below 0.5: both sides are trimmed.'
     )
 
-  def cuts(num_rows):  # b for each n
-    if not known(trim_fraction):
-      # The slack of float32: equal for decimals of up to four digits.
-      exact = trim_fraction * jnp.arange(num_rows + 1)
-      return jnp.floor(exact * (1 + 2e-7)).astype(jnp.int32)
-    # The decimal as the user wrote it: in binary 0.29 * 100 is below 29.
-    fraction = Fraction(str(trim_fraction))
-    return jnp.array([int(fraction * m) for m in range(num_rows + 1)])
-
   def middle(values, n):
     num_rows = values.shape[-1]
-    cut = cuts(num_rows)[n]
+    cut = floor_of(trim_fraction, num_rows)[n]
     rank = jnp.arange(num_rows)
     kept = (rank >= cut) & (rank < n - cut)
     return jnp.sum(jnp.where(kept, values, 0.0), axis=-1) / (n - 2 * cut)

@@ -3,10 +3,12 @@
 The functions return arrays [K].
 """
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm.types import Uploads
+from fedjax_llm.types import Uploads, known
 
 
 def counted(uploads: Uploads) -> jax.Array:
@@ -33,3 +35,20 @@ def by_weight(uploads: Uploads) -> jax.Array:
 def equal(uploads: Uploads) -> jax.Array:
   """Returns one for each client that counts, [K] float32, else zero."""
   return counted(uploads).astype(jnp.float32)
+
+
+def floor_of(fraction: float, num_rows: int) -> jax.Array:
+  """Returns floor(fraction * n) for n = 0 ... num_rows, [num_rows + 1] int32.
+
+  A known fraction is the decimal as the user wrote it: in binary 0.29 * 100 is
+  below 29.
+
+  >>> floor_of(0.29, 100)[100].item()
+  29
+  """
+  if not known(fraction):
+    # The slack of float32: equal for decimals of up to four digits.
+    exact = fraction * jnp.arange(num_rows + 1)
+    return jnp.floor(exact * (1 + 2e-7)).astype(jnp.int32)
+  decimal = Fraction(str(fraction))
+  return jnp.array([int(decimal * m) for m in range(num_rows + 1)])

@@ -387,6 +387,8 @@ def algorithm(
   recipe = recipe_of(conf)
   if builders.open_ended(recipe):  # one's own, which hands its parts on
     recipe = builders.onward(recipe, sections.parts)
+  if conf.get('adversary'):
+    others['adversary'] = make('adversary', num_clients=num_clients)
   result = builders.build(
     {**conf['algorithm'], 'name': recipe},
     SPEC.sections['algorithm'],

@@ -11,6 +11,7 @@ import optax
 
 from fedjax_llm import (
   adapters,
+  adversary,
   aggregators,
   clients,
   data,
@@ -72,6 +73,7 @@ class Evals(NamedTuple):
 
 def parts(
   upload: Any = None,
+  adversary: Any = None,
   aggregator: Any = None,
   server: Any = None,
   block_size: int | None = None,
@@ -86,6 +88,21 @@ def parts(
 def pooled(of: Mapping[str, Any] = {'name': 'natural'}) -> Any:
   """Returns `data.partition.pooled` of the partition that a section names."""
   return data.partition.pooled(builders.build(of, data.partition))
+
+
+def bucketing(of: Mapping[str, Any] = {'name': 'median'}, size: int = 2) -> Any:
+  """Returns `aggregators.bucketing` before the rule that a section names."""
+  return aggregators.bucketing(builders.build(of, aggregators), size=size)
+
+
+def nearest_mixing(
+  of: Mapping[str, Any] = {'name': 'median'},
+  byzantine_fraction: float = 0.2,
+) -> Any:
+  """Returns `aggregators.nearest_mixing` before the rule of a section."""
+  return aggregators.nearest_mixing(
+    builders.build(of, aggregators), byzantine_fraction=byzantine_fraction
+  )
 
 
 def implied(
@@ -127,6 +144,9 @@ def without(namespace: Any, *names: str) -> dict[str, Any]:
   return {name: known[name] for name in known if name not in names}
 
 
+# Aggregators that take a rule or a function, which no section can hold.
+_TAKE_RULES = ('as_stack', 'control_variates', 'from_rule')
+
 SPEC = config.Spec(
   settings=Settings,
   sections={
@@ -157,8 +177,14 @@ SPEC = config.Spec(
       name: getattr(optax, name) for name in optimizers.schedule_names()
     },
     'upload': without(uploads, 'from_optax'),
-    'aggregator': without(
-      aggregators, 'as_stack', 'control_variates', 'from_rule'
+    'adversary': adversary,
+    'aggregator': {
+      **without(aggregators, *_TAKE_RULES),
+      'bucketing': bucketing,
+      'nearest_mixing': nearest_mixing,
+    },
+    'aggregator.of': without(
+      aggregators, *_TAKE_RULES, 'bucketing', 'nearest_mixing'
     ),
     'server': {
       name: rates.scheduled(builder)
@@ -189,11 +215,14 @@ SPEC = config.Spec(
       'num_steps',
       *builders.parameters(parts),
     ),
+    'adversary': ('num_clients',),
     'evals.personal': ('loss', 'model'),
   },
   optional=(
-    *('task', 'profiles', 'upload', 'aggregator', 'server'),
+    *('task', 'profiles', 'upload', 'adversary', 'aggregator', 'server'),
     *('local.schedule', 'server.schedule', 'evals.personal'),
   ),
+  # Old runs and runs without attacks record nothing of it.
+  unrecorded=('adversary',),
   implied=implied,
 )
