@@ -14,7 +14,7 @@ BELOW = (
   *('types', 'tree', 'batching', 'checks', 'linalg', 'patterns', 'reading'),
   *('devices', 'nodes', 'data', 'clients', 'scopes', 'adapters', 'models'),
   *('local', 'uploads', 'aggregators', 'server', 'evals', 'recipes'),
-  '_early',
+  *('privacy', '_early'),
 )
 # A room may import itself and the rooms of its row.
 TABLE = {
@@ -37,6 +37,7 @@ TABLE = {
   'local': ('types', 'tree', 'batching', 'linalg', 'nodes'),
   'uploads': ('types', 'tree', 'nodes'),
   'aggregators': ('types', 'tree', 'nodes', 'linalg', 'checks'),
+  'privacy': ('types', 'tree'),
   'server': (
     *('types', 'tree', 'batching', 'checks', 'nodes'),
     *('clients', 'scopes', 'devices'),
@@ -70,7 +71,7 @@ OUTSIDE = {
 HEAVY = (
   *('transformers', 'datasets', 'orbax', 'tensorboardX', 'ml_collections'),
   *('flax', 'gguf', 'safetensors', 'torch', 'peft', 'tqdm', 'jinja2'),
-  *('matplotlib', 'wandb', 'mlflow'),
+  *('matplotlib', 'wandb', 'mlflow', 'dp_accounting'),
 )
 
 

@@ -57,7 +57,8 @@ class Spec(NamedTuple):
   namespace of its builder: a module (the names in its `__all__`), a mapping
   from names to builders, or one builder; that section then has no `name`.
   `injected` maps a section to the keywords that the program fills in itself.
-  Sections in `optional` may be absent or None. `implied(config, before)`
+  Sections in `optional` may be absent or None, and those in `unlisted` are
+  left out of a resolved config where they are. `implied(config, before)`
   returns the config with what its names imply, where `before` is the config
   without the overrides.
   """
@@ -66,6 +67,7 @@ class Spec(NamedTuple):
   sections: Mapping[str, Any]
   injected: Mapping[str, Collection[str]] = {}
   optional: Collection[str] = ()
+  unlisted: Collection[str] = ()
   implied: Callable[[Any, Any], dict[str, Any]] = lambda config, before: config
 
 
@@ -488,6 +490,8 @@ def resolved(config: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
       values = _get(config, path)
       if values is None and callable(namespace) and path not in spec.optional:
         values = {}
+      if values is None and path in spec.unlisted:
+        continue
     if isinstance(values, dict):
       builder = _builder(values, path, spec, str)
       name = {} if callable(namespace) else {'name': values['name']}

@@ -17,6 +17,7 @@ from fedjax_llm import (
   evals,
   local,
   models,
+  privacy,
   recipes,
   server,
   uploads,
@@ -160,6 +161,7 @@ SPEC = config.Spec(
     'aggregator': without(
       aggregators, 'as_stack', 'control_variates', 'from_rule'
     ),
+    'privacy': privacy.client_level,
     'server': {
       name: rates.scheduled(builder)
       for name, builder in builders.names(server).items()
@@ -189,11 +191,13 @@ SPEC = config.Spec(
       'num_steps',
       *builders.parameters(parts),
     ),
+    'privacy': ('rate', 'num_clients', 'cohort_size', 'num_rounds'),
     'evals.personal': ('loss', 'model'),
   },
   optional=(
     *('task', 'profiles', 'upload', 'aggregator', 'server'),
-    *('local.schedule', 'server.schedule', 'evals.personal'),
+    *('local.schedule', 'server.schedule', 'evals.personal', 'privacy'),
   ),
+  unlisted=('privacy',),
   implied=implied,
 )
