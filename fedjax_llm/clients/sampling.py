@@ -268,9 +268,7 @@ def poisson(
   if rate is None:
     rate = cohort_size / (2 * max(num_clients, 1))
   if not 0 < rate <= 1:
-    raise Error(
-      f'rate is {rate}: it is a probability above 0 and at most 1.'
-    )
+    raise Error(f'rate is {rate}: it is a probability above 0 and at most 1.')
 
   def choose(round, available):
     u = _numbers(seed, _POISSON, round, num_clients)

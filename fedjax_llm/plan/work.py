@@ -202,6 +202,12 @@ def read(
   )
   if sampling['name'] == 'full' and cohort_size is None:
     K = N
+  known = num_clients or full['partition'].get('num_clients')
+  if conf.get('privacy') and not known:
+    raise Error(
+      'privacy counts with the number of clients, and the config does not set '
+      'it: give --clients.'
+    )
   if not K:
     raise Error(
       'clients.name=full takes all clients, and the config does not set how '

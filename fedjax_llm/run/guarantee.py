@@ -79,7 +79,9 @@ def rule(conf: Mapping[str, Any], num_clients: int, trains: bool) -> Any:
   return {'aggregator': plan.rule()}
 
 
-def built(private: bool, name: Any, build: Any, *args: Any, **parts: Any) -> Any:
+def built(
+  private: bool, name: Any, build: Any, *args: Any, **parts: Any
+) -> Any:
   """Returns `build(*args, **parts)`; its errors name privacy, if it is set."""
   try:
     return build(*args, **parts)
