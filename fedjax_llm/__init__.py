@@ -19,6 +19,7 @@ from fedjax_llm import linalg as linalg
 from fedjax_llm import local as local
 from fedjax_llm import models as models
 from fedjax_llm import nodes as nodes
+from fedjax_llm import privacy as privacy
 from fedjax_llm import recipes as recipes
 from fedjax_llm import scopes as scopes
 from fedjax_llm import server as server

@@ -499,6 +499,9 @@ class Traits(NamedTuple):
   changes_basis: bool = False  # factors change meaning: no server moments
   writes_residual: bool = False  # of `LowRank` nodes: needs `Adapter.fold`
   always: bool = False  # acts in a round without reports too, as noise must
+  # `finalize` of a rule that clips and noises: no other rule may wrap it, and
+  # no upload may be summed before it.
+  private: Any = None
 
 
 class Aggregate(NamedTuple):

@@ -17,7 +17,8 @@ from fedjax_llm.scopes import labels
 from fedjax_llm.types import ClientState, Context, Draw, Error, Example, Label
 
 SAMPLERS = {
-  name: getattr(sampling, name) for name in ('uniform', 'by_size', 'cyclic')
+  name: getattr(sampling, name)
+  for name in ('uniform', 'by_size', 'cyclic', 'poisson')
 }
 
 

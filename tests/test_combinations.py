@@ -133,6 +133,7 @@ def test_every_sampler_draws_what_every_method_takes():
       'by_size': lambda: sampling.by_size(9, K, sizes=[1] * 9),
       'cyclic': lambda: sampling.cyclic(9, K),
       'full': lambda: sampling.full(9),
+      'poisson': lambda: sampling.poisson(9, K),
     }[name]()
     cohort = build(draw(3), 3)
     one = jax.tree.map(lambda x: (x.shape[1:], x.dtype), cohort)

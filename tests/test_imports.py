@@ -14,7 +14,7 @@ BELOW = (
   *('types', 'tree', 'batching', 'checks', 'linalg', 'patterns', 'reading'),
   *('devices', 'nodes', 'data', 'clients', 'scopes', 'adapters', 'models'),
   *('local', 'uploads', 'adversary', 'aggregators', 'server', 'evals'),
-  *('recipes', '_early'),
+  *('recipes', 'privacy', '_early'),
 )
 # A room may import itself and the rooms of its row.
 TABLE = {
@@ -38,6 +38,7 @@ TABLE = {
   'uploads': ('types', 'tree', 'nodes'),
   'adversary': ('types', 'tree', 'nodes'),
   'aggregators': ('types', 'tree', 'nodes', 'linalg', 'checks'),
+  'privacy': ('types', 'tree'),
   'server': (
     *('types', 'tree', 'batching', 'checks', 'nodes'),
     *('clients', 'scopes', 'devices'),
@@ -71,7 +72,7 @@ OUTSIDE = {
 HEAVY = (
   *('transformers', 'datasets', 'orbax', 'tensorboardX', 'ml_collections'),
   *('flax', 'gguf', 'safetensors', 'torch', 'peft', 'tqdm', 'jinja2'),
-  *('matplotlib', 'wandb', 'mlflow'),
+  *('matplotlib', 'wandb', 'mlflow', 'dp_accounting'),
 )
 
 

@@ -7,7 +7,7 @@ profiles   capacities of N clients
 """
 
 from fedjax_llm.clients import cohorts, profiles, sampling, store
-from fedjax_llm.clients.sampling import by_size, cyclic, full, uniform
+from fedjax_llm.clients.sampling import by_size, cyclic, full, poisson, uniform
 
 __all__ = [
   'cohorts',
@@ -19,4 +19,5 @@ __all__ = [
   'by_size',
   'cyclic',
   'full',
+  'poisson',
 ]

@@ -19,10 +19,10 @@ import numpy as np
 
 from fedjax_llm.types import Draw, Error, Sampler
 
-__all__ = ['by_size', 'cyclic', 'full', 'uniform']
+__all__ = ['by_size', 'cyclic', 'full', 'poisson', 'uniform']
 
 # Purposes: the second word of a random stream's key.
-_AVAILABLE, _DROPPED, _CHOSEN, _PASS = 101, 102, 103, 104
+_AVAILABLE, _DROPPED, _CHOSEN, _PASS, _POISSON = 101, 102, 103, 104, 105
 
 
 def _numbers(seed: int, purpose: int, number: int, num: int) -> np.ndarray:
@@ -239,3 +239,40 @@ def full(
     dropout,
     seed,
   )
+
+
+def poisson(
+  num_clients: int,
+  cohort_size: int,
+  *,
+  rate: float | None = None,
+  sizes: Sequence[float] | np.ndarray | None = None,
+  availability: float = 1.0,
+  dropout: float = 0.0,
+  seed: int = 0,
+) -> Sampler:
+  """Returns a sampler that draws each client on its own with probability q.
+
+  The number of clients of a round is then random, and may be zero; a draw has
+  K = `cohort_size` rows, the rest padding. Of a larger sample K clients are
+  kept at random. Differential privacy counts with such samples.
+
+  Args and errors as in `uniform`, and
+    rate: q; None: K / (2 N), half of the rows in expectation.
+
+  >>> sample = poisson(num_clients=4, cohort_size=4, rate=0.5, seed=1)
+  >>> [sample(round).reports.tolist().count(True) for round in range(8)]
+  [2, 4, 2, 1, 1, 3, 1, 1]
+  """
+  del sizes
+  if rate is None:
+    rate = cohort_size / (2 * max(num_clients, 1))
+  if not 0 < rate <= 1:
+    raise Error(f'rate is {rate}: it is a probability above 0 and at most 1.')
+
+  def choose(round, available):
+    u = _numbers(seed, _POISSON, round, num_clients)
+    ids = np.flatnonzero(available & (u < rate))
+    return ids[np.argsort(u[ids], kind='stable')[:cohort_size]]
+
+  return _sampler(choose, num_clients, cohort_size, availability, dropout, seed)

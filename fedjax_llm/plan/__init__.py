@@ -145,6 +145,15 @@ def run(argv: Sequence[str]) -> str:
     ('operations, a round', f'{flops:.3g}'),
     (f'operations, {rounds} rounds', f'{flops * rounds:.3g}'),
   ]
+  if (private := planned.privacy) is not None:
+    table += [
+      ('', ''),
+      ('privacy, noise multiplier', f'{private.noise_multiplier:.4g}'),
+      (
+        f'privacy, epsilon after {private.num_rounds} rounds',
+        f'{private.epsilon(private.num_rounds):.4g}, delta {private.delta:g}',
+      ),
+    ]
   if args.steps:
     again = None
     if conf['model'].get('remat') in (None, 'none'):

@@ -20,7 +20,14 @@ from fedjax_llm.models import config as config_lib
 from fedjax_llm.models import families, quantised
 from fedjax_llm.models.files import load
 from fedjax_llm.plan import published
-from fedjax_llm.run import builders, config, costs, experiment, tasks
+from fedjax_llm.run import (
+  builders,
+  config,
+  costs,
+  experiment,
+  guarantee,
+  tasks,
+)
 from fedjax_llm.run.sections import SPEC
 from fedjax_llm.types import (
   Cohort,
@@ -60,6 +67,7 @@ class Work(NamedTuple):
   filled: Callable[[int, int, int, int], Any]  # K, S, B, T -> full batches
   loss: Any  # of the task and the model
   initial: Any  # the adapter's parameters
+  privacy: Any = None  # the plan of the section `privacy`
 
   @property
   def arguments(self) -> int:
@@ -194,6 +202,12 @@ def read(
   )
   if sampling['name'] == 'full' and cohort_size is None:
     K = N
+  known = num_clients or full['partition'].get('num_clients')
+  if conf.get('privacy') and not known:
+    raise Error(
+      'privacy counts with the number of clients, and the config does not set '
+      'it: give --clients.'
+    )
   if not K:
     raise Error(
       'clients.name=full takes all clients, and the config does not set how '
@@ -266,6 +280,7 @@ def read(
     filled,
     task.loss(loaded),
     params,
+    guarantee.of(conf, N),
   )
 
 

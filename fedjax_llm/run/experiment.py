@@ -23,6 +23,7 @@ from fedjax_llm.run import (
   builders,
   config,
   evaluators,
+  guarantee,
   narration,
   rates,
   sections,
@@ -106,9 +107,17 @@ class Experiment(NamedTuple):
   ) -> Callable[[int, int], dict[str, float]]:
     """Returns `rates.of` for this run: the learning rates in its records."""
     conf = self.conf if conf is None else conf
-    return rates.of(
+    of = rates.of(
       _make(conf, 'local'), config.resolved(conf, SPEC).get('server')
     )
+    if (plan := guarantee.of(conf, len(self.owned))) is None:
+      return of
+    return lambda number, steps: of(number, steps) | plan.metrics(number)
+
+  @property
+  def privacy(self) -> Any:
+    """Returns the plan of the section `privacy`; None without it."""
+    return guarantee.of(self.conf, len(self.owned))
 
   def block_size(self) -> int | None:
     """Returns the block size, chosen by `blocks.auto` for 'auto'."""
@@ -202,6 +211,7 @@ def checked(conf: Mapping[str, Any]) -> tuple[Settings, Evals]:
   config.at_least(test, 'evals.', patience=1)
   config.at_least(test, 'evals.', common=0, samples=0, sample_tokens=1)
   evaluators.check(test.evaluators)
+  guarantee.check(conf)
   return settings, test
 
 
@@ -384,12 +394,16 @@ def algorithm(
   parts = ('upload', 'aggregator', 'server')
   if loss is not None:
     loss = local.dropout(loss, adapter.peft.get('lora_dropout', 0.0))
-  recipe = recipe_of(conf)
+  recipe, name = recipe_of(conf), conf['algorithm']['name']
+  private = guarantee.rule(conf, num_clients, loss is not None)
   if builders.open_ended(recipe):  # one's own, which hands its parts on
     recipe = builders.onward(recipe, sections.parts)
   if conf.get('adversary'):
     others['adversary'] = make('adversary', num_clients=num_clients)
-  result = builders.build(
+  result = guarantee.built(
+    bool(private),
+    name,
+    builders.build,
     {**conf['algorithm'], 'name': recipe},
     SPEC.sections['algorithm'],
     loss=loss,
@@ -401,8 +415,10 @@ def algorithm(
     fold=adapter.fold,
     **others,
     **{part: make(part) for part in parts if conf.get(part)},
+    **private,
   )
-  return _of_kind('algorithm', conf['algorithm'], result)
+  result = _of_kind('algorithm', conf['algorithm'], result)
+  return guarantee.watched(result, name) if private else result
 
 
 def recipe_of(conf: Mapping[str, Any]) -> Callable[..., FederatedAlgorithm]:

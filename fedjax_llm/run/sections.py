@@ -18,6 +18,7 @@ from fedjax_llm import (
   evals,
   local,
   models,
+  privacy,
   recipes,
   server,
   uploads,
@@ -186,6 +187,7 @@ SPEC = config.Spec(
     'aggregator.of': without(
       aggregators, *_TAKE_RULES, 'bucketing', 'nearest_mixing'
     ),
+    'privacy': privacy.client_level,
     'server': {
       name: rates.scheduled(builder)
       for name, builder in builders.names(server).items()
@@ -216,13 +218,14 @@ SPEC = config.Spec(
       *builders.parameters(parts),
     ),
     'adversary': ('num_clients',),
+    'privacy': ('rate', 'num_clients', 'cohort_size', 'num_rounds'),
     'evals.personal': ('loss', 'model'),
   },
   optional=(
     *('task', 'profiles', 'upload', 'adversary', 'aggregator', 'server'),
-    *('local.schedule', 'server.schedule', 'evals.personal'),
+    *('local.schedule', 'server.schedule', 'evals.personal', 'privacy'),
   ),
-  # Old runs and runs without attacks record nothing of it.
-  unrecorded=('adversary',),
+  # Old runs and runs without these sections record nothing of them.
+  unrecorded=('adversary', 'privacy'),
   implied=implied,
 )

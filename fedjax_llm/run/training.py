@@ -64,7 +64,10 @@ def train(args: config.Arguments) -> None:
   mesh, assemble = built.mesh, built.assemble
   base, initial, loaded = built.base, built.initial, built.loaded
   population, tokenizer = built.population, built.tokenizer
-  num_rounds = settings.num_rounds
+  num_rounds, private = settings.num_rounds, built.privacy
+  if private is not None and private.num_rounds < num_rounds:
+    num_rounds = private.num_rounds
+    print(f'privacy: the budget ends this run after round {num_rounds}')
 
   # ---------------------------------- local, uploads, aggregators, server --
   block_size = settings.block_size
@@ -122,6 +125,8 @@ def train(args: config.Arguments) -> None:
   def check(restored: checkpoint.Restored) -> None:
     if {**meta, **restored.meta} != meta:
       raise Error(f'{args.workdir} holds a run on other texts or clients.')
+    if private is not None:
+      private.check(restored.state.aggregator)
     if restored.round > num_rounds:
       raise Error(
         f'{args.workdir} is at round {restored.round}, above {num_rounds=}.'
@@ -150,6 +155,8 @@ def train(args: config.Arguments) -> None:
     unit = built.task.metrics.unit
     sizes = data.population.sizes(population)
     room.keep('clients.json', {**sizes, 'unit': unit})
+    if private is not None:
+      room.keep('privacy.json', private.record())
     record, leave = metrics.recorder(
       args.workdir,
       keep=-1 if restored is None else done,

@@ -134,6 +134,7 @@ def fed_opt(
   2.0
   """
   scope = scope or scopes.everything()
+  combinations.check_private(aggregator, upload)
   aggregator = step.watched(aggregator)
   combinations.check(
     upload, aggregator, server, fold, adversary, history, block_size, widths

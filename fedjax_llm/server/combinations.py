@@ -65,3 +65,24 @@ def check(
       'an adversary acts on single uploads, and this upload is decoded after '
       'the sum: use another upload.'
     )
+
+
+def check_private(aggregator: AnyAggregator, upload: Upload) -> None:
+  """Raises `Error` if parts of `fed_opt` break a rule's guarantee of privacy.
+
+  A rule with the trait `private` clips and noises all that clients send.
+  """
+  private = aggregator.traits.private
+  if private is None:
+    return
+  if getattr(aggregator, 'finalize', None) is not private:
+    raise Error(
+      'privacy: this method wraps the aggregator in a rule of its own, which '
+      'would see updates that are neither clipped nor noised: use a method '
+      'with one linear rule, such as fed_avg or ffa_lora.'
+    )
+  if upload.additive:
+    raise Error(
+      'privacy: the messages of this upload are summed before they are '
+      'decoded, so no single update can be clipped: use another upload.'
+    )
