@@ -35,7 +35,7 @@ TABLE = {
   'adapters': ('types', 'tree', 'nodes', 'linalg', 'reading', 'patterns'),
   'models': ('types', 'nodes', 'adapters', 'reading'),
   'local': ('types', 'tree', 'batching', 'linalg', 'nodes'),
-  'uploads': ('types', 'tree', 'nodes'),
+  'uploads': ('types', 'tree', 'nodes', 'linalg'),
   'aggregators': ('types', 'tree', 'nodes', 'linalg', 'checks'),
   'server': (
     *('types', 'tree', 'batching', 'checks', 'nodes'),

@@ -72,6 +72,7 @@ class Evals(NamedTuple):
 
 def parts(
   upload: Any = None,
+  download: Any = None,
   aggregator: Any = None,
   server: Any = None,
   block_size: int | None = None,
@@ -157,6 +158,7 @@ SPEC = config.Spec(
       name: getattr(optax, name) for name in optimizers.schedule_names()
     },
     'upload': without(uploads, 'from_optax'),
+    'download': without(uploads, 'from_optax'),
     'aggregator': without(
       aggregators, 'as_stack', 'control_variates', 'from_rule'
     ),
@@ -192,7 +194,7 @@ SPEC = config.Spec(
     'evals.personal': ('loss', 'model'),
   },
   optional=(
-    *('task', 'profiles', 'upload', 'aggregator', 'server'),
+    *('task', 'profiles', 'upload', 'download', 'aggregator', 'server'),
     *('local.schedule', 'server.schedule', 'evals.personal'),
   ),
   implied=implied,
