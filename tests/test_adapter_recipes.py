@@ -19,7 +19,6 @@ from fedjax_llm.adapters import mixing
 from fedjax_llm.nodes import Activation, Bottleneck
 from fedjax_llm.types import Error
 
-METHODS = ('fed_adapter', 'fed_ap', 'fed_dat', 'fed_mnmt')
 RATE = 0.5
 
 # ------------------------------------------------------------------ FedDAT --

@@ -224,6 +224,10 @@ def test_mistakes_of_the_file(parse, tmp_path):
   assert sentence(parse, file='tiny.py:smok') == (
     'tiny.py:5: ValueError: no form smok'
   )
+  (tmp_path / 'e.py').write_text('raise SystemExit(3)')
+  assert sentence(parse, file='e.py') == (
+    'e.py: the config ends the program (3).'
+  )
   (tmp_path / 'a.py').write_text('x = 1')
   assert sentence(parse, file='a.py') == 'a.py defines no get_config().'
   (tmp_path / 'b.py').write_text('def get_config():\n  return 3')

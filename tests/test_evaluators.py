@@ -27,7 +27,10 @@ def length(algorithm, tests, *, scale: float = 1.0):
 
 
 def trained(data, folder, *more, **fields):
-  fields = {'num_rounds': 2, 'evals__common': 0, **fields}
+  fields = {
+    **{'num_rounds': 2, 'evals__every': 1, 'evals__common': 0},
+    **fields,
+  }
   runs.done(train, runs.arguments(data, folder, *more, **fields))
   return runs.records(folder)
 

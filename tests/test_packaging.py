@@ -115,6 +115,7 @@ def test_notebooks_install_from_the_projects_address(tmp_path):
   for notebook in sorted((ROOT / 'colabs').glob('*.ipynb')):
     found = re.findall(r"repository = '([^']*)'", notebook.read_text())
     assert found == [f'git+{url}'], f'{notebook.name}: run scripts/address'
+  one = 'colabs/04_partitions.ipynb'
   (tmp_path / 'scripts').mkdir()
   (tmp_path / 'colabs').mkdir()
   for name in (
@@ -129,7 +130,7 @@ def test_notebooks_install_from_the_projects_address(tmp_path):
     check=True,
     capture_output=True,
   )
-  assert f"'git+{new}'" in (tmp_path / notebook).read_text()
+  assert f"'git+{new}'" in (tmp_path / one).read_text()
   assert f'Repository = "{new}"' in (tmp_path / 'pyproject.toml').read_text()
 
 

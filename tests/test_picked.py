@@ -172,5 +172,5 @@ def test_a_run_writes_what_peft_reads(tmp_path):
     start = 'base_model.model.model.layers.1.self_attn.q_proj.lora_'
     assert sorted(tensors) == [f'{start}{x}.weight' for x in 'AB']
     assert np.any(tensors[f'{start}B.weight'])
-  words = ['--workdir', folder, '--prompt', 'a', '--num_tokens', '2']
+  words = ['--workdir', folder, '--prompt', 'a', '--max-new-tokens', '2']
   runs.done(generate, words)

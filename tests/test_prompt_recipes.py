@@ -19,10 +19,6 @@ from fedjax_llm.recipes.prompts import fed_bpt as bpt
 from fedjax_llm.recipes.prompts import p_fed_pg as pg
 from fedjax_llm.types import Error
 
-METHODS = (
-  *('fed_bbpt', 'fed_bpt', 'fed_p_tuning', 'fed_pep_tao', 'fed_pf', 'fed_pgp'),
-  *('fed_prompt', 'p_fed_pg', 'p_fed_pt'),
-)
 RATE = 0.5
 ROWS = np.asarray(toy.prompt()['inputs'].rows)
 BYTES = P * D * 4  # of a prompt

@@ -14,7 +14,6 @@ from fedjax_llm import recipes
 from fedjax_llm.recipes.selective import selective_layers as chosen
 from fedjax_llm.types import Error
 
-METHODS = ('fed_bf', 'selective_layers')
 RATE = 0.5
 L, R = 3, 2
 BUDGETS = np.array([1, 1, 2, 1, 2, 3], np.int32)

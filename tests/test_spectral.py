@@ -155,7 +155,8 @@ def test_florist_of_all_energy_is_exact_where_the_server_has_the_columns():
 
 def test_a_download_of_florist_costs_its_columns_alone():
   new = served('florist', *clients(seed=1), energy=0.8)[0]
-  p, *_ = ref.florist(*clients(seed=1), SCALE, WEIGHT, 0.8)
+  a, b = clients(seed=1)
+  p, *_ = ref.florist(a, b, SCALE, WEIGHT, 0.8)
   count: Any = occupied().num_bytes({'q': new._replace(scale=None)}, NONE)['q']
   assert (int(count.a), int(count.b)) == (4 * p * D, 4 * p * F)
 

@@ -65,10 +65,10 @@ def test_stages_without_end_are_refused(rounds, message):
 def test_a_run_resumes_across_the_border_bit_for_bit(tmp_path):
   data = runs.texts(tmp_path / 'texts.jsonl')
   fields = {
-    'algorithm__name': 'slora',
-    'algorithm__first_rounds': 2,
+    'algorithm__name': 'fed_dpa_f',
+    'algorithm__federated_rounds': 2,
     'local__learning_rate': 0.5,
-    'evals__common': 0,
+    **{'evals__every': 1, 'evals__common': 0},
   }
   argv = lambda name, number: runs.arguments(
     data, tmp_path / name, num_rounds=number, **fields
@@ -78,5 +78,9 @@ def test_a_run_resumes_across_the_border_bit_for_bit(tmp_path):
     runs.done(train, argv('resumed', number))
   whole, resumed = (runs.outcome(tmp_path / x) for x in ('whole', 'resumed'))
   assert whole == resumed
-  losses = [x['evals/heldout/loss'] for x in runs.records(tmp_path / 'whole')]
-  assert len(losses) == 5 and np.diff(losses).all()
+  # First what is shared changes, then what clients keep.
+  told = runs.records(tmp_path / 'whole')
+  shared = np.diff([x['evals/heldout/loss'] for x in told])
+  assert [x != 0 for x in shared] == [True, True, False, False]
+  own = np.diff([x['evals/personal/own/client_mean'] for x in told[2:]])
+  assert len(own) == 2 and own.all()

@@ -31,6 +31,10 @@ from fedjax_llm.types import Adapter, Error
       'adapter.name=os:getcwd',
       'adapter.name: os:getcwd returned a str; it must return a Adapter.',
     ),
+    (
+      'local.learning_rate=high',
+      "--config.local.learning_rate must be float, not 'high'.",
+    ),
     ('num_rounds=1e3', '--config.num_rounds must be int, not 1000.0.'),
   ],
 )
@@ -53,7 +57,7 @@ def test_a_builder_of_another_kind_is_named():
       Error, match=f'{section}.name: my_lab:mine returned .*{kind}'
     ):
       experiment._of_kind(section, fields, made)
-  adapter = Adapter(*3 * [lambda *_: None])
+  adapter = Adapter(lambda *_: {}, lambda *_: {}, lambda *_: ({}, {}))
   assert experiment._of_kind('adapter', fields, adapter) is adapter
   assert experiment._of_kind('data', fields, 3) == 3
 
@@ -75,4 +79,13 @@ def test_programs_name_a_wrong_config_and_workdir(tmp_path):
   error = runs.refused(export, ['--workdir', tmp_path, *out])
   assert error == (
     f'error: --workdir {tmp_path} holds no run: there is no config.json in it.'
+  )
+
+
+def test_types_are_those_that_a_config_may_hold(tmp_path):
+  config = f'{runs.ROOT}/configs/tiny.py:smoke'
+  words = ['--config', config, '--workdir', tmp_path / 'run']
+  server = ['--config.server.name=fed_adam', '--config.server.learning_rate=no']
+  assert runs.refused(train, [*words, *server]) == (
+    "error: --config.server.learning_rate must be float, not 'no'."
   )

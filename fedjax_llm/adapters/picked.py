@@ -60,6 +60,7 @@ def pick(
   Raises:
     Error: as in `numbers`; targets that lie in no layer.
 
+  >>> from fedjax_llm.nodes import LowRank
   >>> node = LowRank(jnp.ones((3, 2, 1)), jnp.ones((3, 1, 2)), jnp.ones(3))
   >>> base = {'layers': {'q_proj': {'kernel': jnp.ones((3, 2, 2))}}}
   >>> some = pick({'layers': {'q_proj': node}}, base, [0, 2])['layers']
@@ -92,6 +93,7 @@ def of(params: Params) -> Any:
 def spread(params: Params, base: Base) -> Params:
   """Returns the same adapter over all L layers, with zeros in the others.
 
+  >>> from fedjax_llm.nodes import LowRank
   >>> node = LowRank(jnp.ones((1, 2, 1)), jnp.ones((1, 1, 2)), jnp.ones(1))
   >>> some = {'layers': {'q_proj': node, 'picked': jnp.array([1])}}
   >>> base = {'layers': {'q_proj': {'kernel': jnp.ones((2, 2, 2))}}}
@@ -118,6 +120,7 @@ def spread(params: Params, base: Base) -> Params:
 def gather(params: Params, index: Any) -> Params:
   """Returns the picked layers of a spread adapter; index None: all of it.
 
+  >>> from fedjax_llm.nodes import LowRank
   >>> node = LowRank(jnp.ones((2, 2, 1)), jnp.ones((2, 1, 2)), jnp.ones(2))
   >>> gather({'layers': {'q': node}}, jnp.array([1]))['layers']['q'].scale
   Array([1.], dtype=float32)

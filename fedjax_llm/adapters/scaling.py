@@ -36,6 +36,7 @@ def ia3(
   Raises:
     Error: no matching target, or a feedforward module that is no target.
 
+  >>> import jax
   >>> base = {'layers': {'k_proj': {'kernel': jnp.ones((2, 6, 4))}}}
   >>> params = ia3('k_proj', feedforward=()).init(jax.random.key(0), base)
   >>> params['layers']['k_proj']['output'].scale.shape

@@ -27,6 +27,7 @@ from fedjax_llm.types import (
   FederatedAlgorithm,
   Key,
   LocalUpdate,
+  Masks,
   Params,
   Private,
   Scope,
@@ -114,6 +115,17 @@ def _at_home(inner: Scope) -> Scope:
     return chosen._replace(personal=own)
 
   return inner._replace(labels=labels)
+
+
+def only(part: str, inner: Scope) -> Scope:
+  """Returns `inner`, training `part` of a `Dual` and nothing of the other."""
+
+  def mask(start, state, context):
+    held, trained = inner.mask(start, state, context)
+    none = jax.tree.map(jnp.zeros_like, trained)
+    return Masks(held, none._replace(**{part: getattr(trained, part)}))
+
+  return inner._replace(mask=mask)
 
 
 def shared(params: Dual) -> Params:

@@ -384,6 +384,14 @@ def _accepts(annotation: Any, value: Any) -> bool:
     return True
 
 
+def _from_file(annotation: Any) -> bool:
+  """Returns False for functions and arrays, which only Python code has."""
+  if typing.get_origin(annotation) is Callable:
+    return False
+  library = getattr(annotation, '__module__', '').split('.')[0]
+  return library not in ('jax', 'jaxlib', 'numpy')
+
+
 def _spell(annotation: Any) -> str:
   if annotation is inspect.Parameter.empty:
     return ''
@@ -393,7 +401,8 @@ def _spell(annotation: Any) -> str:
   if origin is typing.Literal:
     return ' or '.join(map(repr, args))
   if origin in (typing.Union, python_types.UnionType):
-    return ' or '.join(dict.fromkeys(map(_spell, args)))
+    simple = [a for a in args if _from_file(a)]  # those that a config may hold
+    return ' or '.join(dict.fromkeys(map(_spell, simple or args)))
   if annotation is None or annotation is type(None):
     return 'none'
   if isinstance(annotation, type) and not origin:

@@ -223,6 +223,8 @@ def load(config_path: str) -> dict[str, Any]:
     config = module.get_config(arg) if arg else module.get_config()
   except Error:
     raise
+  except SystemExit as error:
+    raise Error(f'{path}: the config ends the program ({error}).') from error
   except Exception as error:
     frames = traceback.extract_tb(error.__traceback__)
     line = [f.lineno for f in frames if f.filename == spec.origin]

@@ -148,7 +148,7 @@ def fed_opt(
     if aggregator.traits.writes_residual:
       params = _with_residuals(params)
     labels = scope.labels(params)
-    return ServerState(
+    state = ServerState(
       round=jnp.int32(0),
       params=params,
       optimizer=server.init(tree.select(params, labels, Shared)),
@@ -156,6 +156,8 @@ def fed_opt(
       key=key,
       history=() if history == 1 else tree.broadcast(params, history),
     )
+    # Every leaf has a buffer of its own: a donated buffer may appear only once.
+    return jax.tree.map(jnp.copy, state)
 
   def keys(state: ServerState) -> jax.Array:
     """Returns keys of clients, rule, adversary, phase after, all in common."""

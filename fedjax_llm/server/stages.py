@@ -140,8 +140,14 @@ def stages(
     took = states.local.took
     if not isinstance(took, tuple):
       took = took.at[..., i].set(took[..., i] | reported)
+    # A client that is left out has entered nothing.
+    private = tree.map_present(
+      lambda new, old: jnp.where(_wide(reported, old), new, old),
+      new.private,
+      states.private,
+    )
     local = Kept(took, _put(states.local.each, i, new.local))
-    return new._replace(local=local)
+    return new._replace(private=private, local=local)
 
   def advanced(state: ServerState) -> ServerState:
     """Enters the next stage where the rounds of the present one are over."""

@@ -10,7 +10,7 @@ from fedjax_llm.adapters.low_rank import multi
 from fedjax_llm.local import LocalOptimizer, Phase
 from fedjax_llm.nodes import Dual
 from fedjax_llm.recipes import composing, dual
-from fedjax_llm.types import Error, FederatedAlgorithm, Loss
+from fedjax_llm.types import Error, FederatedAlgorithm, Loss, Scope
 
 # What the config of each method changes.
 NEEDS = {
@@ -105,14 +105,16 @@ def fed_dpa_f(
       f'fed_dpa_f: federated_rounds={federated_rounds} must be at least 1.'
     )
 
-  def build(**more: Any) -> FederatedAlgorithm:
-    def stage(view, scope):
+  def build(scope: Scope, **more: Any) -> FederatedAlgorithm:
+    def stage(part, view, leaves):
       step = local.sgd(local.viewed(loss, view), optimizer)
-      return composing.compose(local.phases(Phase(step, scope)), **more)
+      return composing.compose(
+        local.phases(Phase(step, leaves)), scope=dual.only(part, scope), **more
+      )
 
     return server.stages(
-      (stage(dual.shared, dual.COMMON), federated_rounds),
-      (stage(dual.personal, dual.OWN), None),
+      (stage('shared', dual.shared, dual.COMMON), federated_rounds),
+      (stage('personal', dual.personal, dual.OWN), None),
       between=[_copied],
     )
 

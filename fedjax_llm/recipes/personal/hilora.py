@@ -38,9 +38,9 @@ from fedjax_llm.types import (
 
 # What the config of each method changes.
 NEEDS = {
-  # All of twelve clients in every round.
+  # All of ten clients in every round; two more are held back as new ones.
   'hilora': dict(
-    clients=dict(cohort_size=12),
+    clients=dict(cohort_size=10),
     population=dict(max_clients=12),
     algorithm=dict(first_rounds=3, cluster_rounds=3),
   ),
