@@ -457,6 +457,9 @@ class Codec(NamedTuple):
   (secure sums, seeds, sketches). A client then encodes its weight times its
   update, and the server decodes the sum once, with a context that has `peers`
   and `reported`; only rules that are `linear` take it.
+
+  A `lossy` codec may decode other values than it encoded. A download is the
+  same for all clients and has no state: `encode` gets that of `init`.
   """
 
   init: Callable[[Update], Any]
@@ -464,6 +467,7 @@ class Codec(NamedTuple):
   decode: Callable[[Any, Params, Context], Update]
   num_bytes: Callable[[Any, Masks], Any]
   additive: bool = False
+  lossy: bool = False
 
 
 Upload = Codec

@@ -35,7 +35,7 @@ TABLE = {
   'adapters': ('types', 'tree', 'nodes', 'linalg', 'reading', 'patterns'),
   'models': ('types', 'nodes', 'adapters', 'reading'),
   'local': ('types', 'tree', 'batching', 'linalg', 'nodes'),
-  'uploads': ('types', 'tree', 'nodes'),
+  'uploads': ('types', 'tree', 'nodes', 'linalg'),
   'adversary': ('types', 'tree', 'nodes'),
   'aggregators': ('types', 'tree', 'nodes', 'linalg', 'checks'),
   'privacy': ('types', 'tree'),

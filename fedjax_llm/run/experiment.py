@@ -391,7 +391,7 @@ def algorithm(
   `loss` and `model` may be None where the result only reads a trained state.
   """
   make = functools.partial(_make, conf)
-  parts = ('upload', 'aggregator', 'server')
+  parts = ('upload', 'download', 'aggregator', 'server')
   if loss is not None:
     loss = local.dropout(loss, adapter.peft.get('lora_dropout', 0.0))
   recipe, name = recipe_of(conf), conf['algorithm']['name']

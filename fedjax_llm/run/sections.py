@@ -74,6 +74,7 @@ class Evals(NamedTuple):
 
 def parts(
   upload: Any = None,
+  download: Any = None,
   adversary: Any = None,
   aggregator: Any = None,
   server: Any = None,
@@ -178,6 +179,7 @@ SPEC = config.Spec(
       name: getattr(optax, name) for name in optimizers.schedule_names()
     },
     'upload': without(uploads, 'from_optax'),
+    'download': without(uploads, 'from_optax'),
     'adversary': adversary,
     'aggregator': {
       **without(aggregators, *_TAKE_RULES),
@@ -222,10 +224,11 @@ SPEC = config.Spec(
     'evals.personal': ('loss', 'model'),
   },
   optional=(
-    *('task', 'profiles', 'upload', 'adversary', 'aggregator', 'server'),
-    *('local.schedule', 'server.schedule', 'evals.personal', 'privacy'),
+    *('task', 'profiles', 'upload', 'download', 'adversary', 'aggregator'),
+    *('server', 'local.schedule', 'server.schedule', 'evals.personal'),
+    'privacy',
   ),
   # Old runs and runs without these sections record nothing of them.
-  unrecorded=('adversary', 'privacy'),
+  unrecorded=('adversary', 'download', 'privacy'),
   implied=implied,
 )

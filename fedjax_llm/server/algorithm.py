@@ -116,8 +116,9 @@ def fed_opt(
       over a rule that changes the basis of the factors (moments of the old
       basis would be applied to the new one); a rule that writes residuals
       without `fold`, or with a history; an additive upload under a rule that
-      is not linear; an adversary with blocks. From `round` and `train`: a
-      cohort with `started` where history is 1.
+      is not linear; an adversary with blocks; a download that keeps a memory
+      or decodes a sum, or a lossy one under a rule that writes residuals.
+      From `round` and `train`: a cohort with `started` where history is 1.
 
   >>> from fedjax_llm import aggregators, local, uploads
   >>> from fedjax_llm.server.optimizers import sgd
@@ -137,8 +138,9 @@ def fed_opt(
   combinations.check_private(aggregator, upload)
   aggregator = step.watched(aggregator)
   combinations.check(
-    upload, aggregator, server, fold, adversary, history, block_size, widths
-  )
+    upload, aggregator, server, fold, adversary, history, block_size, widths,
+    download,
+  )  # fmt: skip
   layout = Layout(block_size, widths, mesh, execution)
   client = one_round(local, scope, upload, download, aggregator)
   sums = _sums(aggregator, upload)

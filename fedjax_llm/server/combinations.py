@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from fedjax_llm.types import (
   Adversary,
   AnyAggregator,
+  Download,
   Error,
   ServerOptimizer,
   Upload,
@@ -24,6 +25,7 @@ def check(
   history: int,
   block_size: int | None,
   widths: Sequence[int],
+  download: Download | None = None,
 ) -> None:
   """Raises `Error` if parts of `fed_opt` cannot be combined."""
   traits = aggregator.traits
@@ -65,6 +67,8 @@ def check(
       'an adversary acts on single uploads, and this upload is decoded after '
       'the sum: use another upload.'
     )
+  if download is not None:
+    _check_download(download, aggregator)
 
 
 def check_private(aggregator: AnyAggregator, upload: Upload) -> None:
@@ -85,4 +89,23 @@ def check_private(aggregator: AnyAggregator, upload: Upload) -> None:
     raise Error(
       'privacy: the messages of this upload are summed before they are '
       'decoded, so no single update can be clipped: use another upload.'
+    )
+
+
+def _check_download(download: Download, aggregator: AnyAggregator) -> None:
+  if download.additive:
+    raise Error(
+      'this codec decodes a sum over clients, and a download has no sum: use '
+      'it as the upload.'
+    )
+  memory = jax.eval_shape(download.init, {'w': jnp.zeros((32, 32))})
+  if jax.tree.leaves(memory):
+    raise Error(
+      'this codec keeps a memory from round to round, and a download keeps '
+      "none: use one without, such as memory='none'."
+    )
+  if download.lossy and aggregator.traits.writes_residual:
+    raise Error(
+      "this aggregator writes into the base what the clients' factors leave of "
+      'those of the server, so its downloads must be without loss.'
     )

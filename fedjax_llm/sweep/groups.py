@@ -18,7 +18,7 @@ from fedjax_llm.sweep.grid import Run
 from fedjax_llm.types import Cohort, Error
 
 # Sections of the method, which the compiled round reads.
-METHOD = ('algorithm', 'local', 'upload', 'aggregator', 'server')
+METHOD = ('algorithm', 'local', 'upload', 'download', 'aggregator', 'server')
 # Sections that only the host reads, to draw clients and their texts.
 _HOST = ('partition', 'population', 'clients', 'profiles', 'cohort')
 _UNUSED = ('hosts', 'tracking', 'compilation_cache', 'profile')

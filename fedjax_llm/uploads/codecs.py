@@ -151,4 +151,4 @@ def from_optax(transform: optax.GradientTransformation) -> Codec:
   def init(update) -> Any:
     return transform.init(update)
 
-  return Codec(init, encode, decode, num_bytes)
+  return Codec(init, encode, decode, num_bytes, lossy=True)

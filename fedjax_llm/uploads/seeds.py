@@ -59,7 +59,9 @@ def seeded(num: int = 64, distribution: str = 'normal') -> Codec:
     del masks
     return jnp.int32(4 * message.size)
 
-  return Codec(lambda _: (), encode, decode, num_bytes, additive=True)
+  return Codec(
+    lambda _: (), encode, decode, num_bytes, additive=True, lossy=True
+  )
 
 
 def nonzero() -> Codec:

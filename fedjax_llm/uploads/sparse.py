@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from fedjax_llm import tree
 from fedjax_llm.types import Codec, Error
+from fedjax_llm.uploads import feedback
 
 
 class Sparse(NamedTuple):
@@ -31,23 +32,27 @@ class SparseTree(NamedTuple):
   shape: Any  # empty arrays, None where a leaf is absent
 
 
-def top_k(density: float = 0.25, per: str = 'tree') -> Codec:
+def top_k(
+  density: float = 0.25, per: str = 'tree', memory: str = 'none'
+) -> Codec:
   """Returns a codec of the k = ceil(density P) entries of largest magnitude.
 
   All other entries are zero. It codes an upload of an update, or a download of
-  parameters (the client's start is then zero elsewhere). There is no error
-  feedback: the entries left out are lost. Bytes are those of k values and of
-  their places, as int32 or as a bitmap, whichever is less; a density of one
-  sends the entries alone.
+  parameters (the client's start is then zero elsewhere). Without a memory the
+  entries left out are lost. Bytes are those of k values and of their places, as
+  int32 or as a bitmap, whichever is less; a density of one sends the entries
+  alone. It shrinks the distance: ||u - C(u)||^2 <= (1 - k / P) ||u||^2.
 
   Args:
     density: the share of entries that travel, in (0, 1].
     per: the set from which the k entries are chosen: 'tree' takes all leaves
       together as FLASC does (arXiv 2406.05233), 'leaf' each leaf by itself, so
       that every leaf sends some.
+    memory: 'none', 'error' (error feedback; Stich et al. 2018, arXiv
+      1809.07599, algorithm 1) or 'difference': see `feedback.remembering`.
 
   Raises:
-    Error: a density out of range; `per` is another word.
+    Error: a density out of range; `per` or `memory` is another word.
 
   >>> from fedjax_llm.types import Masks
   >>> codec, update = top_k(0.5), {'a': jnp.array([1.0, -5.0, 0.1, 3.0])}
@@ -59,6 +64,7 @@ def top_k(density: float = 0.25, per: str = 'tree') -> Codec:
     raise Error(f'top_k: density={density} must be above 0 and at most 1.')
   if per not in ('tree', 'leaf'):
     raise Error(f"top_k: per={per!r} is neither 'tree' nor 'leaf'.")
+  feedback.check('top_k', memory)
 
   def encode(update, masks, state, context):
     del context
@@ -91,7 +97,8 @@ def top_k(density: float = 0.25, per: str = 'tree') -> Codec:
     del masks
     return jax.tree.map(lambda x: jnp.int32(x.size * x.dtype.itemsize), message)
 
-  return Codec(lambda _: (), encode, decode, num_bytes)
+  codec = Codec(lambda _: (), encode, decode, num_bytes, lossy=True)
+  return feedback.remembering(codec, memory)
 
 
 def _largest(flat: jax.Array, density: float) -> Sparse:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedjax_llm import aggregators, scopes, uploads
 from fedjax_llm.local import LocalOptimizer
-from fedjax_llm.recipes.composing import RANKS, with_rule
+from fedjax_llm.recipes.composing import RANKS, refuse, with_rule
 from fedjax_llm.types import FederatedAlgorithm, Loss
 
 # What the config of each method changes.
@@ -38,10 +38,11 @@ def flora(
   >>> method.init(None, params).params.residual.shape  # on its way to the base
   (4, 3)
   """
+  refuse('flora', 'download', parts)
   return with_rule(
     'flora',
     aggregators.flora(),
     loss,
     optimizer,
-    {'scope': scopes.ranks(), 'download': uploads.known(), **parts},
+    {'scope': scopes.ranks(), **parts, 'download': uploads.known()},
   )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from fedjax_llm import aggregators, uploads
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.nodes import LowRank
-from fedjax_llm.recipes.composing import ranked
+from fedjax_llm.recipes.composing import ranked, refuse
 from fedjax_llm.types import Download, FederatedAlgorithm, Loss
 
 # What the config of each method changes.
@@ -46,7 +46,8 @@ def florist(
   fedjax_llm.types.Error: florist: energy=0.0 must be above 0 and at most 1.
   """
   rule = aggregators.florist(energy=energy)
-  parts = {'download': occupied(), **parts}
+  refuse('florist', 'download', parts)
+  parts = {**parts, 'download': occupied()}
   return ranked('florist', rule, loss, optimizer, parts)
 
 

@@ -23,7 +23,7 @@ from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.local.seeded import fresh
 from fedjax_llm.local.zeroth_order import Slope
 from fedjax_llm.nodes import Seeded, directions
-from fedjax_llm.recipes.composing import compose
+from fedjax_llm.recipes.composing import compose, refuse
 from fedjax_llm.types import (
   AnyAggregator,
   Error,
@@ -193,6 +193,7 @@ def on_pieces(
   made: Pieces, rule: AnyAggregator, scope: Scope, **parts: Any
 ) -> FederatedAlgorithm:
   """Returns the method of `pieces` under a rule and a scope on `Seeded`."""
+  refuse('this method', 'download', parts)
   fold = parts.pop('fold', None)
   parts.setdefault('measure', None)
   return server.on_part(

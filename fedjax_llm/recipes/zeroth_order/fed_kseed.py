@@ -26,7 +26,7 @@ from fedjax_llm.aggregators.weights import equal
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.local.seeded import Basis
 from fedjax_llm.nodes import Seeded, directions
-from fedjax_llm.recipes.composing import compose
+from fedjax_llm.recipes.composing import compose, refuse
 from fedjax_llm.recipes.zeroth_order.decomfl import STILL
 from fedjax_llm.types import (
   Codec,
@@ -121,7 +121,7 @@ def fed_kseed_pro(
 
   Raises:
     Error: as `fed_kseed`; `clip` is not positive; an aggregator or an upload in
-      `parts`: the server needs every slope.
+      `parts`: the server needs every slope; a download in `parts`.
 
   >>> method = fed_kseed_pro(None, local.optimizer('sgd', 1.0), candidates=4)
   >>> state = method.init(jax.random.key(0), {'w': jnp.ones(9)})
@@ -136,6 +136,7 @@ def fed_kseed_pro(
         f'fed_kseed_pro: the server needs every slope of a client: leave the '
         f'{section} section out, or use fed_kseed.'
       )
+  refuse('fed_kseed_pro', 'download', parts)
   basis, wrap, model, labels = _pool(
     'fed_kseed_pro', candidates, distribution, parts.pop('scope', None), True
   )
