@@ -116,6 +116,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   # The encoding of uploads, the aggregation rule, and the server's optimizer.
   # Recipes that define one of these do not accept its section: leave it out.
   config.upload = dict(name='identity')
+  # config.adversary = dict(name='sign_flip', fraction=0.2)  # to test rules
   config.aggregator = dict(name='mean')  # `median`, `trimmed_mean`, `krum`, ...
   config.server = dict(name='sgd', learning_rate=1.0)
 
