@@ -118,6 +118,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.upload = dict(name='identity')
   # The encoding of the parameters that clients receive; None: as they are.
   config.download = None
+  # config.adversary = dict(name='sign_flip', fraction=0.2)  # to test rules
   config.aggregator = dict(name='mean')  # `median`, `trimmed_mean`, `krum`, ...
   config.server = dict(name='sgd', learning_rate=1.0)
 
