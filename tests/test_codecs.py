@@ -1,6 +1,7 @@
 """Lossy codecs: bounds, bytes as packed, memories, and their combinations."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def unpacked_codes(data, bits, num):
   return each.reshape(num, bits) @ (1 << np.arange(bits)[::-1])
 
 
-def pack(message, mask, bits=None):
+def pack(message, mask, bits: Any = None):
   """Serialises a part of a message, the entries inside the mask alone."""
   if isinstance(message, Levels):
     levels = np.asarray(message.levels)
@@ -346,7 +347,7 @@ def trained(num=60, rate=0.1, **parts):
   return far, int(down[0].sum())
 
 
-LEARNS = {
+LEARNS: dict[str, Any] = {
   'top_k': dict(upload=uploads.top_k(0.2, memory='error')),
   'sign': dict(upload=uploads.sign()),
   'both ways': dict(upload=uploads.quantised(4), download=uploads.quantised(8)),

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,11 @@ from fedjax_llm.privacy import accounting
 from fedjax_llm.privacy.clipping import Adaptive
 from fedjax_llm.run import config, experiment, guarantee
 from fedjax_llm.run.sections import SPEC
-from fedjax_llm.types import Error, Shared, Uploads
+from fedjax_llm.types import Error, Masks, Shared, Uploads
 
 CLIP, NOISE, DENOMINATOR = 0.2, 0.7, 4.0
+
+NO_MASKS: Any = Masks(None, None)
 
 
 def averaged(**parts):
@@ -44,7 +47,7 @@ def stacked(update, valid=None):
   num = len(update['w'])
   valid = np.ones(num, bool) if valid is None else valid
   weight = np.arange(1, num + 1, dtype=np.float32) * 100  # it must not matter
-  return Uploads(update, None, None, weight, valid)
+  return Uploads(update, None, NO_MASKS, weight, valid)
 
 
 PARAMS = {'w': jnp.zeros((3, 2)), 'b': jnp.zeros(4)}
@@ -69,7 +72,7 @@ def norm(x):
 @pytest.mark.parametrize('scale', [1e-3, 1.0, 1e8])
 def test_one_client_changes_the_sum_by_at_most_the_clip_norm(scale):
   rng = np.random.default_rng(0)
-  draw = lambda: {
+  draw: Any = lambda: {
     'w': np.float32(rng.normal(size=(4, 3, 2)) * scale),
     'b': np.float32(rng.normal(size=(4, 4)) * scale),
   }
@@ -98,7 +101,8 @@ def test_the_round_is_the_equation_with_a_public_denominator():
   """Against float64; weights and the number of reports do not matter."""
   algorithm, params = averaged(), toy.params()
   state = algorithm.init(tiny.KEY, params)
-  sent, _, _ = jax.jit(algorithm.train)(state, toy.cohort(), toy.base())
+  train: Any = algorithm.train
+  sent, _, _ = jax.jit(train)(state, toy.cohort(), toy.base())
   factors = sent.update['q']
   each = {name: np.float64(getattr(factors, name)) for name in 'ab'}  # [K, ..]
   norms = np.sqrt(sum((u**2).sum((1, 2)) for u in each.values()))
@@ -188,14 +192,17 @@ def gaussian(noise: float, rounds: int, delta: float) -> float:
     first = stats.norm.cdf(mu / 2 - e / mu)
     return first - math.exp(e) * stats.norm.cdf(-mu / 2 - e / mu) - delta
 
-  return optimize.brentq(excess, 0, 200)
+  root: Any = optimize.brentq(excess, 0, 200)
+  return root
 
 
 def test_epsilon_of_gaussians_is_that_of_the_closed_form():
   pytest.importorskip('dp_accounting')
   for noise, rounds in ((2.0, 1), (8.0, 16)):
     exact = gaussian(noise, rounds, 1e-5)
-    at = dict(noise_multiplier=noise, rate=1.0, num_rounds=rounds, delta=1e-5)
+    at: Any = dict(
+      noise_multiplier=noise, rate=1.0, num_rounds=rounds, delta=1e-5
+    )
     pld = accounting.epsilon(**at, accountant='pld')
     assert exact * (1 - 1e-6) <= pld <= exact * 1.005
     assert exact <= accounting.epsilon(**at) <= exact * 1.25
@@ -206,7 +213,8 @@ def test_epsilon_of_samples_is_that_of_the_package():
   for noise, rate, rounds in ((1.0, 0.1, 20), (2.0, 0.5, 5)):
     event = dp.PoissonSampledDpEvent(rate, dp.GaussianDpEvent(noise))
     event = dp.SelfComposedDpEvent(event, rounds)
-    at = dict(noise_multiplier=noise, rate=rate, num_rounds=rounds, delta=1e-5)
+    at: Any = dict(noise_multiplier=noise, rate=rate, num_rounds=rounds)
+    at['delta'] = 1e-5
     orders = list(range(2, 65))
     want = dp.rdp.RdpAccountant(orders).compose(event).get_epsilon(1e-5)
     assert accounting.epsilon(**at) == pytest.approx(want)
@@ -218,7 +226,7 @@ def test_epsilon_of_samples_is_that_of_the_package():
 
 def test_the_noise_of_a_target_reaches_it_closely():
   pytest.importorskip('dp_accounting')
-  at = dict(rate=0.2, num_rounds=10, delta=1e-5)
+  at: Any = dict(rate=0.2, num_rounds=10, delta=1e-5)
   noise = accounting.noise_multiplier(epsilon=3.0, **at)
   assert 2.98 < accounting.epsilon(noise_multiplier=noise, **at) <= 3.0
   plan = privacy.client_level(

@@ -1,6 +1,7 @@
 """Attacks, and robust rules against them."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -220,8 +221,9 @@ def factored(seed=0, num=6):
   return aggregators.received(server, ends), server, ends
 
 
-def dense(node):
-  return np.float64(node.scale) * np.float64(node.a) @ np.float64(node.b)
+def dense(node) -> Any:
+  a, b = (np.asarray(x, np.float64) for x in (node.a, node.b))
+  return float(node.scale) * a @ b
 
 
 def everything(params):
@@ -279,7 +281,7 @@ def test_the_product_geometric_median_is_that_of_dense_matrices():
 
 # ------------------------------------------------------------------ attacks --
 
-BY_ID = dict(clients=[10 + k for k in BAD])
+BY_ID: Any = dict(clients=[10 + k for k in BAD])
 ATTACKS = {
   'alie': adversary.alie(**BY_ID),
   'alie_blind': adversary.alie(z=1.0, omniscient=False, **BY_ID),
@@ -318,7 +320,8 @@ def test_the_deviations_of_alie_are_those_of_the_paper():
   update = np.zeros((50, 1), np.float32)
   update[24:] = np.where(np.arange(26) % 2, 1, -1)[:, None]  # mean 0, std 1
   ones = np.ones(50, np.float32)
-  uploads = Uploads(update, None, None, ones, ones > 0, ids=np.arange(50))
+  masks = Masks(None, None)
+  uploads = Uploads(update, None, masks, ones, ones > 0, ids=np.arange(50))
   got = adversary.alie(clients=range(24))(uploads, KEY).update
   assert round(-float(got[0, 0]), 2) == 1.43
 

@@ -5,6 +5,8 @@ norm or a distance is that of all leaves together. Masks are not used: an entry
 that a client did not train is a zero among the others.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -57,7 +59,8 @@ def geometric_median(
 
   def weights(uploads: Uploads) -> jax.Array:
     here = counted(uploads)
-    centre = begin.aggregate(uploads, (), None, None)[0].delta
+    key: Any = None  # a median draws nothing
+    centre = begin.aggregate(uploads, (), None, key)[0].delta
 
     def step(centre, _):
       gap = tree.root(_squares(uploads.update, centre))

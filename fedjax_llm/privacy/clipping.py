@@ -177,7 +177,7 @@ def noisy_mean(
       jax.tree.unflatten(treedef, noisy),
       params,
     )
-    if adaptive is not None:
+    if adaptive is not None and count_noise is not None:
       noise = count_noise * jax.random.normal(of_count, (), jnp.float32)
       share = (sums.below + noise) / denominator + 0.5
       step = jnp.exp(-adaptive.rate * (share - adaptive.quantile))
