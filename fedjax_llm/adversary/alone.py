@@ -30,6 +30,7 @@ def sign_flip(
   Raises:
     Error: a negative scale; as `malicious.ids`.
 
+  >>> import jax
   >>> from fedjax_llm.types import Uploads
   >>> ones = jnp.ones(3)
   >>> sent = Uploads(ones, None, None, ones, ones > 0, ids=jnp.arange(3))
@@ -62,6 +63,7 @@ def gaussian(
   Raises:
     Error: a negative std; as `malicious.ids`.
 
+  >>> import jax
   >>> from fedjax_llm.types import Uploads
   >>> ones = jnp.ones(4)
   >>> sent = Uploads(ones, None, None, ones, ones > 0, ids=jnp.arange(4))
@@ -97,6 +99,7 @@ def free_riders(
   Raises:
     Error: a negative std; as `malicious.ids`.
 
+  >>> import jax
   >>> from fedjax_llm.types import Uploads
   >>> ones = jnp.ones(3)
   >>> sent = Uploads(ones, None, None, ones, ones > 0, ids=jnp.arange(3))
@@ -132,6 +135,7 @@ def model_replacement(
   Raises:
     Error: a negative scale; as `malicious.ids`.
 
+  >>> import jax
   >>> from fedjax_llm.types import Uploads
   >>> update, ones = jnp.array([0.0, 5.0, 0.0, 0.0]), jnp.ones(4)
   >>> sent = Uploads(update, None, None, ones, ones > 0, ids=jnp.arange(4))
