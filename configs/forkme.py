@@ -48,6 +48,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.checkpoint_writers = 'first'
   # Folder with compiled programs for the next start; None: no cache.
   config.compilation_cache = 'auto'
+  config.profile = None  # rounds to trace for Perfetto and TensorBoard: (3, 4)
 
   # ------------------------------------------------------------------ task --
   # `causal_lm`: predict the next token. `classification`: an encoder predicts
@@ -120,6 +121,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.download = None
   # config.adversary = dict(name='sign_flip', fraction=0.2)  # to test rules
   config.aggregator = dict(name='mean')  # `median`, `trimmed_mean`, `krum`, ...
+  # Client-level differential privacy; takes the place of the rule, and needs
+  # clients.name=poisson, a clients.rate and cohort.weight_by=uniform:
+  # config.privacy = dict(clip=0.5, epsilon=3.0, delta=1e-5)
   config.server = dict(name='sgd', learning_rate=1.0)
 
   # ----------------------------------------------------------------- evals --

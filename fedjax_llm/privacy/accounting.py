@@ -19,6 +19,9 @@ _ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 384, 512, 1024)
 def package() -> Any:
   """Returns the module `dp_accounting`.
 
+  >>> package().__name__
+  'dp_accounting'
+
   Raises:
     Error: it is not installed.
   """
@@ -80,6 +83,10 @@ def epsilon(
       delta, (1 + e^epsilon) T p is set aside for it.
     accountant: 'rdp' (fast) or 'pld' (tighter, slower).
 
+  >>> at = dict(rate=0.1, num_rounds=100, delta=1e-5)
+  >>> round(epsilon(noise_multiplier=2.0, **at), 2)
+  2.59
+
   Raises:
     Error: the package is not installed, or the accountant has another name.
   """
@@ -120,6 +127,10 @@ def noise_multiplier(
 
   The arguments are those of the function `epsilon`; z is found by bisection
   from above, so that the epsilon of the result is at most the target.
+
+  >>> z = noise_multiplier(epsilon=3.0, delta=1e-5, rate=0.1, num_rounds=100)
+  >>> round(z, 2)
+  1.8
 
   Raises:
     Error: the package is not installed, or no z up to 10,000 suffices.

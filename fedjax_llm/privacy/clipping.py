@@ -23,7 +23,13 @@ _SLACK = 1e-6
 
 
 class Adaptive(NamedTuple):
-  """The settings of a clip norm that follows a quantile of the norms."""
+  """The settings of a clip norm that follows a quantile of the norms.
+
+  Andrew et al. 2021, arXiv 1905.03871.
+
+  >>> Adaptive(quantile=0.3)
+  Adaptive(quantile=0.3, rate=0.2, count_noise=None)
+  """
 
   quantile: float = 0.5  # gamma, the share of clients below the clip norm
   rate: float = 0.2  # eta, of the geometric steps
@@ -31,14 +37,22 @@ class Adaptive(NamedTuple):
 
 
 class State(NamedTuple):
-  """The state of `noisy_mean`: two public numbers."""
+  """The state of `noisy_mean`: two public numbers.
+
+  >>> State(clip=0.5, noise_multiplier=1.1).clip
+  0.5
+  """
 
   clip: Any  # [] float32, the clip norm of the next round
   noise_multiplier: Any  # [] float32, what the accountant counts
 
 
 class Sums(NamedTuple):
-  """The sums over the clients added so far, float32."""
+  """The sums over the clients added so far, float32.
+
+  >>> Sums(total={'w': 0.0}, below=0.0)._fields
+  ('total', 'below')
+  """
 
   total: Any  # sum_k clip(u_k), as the parameters
   below: Any  # [] sum_k (1[norm_k <= C] - 1/2)

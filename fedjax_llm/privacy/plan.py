@@ -28,7 +28,13 @@ ASSUMED = (
 
 
 class Plan(NamedTuple):
-  """The settings of client-level privacy, with the noise multiplier found."""
+  """The settings of client-level privacy, with the noise multiplier found.
+
+  >>> plan = client_level(clip=1.0, noise_multiplier=2.0, delta=1e-5, rate=0.1,
+  ...                     num_clients=50)
+  >>> plan.denominator
+  5.0
+  """
 
   clip: float
   noise_multiplier: float
