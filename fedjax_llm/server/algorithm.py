@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import scopes, tree
+from fedjax_llm import checks, scopes, tree
 from fedjax_llm.nodes import LowRank
 from fedjax_llm.server import combinations, metrics, step
 from fedjax_llm.server.client import Broadcast, initial, one_round
@@ -135,6 +135,7 @@ def fed_opt(
   2.0
   """
   scope = scope or scopes.everything()
+  checks.as_rule(aggregator, 'aggregator')
   combinations.check_private(aggregator, upload)
   aggregator = step.watched(aggregator)
   combinations.check(
