@@ -55,6 +55,15 @@ def pytest_collection_modifyitems(config, items):
       item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True, scope='module')
+def released():
+  """Frees the programs of a file: a process may map only so many of them."""
+  yield
+  import jax
+
+  jax.clear_caches()
+
+
 def pytest_terminal_summary(terminalreporter):
   """Prints the ten files whose tests took longest, set-up included."""
   seconds = collections.defaultdict(float)
