@@ -198,6 +198,7 @@ def test_published_shapes_hold_the_published_numbers_of_parameters():
     'meta-llama/Llama-3.2-1B': 1_235_814_400,
     'meta-llama/Llama-3.2-3B': 3_212_749_824,
     'meta-llama/Llama-3.1-8B': 8_030_261_248,
+    'meta-llama/Llama-3.1-70B': 70_553_706_496,
     'HuggingFaceTB/SmolLM2-135M': 134_515_008,
     'HuggingFaceTB/SmolLM2-360M': 361_821_120,
     'HuggingFaceTB/SmolLM2-1.7B': 1_711_376_384,
