@@ -13,9 +13,15 @@ import time
 import pytest
 import runs
 
-from fedjax_llm import _early, data, report, train
+from fedjax_llm import _early, report, train
 from fedjax_llm.report import __main__ as watch
-from fedjax_llm.run import checkpoint, narration, signals, workdir
+from fedjax_llm.run import (
+  checkpoint,
+  experiment,
+  narration,
+  signals,
+  workdir,
+)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FIELDS = {'algorithm__name': 'fed_avg', 'num_rounds': 4}
@@ -97,7 +103,7 @@ def test_a_signal_before_the_rounds_ends_the_program(
     time.sleep(30)
     raise AssertionError('the signal was lost')
 
-  monkeypatch.setattr(data.partition, 'natural', build)
+  monkeypatch.setattr(experiment, 'build', build)
   folder = tmp_path / 'run'
   status, out, err = runs.run(train, runs.arguments(texts, folder, **FIELDS))
   assert (status, err) == (0, '')

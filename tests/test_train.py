@@ -21,7 +21,7 @@ import pytest
 
 from fedjax_llm import data, models, report, train
 from fedjax_llm.adapters import peft
-from fedjax_llm.run import checkpoint, tasks
+from fedjax_llm.run import checkpoint, experiment, tasks
 from fedjax_llm.types import Batch, Model
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -436,7 +436,7 @@ def test_sigterm_before_the_rounds_ends_at_once(texts, tmp_path, monkeypatch):
     time.sleep(10)
 
   before = signal.getsignal(signal.SIGTERM)
-  monkeypatch.setattr(data.partition, 'natural', build)
+  monkeypatch.setattr(experiment, 'build', build)
   status, out, _ = run(quick(texts, tmp_path / 'run'))
   assert status == 0
   assert 'stopped' in out
@@ -448,7 +448,7 @@ def test_ctrl_c_is_a_sentence(texts, tmp_path, monkeypatch):
   def build(*args, **keywords):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(data.partition, 'natural', build)
+  monkeypatch.setattr(experiment, 'build', build)
   status, _, err = run(quick(texts, tmp_path / 'run'))
   assert status == 130
   assert err.strip().startswith('stopped;')

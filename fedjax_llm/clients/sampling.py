@@ -266,7 +266,7 @@ def poisson(
   """
   del sizes
   if rate is None:
-    rate = cohort_size / (2 * max(num_clients, 1))
+    rate = max(cohort_size, 1) / (2 * max(num_clients, 1))
   if not 0 < rate <= 1:
     raise Error(f'rate is {rate}: it is a probability above 0 and at most 1.')
 

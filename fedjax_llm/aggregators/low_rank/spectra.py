@@ -207,8 +207,11 @@ def ilora() -> Aggregator:
     summed = low_rank.stack(seen.nodes, seen.weight)
     q_1, t_1 = linalg.qr(t(summed.b))
     q_2, rows = linalg.qr(low_rank.dot(t_1, t(summed.a)))
-    b = t(low_rank.dot(q_1, q_2[..., :rank]))
-    a = t(rows)[..., :rank] / seen.server.scale[..., None, None]
+    # The diagonal of T is not negative, so that the factorisation is unique.
+    diagonal = jnp.diagonal(rows, axis1=-2, axis2=-1)[..., None, :rank]
+    sign = jnp.where(diagonal < 0, -1.0, 1.0)
+    b = t(low_rank.dot(q_1, q_2[..., :rank]) * sign)
+    a = t(rows)[..., :rank] * sign / seen.server.scale[..., None, None]
     return Aggregate(NOTHING, _filled(a, b, rank))
 
   return by_node('ilora', rule, Traits(changes_basis=True), assigns=True)

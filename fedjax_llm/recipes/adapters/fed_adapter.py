@@ -71,7 +71,7 @@ def fed_adapter(
   width_step: int = 8,
   window: int = 5,
   expand: int = 4,
-  cost: Callable[[Any, Any], Any] = time,
+  cost: Callable[[Any, Any], Any] | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
   """FedAdapter: the depth and width of adapters grow by trials.
@@ -96,7 +96,7 @@ def fed_adapter(
     window: rounds of (d, w) in a window of depth 0; the window has
       window * (expand * d + 1) rounds.
     expand: growth of the window with the depth, 4 in the authors' code.
-    cost: `(depth, width) -> seconds` of a round.
+    cost: `(depth, width) -> seconds` of a round; None: `time`.
 
   Raises:
     Error: an aggregator or a scope in `parts`, a size, a step or a window below
@@ -147,13 +147,15 @@ def fed_adapter(
     )
     return state._replace(aggregator=trials)
 
+  price_of = cost or time
+
   def bare(state):
     return state._replace(aggregator=state.aggregator.inner)
 
   def turns(trials: Trials) -> tuple[Any, Any]:
     """Returns the rounds of the window, and those of each arm, [3]."""
     total = window * (expand * trials.depth[0] + 1)
-    price = jnp.asarray(cost(trials.depth, trials.width), jnp.float32)
+    price = jnp.asarray(price_of(trials.depth, trials.width), jnp.float32)
     own = jnp.floor(total * price[0] / price * (1 + 1e-6))
     return total, jnp.maximum(own.astype(jnp.int32), 1)
 
