@@ -43,6 +43,7 @@ def client_step(
 ) -> Callable[..., tuple[Params, jax.Array]]:
   """Returns one step of SGD; without a gradient the loss alone.
 
+  >>> from jax import numpy as jnp
   >>> from fedjax_llm.types import LossSum
   >>> loss = lambda base, p, x, key: LossSum(p['w'] ** 2, *jnp.ones(2))
   >>> step = client_step(loss, backprop)

@@ -172,7 +172,7 @@ def located(path: str) -> str:
   Raises:
     Error: there is neither; the message lists the project's configs.
 
-  >>> located('tiny') == located('configs/tiny.py')
+  >>> located('tiny').endswith('tiny.py')
   True
   """
   if os.path.isfile(path):

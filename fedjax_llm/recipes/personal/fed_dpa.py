@@ -45,6 +45,7 @@ def fed_dpa_t(
     Error: a weight that is not between 0 and 1.
 
   >>> import jax
+  >>> from jax import numpy as jnp
   >>> from fedjax_llm.nodes import LowRank
   >>> method = fed_dpa_t(None, local.optimizer('adamw'), local_weight=0.5)
   >>> params = LowRank(jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.float32(1))
@@ -94,6 +95,7 @@ def fed_dpa_f(
     Error: a weight that is not between 0 and 1, federated_rounds below one.
 
   >>> import jax
+  >>> from jax import numpy as jnp
   >>> method = fed_dpa_f(None, local.optimizer('adamw'), federated_rounds=5)
   >>> start = method.init(jax.random.key(0), {'w': jnp.ones(2)}).params
   >>> method.init_client(start).private.personal['w'].shape  # from round 5 on

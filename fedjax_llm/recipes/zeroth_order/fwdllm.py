@@ -89,6 +89,9 @@ def fwdllm(
     Error: a number that is not positive; an optimizer with moments; an
       aggregator in `parts`.
 
+  >>> import jax
+  >>> from jax import numpy as jnp
+  >>> from fedjax_llm import local
   >>> method = fwdllm(None, local.optimizer('sgd', 0.01))
   >>> state = method.init(jax.random.key(0), {'w': jnp.ones(9)})
   >>> state.aggregator.waited.tolist()  # rounds since the last step
