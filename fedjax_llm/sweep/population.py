@@ -96,7 +96,10 @@ def program(lead: Experiment, block_size: int | None) -> Step:
     def member(values, state, at):
       # Built while it is traced: the numbers are then inputs of the program.
       method = lead.method(block_size, conf=groups.put(lead.conf, values))
-      state, _, info = method.round(state, tree.take(cohorts, at), base)
+      # The states of clients hold no arrays here; their structure may be deep.
+      cohort = tree.take(cohorts, at)
+      cohort = cohort._replace(states=method.init_client(state.params))
+      state, _, info = method.round(state, cohort, base)
       return state, info
 
     return jax.vmap(member)(values, states, kind)
