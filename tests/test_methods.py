@@ -37,27 +37,6 @@ def sum_of_squares(base, params, batch, key):
 
 
 @each
-def test_a_round_of_every_method_can_be_traced(name):
-  conf = parsed(f'{name}:smoke')
-  built = experiment.build(conf, say=lambda sentence: None)
-  if name not in TOLD_BY_NETWORKS:
-    task = built.task._replace(loss=lambda *_, **__: sum_of_squares)
-    built = built._replace(task=task)
-  algorithm = built.method()
-  state = jax.eval_shape(algorithm.init, built.round_key, built.initial)
-  newcomer = jax.eval_shape(algorithm.init_client, state.params)
-  _, cohort = built.assemble(0)
-  K = len(cohort.ids)
-  stacked = lambda x: jax.ShapeDtypeStruct((K, *x.shape), x.dtype)
-  cohort = cohort._replace(states=jax.tree.map(stacked, newcomer))
-  new, states, told = jax.eval_shape(algorithm.round, state, cohort, built.base)
-  alike = lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype)
-  assert jax.tree.all(jax.tree.map(alike, new, state))
-  assert jax.tree.all(jax.tree.map(alike, states, cohort.states))
-  assert told.reported.shape == (K,)
-
-
-@each
 def test_the_long_form_is_the_smoke_form_with_more_of_it(name):
   long, smoke = parsed(name), parsed(f'{name}:smoke')
   assert long['num_rounds'] > smoke['num_rounds']
