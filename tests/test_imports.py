@@ -58,6 +58,7 @@ TABLE = {
   'replay': (*BELOW, 'run'),
   'report': ('types', 'run'),
   'sweep': (*BELOW, 'run'),
+  'deploy': (*BELOW, 'run'),
   '__init__': (*BELOW, 'run'),
   '__main__': (),
 }
@@ -72,7 +73,7 @@ OUTSIDE = {
 HEAVY = (
   *('transformers', 'datasets', 'orbax', 'tensorboardX', 'ml_collections'),
   *('flax', 'gguf', 'safetensors', 'torch', 'peft', 'tqdm', 'jinja2'),
-  *('matplotlib', 'wandb', 'mlflow', 'dp_accounting'),
+  *('matplotlib', 'wandb', 'mlflow', 'dp_accounting', 'flwr'),
 )
 
 

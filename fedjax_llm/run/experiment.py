@@ -69,6 +69,7 @@ class Experiment(NamedTuple):
   names: Sequence[str]  # the names of these clients
   sampler: Sampler
   profiles: Mapping[str, Any] | None  # the capacities of clients, [N] each
+  make_cohort: Callable[[Draw, int], Cohort]  # of any draw
   assemble: Callable[[int], tuple[Draw, Cohort]]  # round, from 0 -> cohort
   adapter: Adapter
   initial: Params
@@ -386,6 +387,7 @@ def build(
     names=names,
     sampler=sampler,
     profiles=carry,
+    make_cohort=make_cohort,
     assemble=assemble,
     adapter=adapter,
     initial=initial,

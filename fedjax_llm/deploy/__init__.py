@@ -1,0 +1,7 @@
+"""Runs a federation over a real network, by the halves of the simulation.
+
+`halves` splits a run into what a client does and what the server does, `wire`
+turns their trees into named arrays and back, `flower` makes them apps of
+Flower. Nothing of a method is written twice: both sides call the `train` and
+the `aggregate` of the same algorithm.
+"""

@@ -1,0 +1,263 @@
+"""The halves of a run as apps of Flower (package `flwr`, extra `flower`).
+
+`client_app` and `server_app` return a `ClientApp` and a `ServerApp` that run
+any method whose rule is on uploads. An app's module has two lines:
+
+    from fedjax_llm.deploy import flower
+    app = flower.client_app()
+
+Both read the run's config from the app's run config:
+
+    config      FILE or FILE:ARG, as `--config` of `train`
+    fields      'section.field=value ...', separated by spaces
+    workdir     the server writes the final adapter to WORKDIR/adapter
+
+A node serves the clients whose number is `partition-id` modulo
+`num-partitions`, both of its node config; a federation of institutions has one
+client a node. Private state of clients stays on their node, in Flower's
+context.
+"""
+
+import pathlib
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedjax_llm.adapters import peft
+from fedjax_llm.deploy import halves
+from fedjax_llm.run import experiment
+from fedjax_llm.types import ClientState, Error
+
+
+def _flwr() -> Any:
+  try:
+    import flwr.app
+    import flwr.clientapp
+    import flwr.serverapp
+  except ImportError:
+    raise Error(
+      'Flower is not installed: pip install "fedjax_llm[flower]".'
+    ) from None
+  return flwr
+
+
+_SITES: dict[tuple[str, ...], halves.Site] = {}  # of this process
+
+
+def _site(settings: Mapping[str, Any]) -> halves.Site:
+  """Returns the site of an app's run config, built once a process."""
+  if 'config' not in settings:
+    raise Error("the app's run config has no field config: FILE or FILE:ARG.")
+  key = (str(settings['config']), *shlex.split(str(settings.get('fields', ''))))
+  if key not in _SITES:
+    _SITES[key] = halves.open(*key)
+  return _SITES[key]
+
+
+def _record(arrays: Mapping[str, np.ndarray]) -> Any:
+  app = _flwr().app
+  return app.ArrayRecord({name: app.Array(x) for name, x in arrays.items()})
+
+
+def _arrays(record: Any) -> dict[str, np.ndarray]:
+  return {name: x.numpy() for name, x in record.items()}
+
+
+def client_app() -> Any:
+  """Returns a `flwr.clientapp.ClientApp` that runs the clients' half.
+
+  It answers the query for its clients, and trains the client that a message
+  names.
+
+  Raises:
+    Error: Flower is not installed.
+  """
+  flwr = _flwr()
+  app, Message = flwr.clientapp.ClientApp(), flwr.app.Message
+  records = flwr.app.RecordDict
+
+  @app.query()
+  def query(message, context):
+    site = _site(context.run_config)
+    first = int(context.node_config.get('partition-id', 0))
+    step = int(context.node_config.get('num-partitions', 1))
+    mine = list(range(first, len(site.names), step))
+    answer = flwr.app.ConfigRecord({'clients': mine})
+    return Message(records({'clients': answer}), reply_to=message)
+
+  @app.train()
+  def train(message, context):
+    site = _site(context.run_config)
+    client = int(message.content['client']['number'])
+    name, kept = f'client-{client}', None
+    if name in context.state:
+      kept = _restored(site, _arrays(context.state[name]))
+    sent, kept, metrics = halves.train(
+      site, _arrays(message.content['round']), client, kept
+    )
+    context.state[name] = _record(_numbered(kept))
+    finite = {k: v for k, v in metrics.items() if np.isfinite(v)}
+    content = {
+      'upload': _record(sent), 'metrics': flwr.app.MetricRecord(finite),
+    }  # fmt: skip
+    return Message(records(content), reply_to=message)
+
+  return app
+
+
+def server_app() -> Any:
+  """Returns a `flwr.serverapp.ServerApp` that runs the server's half.
+
+  Every round it draws clients as the simulation does, sends the parameters to
+  their nodes, waits for the replies and aggregates them; clients whose reply is
+  an error are left out. At the end it writes the adapter as a PEFT directory.
+
+  Raises:
+    Error: Flower is not installed; from a run, a client that no node serves.
+  """
+  flwr = _flwr()
+  app = flwr.serverapp.ServerApp()
+
+  @app.main()
+  def main(grid, context):
+    run(grid, context.run_config)
+
+  return app
+
+
+def run(grid: Any, settings: Mapping[str, Any]) -> Any:
+  """Runs all rounds of a federation on a Flower grid; returns the state.
+
+  Args:
+    grid: of the `ServerApp`.
+    settings: the run config.
+
+  Raises:
+    Error: a client that no node serves, or that two nodes do.
+  """
+  flwr = _flwr()
+  Message, records = flwr.app.Message, flwr.app.RecordDict
+  site = _site(settings)
+  node_of = _nodes(grid, site)
+  state, rounds = site.start, site.built.settings.num_rounds
+  for number in range(rounds):
+    draw = site.built.sampler(number)
+    asked = _record(halves.instruct(site, state))
+    messages = [
+      Message(
+        records(
+          {'round': asked, 'client': flwr.app.ConfigRecord({'number': i})}
+        ),
+        dst_node_id=node_of[i],
+        message_type=flwr.app.MessageType.TRAIN,
+        group_id=str(number),
+      )
+      for i in draw.ids[draw.reports].tolist()
+    ]
+    by_id = {}
+    pushed = list(grid.push_messages(messages))
+    for one, sent in zip(messages, pushed):
+      by_id[sent] = int(one.content['client']['number'])
+    replies, losses = {}, []
+    for reply in _pulled(grid, pushed):
+      if reply.has_error():
+        print(f'round {number + 1}: a client failed: {reply.error.reason}')
+        continue
+      client = by_id[reply.metadata.reply_to_message_id]
+      replies[client] = _arrays(reply.content['upload'])
+      losses.append(float(reply.content['metrics'].get('local/loss', np.nan)))
+    state = halves.collect(site, state, replies)
+    loss = np.mean(losses) if losses else float('nan')
+    print(
+      f'round {number + 1}/{rounds}: {len(replies)} of {len(messages)} clients '
+      f'reported, loss {loss:.4f}',
+      flush=True,
+    )
+  if 'workdir' in settings:
+    _save(site, state, pathlib.Path(str(settings['workdir'])) / 'adapter')
+  return state
+
+
+# ------------------------------------------------------------------- parts --
+
+
+def _nodes(grid: Any, site: halves.Site) -> dict[int, int]:
+  """Asks every node for its clients; returns the node of each client."""
+  import time
+
+  flwr = _flwr()
+  while not (nodes := list(grid.get_node_ids())):
+    time.sleep(1.0)
+  found: dict[int, int] = {}
+  while len(found) < len(site.names):
+    nodes = list(grid.get_node_ids())
+    messages = [
+      flwr.app.Message(
+        flwr.app.RecordDict(),
+        dst_node_id=node,
+        message_type=flwr.app.MessageType.QUERY,
+      )
+      for node in nodes
+      if node not in found.values()
+    ]
+    if not messages:
+      time.sleep(1.0)
+      continue
+    for reply in grid.send_and_receive(messages):
+      if reply.has_error():
+        raise Error(f'a node could not name its clients: {reply.error.reason}')
+      for client in reply.content['clients']['clients']:
+        if client in found:
+          raise Error(
+            f'two nodes serve client {client}: give every node its own '
+            'partition-id.'
+          )
+        found[int(client)] = reply.metadata.src_node_id
+  return found
+
+
+def _pulled(grid: Any, ids: list[str]):
+  """Yields the replies to messages as they arrive."""
+  import time
+
+  waiting = set(ids)
+  while waiting:
+    for reply in grid.pull_messages(waiting):
+      waiting.discard(reply.metadata.reply_to_message_id)
+      yield reply
+    if waiting:
+      time.sleep(0.2)
+
+
+def _numbered(state: ClientState) -> dict[str, np.ndarray]:
+  leaves = jax.tree.leaves(state)
+  return {str(i): np.asarray(x) for i, x in enumerate(leaves)}
+
+
+def _restored(site: halves.Site, arrays: dict[str, np.ndarray]) -> ClientState:
+  leaves, structure = jax.tree.flatten(site.newcomer)
+  return jax.tree.unflatten(
+    structure, [arrays[str(i)] for i in range(len(leaves))]
+  )
+
+
+def _save(site: halves.Site, state: Any, folder: pathlib.Path) -> None:
+  """Writes the served adapter as a PEFT directory."""
+  built = site.built
+  served = site.algorithm.personal(state.params, None)
+  base, final = built.adapter.fold(built.base, served)
+  if reason := peft.refusal(final, built.loaded.config):
+    raise Error(f'{folder} holds no PEFT adapter: {reason}')
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  experiment.save_adapter(
+    folder,
+    jax.device_get(final),
+    built.loaded._replace(base=base),
+    built.task,
+    base_model=built.loaded.name,
+    peft_fields=built.adapter.peft,
+  )
+  print(f'adapter: {folder}', flush=True)

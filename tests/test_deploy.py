@@ -1,0 +1,173 @@
+"""A federation over messages computes what the simulation computes."""
+
+import numpy as np
+import pytest
+import runs
+import tiny
+
+from fedjax_llm import models, train, tree
+from fedjax_llm.deploy import halves, wire
+from fedjax_llm.run import rebuild
+from fedjax_llm.types import Error
+
+
+def command(tmp_path, name, **fields):
+  """The command line of a run of two rounds, and its fields for a site."""
+  data = runs.texts(tmp_path / 'texts.jsonl')
+  words = runs.arguments(
+    data, tmp_path / 'run', algorithm__name=name, num_rounds=2,
+    clients__cohort_size=3, compilation_cache='none', **fields,
+  )  # fmt: skip
+  mark = '--config.'
+  of = [word.removeprefix(mark) for word in words if word.startswith(mark)]
+  return words, of
+
+
+def opened(fields):
+  path = f'{runs.ROOT}/configs/tiny.py:smoke'
+  return halves.open(path, *fields, say=lambda text: None)
+
+
+def federated(site, rounds=2):
+  """Runs server and clients by messages that pass through bytes."""
+  state, kept = site.start, {}
+  for _ in range(rounds):
+    draw = site.built.sampler(int(state.round))
+    message, replies = halves.instruct(site, state), {}
+    for client in map(int, draw.ids[draw.reports]):
+      sent, kept[client], metrics = halves.train(
+        site, message, client, kept.get(client)
+      )
+      assert np.isfinite(metrics['local/loss'])
+      replies[client] = {name: x.copy() for name, x in sent.items()}
+    state = halves.collect(site, state, replies)
+  return state, message, replies
+
+
+@pytest.mark.parametrize('name', ['scaffold'])
+def test_messages_and_the_simulation_end_at_the_same_adapter(name, tmp_path):
+  words, fields = command(tmp_path, name)
+  site = opened(fields)
+  state, message, replies = federated(site)
+  runs.done(train, words)
+  made = rebuild.open(str(tmp_path / 'run'), trusted=True)
+  served = site.algorithm.personal(state.params, None)
+  tiny.close(served, made.params, 1e-5, 1e-6)
+  assert tiny.differs(served, site.built.initial, by=1e-5)
+  # The factors on the wire have the names of PEFT.
+  wanted = 'base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight'
+  for arrays in (message, *replies.values()):
+    assert any(key.endswith(wanted) for key in arrays)
+
+
+def test_a_client_that_is_lost_leaves_the_round_to_the_others(tmp_path):
+  site = opened(command(tmp_path, 'fed_avg')[1])
+  state = site.start
+  alone = int(site.built.sampler(0).ids[0])
+  message = halves.instruct(site, state)
+  sent, _, _ = halves.train(site, message, alone)
+  new = halves.collect(site, state, {alone: sent})
+  update = {
+    key.removeprefix('update/'): x
+    for key, x in sent.items()
+    if key.startswith('update/')
+  }
+  moved = wire.pack(tree.sub(new.params, state.params), site.network)
+  assert len(update) == 2
+  for key, x in update.items():
+    np.testing.assert_allclose(moved[key], x, 1e-5, 1e-6)
+  with pytest.raises(Error, match='client 6 is not one of the 6'):
+    halves.train(site, message, 6)
+
+
+def test_messages_that_do_not_fit_are_one_sentence(tmp_path):
+  network = models.random().config
+  tree_ = {'w': np.zeros(2)}
+  for arrays, words in (
+    ({}, 'the message lacks w'),
+    ({'w': np.zeros(3)}, r'w of shape \(3,\); it must be \(2,\)'),
+    ({'w': np.zeros(2), 'v': np.zeros(1)}, 'the message has v'),
+  ):
+    with pytest.raises(Error, match=words):
+      wire.unpack(arrays, tree_, network)
+  budgets = dict(profiles__name='budgets', profiles__choices='(99,)')
+  for name, words, more in (
+    ('fed_buff', 'keeps versions for late clients', {}),
+    ('fed_pipe', 'plans between rounds', budgets),
+    ('fed_avg', 'sums messages before', dict(upload__name='count_sketch')),
+  ):
+    with pytest.raises(Error, match=words):
+      opened(command(tmp_path, name, **more)[1])
+
+
+# ------------------------------------------------------------------- flower --
+
+
+def grid_of(app, site, num_nodes):
+  """Returns Flower's grid, with nodes that are called in this process."""
+  from flwr.app import Context, RecordDict
+  from flwr.serverapp import Grid
+
+  contexts = {
+    100 + i: Context(
+      run_id=1,
+      node_id=100 + i,
+      node_config={'partition-id': i, 'num-partitions': num_nodes},
+      state=RecordDict(),
+      run_config=site,
+    )
+    for i in range(num_nodes)
+  }
+
+  class InProcess(Grid):
+    def __init__(self):
+      self.replies = {}
+
+    def set_run(self, run):
+      del run
+
+    @property
+    def run(self):
+      raise NotImplementedError
+
+    def get_node_ids(self):
+      return list(contexts)
+
+    def create_message(self, *args, **more):
+      raise NotImplementedError
+
+    def push_messages(self, messages):
+      for number, message in enumerate(messages):
+        ident = f'{len(self.replies)}-{number}'
+        message.metadata.__dict__['_message_id'] = ident
+        context = contexts[message.metadata.dst_node_id]
+        self.replies[ident] = app(message, context)
+        yield ident
+
+    def pull_messages(self, message_ids):
+      return [self.replies.pop(i) for i in sorted(message_ids)]
+
+    def send_and_receive(self, messages, *, timeout=None):
+      del timeout
+      return self.pull_messages(list(self.push_messages(messages)))
+
+  return InProcess()
+
+
+def test_both_apps_of_flower_end_at_the_adapter_of_the_simulation(tmp_path):
+  pytest.importorskip('flwr')
+  from fedjax_llm.deploy import flower
+
+  words, fields = command(tmp_path, 'ditto')
+  settings = {
+    'config': f'{runs.ROOT}/configs/tiny.py:smoke',
+    'fields': ' '.join(fields),
+    'workdir': str(tmp_path / 'served'),
+  }
+  state = flower.run(grid_of(flower.client_app(), settings, 2), settings)
+  runs.done(train, words)
+  made = rebuild.open(str(tmp_path / 'run'), trusted=True)
+  site = opened(fields)
+  served = site.algorithm.personal(state.params, None)
+  tiny.close(served, made.params, 1e-5, 1e-6)
+  assert (tmp_path / 'served' / 'adapter' / 'adapter_config.json').exists()
