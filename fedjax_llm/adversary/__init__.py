@@ -3,8 +3,10 @@
 Builders return an `Adversary`, `(uploads, key) -> uploads`, which `fed_opt`
 applies between the clients and the rule. It replaces the updates of the
 malicious clients of the cohort and leaves the rest of `Uploads` as it is.
+Attacks on what they train on are in `poisoning`.
 """
 
+from fedjax_llm.adversary import poisoning as poisoning
 from fedjax_llm.adversary.alone import free_riders as free_riders
 from fedjax_llm.adversary.alone import gaussian as gaussian
 from fedjax_llm.adversary.alone import model_replacement as model_replacement

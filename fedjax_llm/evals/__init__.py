@@ -4,6 +4,7 @@ Its builders return functions that compute held-out loss, perplexity and
 accuracy, of all texts and of each client, and prompts for sampled replies.
 """
 
+from fedjax_llm.evals import audits as audits
 from fedjax_llm.evals import views as views
 from fedjax_llm.evals.likelihood import ClientSums as ClientSums
 from fedjax_llm.evals.likelihood import Report as Report
@@ -32,6 +33,7 @@ __all__ = [
   'Memory',
   'Question',
   'Report',
+  'audits',
   'fuse',
   'in_turn',
   'instance_mixed',

@@ -25,6 +25,7 @@ from fedjax_llm.run import (
   evaluators,
   guarantee,
   narration,
+  poisoned,
   rates,
   sections,
   tasks,
@@ -289,6 +290,7 @@ def build(
     labels=labels,
     seed=seed,
     encode=task.encode,
+    alter=poisoned.altering(conf) if conf.get('poison') else None,
   )
   del records
   digest = data.population.digest(population)

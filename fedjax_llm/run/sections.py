@@ -157,6 +157,7 @@ SPEC = config.Spec(
     'partition': {**builders.names(data.partition), 'pooled': pooled},
     'partition.of': without(data.partition, 'pooled'),
     'population': data.population.build,
+    'poison': adversary.poisoning,
     'clients': clients.sampling,
     'profiles': clients.profiles,
     'cohort': clients.cohorts.cohorts,
@@ -205,6 +206,7 @@ SPEC = config.Spec(
   injected={
     'population': (
       *('records', 'tokenizer', 'partition', 'labels', 'seed', 'encode'),
+      'alter',
     ),
     'clients': ('num_clients', 'sizes', 'seed'),
     'profiles': ('num_clients', 'seed'),
@@ -220,15 +222,16 @@ SPEC = config.Spec(
       *builders.parameters(parts),
     ),
     'adversary': ('num_clients',),
+    'poison': ('num_clients',),
     'privacy': ('rate', 'num_clients', 'cohort_size', 'num_rounds'),
     'evals.personal': ('loss', 'model'),
   },
   optional=(
     *('task', 'profiles', 'upload', 'download', 'adversary', 'aggregator'),
     *('server', 'local.schedule', 'server.schedule', 'evals.personal'),
-    'privacy',
+    *('privacy', 'poison'),
   ),
   # Old runs and runs without these sections record nothing of them.
-  unrecorded=('adversary', 'download', 'privacy'),
+  unrecorded=('adversary', 'download', 'poison', 'privacy'),
   implied=implied,
 )
