@@ -11,11 +11,13 @@ from fedjax_llm.adversary.alone import free_riders as free_riders
 from fedjax_llm.adversary.alone import gaussian as gaussian
 from fedjax_llm.adversary.alone import model_replacement as model_replacement
 from fedjax_llm.adversary.alone import sign_flip as sign_flip
+from fedjax_llm.adversary.assembly import assembled as assembled
 from fedjax_llm.adversary.colluding import alie as alie
 from fedjax_llm.adversary.colluding import ipm as ipm
 
 __all__ = [
   'alie',
+  'assembled',
   'free_riders',
   'gaussian',
   'ipm',

@@ -107,6 +107,11 @@ def nearest_mixing(
   )
 
 
+def in_products(of: Mapping[str, Any] = {'name': 'geometric_median'}) -> Any:
+  """Returns `aggregators.in_products` of the rule that a section names."""
+  return aggregators.in_products(builders.build(of, aggregators))
+
+
 def implied(
   conf: Mapping[str, Any], before: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -185,10 +190,11 @@ SPEC = config.Spec(
     'aggregator': {
       **without(aggregators, *_TAKE_RULES),
       'bucketing': bucketing,
+      'in_products': in_products,
       'nearest_mixing': nearest_mixing,
     },
     'aggregator.of': without(
-      aggregators, *_TAKE_RULES, 'bucketing', 'nearest_mixing'
+      aggregators, *_TAKE_RULES, 'bucketing', 'in_products', 'nearest_mixing'
     ),
     'privacy': privacy.client_level,
     'server': {
