@@ -108,14 +108,12 @@ def dense(params):
 
 
 RULES = {
-  'bucketing': aggregators.bucketing(aggregators.mean(), size=K),
   'centred_clipping': aggregators.centred_clipping(radius=1.0, iterations=3),
   'fltrust': aggregators.fltrust(root=[0]),
   'foolsgold': aggregators.foolsgold(),
   'geometric_median': aggregators.geometric_median(iterations=40),
-  'krum': aggregators.krum(1),
+  'krum': aggregators.krum(1, num_selected=2),
   'mean': aggregators.mean(),
-  'multi_krum': aggregators.krum(1, num_selected=3),
   'nearest_mixing': aggregators.nearest_mixing(
     aggregators.krum(1), byzantine_fraction=0.2
   ),
@@ -162,7 +160,7 @@ def test_a_rule_in_products_is_that_rule_on_dense_matrices():
 
 
 def test_the_breakdown_of_rules_in_products():
-  bounded = ('fltrust', 'geometric_median', 'krum', 'multi_krum')
+  bounded = ('fltrust', 'geometric_median', 'krum')
   for size in (1e1, 1e3):
     sent, server, ends = factored(attack=size)
     honest = [dense(e) - dense(server) for e in np.array(ends, object)[~BAD]]

@@ -163,7 +163,11 @@ SPEC = config.Spec(
     'partition.of': without(data.partition, 'pooled'),
     'population': data.population.build,
     'poison': adversary.poisoning,
-    'clients': clients.sampling,
+    'system': clients.system,
+    'clients': {
+      **builders.names(clients.sampling),
+      **builders.names(clients.timed),
+    },
     'profiles': clients.profiles,
     'cohort': clients.cohorts.cohorts,
     'model': models,
@@ -214,7 +218,8 @@ SPEC = config.Spec(
       *('records', 'tokenizer', 'partition', 'labels', 'seed', 'encode'),
       'alter',
     ),
-    'clients': ('num_clients', 'sizes', 'seed'),
+    'system': ('num_clients', 'seed'),
+    'clients': ('num_clients', 'sizes', 'seed', 'system', 'job'),
     'profiles': ('num_clients', 'seed'),
     'cohort': (
       *('examples', 'max_length', 'pad_id', 'seed', 'profiles'),
@@ -235,9 +240,9 @@ SPEC = config.Spec(
   optional=(
     *('task', 'profiles', 'upload', 'download', 'adversary', 'aggregator'),
     *('server', 'local.schedule', 'server.schedule', 'evals.personal'),
-    *('privacy', 'poison'),
+    *('privacy', 'poison', 'system'),
   ),
   # Old runs and runs without these sections record nothing of them.
-  unrecorded=('adversary', 'download', 'poison', 'privacy'),
+  unrecorded=('adversary', 'download', 'poison', 'privacy', 'system'),
   implied=implied,
 )
