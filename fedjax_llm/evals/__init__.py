@@ -5,6 +5,7 @@ accuracy, of all texts and of each client, and prompts for sampled replies.
 """
 
 from fedjax_llm.evals import audits as audits
+from fedjax_llm.evals import inversion as inversion
 from fedjax_llm.evals import views as views
 from fedjax_llm.evals.likelihood import ClientSums as ClientSums
 from fedjax_llm.evals.likelihood import Report as Report
@@ -38,6 +39,7 @@ __all__ = [
   'in_turn',
   'instance_mixed',
   'instance_weights',
+  'inversion',
   'likelihood',
   'loop',
   'personal',
