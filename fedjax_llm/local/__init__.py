@@ -3,6 +3,7 @@
 Builders return a `LocalUpdate`, a `Loss` or a `LocalOptimizer`.
 """
 
+from fedjax_llm.local import watermark as watermark
 from fedjax_llm.local.dropout import dropout as dropout
 from fedjax_llm.local.dual import viewed as viewed
 from fedjax_llm.local.importance import reported as reported
@@ -58,5 +59,6 @@ __all__ = [
   'sgd',
   'two_point',
   'viewed',
+  'watermark',
   'weight_importance',
 ]
