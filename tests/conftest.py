@@ -19,7 +19,8 @@ os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
 # Test programs are tiny: most of their time would go into optimising them.
 os.environ.setdefault(
   'XLA_FLAGS',
-  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true',
+  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
+  '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1',
 )
 
 # Programs compiled by one test, or one process of it, serve the others.
