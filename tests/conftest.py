@@ -2,6 +2,7 @@
 
 import atexit
 import collections
+import gc
 import os
 import pathlib
 import shutil
@@ -22,6 +23,9 @@ os.environ.setdefault(
   '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
   '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1',
 )
+
+# A trace makes many objects, few of them garbage: they are searched less often.
+gc.set_threshold(100_000, 20, 20)
 
 # Programs compiled by one test, or one process of it, serve the others.
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
