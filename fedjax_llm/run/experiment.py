@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fedjax_llm import clients, data, evals, local, models
+from fedjax_llm import clients, data, evals, models
 from fedjax_llm.adapters import complete, peft
 from fedjax_llm.devices import hosts, sharding
-from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.models.network import prompts
 from fedjax_llm.run import (
   blocks,
@@ -26,18 +25,21 @@ from fedjax_llm.run import (
   guarantee,
   narration,
   rates,
-  sections,
   tasks,
+  texts,
   warm,
 )
+from fedjax_llm.run.method import algorithm as algorithm
+from fedjax_llm.run.method import counts_clients as counts_clients
+from fedjax_llm.run.method import keeps_private as keeps_private
+from fedjax_llm.run.method import make_part
+from fedjax_llm.run.method import recipe_of as recipe_of
 from fedjax_llm.run.sections import SPEC, Evals, Settings
 from fedjax_llm.types import (
   Adapter,
   Cohort,
   Draw,
-  Error,
   FederatedAlgorithm,
-  Model,
   Params,
   Population,
   Sampler,
@@ -108,7 +110,7 @@ class Experiment(NamedTuple):
     """Returns `rates.of` for this run: the learning rates in its records."""
     conf = self.conf if conf is None else conf
     of = rates.of(
-      _make(conf, 'local'), config.resolved(conf, SPEC).get('server')
+      make_part(conf, 'local'), config.resolved(conf, SPEC).get('server')
     )
     if (plan := guarantee.of(conf, len(self.owned))) is None:
       return of
@@ -202,7 +204,7 @@ def checked(conf: Mapping[str, Any]) -> tuple[Settings, Evals]:
   Raises:
     Error: a number is out of range.
   """
-  settings, test = config.settings(conf, SPEC), _make(conf, 'evals')
+  settings, test = config.settings(conf, SPEC), make_part(conf, 'evals')
   config.at_least(settings, num_rounds=1, seed=0, block_size=1, mesh_model=1)
   config.at_least(
     settings, cpu_devices=1, checkpoint_every=1, keep_checkpoints=1
@@ -213,32 +215,6 @@ def checked(conf: Mapping[str, Any]) -> tuple[Settings, Evals]:
   evaluators.check(test.evaluators)
   guarantee.check(conf)
   return settings, test
-
-
-# What a builder of one's own must return.
-_KINDS = {
-  'task': tasks.Task,
-  'model': models.LoadedModel,
-  'adapter': Adapter,
-  'algorithm': FederatedAlgorithm,
-  'local': LocalOptimizer,
-}
-
-
-def _make(conf: Mapping[str, Any], section: str, **injected: Any) -> Any:
-  result = builders.build(conf[section], SPEC.sections[section], **injected)
-  return _of_kind(section, conf[section], result)
-
-
-def _of_kind(section: str, fields: Mapping[str, Any], result: Any) -> Any:
-  """Returns what a builder made; an `Error` if it is of another kind."""
-  kind = _KINDS.get(section)
-  if kind is not None and not isinstance(result, kind):
-    raise Error(
-      f'{section}.name: {fields["name"]} returned a {type(result).__name__}; '
-      f'it must return a {kind.__name__}.'
-    )
-  return result
 
 
 def build(
@@ -259,36 +235,28 @@ def build(
   """
   settings, test = checked(conf)
   sharding.split_cpu(settings.cpu_devices)
-  make = functools.partial(_make, conf)
+  make = functools.partial(make_part, conf)
   seed = settings.seed
 
   # ------------------------------------------------------------- data, model --
   task = make('task') if conf.get('task') else tasks.causal_lm()
   records = make('data')
   labels = task.labels(records)
-  tokenizer = data.tokenizers.bytes()  # of models that come without their own
   mesh = near = None
   if max(jax.device_count(), settings.mesh_model) > 1:
     mesh = sharding.mesh(settings.mesh_model)
     near = sharding.nearby(mesh)
-  loaded = model or make(
-    'model',
-    vocab_size=tokenizer.vocab_size,
-    eos_ids=(tokenizer.eos_id,),
-    labels=labels,
-    place=None if near is None else sharding.placement(near),
-  )
+  where = None if near is None else sharding.placement(near)
+  loaded = model or texts.model(make, labels, where)
   task.check(loaded)
-  if loaded.directory is not None:
-    tokenizer = data.tokenizers.pretrained(str(loaded.directory))
-  population = make(
-    'population',
+  tokenizer = texts.tokenizer_of(loaded)
+  population = texts.population(
+    make,
+    task=task,
     records=records,
-    tokenizer=tokenizer,
-    partition=make('partition'),
     labels=labels,
+    tokenizer=tokenizer,
     seed=seed,
-    encode=task.encode,
   )
   del records
   digest = data.population.digest(population)
@@ -374,87 +342,6 @@ def build(
     near=near,
     width=width,
   )
-
-
-def algorithm(
-  conf: Mapping[str, Any],
-  *,
-  loss: Any,
-  model: Model | None,
-  adapter: Adapter,
-  num_clients: int,
-  profiles: Mapping[str, Any] | None = None,
-  **others: Any,
-) -> FederatedAlgorithm:
-  """Builds the recipe of a config with the parts that the config names.
-
-  `loss` and `model` may be None where the result only reads a trained state.
-  """
-  make = functools.partial(_make, conf)
-  parts = ('upload', 'download', 'aggregator', 'server')
-  if loss is not None:
-    loss = local.dropout(loss, adapter.peft.get('lora_dropout', 0.0))
-  recipe, name = recipe_of(conf), conf['algorithm']['name']
-  private = guarantee.rule(conf, num_clients, loss is not None)
-  if builders.open_ended(recipe):  # one's own, which hands its parts on
-    recipe = builders.onward(recipe, sections.parts)
-  if conf.get('adversary'):
-    others['adversary'] = make('adversary', num_clients=num_clients)
-  result = guarantee.built(
-    bool(private),
-    name,
-    builders.build,
-    {**conf['algorithm'], 'name': recipe},
-    SPEC.sections['algorithm'],
-    loss=loss,
-    model=model,
-    optimizer=make('local'),
-    num_clients=num_clients,
-    num_steps=conf['cohort']['num_steps'],
-    profiles=profiles,
-    fold=adapter.fold,
-    **others,
-    **{part: make(part) for part in parts if conf.get(part)},
-    **private,
-  )
-  result = _of_kind('algorithm', conf['algorithm'], result)
-  return guarantee.watched(result, name) if private else result
-
-
-def recipe_of(conf: Mapping[str, Any]) -> Callable[..., FederatedAlgorithm]:
-  """Returns the recipe that the section `algorithm` names."""
-  return builders.resolve_builder(
-    'algorithm', conf['algorithm']['name'], SPEC.sections['algorithm']
-  )
-
-
-def counts_clients(conf: Mapping[str, Any]) -> bool:
-  """Returns True if the method is built for a number of clients.
-
-  >>> conf = {'algorithm': {'name': 'scaffold'}}
-  >>> counts_clients(conf), counts_clients({'algorithm': {'name': 'fed_avg'}})
-  (True, False)
-  """
-  return 'num_clients' in builders.parameters(recipe_of(conf))
-
-
-def keeps_private(algorithm: FederatedAlgorithm, params: Params) -> bool:
-  """Returns True if clients keep parts of the model private.
-
-  >>> from fedjax_llm import local, recipes
-  >>> start, sgd = {'w': jax.numpy.ones(2)}, local.optimizer('sgd')
-  >>> methods = recipes.fed_avg(None, sgd), recipes.ditto(None, sgd)
-  >>> [keeps_private(method, start) for method in methods]
-  [False, True]
-  """
-
-  def seen_by_nobody(start):  # of what the method makes of an adapter
-    return algorithm.init_client(
-      algorithm.init(jax.random.key(0), start).params
-    )
-
-  newcomer = jax.eval_shape(seen_by_nobody, params)
-  return newcomer.private is not None
 
 
 def save_adapter(
