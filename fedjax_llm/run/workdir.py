@@ -100,6 +100,8 @@ def open(
   """
   folder = pathlib.Path(path)
   file, report = folder / 'config.json', folder / 'report.txt'
+  places = ('checkpoints', 'states', 'adapter', 'base')
+  paths = {'path': folder, **{name: folder / name for name in places}}
   chosen: dict[str, Any] = {}
   changed: dict[str, Any] = {}
   changes: list[Any] = []
@@ -111,11 +113,7 @@ def open(
   if not mine:
     nothing = lambda *_: None
     return Workdir(
-      path=folder,
-      checkpoints=folder / 'checkpoints',
-      states=folder / 'states',
-      adapter=folder / 'adapter',
-      base=folder / 'base',
+      **paths,
       take=nothing,
       save_config=nothing,
       keep=nothing,
@@ -238,11 +236,7 @@ def open(
     return None if lost else text.rstrip('\n')
 
   return Workdir(
-    path=folder,
-    checkpoints=folder / 'checkpoints',
-    states=folder / 'states',
-    adapter=folder / 'adapter',
-    base=folder / 'base',
+    **paths,
     take=take,
     save_config=save_config,
     keep=keep,
