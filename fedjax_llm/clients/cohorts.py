@@ -16,12 +16,13 @@ import jax
 import numpy as np
 
 from fedjax_llm import batching
+from fedjax_llm.clients.limits import Examples, at_least_one
+from fedjax_llm.clients.limits import bounds as bounds
+from fedjax_llm.clients.limits import max_targets as max_targets
 from fedjax_llm.data import collate as collates
 from fedjax_llm.types import Cohort, Draw, Error, Example
 
 _ORDER = 201  # purpose of the random stream: the order of a client's examples
-
-Examples = Sequence[Sequence[Any]]  # [N] clients, each any number of examples
 
 
 def cohorts(
@@ -97,7 +98,7 @@ def cohorts(
     ('num_steps', S), ('batch_size', B), ('max_length', T),
     ('epochs', 1 if epochs is None else epochs),
   ):  # fmt: skip
-    _at_least_one(name, value)
+    at_least_one(name, value)
   if weight_by not in ('examples', 'tokens', 'uniform'):
     raise Error(
       f'weight_by is {weight_by!r}: it is one of examples, tokens, uniform.'
@@ -196,82 +197,6 @@ def by_size(
   return jax.tree.map(place, draw), jax.tree.map(place, cohort)
 
 
-def max_targets(
-  examples: Examples,
-  *,
-  batch_size: int,
-  max_length: int,
-  epochs: int | None = None,
-  packing: bool = False,
-) -> int:
-  """Returns the most tokens with a loss in any step [B, T] of `cohorts`.
-
-  Without packing this is exact: some order reaches it. B rows are the last j
-  examples of a pass, whole passes, and the first of another, so with C(i) the
-  sum of a client's i largest counts it is the largest, over clients and j, of
-  C(j) + q C(n) + C(r) with B - j = q n + r. With packing it is
-  B floor(T max c / l), c of the l tokens of an example having a loss: a bound.
-
-  A batch that mixes clients (`rows`) holds at most as many as a batch of one
-  client with all examples, `[[every example]]`, with `epochs=1`.
-
-  Args and errors as in `cohorts`.
-
-  >>> text = Example(np.arange(4, dtype=np.int32), np.array([0, 0, 1, 1], bool))
-  >>> max_targets([[text]], batch_size=3, max_length=8)
-  6
-  >>> max_targets([[text]], batch_size=3, max_length=8, epochs=1)
-  2
-  """
-  _at_least_one('batch_size', batch_size)
-  collates.check(examples, max_length)
-  B, T = batch_size, max_length
-  largest = 0
-  for own in examples:
-    if not own:
-      continue
-    count = np.array([np.count_nonzero(x.loss_mask[1:]) for x in own])
-    if packing:
-      length = np.array([len(x.tokens) for x in own])
-      largest = max(largest, B * int(np.max(T * count // length)))
-      continue
-    n = len(own)
-    top = np.concatenate([[0], np.cumsum(np.sort(count)[::-1])])
-    if epochs == 1:
-      largest = max(largest, int(top[min(B, n)]))
-      continue
-    j = np.arange(min(B, n) + 1)
-    q, r = np.divmod(B - j, n)
-    largest = max(largest, int(np.max(top[j] + q * top[n] + top[r])))
-  return largest
-
-
-def bounds(examples: Examples, **sizes: Any) -> tuple[int | None, ...]:
-  """Returns `max_targets` for each text of an example, of a pair for two.
-
-  None where no token is learned, as in texts that are classified.
-
-  >>> text = Example(np.arange(4, dtype=np.int32), np.array([0, 0, 1, 1], bool))
-  >>> bounds([[text]], batch_size=3, max_length=8)
-  (6,)
-  """
-  texts = [[batching.texts_of(example) for example in own] for own in examples]
-  numbers = {len(some) for own in texts for some in own}
-  if not numbers:
-    return ()
-  if len(numbers) != 1:
-    raise Error(
-      'the examples of a run hold the same number of texts each, not '
-      f'{", ".join(map(str, sorted(numbers)))}.'
-    )
-  sides = range(numbers.pop())
-  limits = (
-    max_targets([[some[i] for some in own] for own in texts], **sizes)
-    for i in sides
-  )
-  return tuple(number or None for number in limits)
-
-
 class Rows(NamedTuple):
   """Batches of one width, and the client of each row.
 
@@ -324,7 +249,7 @@ def rows(
   >>> [(group.batches.tokens.shape, group.owners.tolist()) for group in groups]
   [((1, 2, 2), [[1, -1]]), ((1, 2, 4), [[0, 1]])]
   """
-  _at_least_one('batch_size', batch_size)
+  at_least_one('batch_size', batch_size)
   collates.check(examples, max_length)
   names = range(len(examples)) if owners is None else owners
   if len(names) != len(examples):
@@ -409,8 +334,3 @@ def _learned(batches: Any) -> np.ndarray:
       "count its terms of the loss; choose 'examples' or 'uniform'."
     )
   return np.asarray(terms).sum(-1)
-
-
-def _at_least_one(name: str, value: int) -> None:
-  if value < 1:
-    raise Error(f'{name} is {value}: it is a whole number of at least 1.')
