@@ -145,7 +145,9 @@ def check(
     ):
       what = _spell(parameter.annotation)
       of = f', {what}' if what else ''
-      raise Error(f'{label(field)} is missing: {_title(builder)} needs it{of}.')
+      # The settings of a run have no builder that a user could know.
+      who = 'a config' if isinstance(builder, type) else _title(builder)
+      raise Error(f'{label(field)} is missing: {who} needs it{of}.')
 
 
 _LARGEST = 2**31 - 1  # the largest whole number on devices
@@ -340,6 +342,8 @@ def nearest(name: Any, names: Iterable[str]) -> str:
 def _fits(value: Any, parameter: inspect.Parameter) -> bool:
   if value is parameter.default:
     return True
+  if isinstance(value, bool) and type(parameter.default) in (int, float):
+    return False  # where the annotation is that of arrays, as in optax
   return _accepts(parameter.annotation, value)
 
 
@@ -370,7 +374,9 @@ def _accepts(annotation: Any, value: Any) -> bool:
   if issubclass(of, Mapping):
     return isinstance(value, Mapping)
   if issubclass(of, Collection):
-    if isinstance(value, str | bytes) or not isinstance(value, Collection):
+    if isinstance(value, str | bytes | Mapping):
+      return False  # the keys of a mapping are no sequence of values
+    if not isinstance(value, Collection):
       return False
     inner = [a for a in args if a is not ...]
     return len(inner) != 1 or all(_accepts(inner[0], v) for v in value)
