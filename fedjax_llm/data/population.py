@@ -61,7 +61,8 @@ def build(
   least one; the other labels become -1, for methods that label texts
   themselves.
 
-  `report` has `num_records`, `num_clients`, `num_new_clients`,
+  `report` has `num_records`, `num_examples` (those of clients left out are
+  among them), `num_clients`, `num_new_clients`,
   `clients_left_out` (with `clients_left_out_names`, the first few),
   `clients_not_drawn`, `empty_records`, `replies_left_out`, `replies_cut`,
   `prompts_truncated`, `replies_rewritten` (replies that the chat template
@@ -107,6 +108,7 @@ def build(
       counts['replies_cut'] += encoded.replies_cut
       counts['texts_cut'] += encoded.texts_cut
       counts['replies_rewritten'] += encoded.replies_rewritten
+      counts['examples'] += len(encoded.examples)
       if encoded.examples:
         units.append(encoded.examples)
       elif not encoded.replies_left_out:
@@ -139,6 +141,7 @@ def build(
   owners = [name for name, one in zip(names, train) for _ in one]
   report = {
     'num_records': len(records),
+    'num_examples': counts['examples'],
     'num_clients': len(names),
     'num_new_clients': len(new_names),
     'clients_left_out': len(left_out),

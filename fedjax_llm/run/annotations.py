@@ -14,6 +14,8 @@ def fits(value: Any, parameter: inspect.Parameter) -> bool:
   """Returns False only if a value clearly is none of a parameter's type."""
   if value is parameter.default:
     return True
+  if isinstance(value, bool) and type(parameter.default) in (int, float):
+    return False  # where the annotation is that of arrays, as in optax
   return _accepts(parameter.annotation, value)
 
 
@@ -44,7 +46,9 @@ def _accepts(annotation: Any, value: Any) -> bool:
   if issubclass(of, Mapping):
     return isinstance(value, Mapping)
   if issubclass(of, Collection):
-    if isinstance(value, str | bytes) or not isinstance(value, Collection):
+    if isinstance(value, str | bytes | Mapping):
+      return False  # the keys of a mapping are no sequence of values
+    if not isinstance(value, Collection):
       return False
     inner = [a for a in args if a is not ...]
     return len(inner) != 1 or all(_accepts(inner[0], v) for v in value)

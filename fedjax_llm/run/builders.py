@@ -143,7 +143,9 @@ def check(
     ):
       what = annotations.spell(parameter.annotation)
       of = f', {what}' if what else ''
-      raise Error(f'{label(field)} is missing: {_title(builder)} needs it{of}.')
+      # The settings of a run have no builder that a user could know.
+      who = 'a config' if isinstance(builder, type) else _title(builder)
+      raise Error(f'{label(field)} is missing: {who} needs it{of}.')
 
 
 _LARGEST = 2**31 - 1  # the largest whole number on devices

@@ -37,7 +37,8 @@ class Settings(NamedTuple):
   block_size: int | Literal['auto'] | None = None
   widths: tuple[int, ...] = ()  # row widths of blocks, to reduce padding
   mesh_model: int = 1  # the number of devices that share a copy of the base
-  execution: str = 'shard_map'  # or 'pmap', where mesh_model is 1
+  # How clients are split over devices; pmap only where mesh_model is 1.
+  execution: Literal['shard_map', 'pmap'] = 'shard_map'
   # The devices that JAX makes of a CPU; one a core is fastest, and each holds a
   # copy of the base.
   cpu_devices: int = 1
