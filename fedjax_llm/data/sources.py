@@ -45,6 +45,7 @@ class Record(NamedTuple):
   rejected: str | None = None  # to this one
   image: Any = None  # an array [H, W, C]
   tools: tuple[Any, ...] | None = None
+  date: str | None = None  # when it was written, in a form that sorts by time
 
 
 class _Keys(NamedTuple):
