@@ -158,9 +158,7 @@ def test_without_a_network_the_error_says_what_to_download(monkeypatch):
     'network, download https://huggingface.co/datasets/openai/gsm8k (subset '
     'main) into a folder and name the folder as data.path.'
   )
-  with pytest.raises(
-    Error, match=r'data.path: fed_aya is not on the hub; do'
-  ):
+  with pytest.raises(Error, match=r'data.path: fed_aya is not on the hub; do'):
     named.hub('fed_aya')
   with pytest.raises(Error, match=r"no data set 'banking'; the nearest is 'ba"):
     named.hub('banking')
