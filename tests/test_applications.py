@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
   """Writes the generated data once."""
   out = tmp_path_factory.mktemp('applications')
   script = runpy.run_path(str(ROOT / 'scripts' / 'make_application_data'))
-  script['main'](['--out', str(out), '--rows', '120'])
+  script['main'](['--out', str(out), '--rows', '240'])
   return out
 
 
@@ -54,11 +54,12 @@ def test_an_application_reads_generated_data_of_its_schema(name, folder):
 
 def test_generated_data_are_the_same_for_the_same_seed(folder, tmp_path):
   script = runpy.run_path(str(ROOT / 'scripts' / 'make_application_data'))
-  script['main'](['--out', str(tmp_path), '--rows', '120'])
+  script['main'](['--out', str(tmp_path), '--rows', '240'])
   for name in NAMES:
     same = (folder / f'{name}.jsonl').read_bytes()
     assert (tmp_path / f'{name}.jsonl').read_bytes() == same
-  rows = [json.loads(x) for x in open(tmp_path / 'law.jsonl')]
+  lines = (tmp_path / 'law.jsonl').read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
   for row in rows:
     for text, start in zip(*row['answers'].values(), strict=True):
       assert row['context'][start:].startswith(text)
