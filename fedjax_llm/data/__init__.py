@@ -1,4 +1,4 @@
-"""Data of clients: sources, tokenizers, templates, partitions, populations.
+"""Reads texts and deals them to clients; as a program, shows a data set.
 
 Sources return records, tokenizers and templates turn them into examples, a
 partition assigns records to clients, and `build` returns a `Population`.
@@ -6,9 +6,12 @@ partition assigns records to clients, and `build` returns a `Population`.
 
 from fedjax_llm.data import (
   collate,
+  drift,
   encoding,
+  named,
   partition,
   population,
+  skew,
   sources,
   text,
   tokenizers,
@@ -39,12 +42,14 @@ __all__ = [
   'bytes',
   'collate',
   'dirichlet',
+  'drift',
   'encode',
   'encoding',
   'hf',
   'histogram',
   'iid',
   'jsonl',
+  'named',
   'natural',
   'one_label',
   'packaged',
@@ -53,6 +58,7 @@ __all__ = [
   'pretrained',
   'prompt',
   'quantity',
+  'skew',
   'sources',
   'text',
   'tokenizers',

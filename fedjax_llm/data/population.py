@@ -11,12 +11,12 @@ from typing import Any
 
 from fedjax_llm import batching
 from fedjax_llm.data import encoding, text
+from fedjax_llm.data.dealing import keyed
 from fedjax_llm.data.encoding import content
 from fedjax_llm.data.partition import (
   Partition,
   Pooled,
   histogram,
-  keyed,
   natural,
 )
 from fedjax_llm.data.sources import Record

@@ -90,7 +90,25 @@ def parts(
 
 def pooled(of: Mapping[str, Any] = {'name': 'natural'}) -> Any:
   """Returns `data.partition.pooled` of the partition that a section names."""
-  return data.partition.pooled(builders.build(of, data.partition))
+  return data.partition.pooled(builders.build(of, _PARTITIONS))
+
+
+def clusters(
+  num_clients: int,
+  num_clusters: int | None = None,
+  alpha: float | None = None,
+  embed: str | None = None,
+) -> Any:
+  """Returns `data.drift.clusters`; `embed` is the import path of a function."""
+  function = None
+  if embed is not None:
+    function = builders.resolve_builder(
+      'partition',
+      embed,
+      {'hashed_words': data.drift.hashed_words},
+      'partition.embed',
+    )
+  return data.drift.clusters(num_clients, num_clusters, alpha, function)
 
 
 def bucketing(of: Mapping[str, Any] = {'name': 'median'}, size: int = 2) -> Any:
@@ -147,6 +165,13 @@ def without(namespace: Any, *names: str) -> dict[str, Any]:
   return {name: known[name] for name in known if name not in names}
 
 
+_PARTITIONS = {
+  **without(data.partition, 'pooled'),
+  **builders.names(data.skew),
+  **builders.names(data.drift),
+  'clusters': clusters,
+}
+
 # Aggregators that take a rule or a function, which no section can hold.
 _TAKE_RULES = ('as_stack', 'control_variates', 'from_rule')
 
@@ -154,9 +179,9 @@ SPEC = config.Spec(
   settings=Settings,
   sections={
     'task': tasks,
-    'data': data.sources,
-    'partition': {**builders.names(data.partition), 'pooled': pooled},
-    'partition.of': without(data.partition, 'pooled'),
+    'data': {**builders.names(data.sources), 'hub': data.named.hub},
+    'partition': {**_PARTITIONS, 'pooled': pooled},
+    'partition.of': _PARTITIONS,
     'population': data.population.build,
     'system': clients.system,
     'clients': {
