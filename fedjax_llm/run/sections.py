@@ -25,7 +25,16 @@ from fedjax_llm import (
 )
 from fedjax_llm.devices import hosts
 from fedjax_llm.local import optimizers
-from fedjax_llm.run import builders, config, rates, tasks, trackers, warm
+from fedjax_llm.run import (
+  builders,
+  config,
+  preferences,
+  rates,
+  rewarded,
+  tasks,
+  trackers,
+  warm,
+)
 
 
 class Settings(NamedTuple):
@@ -152,8 +161,15 @@ _TAKE_RULES = ('as_stack', 'control_variates', 'from_rule')
 SPEC = config.Spec(
   settings=Settings,
   sections={
-    'task': tasks,
-    'data': data.sources,
+    'task': {
+      **builders.names(tasks),
+      **builders.names(preferences),
+      **builders.names(rewarded),
+    },
+    'data': {
+      **builders.names(data.sources),
+      **builders.names(data.preferences),
+    },
     'partition': {**builders.names(data.partition), 'pooled': pooled},
     'partition.of': without(data.partition, 'pooled'),
     'population': data.population.build,
