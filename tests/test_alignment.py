@@ -51,7 +51,8 @@ def rows(num=5, seed=0):
 def scores(rows):
   of = lambda name: jnp.asarray([r[name] for r in rows], jnp.float32)
   first = map(of, ('c', 'r', 'rc', 'rr', 'nc', 'nr'))
-  return Scores(*first, jnp.ones(len(rows)), *map(of, ('m', 'rm')))
+  last: Any = (jnp.ones(len(rows)), *map(of, ('m', 'rm')))
+  return Scores(*first, *last)
 
 
 TERMS = {
@@ -139,8 +140,8 @@ def test_references_are_those_of_the_start_and_not_of_the_base():
       for side in ('chosen', 'rejected', 'mismatched'):
         example = getattr(pair, side)
         batch = collate.texts([example], 8)([[example]])
-        want = -nats()(loaded.base, start, batch, None).total[0]
-        plain = -nats()(loaded.base, {}, batch, None).total[0]
+        want = -nats()(loaded.base, start, batch, tiny.KEY).total[0]
+        plain = -nats()(loaded.base, {}, batch, tiny.KEY).total[0]
         value = getattr(pair, f'reference_{side}')
         assert value == pytest.approx(float(want), rel=1e-5)
         assert abs(value - float(plain)) > 1e-3
@@ -162,7 +163,7 @@ def test_a_loss_of_pairs_is_its_term_of_the_networks_log_probabilities(name):
   loss = local.preference(
     loaded.model, getattr(local, name)(**TERMS[name]), per_row=True
   )
-  sums = loss(loaded.base, params, batch, None)
+  sums = loss(loaded.base, params, batch, tiny.KEY)
   table = []
   for i, pair in enumerate(pairs):
     one = {'nc': int(pair.chosen.loss_mask.sum())}
@@ -191,7 +192,7 @@ def test_at_the_start_dpo_is_log_2_and_falls():
   batch = collate.pairs(pairs, 8)([[pair] for pair in pairs])
   loss = local.preference(loaded.model, local.dpo(0.5))
   value = jax.jit(
-    jax.value_and_grad(lambda p: loss(loaded.base, p, batch, None).total)
+    jax.value_and_grad(lambda p: loss(loaded.base, p, batch, tiny.KEY).total)
   )
   first, slope = value(start)
   assert float(first) / 3 == pytest.approx(math.log(2), abs=1e-5)
@@ -202,16 +203,16 @@ def test_at_the_start_dpo_is_log_2_and_falls():
 def test_a_loss_of_pairs_refuses_other_batches():
   loss = local.preference(tiny.loaded().model, local.dpo())
   with pytest.raises(Error, match=r'^a preference loss reads Pairs, not B'):
-    loss(tiny.base(), {}, tiny.texts(2), None)
+    loss(tiny.base(), {}, tiny.texts(2), tiny.KEY)
   pairs = [pair for own in people().train for pair in own]
   batch = collate.pairs(pairs, 8)([[pair] for pair in pairs])
   loss = local.preference(tiny.loaded().model, local.kto())
   with pytest.raises(Error, match='needs replies to other prompts'):
-    loss(tiny.base(), {}, batch, None)
+    loss(tiny.base(), {}, batch, tiny.KEY)
 
 
 def test_pairs_with_mismatched_replies_count_their_places():
-  ready = preferences.mismatched(people().train[0], 8)
+  ready: Any = preferences.mismatched(people().train[0], 8)
   batch = collate.pairs(ready, 8)([[pair] for pair in ready])
   assert isinstance(batch, Pairs) and batch.places() == 3 * 2 * 8
   assert batch.used() == sum(
@@ -442,7 +443,7 @@ def test_grpo_makes_rewarded_replies_likelier():
   prompt = np.broadcast_to([7, 8], (len(right), 2))
   batch = texts(prompt, np.full(len(right), 2), right)
   before, after = (
-    float(jnp.exp(-nats()(loaded.base, p, batch, None).total).sum())
+    float(jnp.exp(-nats()(loaded.base, p, batch, tiny.KEY).total).sum())
     for p in (params, new)
   )
   assert after > before + 0.01
@@ -492,11 +493,11 @@ def test_the_task_of_rewards_compares_answers_as_text():
   records = [data.sources.Record(prompt='1+1', response='so #2')]
   how = encoding.Encoding(data.tokenizers.bytes(), 'plain')
   (example,) = task.encode(records[0], how).examples
-  batch = task.collate([example], 16)([[example]])
+  batch = task.collate([example], 16, 0)([[example]])
   loss: Any = task.loss(loaded)
   spell = lambda x: [*map(ord, x), 258, -1, -1][:5]
   reply = jnp.array([spell('#2'), spell('#3'), [*map(ord, 'a#2b'), -1]])
   three = jax.tree.map(lambda x: np.repeat(x, 3, 0), batch)
   assert loss.score(three, reply).tolist() == [1.5, 0.5, 0.0]
   with pytest.raises(Error, match=r'^replies are sampled to one prompt'):
-    task.collate([example], 64)([[example, example]])
+    task.collate([example], 64, 0)([[example, example]])

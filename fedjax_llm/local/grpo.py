@@ -316,6 +316,7 @@ def grpo(
     (text,) = batching.texts(batches)
 
     def one(i):
+      assert loss is not None
       batch = jax.tree.map(lambda x: jnp.asarray(x)[i], text)
       key = jax.random.fold_in(jax.random.fold_in(context.key, 1), i)
       return rolled(
