@@ -250,7 +250,7 @@ def params():
   return jax.tree.map(lambda x: x + 0.1, start)
 
 
-def evaluated(name, algorithm=FED_AVG, store=None, **settings):
+def evaluated(name, algorithm=FED_AVG, store: Any = None, **settings: Any):
   section = {'name': name, **settings}
   evaluators.check([section])
   examine = evaluators.build(

@@ -54,6 +54,7 @@ TABLE = {
   'train': (*BELOW, 'run'),
   'export': (*BELOW, 'run'),
   'generate': (*BELOW, 'run'),
+  'evaluate': (*BELOW, 'run'),
   'plan': (*BELOW, 'run'),
   'replay': (*BELOW, 'run'),
   'report': ('types', 'run'),
@@ -63,6 +64,7 @@ TABLE = {
 }
 PROGRAMS = (
   *('train', 'export', 'generate', 'plan', 'replay', 'report', 'sweep'),
+  'evaluate',
 )
 # What the language of the house itself may need.
 OUTSIDE = {
@@ -72,7 +74,8 @@ OUTSIDE = {
 HEAVY = (
   *('transformers', 'datasets', 'orbax', 'tensorboardX', 'ml_collections'),
   *('flax', 'gguf', 'safetensors', 'torch', 'peft', 'tqdm', 'jinja2'),
-  *('matplotlib', 'wandb', 'mlflow', 'dp_accounting'),
+  *('matplotlib', 'wandb', 'mlflow', 'dp_accounting', 'lm_eval'),
+  *('sacrebleu', 'rouge_score'),
 )
 
 
