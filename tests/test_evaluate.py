@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import runs
 
-from fedjax_llm import data, evaluate, models, train
-from fedjax_llm.run import harness, provenance
+from fedjax_llm import adapters, data, evaluate, models, train
+from fedjax_llm.evals import choosing
+from fedjax_llm.run import benchmarks, harness, provenance, rebuild
 from fedjax_llm.types import Error
 
 TASK = """
@@ -103,6 +104,23 @@ def test_a_local_task_of_lm_eval_has_the_choices_of_the_evaluator(
   assert made['task_versions'] == {'capitals': 3.0}
   assert made['num_examples'] == {'capitals': 3} and made['versions']['lm_eval']
   assert 'capitals' in text and '(3 examples)' in text
+
+  made = rebuild.open(str(run), trusted=True)
+  base, params = adapters.fold(made.loaded.base, made.params)
+  spell = data.tokenizers.bytes()
+  items = choosing.read(str(file))
+  rows = [
+    choosing.texts(item, spell.encode, start=[257], max_length=64)
+    for item in items
+  ]
+  flat = [row for some in rows for row in some]
+  built = SimpleNamespace(loaded=made.loaded, tokenizer=spell)
+  values = iter(benchmarks._likelihoods(built, flat, 4)(flat, base, params))
+  scores = choosing.chosen(items, [[next(values) for _ in x] for x in rows])
+  metrics = scores.combine(scores.statistics.sum(0))
+  ours = [float(metrics[name]) for name in ('accuracy', 'accuracy_norm')]
+  theirs = result['results']['capitals']
+  assert ours == [theirs['acc,none'], theirs['acc_norm,none']]
 
   status, _, error = runs.run(evaluate, [*folder, '--tasks', 'arc_esy'])
   assert status == 1 and "lm-eval has no task 'arc_esy'; the nearest" in error
