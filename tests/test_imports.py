@@ -43,7 +43,9 @@ TABLE = {
     *('types', 'tree', 'batching', 'checks', 'nodes'),
     *('clients', 'scopes', 'devices'),
   ),
-  'evals': ('types', 'batching', 'nodes', 'adapters', 'data', 'models'),
+  'evals': (
+    *('types', 'batching', 'reading', 'nodes', 'adapters', 'data', 'models'),
+  ),
   'recipes': (
     *('types', 'tree', 'linalg', 'nodes', 'adapters', 'clients', 'scopes'),
     *('local', 'uploads', 'aggregators', 'server'),

@@ -40,6 +40,14 @@ def read(
 
   Raises:
     Error: a field is missing or of another kind; the message names the line.
+
+  >>> import json, os, tempfile
+  >>> path = os.path.join(tempfile.mkdtemp(), 'quiz.jsonl')
+  >>> row = {'question': 'Sky?', 'choices': ['red', 'blue'], 'answer': 'B'}
+  >>> with open(path, 'w') as f:
+  ...   _ = f.write(json.dumps(row))
+  >>> read(path)[0].answer
+  1
   """
   return [
     _item(row, where, question_key, choices_key, answer_key, client_key)

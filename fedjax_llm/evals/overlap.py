@@ -31,6 +31,8 @@ def rouge_l(stem: bool = True) -> Scorer:
 
   Raises:
     Error: from the scorer, rouge-score is not installed.
+
+  >>> scorer = rouge_l(stem=False)  # then scorer(replies, references)
   """
 
   def score(replies: Sequence[str], references: Sequence[str]) -> Scores:
@@ -54,6 +56,8 @@ def bleu() -> Scorer:
 
   Raises:
     Error: from the scorer, sacrebleu is not installed.
+
+  >>> scorer = bleu()  # then scorer(replies, references)
   """
 
   def score(replies: Sequence[str], references: Sequence[str]) -> Scores:

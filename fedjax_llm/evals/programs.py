@@ -35,6 +35,14 @@ def read(path: str, client_key: str | None = None) -> list[Problem]:
 
   Raises:
     Error: a field is missing or no text; the message names the line.
+
+  >>> import json, os, tempfile
+  >>> path = os.path.join(tempfile.mkdtemp(), 'code.jsonl')
+  >>> row = {'prompt': 'def f():', 'test': 'x = 1', 'entry_point': 'f'}
+  >>> with open(path, 'w') as f:
+  ...   _ = f.write(json.dumps(row))
+  >>> read(path)[0].entry_point
+  'f'
   """
   problems = []
   for file in files.matching(path):
@@ -91,6 +99,11 @@ def scores(
 
   `replies` has the same number of replies for each problem, one problem after
   the other.
+
+  >>> problem = Problem('def f():\n', 'def check(g): assert g() == 1', 'f')
+  >>> result = scores([problem], ['  return 1', '  return 2'])
+  >>> result.statistics[0].tolist()  # pass@1 of one problem, none timed out
+  [0.5, 1.0, 0.0, 1.0]
   """
   num = len(replies) // max(len(problems), 1)
   if num * len(problems) != len(replies):

@@ -68,6 +68,11 @@ class Sampled:
   `LossSum(-reward, 1, reward)` summed over prompts, or a row with `per_row`.
   `sample(base, params, tokens [B, T], lengths [B], key, greedy) -> [B, N]`
   returns replies with the token that ends them, then -1 (`models.sampler`).
+
+  >>> from fedjax_llm.local import rewards
+  >>> loss = Sampled(Model(None, None), None, rewards.exact(), stops=(2,))
+  >>> loss.per_row
+  False
   """
 
   model: Model
@@ -282,6 +287,11 @@ def grpo(
 
   Raises:
     Error: a setting out of range, or a loss of another kind.
+
+  >>> from fedjax_llm.local import optimizer
+  >>> grpo(None, optimizer('sgd', 0.1), group_size=1)
+  Traceback (most recent call last):
+  fedjax_llm.types.Error: group_size is 1; a group needs 2 replies or more.
   """
   if loss is not None and not isinstance(loss, Sampled):
     raise Error(

@@ -230,6 +230,17 @@ def preference(
   Raises:
     Error: from the loss, a batch that is not of pairs, or one without
       mismatched replies for a term that reads them.
+
+  >>> from fedjax_llm.types import Batch
+  >>> even = Model(
+  ...   hidden=lambda base, params, batch: jnp.zeros((*batch.tokens.shape, 2)),
+  ...   logits=lambda base, params, hidden: jnp.zeros((*hidden.shape[:-1], 4)))
+  >>> tokens = jnp.ones((1, 3), jnp.int32)
+  >>> text, first = Batch(tokens, tokens > 0, tokens, tokens), jnp.zeros(1)
+  >>> sums = preference(even, dpo())(
+  ...   None, {}, Pairs(text, text, first, first), None)
+  >>> round(float(sums.total), 4), float(sums.count)  # log 2 of one pair
+  (0.6931, 1.0)
   """
   nats = causal_lm(model, per_row=True, chunk_size=chunk_size)
 
