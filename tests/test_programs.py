@@ -21,6 +21,7 @@ from fedjax_llm.replay import program as replay
 from fedjax_llm.run import (
   config,
   experiment,
+  preferences,
   rebuild,
   sections,
   tasks,
@@ -33,6 +34,9 @@ PATH = pathlib.Path(__file__).parents[1] / 'configs' / 'methods.py'
 NAMES = runpy.run_path(str(PATH))['NAMES']
 # Their loss needs the statistics of nodes.
 OBSERVED = ('fed_amole',)
+# Their local training is that of their task's loss.
+TASKS = ('fed_avg_grpo',)
+KINDS = {None: 'texts', 'classification': 'labels', 'dpo': 'pairs'}
 SMALL = (
   *('num_rounds=1', 'cohort.num_steps=1', 'compilation_cache=none'),
   *('population.max_clients=4', 'population.new_clients=0'),
@@ -90,6 +94,15 @@ def standing(round_fn, num=None, traced=None):
   return several if num else one
 
 
+def pairs():
+  task = preferences.dpo()
+
+  def loss(base, params, batch, key):
+    return sum_of_squares(base, params, batch.chosen, key)
+
+  return task._replace(loss=lambda *_, **__: loss, prepare=None)
+
+
 BUILD, BUILT = experiment.build, {}
 METHOD = ('algorithm', 'local', 'upload', 'aggregator', 'server')
 
@@ -130,9 +143,10 @@ def parsed(name, folder):
     conf['adapter']['targets'] = ('q_proj', 'v_proj')
   if name in OBSERVED:  # as many experts as four clients can hold
     conf['algorithm']['num_experts'] = 8
-  else:
-    kind = 'labels' if conf.get('task') else 'texts'
-    conf['task'] = {**(conf.get('task') or {}), 'name': f'{__name__}:{kind}'}
+  elif name not in TASKS:
+    task = conf.get('task') or {}
+    kind = KINDS[task.get('name')]
+    conf['task'] = {**task, 'name': f'{__name__}:{kind}'}
   return config.override(conf, [], sections.SPEC)[0]
 
 

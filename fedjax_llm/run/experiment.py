@@ -278,9 +278,21 @@ def build(
     max_positions=loaded.config.max_positions,
     length=task.length,
   )
-  if task.prepare is not None:
-    population = task.prepare(loaded, population)
   width = -(-longest // 8) * 8  # no column is longer than all examples
+
+  # ---------------------------------------------------------------- adapter --
+  adapter_key, round_key = jax.random.split(jax.random.key(seed))
+  if near is not None:  # parts of the base that are on no device yet
+    loaded = loaded._replace(base=sharding.place(loaded.base, near))
+  adapter = make('adapter', tokenizer=tokenizer)
+  initial = sharding.fetched(adapter.init(adapter_key, loaded.base))
+  initial = warm.start(initial, conf['adapter'].get('path'), loaded)
+  complete(initial, loaded.base, task.head)  # raises if not exportable
+  prompts.check(loaded.config, prompts.front(initial), width)
+  if task.prepare is not None:
+    takes = 'start' in builders.parameters(task.prepare)
+    begin = {'start': initial} if takes else {}
+    population = task.prepare(loaded, population, **begin)
 
   # ---------------------------------------------------------------- clients --
   names, owned = data.population.trainers(population)
@@ -331,15 +343,6 @@ def build(
     cohort = make_cohort(draw, round)
     return clients.cohorts.by_size(draw, cohort, num_rows=device_rows)
 
-  # ---------------------------------------------------------------- adapter --
-  adapter_key, round_key = jax.random.split(jax.random.key(seed))
-  if near is not None:  # parts of the base that are on no device yet
-    loaded = loaded._replace(base=sharding.place(loaded.base, near))
-  adapter = make('adapter', tokenizer=tokenizer)
-  initial = sharding.fetched(adapter.init(adapter_key, loaded.base))
-  initial = warm.start(initial, conf['adapter'].get('path'), loaded)
-  complete(initial, loaded.base, task.head)  # raises if not exportable
-  prompts.check(loaded.config, prompts.front(initial), width)
   built = Experiment(
     conf=conf,
     settings=settings,

@@ -25,7 +25,16 @@ from fedjax_llm import (
 )
 from fedjax_llm.devices import hosts
 from fedjax_llm.local import optimizers
-from fedjax_llm.run import builders, config, rates, tasks, trackers, warm
+from fedjax_llm.run import (
+  builders,
+  config,
+  preferences,
+  rates,
+  rewarded,
+  tasks,
+  trackers,
+  warm,
+)
 
 
 class Settings(NamedTuple):
@@ -178,8 +187,16 @@ _TAKE_RULES = ('as_stack', 'control_variates', 'from_rule')
 SPEC = config.Spec(
   settings=Settings,
   sections={
-    'task': tasks,
-    'data': {**builders.names(data.sources), 'hub': data.named.hub},
+    'task': {
+      **builders.names(tasks),
+      **builders.names(preferences),
+      **builders.names(rewarded),
+    },
+    'data': {
+      **builders.names(data.sources),
+      **builders.names(data.preferences),
+      'hub': data.named.hub,
+    },
     'partition': {**_PARTITIONS, 'pooled': pooled},
     'partition.of': _PARTITIONS,
     'population': data.population.build,

@@ -27,6 +27,7 @@ from fedjax_llm.run import (
   narration,
   pace,
   profiling,
+  provenance,
   rates,
   resume,
   stalls,
@@ -155,6 +156,18 @@ def train(args: config.Arguments) -> None:
     unit = built.task.metrics.unit
     sizes = data.population.sizes(population)
     room.keep('clients.json', {**sizes, 'unit': unit})
+    origin = room.path / 'provenance.json'
+    examples = {
+      name: population.report.get(f'{name}_examples', 0)
+      for name in ('train', 'heldout', 'new')
+    }
+    before_now = origin.read_text() if origin.is_file() else None
+    room.keep(
+      origin.name,
+      provenance.started(
+        before_now, done, resolved, data=built.digest, num_examples=examples
+      ),
+    )
     if private is not None:
       room.keep('privacy.json', private.record())
     record, leave = metrics.recorder(
