@@ -509,11 +509,13 @@ class Uploads(NamedTuple):
 
 
 class Traits(NamedTuple):
-  """Properties of a rule, each of which `fed_opt` enforces."""
+  """Properties of a rule, each of which `fed_opt` or another rule enforces."""
 
   linear: bool = False  # uses only sum_k w_k u_k: additive uploads are allowed
   changes_basis: bool = False  # factors change meaning: no server moments
   writes_residual: bool = False  # of `LowRank` nodes: needs `Adapter.fold`
+  # Depends on lengths and angles alone: `aggregators.in_products` takes it.
+  rotates: bool = False
   always: bool = False  # acts in a round without reports too, as noise must
   # `finalize` of a rule that clips and noises: no other rule may wrap it, and
   # no upload may be summed before it.

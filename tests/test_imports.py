@@ -36,7 +36,7 @@ TABLE = {
   'models': ('types', 'nodes', 'adapters', 'reading'),
   'local': ('types', 'tree', 'batching', 'linalg', 'nodes'),
   'uploads': ('types', 'tree', 'nodes', 'linalg'),
-  'adversary': ('types', 'tree', 'nodes'),
+  'adversary': ('types', 'tree', 'nodes', 'data'),
   'aggregators': ('types', 'tree', 'nodes', 'linalg', 'checks'),
   'privacy': ('types', 'tree'),
   'server': (

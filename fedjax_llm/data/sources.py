@@ -321,7 +321,7 @@ def _record(row: Any, keys: _Keys, where: str) -> Record:
     key = keys.messages or ''
     messages = messages_lib.read(field_of(row, key, where), key, where)
     tools = messages_lib.tools(row.get('tools'), where)
-  date = _string(row, keys.date, where, numbers=True) if keys.date else None
+  date = text_of(row, keys.date, where, numbers=True) if keys.date else None
   return Record(
     *(client, prompt, response, text, messages, label, where, pair),
     tools=tools,

@@ -25,6 +25,7 @@ from fedjax_llm.run import (
   evaluators,
   guarantee,
   narration,
+  poisoned,
   rates,
   tasks,
   texts,
@@ -265,6 +266,7 @@ def build(
     labels=labels,
     tokenizer=tokenizer,
     seed=seed,
+    alter=poisoned.altering(conf) if conf.get('poison') else None,
   )
   del records
   digest = data.population.digest(population)

@@ -135,6 +135,11 @@ def nearest_mixing(
   )
 
 
+def in_products(of: Mapping[str, Any] = {'name': 'geometric_median'}) -> Any:
+  """Returns `aggregators.in_products` of the rule that a section names."""
+  return aggregators.in_products(builders.build(of, aggregators))
+
+
 def implied(
   conf: Mapping[str, Any], before: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -200,6 +205,7 @@ SPEC = config.Spec(
     'partition': {**_PARTITIONS, 'pooled': pooled},
     'partition.of': _PARTITIONS,
     'population': data.population.build,
+    'poison': adversary.poisoning,
     'system': clients.system,
     'clients': {
       **builders.names(clients.sampling),
@@ -231,10 +237,11 @@ SPEC = config.Spec(
     'aggregator': {
       **without(aggregators, *_TAKE_RULES),
       'bucketing': bucketing,
+      'in_products': in_products,
       'nearest_mixing': nearest_mixing,
     },
     'aggregator.of': without(
-      aggregators, *_TAKE_RULES, 'bucketing', 'nearest_mixing'
+      aggregators, *_TAKE_RULES, 'bucketing', 'in_products', 'nearest_mixing'
     ),
     'privacy': privacy.client_level,
     'server': {
@@ -252,6 +259,7 @@ SPEC = config.Spec(
   injected={
     'population': (
       *('records', 'tokenizer', 'partition', 'labels', 'seed', 'encode'),
+      'alter',
     ),
     'system': ('num_clients', 'seed'),
     'clients': ('num_clients', 'sizes', 'seed', 'system', 'job'),
@@ -268,16 +276,16 @@ SPEC = config.Spec(
       *builders.parameters(parts),
     ),
     'adversary': ('num_clients',),
+    'poison': ('num_clients',),
     'privacy': ('rate', 'num_clients', 'cohort_size', 'num_rounds'),
     'evals.personal': ('loss', 'model'),
   },
   optional=(
     *('task', 'profiles', 'upload', 'download', 'adversary', 'aggregator'),
     *('server', 'local.schedule', 'server.schedule', 'evals.personal'),
-    'privacy',
-    'system',
+    *('privacy', 'poison', 'system'),
   ),
   # Old runs and runs without these sections record nothing of them.
-  unrecorded=('adversary', 'download', 'privacy', 'system'),
+  unrecorded=('adversary', 'download', 'poison', 'privacy', 'system'),
   implied=implied,
 )

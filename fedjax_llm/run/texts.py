@@ -46,8 +46,12 @@ def population(
   labels: Sequence[str] | None,
   tokenizer: data.tokenizers.Tokenizer,
   seed: int,
+  alter: Any = None,
 ) -> Population:
-  """Returns the clients with their encoded texts."""
+  """Returns the clients with their encoded texts.
+
+  `alter` changes the records of some clients: see `data.population.build`.
+  """
   return make(
     'population',
     records=records,
@@ -56,4 +60,5 @@ def population(
     labels=labels,
     seed=seed,
     encode=task.encode,
+    alter=alter,
   )
