@@ -7,7 +7,14 @@ profiles   capacities of N clients
 """
 
 from fedjax_llm.clients import cohorts, profiles, sampling, store
-from fedjax_llm.clients.sampling import by_size, cyclic, full, poisson, uniform
+from fedjax_llm.clients.sampling import (
+  by_size,
+  cyclic,
+  full,
+  poisson,
+  rotating,
+  uniform,
+)
 
 __all__ = [
   'cohorts',
@@ -20,4 +27,5 @@ __all__ = [
   'cyclic',
   'full',
   'poisson',
+  'rotating',
 ]

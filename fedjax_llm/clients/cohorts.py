@@ -19,7 +19,8 @@ from fedjax_llm import batching
 from fedjax_llm.data import collate as collates
 from fedjax_llm.types import Cohort, Draw, Error, Example
 
-_ORDER = 201  # purpose of the random stream: the order of a client's examples
+# Purposes of random streams: the order of a client's examples, their samples.
+_ORDER, _DRAWN = 201, 202
 
 Examples = Sequence[Sequence[Any]]  # [N] clients, each any number of examples
 
@@ -33,6 +34,7 @@ def cohorts(
   epochs: int | None = None,
   weight_by: str = 'examples',
   packing: bool = False,
+  rate: float | None = None,
   pad_id: int = 0,
   seed: int = 0,
   profiles: Any = None,
@@ -53,6 +55,10 @@ def cohorts(
   nowhere begins the next step. So a step takes as much of the stream as fits in
   B rows of T tokens, in order, and drops nothing.
 
+  With a rate, a step holds each example of the client on its own with that
+  probability, and a step that would hold more than B examples holds none: the
+  samples that example-level privacy counts.
+
   The weight of a client that reports is
     'examples'  n_k, the number of its training examples, used or not (FedAvg,
                 arXiv 1602.05629, Alg. 1)
@@ -70,6 +76,7 @@ def cohorts(
     epochs: passes over its examples that a client makes a round at most.
     weight_by: 'examples', 'tokens' or 'uniform'.
     packing: several examples a row.
+    rate: the probability of an example in a step; None: passes.
     pad_id: token on padding.
     seed: of the order.
     profiles: capacities, a pytree of [N, ...], carried to `Cohort.profiles` as
@@ -102,6 +109,15 @@ def cohorts(
     raise Error(
       f'weight_by is {weight_by!r}: it is one of examples, tokens, uniform.'
     )
+  if rate is not None and not 0 < rate <= 1:
+    raise Error(
+      f'cohort.rate is {rate}: it is a probability above 0 and at most 1.'
+    )
+  if rate is not None and (packing or epochs is not None):
+    raise Error(
+      'cohort.rate draws each example of a step on its own: leave packing and '
+      'epochs out.'
+    )
   collates.check(examples, T)
   for client, own in enumerate(examples):
     if not own:
@@ -116,6 +132,9 @@ def cohorts(
 
   def fill(client: int, round: int) -> list[list[Any]]:
     """Returns the rows of one client, [S * B]."""
+    if rate is not None:
+      key = (seed, _DRAWN, round, client)
+      return _sampled(examples[client], rate, S, B, key)
     stream = _stream(examples[client], epochs, (seed, _ORDER, round, client))
     if packing:
       return _packed(stream, (S, B, T), length)
@@ -361,6 +380,20 @@ def _stream(
     for i in rng.permutation(len(own)):
       yield own[i]
     done += 1
+
+
+def _sampled(
+  own: Sequence[Any], rate: float, S: int, B: int, key: tuple[int, ...]
+) -> list[list[Any]]:
+  """Returns rows [S * B]: Poisson samples, empty ones in place of too large."""
+  rng = np.random.default_rng(key)
+  rows: list[list[Any]] = []
+  for _ in range(S):
+    drawn = np.flatnonzero(rng.random(len(own)) < rate)
+    if len(drawn) > B:
+      drawn = drawn[:0]
+    rows += [[own[i]] for i in drawn] + [[]] * (B - len(drawn))
+  return rows
 
 
 def _packed(

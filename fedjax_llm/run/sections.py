@@ -189,7 +189,7 @@ SPEC = config.Spec(
     'aggregator.of': without(
       aggregators, *_TAKE_RULES, 'bucketing', 'nearest_mixing'
     ),
-    'privacy': privacy.client_level,
+    'privacy': privacy.section,
     'server': {
       name: rates.scheduled(builder)
       for name, builder in builders.names(server).items()
@@ -220,7 +220,10 @@ SPEC = config.Spec(
       *builders.parameters(parts),
     ),
     'adversary': ('num_clients',),
-    'privacy': ('rate', 'num_clients', 'cohort_size', 'num_rounds'),
+    'privacy': (
+      *('rate', 'num_clients', 'cohort_size', 'num_rounds', 'separation'),
+      *('turns', 'example_rate', 'batch_size', 'num_steps'),
+    ),
     'evals.personal': ('loss', 'model'),
   },
   optional=(
