@@ -73,6 +73,7 @@ HEAVY = (
   *('transformers', 'datasets', 'orbax', 'tensorboardX', 'ml_collections'),
   *('flax', 'gguf', 'safetensors', 'torch', 'peft', 'tqdm', 'jinja2'),
   *('matplotlib', 'wandb', 'mlflow', 'dp_accounting'),
+  'cryptography',
 )
 
 

@@ -19,6 +19,7 @@ from fedjax_llm.nodes import LowRank
 from fedjax_llm.privacy import accounting, correlated, mechanisms, sent
 from fedjax_llm.run import experiment, guarantee
 from fedjax_llm.types import Context, Draw, Error, Example, Masks
+from fedjax_llm.uploads import secure
 
 CLIP = 0.3
 NONE: Any = Masks(None, {'w': jnp.bool_(True)})
@@ -48,16 +49,18 @@ def gradient(noise, clipping='abadi', microbatch=None):
 def rows(mask=(1, 1, 1, 0)):
   rng = np.random.default_rng(4)
   x, y = rng.normal(size=(4, toy.D)), rng.normal(size=(4, toy.F)) * 3
-  return toy.Rows(np.float32(x), np.float32(y), np.array(mask, bool))
+  narrow = lambda v: v.astype(np.float32)
+  return toy.Rows(narrow(x), narrow(y), np.array(mask, bool))
 
 
 def by_hand(batch, clipping):
   """The sum of clipped gradients over four, in NumPy float64."""
   q = toy.params()['q']
-  a, b, s = np.float64(q.a), np.float64(q.b), float(q.scale)
+  wide = lambda v: np.asarray(v, np.float64)
+  a, b, s = wide(q.a), wide(q.b), float(q.scale)
   total = [0.0, 0.0]
-  for x, y, there in zip(np.float64(batch.x), np.float64(batch.y), batch.mask):
-    error = x @ (np.float64(toy.base()) + s * a @ b) - y
+  for x, y, there in zip(wide(batch.x), wide(batch.y), batch.mask):
+    error = x @ (wide(toy.base()) + s * a @ b) - y
     one = [s * np.outer(x, error @ b.T), s * np.outer(a.T @ x, error)]
     size = norm(one)
     by = min(1, CLIP / size) if clipping == 'abadi' else CLIP / (size + 0.01)
@@ -79,11 +82,9 @@ def test_gradients_are_clipped_by_example(clipping):
 
 
 def test_microbatches_change_only_rounding():
-  one, two = (
-    gradient(0.5, microbatch=m)(rows(), tiny.KEY)[0] for m in (None, 2)
-  )
-  toy.close(one, two)
-  with pytest.raises(Error, match='privacy.microbatch is 3, which does not'):
+  one, _ = gradient(0.5)(rows(), tiny.KEY)
+  toy.close(one, gradient(0.5, microbatch=2)(rows(), tiny.KEY)[0])
+  with pytest.raises(Error, match='microbatch is 3, which does not'):
     gradient(0.0, microbatch=3)(rows(), tiny.KEY)
 
 
@@ -116,10 +117,11 @@ def test_a_step_holds_each_example_on_its_own_and_no_cut_sample():
   )
   drawn = batches.tokens[0, ..., 0][there]
   assert abs(np.bincount(drawn, minlength=6) / len(drawn) - 1 / 6).max() < 0.05
-  for fields, sentence in (
+  wrong: Any = (
     ({'rate': 1.5}, 'cohort.rate is 1.5'),
     ({'rate': 0.5, 'epochs': 1}, 'leave packing and epochs out'),
-  ):
+  )
+  for fields, sentence in wrong:
     with pytest.raises(Error, match=sentence):
       clients.cohorts.cohorts(
         [texts], num_steps=1, batch_size=1, max_length=2, **fields
@@ -132,14 +134,14 @@ def test_a_step_holds_each_example_on_its_own_and_no_cut_sample():
 def test_the_worst_change_of_one_client_is_what_is_counted():
   """Through the compiled round: 2 C with local noise, of K clients equal."""
   codec = sent.noised(uploads.identity(), CLIP, 0.0)
-  method = recipes.fed_avg(toy.loss, toy.sgd(1.0), upload=codec, measure=None)
+  method = recipes.fed_avg(toy.loss, toy.sgd(0.02), upload=codec, measure=None)
   cohort = toy.cohort()._replace(weight=np.ones(5, np.float32))
   state = method.init(tiny.KEY, toy.params())
   run = jax.jit(method.round)
   ends = []
   for sign in (1.0, -1.0):
     y = np.copy(cohort.batches.y)
-    y[2] = sign * 1e4
+    y[2] = sign * 50.0
     moved = cohort._replace(batches=cohort.batches._replace(y=y))
     ends.append(run(state, moved, toy.base())[0].params)
   change = 5 * norm(jax.tree.map(lambda x, y: x - y, *ends))
@@ -158,8 +160,10 @@ def test_local_noise_has_the_deviation_and_the_epsilon_of_its_plan():
     clip=CLIP, delta=1e-5, noise_multiplier=20.0, turns=(0, 1, 2, 2)
   )
   for rounds, turns in enumerate((0, 1, 2, 2)):
-    event = dp.SelfComposedDpEvent(dp.GaussianDpEvent(10.0), turns)
-    exact = dp.rdp.RdpAccountant(list(range(2, 400))).compose(event)
+    exact = dp.rdp.RdpAccountant(list(range(2, 400)))
+    if turns:
+      event = dp.SelfComposedDpEvent(dp.GaussianDpEvent(10.0), turns)
+      exact.compose(event)
     want = exact.get_epsilon(1e-5) if turns else 0.0
     assert plan.epsilon(rounds) == pytest.approx(want, rel=1e-3)
 
@@ -180,7 +184,7 @@ def test_correlated_noise_is_white_after_its_matrix():
     result, state = step(state, jax.random.key(t))
     noises.append(np.float64(result.delta['w']) * 2.0)
   c = correlated.coefficients(bands)
-  matrix = sum(w * np.eye(num, k=-i) for i, w in enumerate(c))
+  matrix = np.sum([w * np.eye(num, k=-i) for i, w in enumerate(c)], 0)
   white = matrix @ np.stack(noises)
   want = 0.7 * CLIP * math.sqrt(sum(x * x for x in c))
   assert abs(white.std(1) / want - 1).max() < 4.5 / math.sqrt(8000)
@@ -190,7 +194,9 @@ def test_correlated_noise_is_white_after_its_matrix():
   plain = privacy.noisy_mean(CLIP, 0.7, 2.0)
   one = privacy.correlated_mean(CLIP, 0.7, 2.0, 1)
   both = [
-    r.finalize(r.zero(params), r.init(params, None), params, tiny.KEY)[0].delta
+    r.finalize(r.zero(params), r.init(params, tiny.KEY), params, tiny.KEY)[
+      0
+    ].delta
     for r in (plain, one)
   ]
   toy.close(*both)
@@ -200,7 +206,7 @@ def test_separated_turns_cost_their_root():
   """Every pattern of turns at least b apart, with the worst signs."""
   bands, num = 3, 7
   c = correlated.coefficients(bands)
-  matrix = sum(w * np.eye(num, k=-i) for i, w in enumerate(c))
+  matrix = np.sum([w * np.eye(num, k=-i) for i, w in enumerate(c)], 0)
   worst = 0.0
   for turns in itertools.product((0, 1), repeat=num):
     at = np.flatnonzero(turns)
@@ -237,7 +243,7 @@ def test_the_bound_of_skellam_holds_for_exact_divergences():
 
 @functools.cache
 def sums(noise, least):
-  masks = uploads.secure.masked, uploads.secure.unmasked
+  masks = secure.masked, secure.unmasked
   codec = sent.skellam(CLIP, noise, least, 1000.0, *masks)
   ids = jnp.array([5, 2, 9, 4])
   start = {'w': jnp.zeros(3000)}
@@ -292,8 +298,9 @@ def test_a_secure_sum_is_the_mean_and_needs_a_linear_rule():
   cohort, ends = toy.cohort(), []
   cohort = cohort._replace(valid=np.array([1, 1, 0, 1, 1], bool))
   for upload in (uploads.identity(), uploads.secure_sum(largest=50.0)):
-    state = method(upload=upload).init(tiny.KEY, toy.params())
-    run = jax.jit(method(upload=upload).round)
+    algorithm = method(upload=upload)
+    state = algorithm.init(tiny.KEY, toy.params())
+    run = jax.jit(algorithm.round)
     ends.append(run(state, cohort, toy.base())[0].params)
   toy.close(*ends, atol=1e-5)
   with pytest.raises(Error, match='sees no single client'):
@@ -356,7 +363,7 @@ def test_plans_count_the_turns_of_the_sampler():
     noise_multiplier=2.0, rate=0.5, num_rounds=4, delta=1e-3
   )
   plan = guarantee.of(
-    conf('local', dict(noise_multiplier=None, epsilon=2.0), clients=rotating)
+    conf('local', clients=rotating)
     | dict(privacy=dict(mechanism='local', clip=1.0, delta=1e-3, epsilon=2.0)),
     6,
   )
@@ -430,10 +437,10 @@ def test_noise_of_both_factors_is_quadratic_in_the_product():
   def product(noise, both):
     rule = privacy.noisy_mean(1.0, noise, 1.0)
     zero = rule.zero(start)
-    result = rule.finalize(zero, rule.init(start, None), start, tiny.KEY)[0]
-    q = result.delta['q']
+    result = rule.finalize(zero, rule.init(start, tiny.KEY), start, tiny.KEY)[0]
+    q: Any = result.delta['q']
     a = start['q'].a + (q.a if both else 0)
-    return np.float64(a) @ np.float64(q.b)
+    return np.asarray(a, np.float64) @ np.asarray(q.b, np.float64)
 
   linear = product(0.1, False)
   np.testing.assert_allclose(product(1.0, False), 10 * linear, rtol=1e-4)

@@ -392,7 +392,7 @@ def _sampled(
     drawn = np.flatnonzero(rng.random(len(own)) < rate)
     if len(drawn) > B:
       drawn = drawn[:0]
-    rows += [[own[i]] for i in drawn] + [[]] * (B - len(drawn))
+    rows += [[own[int(i)]] for i in drawn] + [[]] * (B - len(drawn))
   return rows
 
 

@@ -17,6 +17,7 @@ from fedjax_llm import clients, privacy, uploads
 from fedjax_llm.local import per_example
 from fedjax_llm.run import builders
 from fedjax_llm.types import Codec, Error, FederatedAlgorithm
+from fedjax_llm.uploads import secure
 
 # Adversaries in which the message of a client depends on that client alone.
 _ALONE = ('free_riders', 'gaussian', 'sign_flip')
@@ -191,7 +192,7 @@ def applied(
   elif kind == 'distributed':
     codec = privacy.sent.skellam(
       plan.clip, plan.noise_multiplier, plan.least, plan.grid,
-      uploads.secure.masked, uploads.secure.unmasked,
+      secure.masked, secure.unmasked,
     )  # fmt: skip
   else:
     codec = _once(inner._replace(private=True), uses)
