@@ -15,7 +15,7 @@ def test_enough_shares_recover_a_secret_and_fewer_do_not():
   for some in itertools.combinations(shares, 3):
     assert agreement.recover({x: shares[x] for x in some}, 32) == secret
   assert agreement.recover(shares, 32) == secret
-  # Two shares of a field of 521 bits give a secret of 32 bytes by chance 2^-265.
+  # Two of them give a number of 521 bits, of 256 by a chance of 2^-265.
   with pytest.raises(Error, match='2 shares do not recover'):
     agreement.recover({x: shares[x] for x in (1, 4)}, 32)
   with pytest.raises(Error, match='threshold is 6'):
@@ -57,7 +57,7 @@ def test_the_sum_is_exact_after_a_drop_out():
   both = {k: back(k, 0) for k in ids}
   with pytest.raises(Error, match='needs the own seed of each client with a'):
     agreement.revealed({3: messages[3]}, publics, both, {}, round)
-  with pytest.raises(Error, match='client 11 is not the one'):
+  with pytest.raises(Error, match='client 11 is not the one of before'):
     agreement.revealed(
       {k: messages[k] for k in (3, 8, 20)},
       publics,

@@ -118,8 +118,8 @@ def test_a_step_holds_each_example_on_its_own_and_no_cut_sample():
   drawn = batches.tokens[0, ..., 0][there]
   assert abs(np.bincount(drawn, minlength=6) / len(drawn) - 1 / 6).max() < 0.05
   wrong: Any = (
-    ({'rate': 1.5}, 'cohort.rate is 1.5'),
-    ({'rate': 0.5, 'epochs': 1}, 'leave packing and epochs out'),
+    ({'rate': 1.5}, 'example_rate is 1.5'),
+    ({'rate': 0.5, 'epochs': 1}, 'leave cohort.packing and'),
   )
   for fields, sentence in wrong:
     with pytest.raises(Error, match=sentence):
@@ -193,13 +193,12 @@ def test_correlated_noise_is_white_after_its_matrix():
   assert np.sum(noises, 0).std() < math.sqrt(num) * want
   plain = privacy.noisy_mean(CLIP, 0.7, 2.0)
   one = privacy.correlated_mean(CLIP, 0.7, 2.0, 1)
-  both = [
-    r.finalize(r.zero(params), r.init(params, tiny.KEY), params, tiny.KEY)[
-      0
-    ].delta
-    for r in (plain, one)
-  ]
-  toy.close(*both)
+  noise = lambda rule: (
+    rule.finalize(
+      rule.zero(params), rule.init(params, tiny.KEY), params, tiny.KEY
+    )[0].delta
+  )
+  toy.close(noise(plain), noise(one))
 
 
 def test_separated_turns_cost_their_root():
@@ -327,14 +326,14 @@ def conf(mechanism, name='fed_avg', privacy: Any = (), **sections):
   return base | sections
 
 
-SAMPLED = dict(num_steps=2, batch_size=2, weight_by='uniform', rate=0.5)
+SAMPLED = dict(example_rate=0.5)
 
 
 @pytest.mark.parametrize(
   'sections, sentence',
   [
     (conf('correlated'), 'set clients.name=rotating'),
-    (conf('examples'), 'cohort.rate is missing'),
+    (conf('examples'), 'example_rate is missing'),
     (conf('local', cohort={}), 'set cohort.weight_by=uniform'),
     (conf('distributed', upload=dict(name='sign')), 'leave the section upload'),
     (conf('local', adversary=dict(name='alie')), "adversary.name is 'alie'"),
@@ -357,7 +356,7 @@ def test_plans_count_the_turns_of_the_sampler():
   assert plan.epsilon(1) == accounting.epsilon(
     noise_multiplier=2.0, rate=1.0, num_rounds=1, delta=1e-3
   )
-  plan = guarantee.of(conf('examples', cohort=SAMPLED, clients=rotating), 6)
+  plan = guarantee.of(conf('examples', privacy=SAMPLED, clients=rotating), 6)
   assert plan.counts == (0, 2, 2, 4, 4)  # two steps a turn
   assert plan.epsilon(4) == accounting.epsilon(
     noise_multiplier=2.0, rate=0.5, num_rounds=4, delta=1e-3
@@ -407,7 +406,7 @@ def traced(method):
 @pytest.mark.parametrize('name', ['ffa_lora', 'la_lora', 'fedask'])
 def test_methods_train_by_examples(name):
   pytest.importorskip('dp_accounting')
-  traced(built('examples', name, cohort=SAMPLED))
+  traced(built('examples', name, privacy=SAMPLED))
 
 
 @pytest.mark.parametrize(
@@ -423,8 +422,9 @@ def test_methods_that_pass_a_mechanism_by_are_refused(
   mechanism, name, sentence
 ):
   pytest.importorskip('dp_accounting')
+  more: Any = SAMPLED if mechanism == 'examples' else ()
   with pytest.raises(Error, match=sentence):
-    traced(built(mechanism, name, cohort=SAMPLED))
+    traced(built(mechanism, name, privacy=more))
 
 
 # ------------------------------------------------------------- the product --

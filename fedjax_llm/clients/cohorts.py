@@ -111,12 +111,12 @@ def cohorts(
     )
   if rate is not None and not 0 < rate <= 1:
     raise Error(
-      f'cohort.rate is {rate}: it is a probability above 0 and at most 1.'
+      f'example_rate is {rate}: it is a probability above 0 and at most 1.'
     )
   if rate is not None and (packing or epochs is not None):
     raise Error(
-      'cohort.rate draws each example of a step on its own: leave packing and '
-      'epochs out.'
+      'privacy draws each example of a step on its own: leave cohort.packing '
+      'and cohort.epochs out.'
     )
   collates.check(examples, T)
   for client, own in enumerate(examples):

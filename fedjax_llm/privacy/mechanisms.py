@@ -233,7 +233,7 @@ def example_level(
   accountant: str = 'rdp',
   clipping: str = 'abadi',
   microbatch: int | None = None,
-  example_rate: float = 1.0,
+  example_rate: float | None = None,
   batch_size: int = 1,
   num_steps: int = 1,
   turns: Sequence[int] = (0, 1),
@@ -256,6 +256,11 @@ def example_level(
   Raises:
     Error: as `client_level`.
   """
+  if example_rate is None or not 0 < example_rate <= 1:
+    raise Error(
+      f'privacy.example_rate is {example_rate}: it is a probability above 0 '
+      'and at most 1.'
+    )
   return _planned(
     'examples', [num_steps * n for n in turns], epsilon, noise_multiplier,
     delta, clip=clip, unit='example', accountant=accountant, rate=example_rate,

@@ -34,6 +34,7 @@ def section(
   clip_rate: float = 0.2,
   count_noise: float | None = None,
   bands: int | None = None,
+  example_rate: float | None = None,
   clipping: str = 'abadi',
   microbatch: int | None = None,
   least: int | None = None,
@@ -44,7 +45,6 @@ def section(
   num_rounds: int = 1,
   separation: int = 1,
   turns: Sequence[int] = (0, 1),
-  example_rate: float = 1.0,
   batch_size: int = 1,
   num_steps: int = 1,
 ) -> Any:
@@ -60,9 +60,9 @@ def section(
     accountant: 'rdp' or 'pld'.
     adaptive, quantile, clip_rate, count_noise: of 'central'.
     bands: of 'correlated'.
-    clipping, microbatch: of 'examples'.
+    example_rate, clipping, microbatch: of 'examples'.
     least, grid: of 'distributed'.
-    rate, num_clients, cohort_size, num_rounds, separation, turns, example_rate,
+    rate, num_clients, cohort_size, num_rounds, separation, turns,
       batch_size, num_steps: filled in by the program.
 
   Raises:
@@ -85,7 +85,7 @@ such field.
   defaults = inspect.signature(section).parameters
   for name in (
     *('accountant', 'adaptive', 'quantile', 'clip_rate', 'count_noise'),
-    *('bands', 'clipping', 'microbatch', 'least', 'grid'),
+    *('bands', 'example_rate', 'clipping', 'microbatch', 'least', 'grid'),
   ):
     if name not in takes and fields[name] != defaults[name].default:
       raise Error(

@@ -33,6 +33,11 @@ def mechanism(conf: Mapping[str, Any]) -> str:
   return (conf.get('privacy') or {}).get('mechanism', 'central')
 
 
+def example_rate(conf: Mapping[str, Any]) -> float | None:
+  """Returns the probability of an example in a step; None: there is none."""
+  return (conf.get('privacy') or {}).get('example_rate')
+
+
 def part(conf: Mapping[str, Any]) -> str | None:
   """Returns the section that privacy brings itself; None without privacy."""
   if not conf.get('privacy'):
@@ -56,10 +61,10 @@ def check(conf: Mapping[str, Any]) -> None:
       'clients.rate is missing: privacy counts with the probability that a '
       'client is drawn.'
     )
-  if kind == 'examples' and cohort.get('rate') is None:
+  if kind == 'examples' and example_rate(conf) is None:
     raise Error(
-      'cohort.rate is missing: privacy counts with the probability that an '
-      'example is in a step.'
+      'privacy.example_rate is missing: it is the probability that an example '
+      'is in a step.'
     )
   by = cohort.get('weight_by', 'examples')
   if by != 'uniform' and not (kind == 'examples' and by == 'examples'):
@@ -122,7 +127,6 @@ def of(conf: Mapping[str, Any], num_clients: int) -> Any:
     cohort_size=size,
     num_rounds=conf['num_rounds'],
     separation=-(-num_clients // size),
-    example_rate=float(cohort.get('rate') or 1.0),
     batch_size=cohort.get('batch_size', 1),
     num_steps=cohort.get('num_steps', 1),
     **more,

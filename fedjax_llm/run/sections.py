@@ -210,7 +210,7 @@ SPEC = config.Spec(
     'profiles': ('num_clients', 'seed'),
     'cohort': (
       *('examples', 'max_length', 'pad_id', 'seed', 'profiles'),
-      *('collate', 'length'),
+      *('collate', 'length', 'rate'),
     ),
     'adapter': ('tokenizer',),
     'model': ('vocab_size', 'eos_ids', 'labels', 'place'),
@@ -222,7 +222,7 @@ SPEC = config.Spec(
     'adversary': ('num_clients',),
     'privacy': (
       *('rate', 'num_clients', 'cohort_size', 'num_rounds', 'separation'),
-      *('turns', 'example_rate', 'batch_size', 'num_steps'),
+      *('turns', 'batch_size', 'num_steps'),
     ),
     'evals.personal': ('loss', 'model'),
   },

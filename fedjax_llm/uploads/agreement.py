@@ -31,9 +31,9 @@ def package() -> Any:
     Error: the package is not installed.
   """
   try:
-    import cryptography.hazmat.primitives.asymmetric.x25519
-    import cryptography.hazmat.primitives.ciphers
-    import cryptography.hazmat.primitives.kdf.hkdf
+    import cryptography.hazmat.primitives.asymmetric.x25519  # pyright: ignore
+    import cryptography.hazmat.primitives.ciphers  # pyright: ignore
+    import cryptography.hazmat.primitives.kdf.hkdf  # pyright: ignore
   except ImportError as error:
     raise Error(
       'the keys of secure sums need the package cryptography, which is not '
@@ -219,9 +219,7 @@ def revealed(
     total = total + message - stream(seeds[client], num)
   for client, private in privates.items():
     if public_of(private) != publics[client]:
-      raise Error(
-        f'the key of client {client} is not the one it had agreed on.'
-      )
+      raise Error(f'the key of client {client} is not the one of before.')
     # What it would have added cancels what the others added for it.
     total = total + _pairs(client, private, publics, round, num, sorted(here))
   return total
