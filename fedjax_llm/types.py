@@ -470,6 +470,9 @@ class Codec(NamedTuple):
   update, and the server decodes the sum once, with a context that has `peers`
   and `reported`; only rules that are `linear` take it.
 
+  A `private` codec hides the update: a client may then send nothing else that
+  depends on its texts (reports, weights or masks of its own).
+
   A `lossy` codec may decode other values than it encoded. A download is the
   same for all clients and has no state: `encode` gets that of `init`.
   """
@@ -480,6 +483,7 @@ class Codec(NamedTuple):
   num_bytes: Callable[[Any, Masks], Any]
   additive: bool = False
   lossy: bool = False
+  private: bool = False
 
 
 Upload = Codec

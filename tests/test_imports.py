@@ -77,7 +77,7 @@ HEAVY = (
   *('transformers', 'datasets', 'orbax', 'tensorboardX', 'ml_collections'),
   *('flax', 'gguf', 'safetensors', 'torch', 'peft', 'tqdm', 'jinja2'),
   *('matplotlib', 'wandb', 'mlflow', 'dp_accounting', 'lm_eval'),
-  *('sacrebleu', 'rouge_score'),
+  *('sacrebleu', 'rouge_score', 'cryptography'),
 )
 
 

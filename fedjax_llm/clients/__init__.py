@@ -9,7 +9,14 @@ profiles   capacities of N clients
 """
 
 from fedjax_llm.clients import cohorts, profiles, sampling, store, system, timed
-from fedjax_llm.clients.sampling import by_size, cyclic, full, poisson, uniform
+from fedjax_llm.clients.sampling import (
+  by_size,
+  cyclic,
+  full,
+  poisson,
+  rotating,
+  uniform,
+)
 
 __all__ = [
   'cohorts',
@@ -24,4 +31,5 @@ __all__ = [
   'cyclic',
   'full',
   'poisson',
+  'rotating',
 ]

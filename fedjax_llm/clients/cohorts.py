@@ -22,7 +22,8 @@ from fedjax_llm.clients.limits import max_targets as max_targets
 from fedjax_llm.data import collate as collates
 from fedjax_llm.types import Cohort, Draw, Error, Example
 
-_ORDER = 201  # purpose of the random stream: the order of a client's examples
+# Purposes of random streams: the order of a client's examples, their samples.
+_ORDER, _DRAWN = 201, 202
 
 
 def cohorts(
@@ -34,6 +35,7 @@ def cohorts(
   epochs: int | None = None,
   weight_by: str = 'examples',
   packing: bool = False,
+  rate: float | None = None,
   pad_id: int = 0,
   seed: int = 0,
   profiles: Any = None,
@@ -54,6 +56,10 @@ def cohorts(
   nowhere begins the next step. So a step takes as much of the stream as fits in
   B rows of T tokens, in order, and drops nothing.
 
+  With a rate, a step holds each example of the client on its own with that
+  probability, and a step that would hold more than B examples holds none: the
+  samples that example-level privacy counts.
+
   The weight of a client that reports is
     'examples'  n_k, the number of its training examples, used or not (FedAvg,
                 arXiv 1602.05629, Alg. 1)
@@ -71,6 +77,7 @@ def cohorts(
     epochs: passes over its examples that a client makes a round at most.
     weight_by: 'examples', 'tokens' or 'uniform'.
     packing: several examples a row.
+    rate: the probability of an example in a step; None: passes.
     pad_id: token on padding.
     seed: of the order.
     profiles: capacities, a pytree of [N, ...], carried to `Cohort.profiles` as
@@ -103,6 +110,15 @@ def cohorts(
     raise Error(
       f'weight_by is {weight_by!r}: it is one of examples, tokens, uniform.'
     )
+  if rate is not None and not 0 < rate <= 1:
+    raise Error(
+      f'example_rate is {rate}: it is a probability above 0 and at most 1.'
+    )
+  if rate is not None and (packing or epochs is not None):
+    raise Error(
+      'privacy draws each example of a step on its own: leave cohort.packing '
+      'and cohort.epochs out.'
+    )
   collates.check(examples, T)
   for client, own in enumerate(examples):
     if not own:
@@ -117,6 +133,9 @@ def cohorts(
 
   def fill(client: int, round: int) -> list[list[Any]]:
     """Returns the rows of one client, [S * B]."""
+    if rate is not None:
+      key = (seed, _DRAWN, round, client)
+      return _sampled(examples[client], rate, S, B, key)
     stream = _stream(examples[client], epochs, (seed, _ORDER, round, client))
     if packing:
       return _packed(stream, (S, B, T), length)
@@ -291,6 +310,20 @@ def _stream(
     for i in rng.permutation(len(own)):
       yield own[i]
     done += 1
+
+
+def _sampled(
+  own: Sequence[Any], rate: float, S: int, B: int, key: tuple[int, ...]
+) -> list[list[Any]]:
+  """Returns rows [S * B]: Poisson samples, empty ones in place of too large."""
+  rng = np.random.default_rng(key)
+  rows: list[list[Any]] = []
+  for _ in range(S):
+    drawn = np.flatnonzero(rng.random(len(own)) < rate)
+    if len(drawn) > B:
+      drawn = drawn[:0]
+    rows += [[own[int(i)]] for i in drawn] + [[]] * (B - len(drawn))
+  return rows
 
 
 def _packed(

@@ -333,6 +333,7 @@ def build(
     profiles=carry,
     collate=task.collate,
     length=task.length,
+    rate=guarantee.example_rate(conf),
   )
   device_rows = 1 if near is None else near.shape[sharding.CLIENTS]
 

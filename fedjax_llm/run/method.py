@@ -69,17 +69,11 @@ def algorithm(
   if loss is not None:
     loss = local.dropout(loss, adapter.peft.get('lora_dropout', 0.0))
   recipe, name = recipe_of(conf), conf['algorithm']['name']
-  private = guarantee.rule(conf, num_clients, loss is not None)
   if builders.open_ended(recipe):  # one's own, which hands its parts on
     recipe = builders.onward(recipe, sections.parts)
   if conf.get('adversary'):
     others['adversary'] = make('adversary', num_clients=num_clients)
-  result = guarantee.built(
-    bool(private),
-    name,
-    builders.build,
-    {**conf['algorithm'], 'name': recipe},
-    SPEC.sections['algorithm'],
+  pieces = dict(
     loss=loss,
     model=model,
     optimizer=make('local'),
@@ -89,10 +83,20 @@ def algorithm(
     fold=adapter.fold,
     **others,
     **{part: make(part) for part in parts if conf.get(part)},
-    **private,
+  )
+  pieces, private = guarantee.applied(conf, num_clients, pieces)
+  result = guarantee.built(
+    guarantee.part(conf),
+    name,
+    builders.build,
+    {**conf['algorithm'], 'name': recipe},
+    SPEC.sections['algorithm'],
+    **pieces,
   )
   result = of_kind('algorithm', conf['algorithm'], result)
-  return guarantee.watched(result, name) if private else result
+  if private is None:
+    return result
+  return guarantee.watched(result, name, guarantee.mechanism(conf), private)
 
 
 def recipe_of(conf: Mapping[str, Any]) -> Callable[..., FederatedAlgorithm]:

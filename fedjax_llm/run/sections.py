@@ -243,7 +243,7 @@ SPEC = config.Spec(
     'aggregator.of': without(
       aggregators, *_TAKE_RULES, 'bucketing', 'in_products', 'nearest_mixing'
     ),
-    'privacy': privacy.client_level,
+    'privacy': privacy.section,
     'server': {
       name: rates.scheduled(builder)
       for name, builder in builders.names(server).items()
@@ -266,7 +266,7 @@ SPEC = config.Spec(
     'profiles': ('num_clients', 'seed'),
     'cohort': (
       *('examples', 'max_length', 'pad_id', 'seed', 'profiles'),
-      *('collate', 'length'),
+      *('collate', 'length', 'rate'),
     ),
     'adapter': ('tokenizer',),
     'model': ('vocab_size', 'eos_ids', 'labels', 'place'),
@@ -277,7 +277,10 @@ SPEC = config.Spec(
     ),
     'adversary': ('num_clients',),
     'poison': ('num_clients',),
-    'privacy': ('rate', 'num_clients', 'cohort_size', 'num_rounds'),
+    'privacy': (
+      *('rate', 'num_clients', 'cohort_size', 'num_rounds', 'separation'),
+      *('turns', 'batch_size', 'num_steps'),
+    ),
     'evals.personal': ('loss', 'model'),
   },
   optional=(

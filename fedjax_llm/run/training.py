@@ -23,6 +23,7 @@ from fedjax_llm.run import (
   checkpoint,
   config,
   experiment,
+  guarantee,
   metrics,
   narration,
   pace,
@@ -128,6 +129,7 @@ def train(args: config.Arguments) -> None:
       raise Error(f'{args.workdir} holds a run on other texts or clients.')
     if private is not None:
       private.check(restored.state.aggregator)
+      guarantee.same_noise(room.path, private)
     if restored.round > num_rounds:
       raise Error(
         f'{args.workdir} is at round {restored.round}, above {num_rounds=}.'
