@@ -1,12 +1,13 @@
 """Clients: draws of a round's clients, their batches, profiles and states.
 
 sampling   round -> Draw
+valued     the same, by the values of an earlier run
 cohorts    Draw -> Cohort [K, S, B, T]
 store      private state of N clients
 profiles   capacities of N clients
 """
 
-from fedjax_llm.clients import cohorts, profiles, sampling, store
+from fedjax_llm.clients import cohorts, profiles, sampling, store, valued
 from fedjax_llm.clients.sampling import by_size, cyclic, full, poisson, uniform
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
   'profiles',
   'sampling',
   'store',
+  'valued',
   # samplers
   'uniform',
   'by_size',

@@ -24,9 +24,11 @@ from fedjax_llm.run import (
   config,
   evaluators,
   guarantee,
+  memory,
   narration,
   rates,
   sections,
+  selecting,
   tasks,
   warm,
 )
@@ -69,6 +71,7 @@ class Experiment(NamedTuple):
   sampler: Sampler
   profiles: Mapping[str, Any] | None  # the capacities of clients, [N] each
   assemble: Callable[[int], tuple[Draw, Cohort]]  # round, from 0 -> cohort
+  selected: Callable[[Draw, int], dict[str, float]]  # counts of examples
   adapter: Adapter
   initial: Params
   round_key: jax.Array
@@ -89,18 +92,21 @@ class Experiment(NamedTuple):
   ) -> FederatedAlgorithm:
     """Returns the algorithm; `conf` may differ in numbers only."""
     conf = self.conf if conf is None else conf
-    return algorithm(
+    result = algorithm(
       conf,
       loss=self.task.loss(self.loaded),
       model=self.loaded.model,
       adapter=self.adapter,
       num_clients=len(self.owned),
       profiles=self.profiles,
+      num_layers=self.loaded.config.num_layers,
       block_size=block_size,
       widths=tuple(self.settings.widths),
       mesh=mesh,
       execution=self.settings.execution,
     )
+    by_row = self.task.loss(self.loaded, per_row=True)
+    return selecting.scored(conf, result, by_row)
 
   def rates(
     self, conf: Mapping[str, Any] | None = None
@@ -212,6 +218,7 @@ def checked(conf: Mapping[str, Any]) -> tuple[Settings, Evals]:
   config.at_least(test, 'evals.', common=0, samples=0, sample_tokens=1)
   evaluators.check(test.evaluators)
   guarantee.check(conf)
+  memory.check(conf)
   return settings, test
 
 
@@ -305,18 +312,31 @@ def build(
   if task.prepare is not None:
     population = task.prepare(loaded, population)
   width = -(-longest // 8) * 8  # no column is longer than all examples
+  selection = selecting.of(conf)
+  population = selecting.prepared(
+    selection, population, loaded, task, seed, width, tokenizer.pad_id
+  )
 
   # ---------------------------------------------------------------- clients --
   names, owned = data.population.trainers(population)
   cohort_conf = dict(conf['cohort'])
   sizes = [len(own) for own in population.train]
-  sampler = make('clients', num_clients=len(sizes), sizes=sizes, seed=seed)
+  sampler = make(
+    'clients',
+    num_clients=len(sizes),
+    sizes=sizes,
+    seed=seed,
+    names=population.names,
+  )
   if population.pooled:  # one client takes the steps of a cohort
     cohort_conf['num_steps'] *= len(sampler(0).ids)
     sampler, sizes = clients.sampling.full(1), [sum(sizes)]
   carry = None
   if conf.get('profiles'):
     carry = make('profiles', num_clients=len(owned), seed=seed)
+  if selection.scored is not None:
+    cohort_conf['num_steps'] *= selection.scored.pool
+  orders = None if selection.order is None else selection.order(owned)
   packing = cohort_conf.get('packing', False)
   row = width
   if packing:
@@ -331,6 +351,8 @@ def build(
     profiles=carry,
     collate=task.collate,
     length=task.length,
+    orders=orders,
+    mixed=selection.scored is not None,
   )
   device_rows = 1 if near is None else near.shape[sharding.CLIENTS]
 
@@ -367,6 +389,7 @@ def build(
     sampler=sampler,
     profiles=carry,
     assemble=assemble,
+    selected=selecting.counts(population, orders, population.pooled),
     adapter=adapter,
     initial=initial,
     round_key=round_key,
@@ -384,16 +407,20 @@ def algorithm(
   adapter: Adapter,
   num_clients: int,
   profiles: Mapping[str, Any] | None = None,
+  num_layers: int | None = None,
   **others: Any,
 ) -> FederatedAlgorithm:
   """Builds the recipe of a config with the parts that the config names.
 
   `loss` and `model` may be None where the result only reads a trained state.
+  `num_layers` is L of the model (`memory.spared`).
   """
   make = functools.partial(_make, conf)
   parts = ('upload', 'download', 'aggregator', 'server')
   if loss is not None:
+    loss = memory.spared(conf, loss, num_layers)
     loss = local.dropout(loss, adapter.peft.get('lora_dropout', 0.0))
+    loss = memory.micro_batched(conf, loss)
   recipe, name = recipe_of(conf), conf['algorithm']['name']
   private = guarantee.rule(conf, num_clients, loss is not None)
   if builders.open_ended(recipe):  # one's own, which hands its parts on

@@ -25,7 +25,15 @@ from fedjax_llm import (
 )
 from fedjax_llm.devices import hosts
 from fedjax_llm.local import optimizers
-from fedjax_llm.run import builders, config, rates, tasks, trackers, warm
+from fedjax_llm.run import (
+  builders,
+  config,
+  memory,
+  rates,
+  tasks,
+  trackers,
+  warm,
+)
 
 
 class Settings(NamedTuple):
@@ -157,7 +165,11 @@ SPEC = config.Spec(
     'partition': {**builders.names(data.partition), 'pooled': pooled},
     'partition.of': without(data.partition, 'pooled'),
     'population': data.population.build,
-    'clients': clients.sampling,
+    'selection': data.selection,
+    'clients': {
+      **builders.names(clients.sampling),
+      'by_value': clients.valued.by_value,
+    },
     'profiles': clients.profiles,
     'cohort': clients.cohorts.cohorts,
     'model': models,
@@ -178,6 +190,7 @@ SPEC = config.Spec(
     'local.schedule': {
       name: getattr(optax, name) for name in optimizers.schedule_names()
     },
+    'memory': memory.Memory,
     'upload': without(uploads, 'from_optax'),
     'download': without(uploads, 'from_optax'),
     'adversary': adversary,
@@ -206,11 +219,11 @@ SPEC = config.Spec(
     'population': (
       *('records', 'tokenizer', 'partition', 'labels', 'seed', 'encode'),
     ),
-    'clients': ('num_clients', 'sizes', 'seed'),
+    'clients': ('num_clients', 'sizes', 'seed', 'names'),
     'profiles': ('num_clients', 'seed'),
     'cohort': (
       *('examples', 'max_length', 'pad_id', 'seed', 'profiles'),
-      *('collate', 'length'),
+      *('collate', 'length', 'orders', 'mixed'),
     ),
     'adapter': ('tokenizer',),
     'model': ('vocab_size', 'eos_ids', 'labels', 'place'),
@@ -226,9 +239,9 @@ SPEC = config.Spec(
   optional=(
     *('task', 'profiles', 'upload', 'download', 'adversary', 'aggregator'),
     *('server', 'local.schedule', 'server.schedule', 'evals.personal'),
-    'privacy',
+    *('privacy', 'memory', 'selection'),
   ),
   # Old runs and runs without these sections record nothing of them.
-  unrecorded=('adversary', 'download', 'privacy'),
+  unrecorded=('adversary', 'download', 'privacy', 'memory', 'selection'),
   implied=implied,
 )
