@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,9 @@ def test_micro_batches_give_the_token_mean_of_the_large_batch():
     grads, sums = backprop(loss, None, start, start, batch, tiny.KEY)
     np.testing.assert_allclose(grads['w'], expected, rtol=1e-5)
     assert float(sums.count) == m.sum()
-    of = lambda p, loss=loss: mean_loss(loss, None, p, start, batch, None)[0]
+    of = lambda p, loss=loss: mean_loss(loss, None, p, start, batch, tiny.KEY)[
+      0
+    ]
     _, forward = jax.jvp(of, (start,), ({'w': jnp.float32(1)},))
     np.testing.assert_allclose(forward, expected, rtol=1e-5)
 
@@ -95,7 +98,7 @@ def test_rows_of_a_loss_by_rows_keep_their_order():
     *(jnp.sum(z, 1) for z in (batch, batch > 0, batch))
   )
   batch = jnp.arange(8.0).reshape(4, 2)
-  sums = local.micro_batches(by_row, 2)(None, {}, batch, None)
+  sums = local.micro_batches(by_row, 2)(None, {}, batch, tiny.KEY)
   assert sums.total.tolist() == [1.0, 5.0, 9.0, 13.0]
 
 
@@ -105,7 +108,7 @@ def test_wrong_micro_batches_are_refused():
   assert str(error.value) == 'memory.micro_batch is 0; it must be at least 1.'
   batch = tuple(np.float32(z) for z in rows_of_squares())
   with pytest.raises(Error) as error:
-    local.micro_batches(squares, 3)(None, {'w': 1.0}, batch, None)
+    local.micro_batches(squares, 3)(None, {'w': 1.0}, batch, tiny.KEY)
   assert str(error.value) == (
     'memory.micro_batch is 3; it must divide the 4 rows of a batch '
     '(cohort.batch_size).'
@@ -122,7 +125,7 @@ def test_the_section_reaches_the_loss_of_every_method():
 
   def loss(base, params, batch, key):
     seen.append(batch.tokens.shape)
-    total = sum(jnp.sum(x) for x in jax.tree.leaves(tiny.floats(params)))
+    total = tree.norm(tiny.floats(params))
     return LossSum(total, jnp.float32(1), jnp.float32(0))
 
   for name in ('fed_avg', 'fed_mezo'):
@@ -163,10 +166,8 @@ def compiled(num_layers, layers, marked):
     return backprop(loss, base, trained, params, batch, tiny.KEY)[0]
 
   program = grads.lower(trained, model.base).compile()
-  return (
-    program(trained, model.base),
-    program.memory_analysis().temp_size_in_bytes,
-  )
+  sizes: Any = program.memory_analysis()
+  return program(trained, model.base), sizes.temp_size_in_bytes
 
 
 def test_frozen_layers_change_no_gradient_and_keep_no_activation():

@@ -24,10 +24,15 @@ def text(*tokens):
 OWN = [text(*range(1, n + 1)) for n in (5, 2, 4, 3)]  # by length: 1, 3, 2, 0
 
 
+def order_of(chosen):
+  assert chosen.order is not None
+  return chosen.order([OWN])
+
+
 def cohort_of(chosen, round, seed=0, num_steps=2):
   build = clients.cohorts.cohorts(
     [OWN], num_steps=num_steps, batch_size=2, max_length=6, seed=seed,
-    orders=None if chosen is None else chosen.order([OWN]),
+    orders=order_of(chosen),
   )  # fmt: skip
   cohort = build(Draw(np.zeros(1, np.int32), np.ones(1, bool)), round)
   return (cohort.batches.segments > 0).sum(-1).ravel()  # lengths of the rows
@@ -38,7 +43,7 @@ def cohort_of(chosen, round, seed=0, num_steps=2):
 
 def test_a_curriculum_draws_the_easy_examples_first():
   chosen = selection.curriculum(rounds=4, start=0.25)
-  count = chosen.order([OWN]).kept
+  count = order_of(chosen).kept
   for t in range(6):
     share = min(1.0, np.sqrt(t * (1 - 0.25**2) / 4 + 0.25**2))
     assert count(0, t) == int(np.ceil(share * 4))
@@ -73,6 +78,7 @@ def test_examples_of_quality_are_drawn_more_often():
 def test_the_metrics_of_a_round_count_the_examples():
   chosen = selection.curriculum(rounds=4, start=0.25)
   people = Population(('a', 'b'), (tuple(OWN), tuple(OWN)), ((), ()))
+  assert chosen.order is not None
   counts = selecting.counts(people, chosen.order(people.train), False)
   draw = Draw(np.array([0, 1, -1]), np.array([True, True, False]))
   assert counts(draw, 0) == {

@@ -92,7 +92,7 @@ def test_each_kind_trains_by_its_own_method_into_one_model():
   assert np.abs(plain - got).max() > 1e-2
   # If all were servers, or phones, the model would be another one.
   for kind in (1, 3):
-    other = START + np.average(ends([kind] * 4), 0, WEIGHT)
+    other = START + np.average(ends(np.full(4, kind)), 0, WEIGHT)
     assert np.abs(other - got).max() > 1e-2
   # Laptops send one layer of three; all receive everything.
   up = np.asarray(info.bytes_up).sum(1)

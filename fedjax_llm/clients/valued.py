@@ -40,6 +40,15 @@ def by_value(
   Raises:
     Error: as `uniform`; a temperature that is not positive; no such file, or
       one without values of these clients.
+
+  >>> import tempfile
+  >>> with tempfile.NamedTemporaryFile('w', suffix='.json') as file:
+  ...   _ = file.write('{"values": {"ann": 9.0, "bob": 1.0}}')
+  ...   file.flush()
+  ...   sample = by_value(
+  ...     2, 1, path=file.name, temperature=0.1, names=['ann', 'bob'])
+  >>> {int(sample(round).ids[0]) for round in range(20)}
+  {0}
   """
   del sizes
   if not temperature > 0:

@@ -65,7 +65,7 @@ def micro_batches(loss: Loss, rows: int) -> Loss:
 
     def one(_, at):
       piece, index = at
-      own = None if key is None else jax.random.fold_in(key, index)
+      own: Any = key if key is None else jax.random.fold_in(key, index)
       return None, loss(base, params, piece, own)
 
     # In a rolled loop nothing of the forward pass can be merged with it.

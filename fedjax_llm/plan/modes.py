@@ -13,7 +13,7 @@ from fedjax_llm.local.gradients import backprop
 from fedjax_llm.plan import steps, work
 from fedjax_llm.run import config, costs, metrics
 from fedjax_llm.run.sections import SPEC
-from fedjax_llm.types import Error
+from fedjax_llm.types import Error, Gradient
 
 
 class Mode(NamedTuple):
@@ -41,13 +41,15 @@ CHANGES: tuple[tuple[str, Callable[[work.Sizes, int], Any]], ...] = (
 )
 
 
-def estimate(field: str, planned: work.Work) -> Mode:
-  """Returns the estimated memory of a step with backpropagation.
+def estimate(
+  field: str, planned: work.Work, gradient: Gradient | None = backprop
+) -> Mode:
+  """Returns the estimated memory of a step, with backpropagation by default.
 
   The largest number of bytes live at a time is counted in the traced program
-  (`costs`), without compiling it.
+  (`costs`), without compiling it. None: a forward pass alone.
   """
-  step = steps.client_step(planned.loss, backprop)
+  step = steps.client_step(planned.loss, gradient)
   arguments = steps.shapes(planned)
   program = jax.make_jaxpr(step)(*arguments)
   return Mode(

@@ -91,7 +91,8 @@ def choosing(
   >>> from fedjax_llm.types import RoundInfo, ServerState
   >>> def round(state, cohort, base, data):  # shows the rows
   ...   return cohort.batches, (), RoundInfo(None, None, None, None, {})
-  >>> inner = FederatedAlgorithm(None, None, round, lambda params, state: params)
+  >>> served = lambda params, state: params
+  >>> inner = FederatedAlgorithm(None, None, round, served)
   >>> score = lambda base, params, x, key: (x, jnp.ones_like(x))
   >>> state = ServerState(0, {}, (), (), jax.random.key(0))
   >>> rows = jnp.float32([[[3.0], [9.0], [1.0], [7.0]]])  # [K, pool S, B]

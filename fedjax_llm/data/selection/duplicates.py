@@ -76,7 +76,7 @@ def _distinct(
   own: Sequence[Any], threshold: float, ngram: int, size: int, seed: int
 ) -> np.ndarray:
   try:
-    import datasketch
+    import datasketch  # pyright: ignore[reportMissingImports]
   except ImportError as error:
     raise Error(
       'selection.name=near_duplicates needs the package datasketch: install '

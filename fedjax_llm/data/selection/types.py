@@ -35,6 +35,11 @@ class Selection(NamedTuple):
   `prepare(examples [N], features, seed) -> ` the places of the examples that
   each client keeps, once, before training; `order(examples [N]) -> Orders`;
   `scored`: the rows of a round are chosen inside of it.
+
+  >>> first = Selection(prepare=lambda examples, features, seed: [
+  ...   np.array([0]) for own in examples])
+  >>> first.prepare([['a', 'b'], ['c']], None, 0)
+  [array([0]), array([0])]
   """
 
   prepare: Callable[[Examples, Features, int], list[np.ndarray]] | None = None

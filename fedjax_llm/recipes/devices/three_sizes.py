@@ -136,7 +136,7 @@ def _by_kind(updates: Mapping[int, LocalUpdate]) -> LocalUpdate:
 
 
 def _scope(laptop_layers: int) -> Scope:
-  """Returns the scope: laptops train the upper layers, all others everything."""
+  """Returns the scope in which laptops train the upper layers only."""
   inner = scopes.everything()
 
   def labels(params):
