@@ -4,10 +4,20 @@ sampling   round -> Draw
 valued     the same, by the values of an earlier run
 cohorts    Draw -> Cohort [K, S, B, T]
 store      private state of N clients
+system     devices and links of N clients
+timed      round -> Draw, by the simulated time of arrival
 profiles   capacities of N clients
 """
 
-from fedjax_llm.clients import cohorts, profiles, sampling, store, valued
+from fedjax_llm.clients import (
+  cohorts,
+  profiles,
+  sampling,
+  store,
+  system,
+  timed,
+  valued,
+)
 from fedjax_llm.clients.sampling import by_size, cyclic, full, poisson, uniform
 
 __all__ = [
@@ -15,6 +25,8 @@ __all__ = [
   'profiles',
   'sampling',
   'store',
+  'system',
+  'timed',
   'valued',
   # samplers
   'uniform',

@@ -166,9 +166,11 @@ SPEC = config.Spec(
     'partition.of': without(data.partition, 'pooled'),
     'population': data.population.build,
     'selection': data.selection,
+    'system': clients.system,
     'clients': {
       **builders.names(clients.sampling),
       'by_value': clients.valued.by_value,
+      **builders.names(clients.timed),
     },
     'profiles': clients.profiles,
     'cohort': clients.cohorts.cohorts,
@@ -219,7 +221,8 @@ SPEC = config.Spec(
     'population': (
       *('records', 'tokenizer', 'partition', 'labels', 'seed', 'encode'),
     ),
-    'clients': ('num_clients', 'sizes', 'seed', 'names'),
+    'system': ('num_clients', 'seed'),
+    'clients': ('num_clients', 'sizes', 'seed', 'names', 'system', 'job'),
     'profiles': ('num_clients', 'seed'),
     'cohort': (
       *('examples', 'max_length', 'pad_id', 'seed', 'profiles'),
@@ -239,9 +242,11 @@ SPEC = config.Spec(
   optional=(
     *('task', 'profiles', 'upload', 'download', 'adversary', 'aggregator'),
     *('server', 'local.schedule', 'server.schedule', 'evals.personal'),
-    *('privacy', 'memory', 'selection'),
+    *('privacy', 'system', 'memory', 'selection'),
   ),
   # Old runs and runs without these sections record nothing of them.
-  unrecorded=('adversary', 'download', 'privacy', 'memory', 'selection'),
+  unrecorded=(
+    *('adversary', 'download', 'privacy', 'system', 'memory', 'selection'),
+  ),
   implied=implied,
 )
