@@ -41,6 +41,8 @@ def cohorts(
   profiles: Any = None,
   collate: collates.Collate = collates.by_kind,
   length: Callable[[Any], int] = batching.length,
+  orders: Any = None,
+  mixed: bool = False,
 ) -> Callable[[Draw, int], Cohort]:
   """Returns a function `(draw, round) -> Cohort` of NumPy arrays.
 
@@ -84,6 +86,9 @@ def cohorts(
       [K, ...]; a row of padding has client 0's.
     collate: rows of examples to arrays, the task's.
     length: `(example) -> int`, its tokens in a packed row, the task's.
+    orders: the examples of each pass (`data.selection`); by default all of
+      them, in a random order.
+    mixed: a step may hold any of the client's rows, as rows are chosen later.
 
   Raises:
     Error: a number below 1, an unknown `weight_by`, a client without an
@@ -128,7 +133,12 @@ def cohorts(
   if packing and not all(map(_may_be_packed, everything)):
     raise Error('packing puts several texts in a row; a row has one label.')
   limits = bounds(
-    examples, batch_size=B, max_length=T, epochs=epochs, packing=packing
+    # An example that comes alone fills a step with copies of itself.
+    [[one] for one in everything] if orders or mixed else examples,
+    batch_size=B,
+    max_length=T,
+    epochs=None if orders or mixed else epochs,
+    packing=packing,
   )
 
   def fill(client: int, round: int) -> list[list[Any]]:
@@ -136,7 +146,9 @@ def cohorts(
     if rate is not None:
       key = (seed, _DRAWN, round, client)
       return _sampled(examples[client], rate, S, B, key)
-    stream = _stream(examples[client], epochs, (seed, _ORDER, round, client))
+    rng = np.random.default_rng((seed, _ORDER, round, client))
+    passes = None if orders is None else orders.passes(client, round, rng)
+    stream = _stream(examples[client], epochs, rng, passes)
     if packing:
       return _packed(stream, (S, B, T), length)
     rows = [[example] for example in itertools.islice(stream, S * B)]
@@ -302,12 +314,14 @@ def rows(
 
 
 def _stream(
-  own: Sequence[Any], epochs: int | None, key: tuple[int, ...]
+  own: Sequence[Any],
+  epochs: int | None,
+  rng: np.random.Generator,
+  passes: Iterator[np.ndarray] | None = None,
 ) -> Iterator[Any]:
-  rng = np.random.default_rng(key)
   done = 0
   while epochs is None or done < epochs:
-    for i in rng.permutation(len(own)):
+    for i in rng.permutation(len(own)) if passes is None else next(passes):
       yield own[i]
     done += 1
 

@@ -81,7 +81,7 @@ def _sampler(
   return sample
 
 
-def _weighted(
+def weighted(
   size: np.ndarray,
   cohort_size: int,
   availability: float,
@@ -133,7 +133,7 @@ def uniform(
   """
   del sizes  # every client counts the same
   size = np.ones(max(num_clients, 0))
-  return _weighted(size, cohort_size, availability, dropout, seed)
+  return weighted(size, cohort_size, availability, dropout, seed)
 
 
 def by_size(
@@ -173,7 +173,7 @@ def by_size(
     raise Error(
       'sizes must be finite and not negative, and one of them above 0.'
     )
-  return _weighted(size, cohort_size, availability, dropout, seed)
+  return weighted(size, cohort_size, availability, dropout, seed)
 
 
 def cyclic(

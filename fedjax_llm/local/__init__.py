@@ -33,6 +33,8 @@ from fedjax_llm.local.routing import embeddings as embeddings
 from fedjax_llm.local.routing import routed as routed
 from fedjax_llm.local.seeded import in_basis as in_basis
 from fedjax_llm.local.sgd import sgd as sgd
+from fedjax_llm.local.sparing import frozen_below as frozen_below
+from fedjax_llm.local.sparing import micro_batches as micro_batches
 from fedjax_llm.local.zeroth_order import along as along
 from fedjax_llm.local.zeroth_order import (
   forward_difference as forward_difference,
@@ -59,10 +61,12 @@ __all__ = [
   'forward_difference',
   'forward_mode',
   'grpo',
+  'frozen_below',
   'in_basis',
   'ipo',
   'kto',
   'lora_plus',
+  'micro_batches',
   'observed',
   'one_point',
   'optimizer',

@@ -24,9 +24,11 @@ from fedjax_llm.run import (
   config,
   evaluators,
   guarantee,
+  memory,
   narration,
   poisoned,
   rates,
+  selecting,
   tasks,
   texts,
   warm,
@@ -73,6 +75,7 @@ class Experiment(NamedTuple):
   sampler: Sampler
   profiles: Mapping[str, Any] | None  # the capacities of clients, [N] each
   assemble: Callable[[int], tuple[Draw, Cohort]]  # round, from 0 -> cohort
+  selected: Callable[[Draw, int], dict[str, float]]  # counts of examples
   adapter: Adapter
   initial: Params
   round_key: jax.Array
@@ -93,18 +96,21 @@ class Experiment(NamedTuple):
   ) -> FederatedAlgorithm:
     """Returns the algorithm; `conf` may differ in numbers only."""
     conf = self.conf if conf is None else conf
-    return algorithm(
+    result = algorithm(
       conf,
       loss=self.task.loss(self.loaded),
       model=self.loaded.model,
       adapter=self.adapter,
       num_clients=len(self.owned),
       profiles=self.profiles,
+      num_layers=self.loaded.config.num_layers,
       block_size=block_size,
       widths=tuple(self.settings.widths),
       mesh=mesh,
       execution=self.settings.execution,
     )
+    by_row = self.task.loss(self.loaded, per_row=True)
+    return selecting.scored(conf, result, by_row)
 
   def rates(
     self, conf: Mapping[str, Any] | None = None
@@ -222,6 +228,7 @@ def checked(conf: Mapping[str, Any]) -> tuple[Settings, Evals]:
   config.at_least(test, 'evals.', common=0, samples=0, sample_tokens=1)
   evaluators.check(test.evaluators)
   guarantee.check(conf)
+  memory.check(conf)
   clock.check(builders.named(conf.get('clients')), bool(conf.get('system')))
   return settings, test
 
@@ -281,6 +288,10 @@ def build(
     length=task.length,
   )
   width = -(-longest // 8) * 8  # no column is longer than all examples
+  selection = selecting.of(conf)
+  population = selecting.prepared(
+    selection, population, loaded, task, seed, width, tokenizer.pad_id
+  )
 
   # ---------------------------------------------------------------- adapter --
   adapter_key, round_key = jax.random.split(jax.random.key(seed))
@@ -308,6 +319,7 @@ def build(
     num_clients=len(sizes),
     sizes=sizes,
     seed=seed,
+    names=population.names,
     system=fleet,
     job=lambda: clock.job(
       built.method(), built.initial, built.base, make_cohort
@@ -319,6 +331,9 @@ def build(
   carry = None
   if conf.get('profiles'):
     carry = make('profiles', num_clients=len(owned), seed=seed)
+  if selection.scored is not None:
+    cohort_conf['num_steps'] *= selection.scored.pool
+  orders = None if selection.order is None else selection.order(owned)
   packing = cohort_conf.get('packing', False)
   row = width
   if packing:
@@ -334,6 +349,8 @@ def build(
     collate=task.collate,
     length=task.length,
     rate=guarantee.example_rate(conf),
+    orders=orders,
+    mixed=selection.scored is not None,
   )
   device_rows = 1 if near is None else near.shape[sharding.CLIENTS]
 
@@ -361,6 +378,7 @@ def build(
     sampler=sampler,
     profiles=carry,
     assemble=assemble,
+    selected=selecting.counts(population, orders, population.pooled),
     adapter=adapter,
     initial=initial,
     round_key=round_key,

@@ -11,6 +11,7 @@ from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.run import (
   builders,
   guarantee,
+  memory,
   sections,
   tasks,
 )
@@ -58,16 +59,20 @@ def algorithm(
   adapter: Adapter,
   num_clients: int,
   profiles: Mapping[str, Any] | None = None,
+  num_layers: int | None = None,
   **others: Any,
 ) -> FederatedAlgorithm:
   """Builds the recipe of a config with the parts that the config names.
 
   `loss` and `model` may be None where the result only reads a trained state.
+  `num_layers` is L of the model (`memory.spared`).
   """
   make = functools.partial(make_part, conf)
   parts = ('upload', 'download', 'aggregator', 'server')
   if loss is not None:
+    loss = memory.spared(conf, loss, num_layers)
     loss = local.dropout(loss, adapter.peft.get('lora_dropout', 0.0))
+    loss = memory.micro_batched(conf, loss)
   recipe, name = recipe_of(conf), conf['algorithm']['name']
   if builders.open_ended(recipe):  # one's own, which hands its parts on
     recipe = builders.onward(recipe, sections.parts)

@@ -28,6 +28,7 @@ from fedjax_llm.local import optimizers
 from fedjax_llm.run import (
   builders,
   config,
+  memory,
   preferences,
   rates,
   rewarded,
@@ -205,10 +206,12 @@ SPEC = config.Spec(
     'partition': {**_PARTITIONS, 'pooled': pooled},
     'partition.of': _PARTITIONS,
     'population': data.population.build,
+    'selection': data.selection,
     'poison': adversary.poisoning,
     'system': clients.system,
     'clients': {
       **builders.names(clients.sampling),
+      'by_value': clients.valued.by_value,
       **builders.names(clients.timed),
     },
     'profiles': clients.profiles,
@@ -231,6 +234,7 @@ SPEC = config.Spec(
     'local.schedule': {
       name: getattr(optax, name) for name in optimizers.schedule_names()
     },
+    'memory': memory.Memory,
     'upload': without(uploads, 'from_optax'),
     'download': without(uploads, 'from_optax'),
     'adversary': adversary,
@@ -262,11 +266,11 @@ SPEC = config.Spec(
       'alter',
     ),
     'system': ('num_clients', 'seed'),
-    'clients': ('num_clients', 'sizes', 'seed', 'system', 'job'),
+    'clients': ('num_clients', 'sizes', 'seed', 'names', 'system', 'job'),
     'profiles': ('num_clients', 'seed'),
     'cohort': (
       *('examples', 'max_length', 'pad_id', 'seed', 'profiles'),
-      *('collate', 'length', 'rate'),
+      *('collate', 'length', 'rate', 'orders', 'mixed'),
     ),
     'adapter': ('tokenizer',),
     'model': ('vocab_size', 'eos_ids', 'labels', 'place'),
@@ -286,9 +290,12 @@ SPEC = config.Spec(
   optional=(
     *('task', 'profiles', 'upload', 'download', 'adversary', 'aggregator'),
     *('server', 'local.schedule', 'server.schedule', 'evals.personal'),
-    *('privacy', 'poison', 'system'),
+    *('privacy', 'poison', 'system', 'memory', 'selection'),
   ),
   # Old runs and runs without these sections record nothing of them.
-  unrecorded=('adversary', 'download', 'poison', 'privacy', 'system'),
+  unrecorded=(
+    *('adversary', 'download', 'poison', 'privacy', 'system', 'memory'),
+    'selection',
+  ),
   implied=implied,
 )

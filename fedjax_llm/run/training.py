@@ -241,7 +241,7 @@ def train(args: config.Arguments) -> None:
         following = prepared(number) if number < num_rounds else None
         ready = time.monotonic()
         info = jax.device_get(info._replace(reports=None))
-      values = metrics.summarise(info)
+      values = metrics.summarise(info) | built.selected(draw, number - 1)
       if algorithm.plan is not None:  # on the host, for the next round
         state = algorithm.plan(state)
       trained = time.monotonic()
