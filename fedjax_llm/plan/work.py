@@ -326,6 +326,9 @@ def _no_network(num_labels: int) -> Model:
   return Model(
     hidden=lambda base, params, batch: zeros(batch.tokens[..., None], 1),
     logits=lambda base, params, hidden: zeros(hidden, max(num_labels, 1)),
+    layers=lambda base, params, batch, numbers, hidden=None, *, ends=True: (
+      zeros(batch.tokens[..., None], 1)
+    ),
   )
 
 
@@ -383,4 +386,10 @@ def travel(work: Work) -> tuple[float, float]:
     for i, counts in enumerate((info.bytes_up, info.bytes_down)):
       total[i] += np.asarray(counts, np.float64).sum() / 2
   up, down = (math.ceil(x) * K / k for x in total)
-  return up, down
+  if algorithm.exchanged is None or work.algorithm.exchanged is None:
+    return up, down
+  # The messages within steps have the size of the real states and batches.
+  params = work.state.params
+  real = work.algorithm.exchanged(params, work.base, work.cohort.batches)
+  run = algorithm.exchanged(params, base, cohort.batches)
+  return up + K * (real[0] - run[0]), down + K * (real[1] - run[1])
