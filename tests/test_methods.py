@@ -19,7 +19,9 @@ PATH = pathlib.Path(__file__).parents[1] / 'configs' / 'methods.py'
 METHODS = runpy.run_path(str(PATH))
 each = pytest.mark.parametrize('name', METHODS['NAMES'])
 # Their loss is of the network: its statistics, logits or states.
-TOLD_BY_NETWORKS = ('fed_amole', 'fed_dat', 'fed_pgp')
+TOLD_BY_NETWORKS = (
+  *('fed_amole', 'fed_biot', 'fed_dat', 'fed_pgp', 'offsite_tuning'),
+)
 
 
 def parsed(name, *more):
@@ -70,21 +72,21 @@ N = 10  # clients
 
 
 @functools.cache
-def network(labels):
+def network(labels, num_layers=2):
   """The smallest models of the configs: of two layers, as `fed_ra` wants."""
   sizes: dict[str, Any] = dict(
     hidden_size=64, intermediate_size=16, vocab_size=29
   )
   if labels:
     return models.random_encoder(labels=('a', 'b'), **sizes)
-  return models.random(**sizes)
+  return models.random(num_layers=num_layers, **sizes)
 
 
 def small(name):
   """A method of the configs on a small adapter: (algorithm, params, cohort)."""
   conf = parsed(f'{name}:smoke')
   labels = conf.get('task') is not None
-  loaded = network(labels)
+  loaded = network(labels, conf['model'].get('num_layers', 2))
   if conf['adapter'].get('targets') == 'all-linear':
     conf['adapter']['targets'] = ('q_proj',)
   make = lambda section, **more: builders.build(
@@ -104,6 +106,7 @@ def small(name):
     adapter=adapter,
     num_clients=N,
     profiles=profiles,
+    public=tiny.texts(2, 2),
   )
   batches = tiny.texts(3, 1, 2)
   if labels:

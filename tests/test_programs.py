@@ -31,8 +31,8 @@ from fedjax_llm.types import LossSum
 
 PATH = pathlib.Path(__file__).parents[1] / 'configs' / 'methods.py'
 NAMES = runpy.run_path(str(PATH))['NAMES']
-# Their loss needs the statistics of nodes.
-OBSERVED = ('fed_amole',)
+# Their loss needs the statistics of nodes, or a network without some layers.
+OBSERVED = ('fed_amole', 'fed_biot', 'offsite_tuning')
 SMALL = (
   *('num_rounds=1', 'cohort.num_steps=1', 'compilation_cache=none'),
   *('population.max_clients=4', 'population.new_clients=0'),
@@ -115,8 +115,9 @@ def parsed(name, folder):
   ).config
   if conf['clients']['name'] != 'full':
     conf['clients']['cohort_size'] = 2
-  if name in OBSERVED:  # as many experts as four clients can hold
-    conf['algorithm']['num_experts'] = 8
+  if name in OBSERVED:
+    if name == 'fed_amole':  # as many experts as four clients can hold
+      conf['algorithm']['num_experts'] = 8
   else:
     kind = 'labels' if conf.get('task') else 'texts'
     conf['task'] = {**(conf.get('task') or {}), 'name': f'{__name__}:{kind}'}

@@ -230,6 +230,10 @@ def read(
 
   adapter = build('adapter', tokenizer=data.tokenizers.bytes())  # for shapes
   optimizer = build('local')
+  public = None
+  if conf.get('public'):
+    texts = batches_of(task, (1, 1, B, T), loaded.config.vocab_size)
+    public = tree.take(texts, 0)
   profiles: Any = ()
   if conf.get('profiles'):
     profiles = build('profiles', num_clients=N, seed=settings.seed)
@@ -240,6 +244,7 @@ def read(
     adapter=adapter,
     num_clients=N,
     profiles=profiles or None,
+    public=public,
     block_size=m,
     mesh=mesh,
     execution=settings.execution,
@@ -317,6 +322,7 @@ _no_loss = local.Observed(
     _nothing(base, params, batch, key),
     adapters.experts.no_statistics(params),
   ),
+  lambda model: _nothing,
 )
 
 

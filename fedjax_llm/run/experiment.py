@@ -25,6 +25,7 @@ from fedjax_llm.run import (
   evaluators,
   guarantee,
   narration,
+  public,
   rates,
   sections,
   tasks,
@@ -75,6 +76,7 @@ class Experiment(NamedTuple):
   mesh: Any  # all devices; None: there is one
   near: Any  # the devices of this process
   width: int  # columns of the longest example
+  public: Any = None  # batches [M, B, ...] for the server; None: there are none
 
   @property
   def base(self) -> Any:
@@ -96,6 +98,7 @@ class Experiment(NamedTuple):
       adapter=self.adapter,
       num_clients=len(self.owned),
       profiles=self.profiles,
+      public=self.public,
       block_size=block_size,
       widths=tuple(self.settings.widths),
       mesh=mesh,
@@ -306,6 +309,19 @@ def build(
     population = task.prepare(loaded, population)
   width = -(-longest // 8) * 8  # no column is longer than all examples
 
+  shared = None
+  if conf.get('public'):
+    shared = public.batches(
+      make('public'),
+      config.resolved(conf, SPEC)['population'],
+      task=task,
+      tokenizer=tokenizer,
+      labels=labels,
+      batch_size=conf['cohort']['batch_size'],
+      width=width,
+      seed=seed,
+    )
+
   # ---------------------------------------------------------------- clients --
   names, owned = data.population.trainers(population)
   cohort_conf = dict(conf['cohort'])
@@ -373,6 +389,7 @@ def build(
     mesh=mesh,
     near=near,
     width=width,
+    public=shared,
   )
 
 
@@ -384,17 +401,27 @@ def algorithm(
   adapter: Adapter,
   num_clients: int,
   profiles: Mapping[str, Any] | None = None,
+  public: Any = None,
   **others: Any,
 ) -> FederatedAlgorithm:
   """Builds the recipe of a config with the parts that the config names.
 
   `loss` and `model` may be None where the result only reads a trained state.
+
+  Raises:
+    Error: a part is refused; the section `public` with a method that has no use
+      of it.
   """
   make = functools.partial(_make, conf)
   parts = ('upload', 'download', 'aggregator', 'server')
   if loss is not None:
     loss = local.dropout(loss, adapter.peft.get('lora_dropout', 0.0))
   recipe, name = recipe_of(conf), conf['algorithm']['name']
+  if conf.get('public') and 'public' not in builders.parameters(recipe):
+    raise Error(
+      f'public: algorithm.name={name} does not train its server on public '
+      'texts: leave the section public out.'
+    )
   private = guarantee.rule(conf, num_clients, loss is not None)
   if builders.open_ended(recipe):  # one's own, which hands its parts on
     recipe = builders.onward(recipe, sections.parts)
@@ -412,6 +439,7 @@ def algorithm(
     num_clients=num_clients,
     num_steps=conf['cohort']['num_steps'],
     profiles=profiles,
+    public=public,
     fold=adapter.fold,
     **others,
     **{part: make(part) for part in parts if conf.get(part)},

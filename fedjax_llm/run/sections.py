@@ -154,6 +154,7 @@ SPEC = config.Spec(
   sections={
     'task': tasks,
     'data': data.sources,
+    'public': data.sources,
     'partition': {**builders.names(data.partition), 'pooled': pooled},
     'partition.of': without(data.partition, 'pooled'),
     'population': data.population.build,
@@ -216,7 +217,7 @@ SPEC = config.Spec(
     'model': ('vocab_size', 'eos_ids', 'labels', 'place'),
     'algorithm': (
       *('loss', 'model', 'optimizer', 'num_clients', 'profiles'),
-      'num_steps',
+      *('num_steps', 'public'),
       *builders.parameters(parts),
     ),
     'adversary': ('num_clients',),
@@ -226,9 +227,9 @@ SPEC = config.Spec(
   optional=(
     *('task', 'profiles', 'upload', 'download', 'adversary', 'aggregator'),
     *('server', 'local.schedule', 'server.schedule', 'evals.personal'),
-    'privacy',
+    *('privacy', 'public'),
   ),
   # Old runs and runs without these sections record nothing of them.
-  unrecorded=('adversary', 'download', 'privacy'),
+  unrecorded=('adversary', 'download', 'privacy', 'public'),
   implied=implied,
 )
