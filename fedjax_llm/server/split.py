@@ -39,6 +39,12 @@ class Stepper(NamedTuple):
   `init(trained) -> moments`; `step(grads, moments, trained, mask, count, real)
   -> (trained, moments, grads)`, where `count` is the number of the step in the
   run and nothing changes where `real` is False.
+
+  >>> def step(grads, moments, trained, mask, count, real):
+  ...   return tree.sub(trained, grads), moments, grads
+  >>> plain = Stepper(lambda trained: (), step)  # SGD with a rate of 1
+  >>> plain.step({'w': 0.5}, (), {'w': 2.0}, {'w': True}, 0, True)[0]
+  {'w': 1.5}
   """
 
   init: Callable[[Params], Any]
@@ -129,6 +135,27 @@ def split(
     Error: another order; several devices; a private rule, since states are
       neither clipped nor noised; a download codec or a history; a part with
       nothing to train (from `init`).
+
+  >>> import functools
+  >>> from fedjax_llm import aggregators, scopes, server, uploads
+  >>> def product(base, p, x, key):
+  ...   return LossSum(p.client * p.server * x, *jnp.float32([1, 0]))
+  >>> def step(grads, moments, trained, mask, count, real):
+  ...   return tree.sub(trained, grads), moments, grads
+  >>> plain = Stepper(lambda trained: (), step)
+  >>> build = functools.partial(
+  ...   server.fed_opt, upload=uploads.identity(), server=server.sgd(),
+  ...   aggregator=aggregators.mean())
+  >>> method = split(
+  ...   product, lambda base, params, x: (x, x), build=build, client=plain,
+  ...   above=plain, scope=scopes.everything())
+  >>> start = Halves(jnp.float32(3), jnp.float32(5))
+  >>> state = method.init(jax.random.key(0), start)
+  >>> ones = jnp.ones(1)
+  >>> cohort = Cohort(jnp.arange(1), ones[None], ones, ones > 0)
+  >>> state, _, _ = jax.jit(method.round)(state, cohort)
+  >>> [float(x) for x in state.params]  # 3 - 5, 5 - 3
+  [-2.0, 2.0]
   """
   if order not in ORDERS:
     raise Error(
