@@ -269,12 +269,14 @@ class Draw(NamedTuple):
   `ids[k] == -1` is padding (fewer clients were available than asked for);
   `reports[k]` is False for padding and for a client that drops out.
   `started[k]` is the round of the parameters that the client starts from, in
-  asynchronous methods (`fed_opt(history=V)`).
+  asynchronous methods (`fed_opt(history=V)`). `steps[k]` is the number of local
+  steps that the client has time for, at most.
   """
 
   ids: np.ndarray  # [K] int32
   reports: np.ndarray  # [K] bool
   started: np.ndarray | None = None  # [K] int32; None: this round
+  steps: np.ndarray | None = None  # [K] int32; None: all
 
 
 Sampler = Callable[[int], Draw]  # of a round; pure, so a resumed run agrees

@@ -53,10 +53,15 @@ from fedjax_llm.aggregators.robust_means import (
 )
 from fedjax_llm.aggregators.robust_means import norm_bounding as norm_bounding
 from fedjax_llm.aggregators.robust_pca import fedrpca as fedrpca
+from fedjax_llm.aggregators.staleness import buffered_mean as buffered_mean
+from fedjax_llm.aggregators.staleness import (
+  one_after_another as one_after_another,
+)
 
 __all__ = [
   'as_stack',
   'bucketing',
+  'buffered_mean',
   'centred_clipping',
   'control_variates',
   'fedask',
@@ -83,6 +88,7 @@ __all__ = [
   'nearest_mixing',
   'norm_bounding',
   'norm_weighted',
+  'one_after_another',
   'product_geometric_median',
   'product_krum',
   'raflora',

@@ -131,7 +131,12 @@ def cohorts(
     valid = np.asarray(draw.reports, bool) & (ids >= 0)
     rows: list[list[Any]] = []
     for k, client in enumerate(ids):
-      rows += fill(int(client), int(round)) if valid[k] else [[]] * (S * B)
+      mine = fill(int(client), int(round)) if valid[k] else [[]] * (S * B)
+      if draw.steps is not None:  # the rest is padding
+        mine[int(draw.steps[k]) * B :] = (
+          [[]] * max(S - int(draw.steps[k]), 0) * B
+        )
+      rows += mine
     batches = jax.tree.map(
       lambda x: x.reshape(len(ids), S, B, *x.shape[1:]), assemble(rows)
     )

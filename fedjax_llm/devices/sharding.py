@@ -385,10 +385,9 @@ def own_rows(draw: Draw, mesh: Mesh | None) -> tuple[Draw, slice]:
   sharing = num_sharing(mesh)  # these have the same rows
   each = len(ids) * sharing // jax.process_count()
   start = each * (jax.process_index() // sharing)
-  started = draw.started
-  if started is not None:
-    started = np.append(started, np.zeros(pad)).astype(np.int32)
-  return Draw(ids, reports, started), slice(start, start + each)
+  more = lambda x: x if x is None else np.append(x, np.zeros(pad, x.dtype))
+  padded = Draw(ids, reports, more(draw.started), more(draw.steps))
+  return padded, slice(start, start + each)
 
 
 def joined(rows: Any, mesh: Mesh | None) -> Any:

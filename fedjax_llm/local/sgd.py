@@ -168,13 +168,17 @@ def descend(
   context: Context,
   adjust: Callable[[Params, Params], Params] | None = None,
   gradient: Gradient = backprop,
+  *,
+  part: tuple[int, int] | None = None,
 ) -> Descent:
   """Runs the scan over steps that all gradient-based local updates share.
 
   A step clips the gradient of the loss to `optimizer.clip_norm`, then applies
-  `adjust(grads, now) -> grads`, in which the updates differ.
+  `adjust(grads, now) -> grads`, in which the updates differ. If `batches` are a
+  part of the round's, `part` is the number of steps before them and of all.
   """
   num_steps = jax.tree.leaves(batches)[0].shape[0]
+  before, total = part or (0, num_steps)
   texts, needed = contents(batches, num_steps)
   round, key = context.round, context.key
   if gradient is not backprop:  # others move entries that are not trained
@@ -184,9 +188,14 @@ def descend(
     trained, optimizer_state, totals = carry
     batch = jax.tree.map(lambda x: jnp.asarray(x)[index], batches)
     grads, sums = gradient(
-      loss, base, trained, start, batch, jax.random.fold_in(key, index)
+      loss,
+      base,
+      trained,
+      start,
+      batch,
+      jax.random.fold_in(key, before + index),
     )
-    count = round * num_steps + index
+    count = round * total + before + index
     real = sums.count > 0  # a step without a loss token is padding
     new, new_state, grads = stepped(
       optimizer, grads, optimizer_state, trained, masks.trained, count, real,

@@ -28,7 +28,8 @@ from collections.abc import Sequence
 
 import jax
 
-from fedjax_llm.plan import abstract, probe, steps, work
+from fedjax_llm.clients.system import Job
+from fedjax_llm.plan import abstract, clocks, probe, steps, work
 from fedjax_llm.run import blocks, command, config, costs, metrics, workdir
 from fedjax_llm.run.sections import SPEC
 from fedjax_llm.types import Error
@@ -145,6 +146,8 @@ def run(argv: Sequence[str]) -> str:
     ('operations, a round', f'{flops:.3g}'),
     (f'operations, {rounds} rounds', f'{flops * rounds:.3g}'),
   ]
+  each_flops, num = sum(cost.flops.values()) / sizes.clients, sizes.clients
+  table += clocks.rows(conf, Job(each_flops, down / num, up / num, sizes.steps))
   if (private := planned.privacy) is not None:
     table += [
       ('', ''),

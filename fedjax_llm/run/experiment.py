@@ -21,6 +21,7 @@ from fedjax_llm.models.network import prompts
 from fedjax_llm.run import (
   blocks,
   builders,
+  clock,
   config,
   evaluators,
   guarantee,
@@ -113,9 +114,15 @@ class Experiment(NamedTuple):
     of = rates.of(
       _make(conf, 'local'), config.resolved(conf, SPEC).get('server')
     )
-    if (plan := guarantee.of(conf, len(self.owned))) is None:
-      return of
-    return lambda number, steps: of(number, steps) | plan.metrics(number)
+    more = []
+    if (plan := guarantee.of(conf, len(self.owned))) is not None:
+      more.append(plan.metrics)
+    if isinstance(self.sampler, clients.timed.Timed):
+      tell = self.sampler.clock
+      more.append(lambda number: tell(number - 1))
+    return lambda number, steps: functools.reduce(
+      lambda values, part: values | part(number), more, of(number, steps)
+    )
 
   @property
   def privacy(self) -> Any:
@@ -215,6 +222,7 @@ def checked(conf: Mapping[str, Any]) -> tuple[Settings, Evals]:
   config.at_least(test, 'evals.', common=0, samples=0, sample_tokens=1)
   evaluators.check(test.evaluators)
   guarantee.check(conf)
+  clock.check(builders.named(conf.get('clients')), bool(conf.get('system')))
   return settings, test
 
 
@@ -326,7 +334,19 @@ def build(
   names, owned = data.population.trainers(population)
   cohort_conf = dict(conf['cohort'])
   sizes = [len(own) for own in population.train]
-  sampler = make('clients', num_clients=len(sizes), sizes=sizes, seed=seed)
+  fleet = None
+  if conf.get('system'):
+    fleet = make('system', num_clients=len(sizes), seed=seed)
+  sampler = make(
+    'clients',
+    num_clients=len(sizes),
+    sizes=sizes,
+    seed=seed,
+    system=fleet,
+    job=lambda: clock.job(
+      built.method(), built.initial, built.base, make_cohort
+    ),
+  )
   if population.pooled:  # one client takes the steps of a cohort
     cohort_conf['num_steps'] *= len(sampler(0).ids)
     sampler, sizes = clients.sampling.full(1), [sum(sizes)]
@@ -368,7 +388,7 @@ def build(
   initial = warm.start(initial, conf['adapter'].get('path'), loaded)
   complete(initial, loaded.base, task.head)  # raises if not exportable
   prompts.check(loaded.config, prompts.front(initial), width)
-  return Experiment(
+  built = Experiment(
     conf=conf,
     settings=settings,
     test=test,
@@ -391,6 +411,7 @@ def build(
     width=width,
     public=shared,
   )
+  return built
 
 
 def algorithm(

@@ -158,7 +158,11 @@ SPEC = config.Spec(
     'partition': {**builders.names(data.partition), 'pooled': pooled},
     'partition.of': without(data.partition, 'pooled'),
     'population': data.population.build,
-    'clients': clients.sampling,
+    'system': clients.system,
+    'clients': {
+      **builders.names(clients.sampling),
+      **builders.names(clients.timed),
+    },
     'profiles': clients.profiles,
     'cohort': clients.cohorts.cohorts,
     'model': models,
@@ -207,7 +211,8 @@ SPEC = config.Spec(
     'population': (
       *('records', 'tokenizer', 'partition', 'labels', 'seed', 'encode'),
     ),
-    'clients': ('num_clients', 'sizes', 'seed'),
+    'system': ('num_clients', 'seed'),
+    'clients': ('num_clients', 'sizes', 'seed', 'system', 'job'),
     'profiles': ('num_clients', 'seed'),
     'cohort': (
       *('examples', 'max_length', 'pad_id', 'seed', 'profiles'),
@@ -227,9 +232,9 @@ SPEC = config.Spec(
   optional=(
     *('task', 'profiles', 'upload', 'download', 'adversary', 'aggregator'),
     *('server', 'local.schedule', 'server.schedule', 'evals.personal'),
-    *('privacy', 'public'),
+    *('privacy', 'public', 'system'),
   ),
   # Old runs and runs without these sections record nothing of them.
-  unrecorded=('adversary', 'download', 'privacy', 'public'),
+  unrecorded=('adversary', 'download', 'privacy', 'public', 'system'),
   implied=implied,
 )

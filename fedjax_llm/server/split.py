@@ -182,12 +182,8 @@ def split(
   step = _step(loss, client, above, order, block_size)
 
   def init(key, params) -> ServerState:
-    labels = scope.labels(params)
-    for name in ('client', 'server'):
-      mine = tree.select(getattr(params, name), getattr(labels, name), Shared)
-      if not jax.tree.leaves(mine) and not jax.tree.leaves(
-        tree.select(getattr(params, name), getattr(labels, name), Private)
-      ):
+    for name, mine in _trained(scope, params)._asdict().items():
+      if not jax.tree.leaves(mine):
         raise Error(
           f'the cut leaves the {name} nothing to train: choose another '
           'algorithm.cut or adapter.targets.'

@@ -1,0 +1,1 @@
+"""Asynchronous methods: late clients count less."""

@@ -1,0 +1,1 @@
+"""Methods without one centre: neighbours that mix, and regions."""

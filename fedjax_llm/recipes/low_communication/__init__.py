@@ -1,0 +1,1 @@
+"""Methods that synchronise rarely or piece by piece: DiLoCo and its kin."""

@@ -1,0 +1,472 @@
+"""Time: systems, samplers with a clock, and methods for late clients."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_llm import aggregators, clients, local, recipes, tree
+from fedjax_llm.aggregators import networks, staleness
+from fedjax_llm.clients import system as systems
+from fedjax_llm.clients.published import DEVICES, LINKS
+from fedjax_llm.clients.system import Job, System
+from fedjax_llm.clients.timed import buffered, deadline, tiered
+from fedjax_llm.types import ClientState, Cohort, Draw, Error, LossSum
+
+JOB = Job(operations=8.0, down=2.0, up=4.0, num_steps=4)
+
+
+def system(*seconds, **more: Any) -> System:
+  """A system in which client k computes for `seconds[k]`; links take none."""
+  num, ones = len(seconds), np.ones(len(seconds))
+  fields: dict[str, Any] = dict(
+    operations=JOB.operations / np.array(seconds, float),
+    down=ones * np.inf, up=ones * np.inf, latency=0 * ones, watts=2 * ones,
+    opens=0 * ones, hours=24 * ones,
+  )  # fmt: skip
+  assert num == len(fields['operations'])
+  return System(**{**fields, **more})
+
+
+# ----------------------------------------------------------------- the clock --
+
+
+def test_a_round_takes_its_links_and_its_operations():
+  one = System(*(np.array([x]) for x in (4.0, 0.5, 2.0, 0.2, 1.0, 0.0, 24.0)))
+  parts = systems.duration(one, JOB)
+  assert np.ravel(parts).tolist() == [0.1 + 4.0, 2.0, 0.1 + 2.0]
+  assert parts.total[0] == pytest.approx(8.2)
+
+
+def test_a_fleet_has_the_published_figures_in_their_shares():
+  fleet = systems.fleet(
+    num_clients=10, devices=('phone', 'h100'), shares=(0.7, 0.3),
+    links=('5g',), utilisation=0.5, seed=3,
+  )  # fmt: skip
+  fast = fleet.operations == 0.5 * DEVICES['h100'].operations
+  assert fast.sum() == 3
+  assert (fleet.operations[~fast] == 0.5 * DEVICES['phone'].operations).all()
+  assert (fleet.up == LINKS['5g'].up).all()
+  assert np.isnan(fleet.watts[~fast]).all() and (fleet.watts[fast] == 350).all()
+  with pytest.raises(Error, match=r"devices has 'tablet': it takes a100"):
+    systems.fleet(num_clients=2, devices=('tablet',))
+
+
+def test_a_table_of_ones_own_is_read_and_checked(tmp_path):
+  file = tmp_path / 'devices.csv'
+  file.write_text('operations,down,up,hours\n1e9,1e6,5e5,12\n2e9,1e6,5e5,\n')
+  fleet = systems.table(num_clients=4, path=str(file))
+  assert sorted(fleet.operations) == [1e9, 1e9, 2e9, 2e9]
+  assert fleet.hours[fleet.operations == 2e9].tolist() == [24, 24]
+  for text, words in (
+    ('operations,down\n1,2\n', 'needs operations, down, up'),
+    ('operations,down,up\n', 'has no line'),
+    ('operations,down,up\n1,2,3\n1,0,3\n', "line 3: down is '0'"),
+    ('operations,down,up\n1,x,3\n', "line 2: down is 'x'"),
+  ):
+    file.write_text(text)
+    with pytest.raises(Error, match=words):
+      systems.table(num_clients=1, path=str(file))
+  with pytest.raises(Error, match='cannot be read as CSV'):
+    systems.table(num_clients=1, path=str(tmp_path / 'none.csv'))
+
+
+def test_a_deadline_loses_the_late_and_cuts_their_work():
+  fleet = system(1.0, 2.0, 4.0, 9.0)
+  keep: dict[str, Any] = dict(system=fleet, job=lambda: JOB, seconds=3.0)
+  lost: Any = deadline(4, 4, **keep)
+  assert lost(0).ids.tolist() == [0, 1, -1, -1] and lost(0).steps is None
+  assert lost.clock(0) == {
+    'clock/seconds': 3.0, 'clock/joules': 2 * 16.0, 'clock/lost': 2.0,
+  }  # fmt: skip
+  assert lost.clock(1)['clock/seconds'] == 6.0
+  partial: Any = deadline(
+    4, 4, partial=True, **keep
+  )  # 3 / 4 and 1 / 3 of 4 steps
+  assert partial(0).ids.tolist() == [0, 1, 2, 3]
+  assert partial(0).steps.tolist() == [4, 4, 3, 1]
+  assert partial.clock(0)['clock/seconds'] == 3.0
+  # The fastest two of four are enough.
+  over: Any = deadline(4, 2, system=fleet, job=lambda: JOB, over_selection=2.0)
+  assert over(0).ids.tolist() == [0, 1]
+  assert over.clock(0)['clock/seconds'] == 2.0
+  with pytest.raises(Error, match='partial needs a deadline'):
+    deadline(4, 2, system=fleet, job=lambda: JOB, partial=True)
+
+
+def test_steps_beyond_the_time_of_a_client_are_padding():
+  text = clients.cohorts.Example(
+    np.arange(3, dtype=np.int32), np.array([0, 1, 1], bool)
+  )
+  build = clients.cohorts.cohorts(
+    [[text] * 8, [text] * 8], num_steps=4, batch_size=1, max_length=4
+  )
+  draw = Draw(np.array([0, 1]), np.ones(2, bool))
+  whole, cut = build(draw, 0), build(draw._replace(steps=np.array([4, 1])), 0)
+  assert cut.batches.loss_mask.sum((2, 3)).tolist() == [[2] * 4, [2, 0, 0, 0]]
+  first = lambda x: np.asarray(x)[:, :1]
+  assert tree.all_finite(whole.weight)
+  np.testing.assert_array_equal(
+    first(whole.batches.tokens), first(cut.batches.tokens)
+  )
+
+
+def literal(seconds, num_arrivals, rounds):
+  """The event loop in plain words: all clients train all the time.
+
+  A client that arrives waits in the buffer until it is full; then all of it
+  starts again. Moments are taken one after another.
+  """
+  finish = {k: s for k, s in enumerate(seconds)}
+  started = dict.fromkeys(finish, 0)
+  buffer, draws, now = [], [], 0.0
+  while len(draws) < rounds:
+    k = min(finish, key=lambda k: (finish[k], k))
+    now = finish.pop(k)
+    buffer.append(k)
+    if len(buffer) == num_arrivals:
+      draws.append((now, sorted((k, started[k]) for k in buffer)))
+      for k in buffer:
+        finish[k], started[k] = now + seconds[k], len(draws)
+      buffer = []
+  return draws
+
+
+def test_buffered_rounds_are_those_of_an_event_loop():
+  seconds = (1.0, 1.5, 3.25, 7.1)
+  rounds: Any = buffered(
+    4, 2, system=system(*seconds), job=lambda: JOB, concurrency=4
+  )
+  for number, (now, rows) in enumerate(literal(seconds, 2, 12)):
+    draw = rounds(number)
+    assert list(zip(draw.ids.tolist(), draw.started.tolist())) == rows
+    assert rounds.clock(number)['clock/seconds'] == pytest.approx(now)
+  assert max(number - rounds(number).started.min() for number in range(12)) > 2
+  # Pure in the round: another one that is asked in another order agrees.
+  again: Any = buffered(
+    4, 2, system=system(*seconds), job=lambda: JOB, concurrency=4
+  )
+  jax.tree.map(np.testing.assert_array_equal, again(11), rounds(11))
+  jax.tree.map(np.testing.assert_array_equal, again(3), rounds(3))
+
+
+def test_nobody_is_late_where_all_are_equally_fast():
+  rounds: Any = buffered(
+    9, 3, system=system(*[2.0] * 9), job=lambda: JOB, concurrency=3
+  )
+  for number in range(5):
+    assert rounds(number).started.tolist() == [number] * 3
+    assert rounds.clock(number)['clock/seconds'] == 2.0 * (number + 1)
+  assert len({int(i) for n in range(9) for i in rounds(n).ids}) > 5
+
+
+def test_lost_work_and_hours_of_sleep_cost_time():
+  lossy: Any = buffered(
+    6, 1, system=system(*[1.0] * 6), job=lambda: JOB, concurrency=1,
+    dropout=0.5,
+  )  # fmt: skip
+  lost = sum(lossy.clock(n)['clock/lost'] for n in range(20))
+  assert lossy.clock(19)['clock/seconds'] == 20 + lost and lost > 5
+  assert lossy.clock(19)['clock/joules'] == 2 * (20 + lost)
+  asleep = system(1.0, opens=np.array([5.0]), hours=np.array([1.0]))
+  for builder in (buffered, deadline):
+    rounds: Any = builder(1, 1, system=asleep, job=lambda: JOB)
+    assert rounds.clock(0)['clock/seconds'] == 5 * 3600 + 1
+
+
+def test_tiers_do_not_wait_for_each_other():
+  rounds: Any = tiered(
+    4, 2, system=system(5.0, 1.0, 4.0, 1.0), job=lambda: JOB, num_tiers=2
+  )
+  ids = [rounds(n).ids.tolist() for n in range(12)]
+  assert [n for n, both in enumerate(ids) if both == [0, 2]] == [5, 11]
+  assert all(both in ([0, 2], [1, 3]) for both in ids)
+  assert rounds(5).started.tolist() == [0, 0]
+  assert rounds(11).started.tolist() == [6, 6]
+
+
+@pytest.mark.parametrize('builder', [buffered, deadline, tiered])
+def test_a_number_out_of_range_is_one_sentence(builder):
+  with pytest.raises(Error, match='cohort_size is 3: it is at least 1'):
+    builder(2, 3, system=system(1.0, 1.0), job=lambda: JOB)
+  with pytest.raises(Error, match='dropout is 1'):
+    builder(2, 1, system=system(1.0, 1.0), job=lambda: JOB, dropout=1.0)
+
+
+# ------------------------------------------------------------------- methods --
+
+RATE, STEPS, N = 0.1, 3, 4
+START = np.random.default_rng(0).normal(size=(2, 3))
+GOALS = np.random.default_rng(1).normal(size=(N, STEPS, 2, 3))
+
+
+def loss(base, params, batch, key):
+  """Half the squared distance to a goal: the gradient is p - goal."""
+  del base, key
+  pairs = zip(jax.tree.leaves(params), jax.tree.leaves(batch))
+  total = sum((0.5 * jnp.sum((p - x) ** 2) for p, x in pairs), jnp.float32(0))
+  return LossSum(total, *jnp.float32([1, 0]))
+
+
+def cohort(ids: Any = range(N), weight: Any = None, goals=GOALS, **more):
+  ids = np.array(ids, np.int32)
+  weight = np.ones(len(ids)) if weight is None else np.array(weight)
+  return Cohort(
+    ids=ids,
+    batches={'layers': {'w': np.asarray(goals[ids], np.float32)}},
+    weight=np.asarray(weight, np.float32),
+    valid=np.ones(len(ids), bool),
+    **more,
+  )
+
+
+def begun(algorithm, num=N):
+  params = {'layers': {'w': jnp.asarray(START, jnp.float32)}}
+  state = algorithm.init(jax.random.key(0), params)
+  return state, tree.broadcast(algorithm.init_client(state.params), num)
+
+
+def w(params):
+  return np.asarray(params['layers']['w'], np.float64)
+
+
+def descent(start, goals):
+  for goal in goals:
+    start = start - RATE * (start - goal)
+  return start
+
+
+SGD = local.optimizer('sgd', RATE)
+
+
+def test_fed_buff_follows_its_event_loop():
+  """NumPy: algorithm 1 of arXiv 2106.06639, on the arrivals of four clients."""
+  seconds = (1.0, 1.5, 3.25, 7.1)
+  rounds: Any = buffered(
+    N, 2, system=system(*seconds), job=lambda: JOB, concurrency=4
+  )
+  algorithm = recipes.fed_buff(loss, SGD, max_staleness=20)
+  state, states = begun(algorithm)
+  step, versions = jax.jit(algorithm.round), [START]
+  for number in range(8):
+    draw, move = rounds(number), 0.0
+    for k, begin in zip(draw.ids, draw.started):
+      change = descent(versions[begin], GOALS[k]) - versions[begin]
+      move = move + change / np.sqrt(1 + number - begin) / 2
+    versions.append(versions[-1] + move)
+    mine = cohort(
+      draw.ids, weight=(5.0, 1.0), started=draw.started,
+      states=tree.take(states, draw.ids),
+    )  # fmt: skip
+    state, _, _ = step(state, mine)
+    np.testing.assert_allclose(w(state.params), versions[-1], rtol=2e-5)
+
+
+def test_fed_buff_is_fed_avg_if_nobody_is_late():
+  ends = []
+  for method in (
+    recipes.fed_buff(loss, SGD), recipes.fed_avg(loss, SGD),
+  ):  # fmt: skip
+    state, states = begun(method)
+    ends.append(method.round(state, cohort(states=states))[0].params)
+  np.testing.assert_allclose(w(ends[0]), w(ends[1]), rtol=1e-6)
+
+
+def test_fed_async_mixes_whole_parameters_one_after_another():
+  algorithm = recipes.fed_async(loss, SGD, alpha=0.6, exponent=1.0)
+  state, states = begun(algorithm)
+  step = jax.jit(algorithm.round)
+  started = [np.zeros(N, np.int32), np.array([0, 1, 1, 0], np.int32)]
+  versions = [START]
+  for number, begin in enumerate(started):
+    now = versions[-1]
+    late = number - begin
+    for k in sorted(range(N), key=lambda k: (-late[k], k)):
+      a = 0.6 / (1.0 + late[k])
+      now = (1 - a) * now + a * descent(versions[begin[k]], GOALS[k])
+    versions.append(now)
+    state, _, _ = step(state, cohort(started=begin, states=states))
+    np.testing.assert_allclose(w(state.params), now, rtol=2e-5)
+  # FedBuff, which adds updates, ends elsewhere.
+  other = recipes.fed_buff(loss, SGD)
+  one, states = begun(other)
+  one, _, _ = other.round(one, cohort(started=started[0], states=states))
+  assert np.abs(w(one.params) - versions[1]).max() > 0.05
+
+
+def test_the_three_discounts():
+  late = np.arange(8)
+  want = dict(
+    constant=np.ones(8),
+    polynomial=1.0 / np.sqrt(late + 1),
+    hinge=[1.0] * 5 + [1 / 1.5, 1 / 2.0, 1 / 2.5],
+  )
+  for kind, values in want.items():
+    np.testing.assert_allclose(
+      staleness.discount(jnp.array(late), kind), values, 1e-6
+    )
+  with pytest.raises(Error, match="staleness is 'none': it is constant"):
+    recipes.fed_buff(loss, SGD, staleness='none')
+
+
+def nesterov(p, m, delta, rate, momentum):
+  m = momentum * m + delta
+  return p - rate * (delta + momentum * m), m
+
+
+def test_diloco_is_nesterov_on_the_mean_of_its_workers():
+  algorithm = recipes.diloco(loss, SGD)
+  state, states = begun(algorithm)
+  p, m = START, 0.0
+  for _ in range(3):
+    ends = [descent(p, GOALS[k]) for k in range(N)]
+    p, m = nesterov(p, m, p - np.mean(ends, 0), 0.7, 0.9)
+    state, states, _ = algorithm.round(
+      state, cohort(weight=(9, 1, 1, 1), states=states)
+    )
+    np.testing.assert_allclose(w(state.params), p, rtol=2e-5)
+
+
+ADAM = local.optimizer('adam', 0.05)
+
+
+def test_one_fragment_without_overlap_is_diloco():
+  more = dict(server_learning_rate=0.5, momentum=0.8)
+  both = (
+    recipes.diloco(loss, ADAM, **more),
+    recipes.streaming_diloco(loss, ADAM, num_fragments=1, **more),
+  )
+  runs = []
+  for method in both:
+    state, states = begun(method)
+    step = jax.jit(method.round)
+    for _ in range(3):
+      state, states, info = step(state, cohort(states=states))
+    runs.append((w(state.params), np.sum(info.bytes_up)))
+  np.testing.assert_allclose(runs[0][0], runs[1][0], rtol=1e-5)
+  assert runs[0][1] == runs[1][1] == N * START.size * 4
+
+
+def test_streaming_fragments_follow_their_schedule():
+  """NumPy: algorithm 2 of arXiv 2501.18512, two layers as two fragments."""
+  overlap, mixing = 1, 0.25
+  algorithm = recipes.streaming_diloco(
+    loss, SGD, num_fragments=2, overlap=overlap, mixing=mixing
+  )
+  state, states = begun(algorithm)
+  step = jax.jit(algorithm.round)
+  p, m = START.copy(), np.zeros_like(START)
+  own, anchor = [START.copy() for _ in range(N)], START.copy()
+  for number in range(5):
+    last = None if number == 0 else (number - 1) % 2
+    due = number % 2
+    for k in range(N):
+      own[k] = descent(own[k], GOALS[k][:overlap])
+      if last is not None:
+        own[k][last] = mixing * own[k][last] + (1 - mixing) * p[last]
+      own[k] = descent(own[k], GOALS[k][overlap:])
+    anchor = p.copy()
+    delta = anchor[due] - np.mean([own[k][due] for k in range(N)], 0)
+    p[due], m[due] = nesterov(p[due], m[due], delta, 0.4, 0.9)
+    state, states, info = step(state, cohort(states=states))
+    np.testing.assert_allclose(w(state.params), p, rtol=2e-5)
+    layer = START[0].size * 4
+    assert np.sum(info.bytes_up) == N * layer
+    assert np.sum(info.bytes_down) == N * layer * (2 if number == 0 else 1)
+
+
+def test_a_worker_that_comes_back_receives_what_it_missed():
+  algorithm = recipes.streaming_diloco(loss, SGD, num_fragments=2)
+  state, states = begun(algorithm)
+  step = jax.jit(algorithm.round)
+  some = np.array([0, 1])
+  state, first, _ = step(state, cohort(states=states))
+  for _ in range(2):  # clients 2 and 3 are away
+    here = cohort(some, states=tree.take(first, some))
+    state, mine, _ = step(state, here)
+    first = jax.tree.map(lambda x, y: x.at[some].set(y), first, mine)
+  _, after, info = step(state, cohort(states=first))
+  layer = START[0].size * 4
+  assert np.sum(info.bytes_down, -1).tolist() == [
+    layer,
+    layer,
+    *[2 * layer] * 2,
+  ]
+  np.testing.assert_allclose(
+    w(tree.take(after.local.anchor, 3)), w(state.params), rtol=1e-6
+  )
+
+
+def test_bad_settings_of_streaming_are_one_sentence():
+  with pytest.raises(Error, match='has leaves of 2 layers'):
+    method = recipes.streaming_diloco(loss, SGD, num_fragments=3)
+    state, states = begun(method)
+    method.round(state, cohort(states=states))
+  with pytest.raises(Error, match='must be below the 3 steps'):
+    method = recipes.streaming_diloco(loss, SGD, num_fragments=1, overlap=3)
+    state, states = begun(method)
+    method.round(state, cohort(states=states))
+
+
+def test_gossip_multiplies_by_its_matrix():
+  algorithm = recipes.gossip(loss, SGD, num_clients=N)
+  state, states = begun(algorithm)
+  ring = np.array([[1, 1, 0, 1], [1, 1, 1, 0], [0, 1, 1, 1], [1, 0, 1, 1]]) / 3
+  assert np.allclose(networks.topology('ring', N), ring)
+  x = np.stack([START] * N)
+  step = jax.jit(algorithm.round)
+  for _ in range(2):
+    y = np.stack([descent(x[k], GOALS[k]) for k in range(N)])
+    x = np.einsum('kj,jab->kab', ring, y)
+    state, states, info = step(state, cohort(states=states))
+    np.testing.assert_allclose(w(state.params), x, rtol=2e-5)
+  assert float(info.metrics['aggregators/spectral_gap']) == pytest.approx(2 / 3)
+  apart = ((x - x.mean(0)) ** 2).sum() / N
+  assert float(info.metrics['aggregators/apart']) == pytest.approx(apart, 1e-4)
+
+
+@pytest.mark.parametrize('name', ['ring', 'complete', 'star', 'random'])
+def test_networks_keep_the_mean(name):
+  matrix = networks.topology(name, 7, seed=2)
+  np.testing.assert_allclose(matrix, matrix.T)
+  np.testing.assert_allclose(matrix.sum(0), np.ones(7))
+  assert matrix.min() >= 0 and 0 < networks.spectral_gap(matrix) <= 1
+  x = np.random.default_rng(0).normal(size=7)
+  rest = x - x.mean()
+  shrunk = np.linalg.norm(matrix @ rest) / np.linalg.norm(rest)
+  assert shrunk <= 1 - networks.spectral_gap(matrix) + 1e-9
+
+
+def test_regions_average_often_and_the_cloud_rarely():
+  algorithm = recipes.hier_favg(
+    loss, SGD, num_clients=N, num_regions=2, sync_every=2
+  )
+  state, states = begun(algorithm)
+  step, weight = jax.jit(algorithm.round), np.array([1.0, 3.0, 2.0, 2.0])
+  regions, total = np.stack([START] * 2), np.zeros(2)
+  for number in range(3):
+    for g, members in enumerate(([0, 1], [2, 3])):
+      share = weight[members] / weight[members].sum()
+      ends = [descent(regions[g], GOALS[k]) for k in members]
+      regions[g] = np.einsum('k,kab->ab', share, ends)
+      total[g] += weight[members].sum()
+    if number % 2:
+      regions[:] = np.einsum('g,gab->ab', total / total.sum(), regions)
+      total[:] = 0
+    state, states, _ = step(state, cohort(weight=weight, states=states))
+    np.testing.assert_allclose(w(state.params), regions, rtol=2e-5)
+  assert np.abs(regions[0] - regions[1]).max() > 1e-3
+
+
+def test_rules_refuse_numbers_out_of_range():
+  for build, words in (
+    (lambda: aggregators.one_after_another(0.0), 'alpha is 0.0'),
+    (lambda: recipes.fed_buff(loss, SGD, max_staleness=-1), 'max_staleness'),
+    (lambda: recipes.diloco(loss, SGD, momentum=1.0), 'momentum=1.0'),
+    (lambda: recipes.gossip(loss, SGD, num_clients=3, topology='line'), 'line'),
+  ):
+    with pytest.raises(Error, match=words):
+      build()
+  assert ClientState().private is None
