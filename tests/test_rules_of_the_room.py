@@ -334,11 +334,16 @@ def mine(update, weight):
   return tree.weighted_sum(update, weight)
 
 
+def build_mine(power=1.0, eps=1e-9):
+  return aggregators.from_rule(mine)
+
+
 @pytest.mark.parametrize(
   'aggregator, sentence',
   [
     ('median', "aggregator is the name 'median': build it"),
     (aggregators.median, 'aggregator is the builder median: call it'),
+    (build_mine, 'aggregator is the builder build_mine: call it'),
     (mine, r'aggregator is the function mine: .*from_rule\(mine\)'),
     (7, 'aggregator is of type int'),
   ],
@@ -356,6 +361,7 @@ def test_what_is_no_rule_is_named(aggregator, sentence):
   [
     (aggregators.median(), 'this is a rule already'),
     (aggregators.median, 'median builds a rule'),
+    (build_mine, 'build_mine builds a rule'),
     (lambda update: update, 'does not take two arguments'),
     ('mean', 'not str'),
   ],

@@ -11,12 +11,12 @@ from typing import Any
 
 from fedjax_llm import batching
 from fedjax_llm.data import encoding, text
+from fedjax_llm.data.dealing import keyed
 from fedjax_llm.data.encoding import content
 from fedjax_llm.data.partition import (
   Partition,
   Pooled,
   histogram,
-  keyed,
   natural,
 )
 from fedjax_llm.data.sources import Record
@@ -67,7 +67,8 @@ def build(
   themselves. `alter` changes the records that clients train on, after the
   split: held-out examples stay (`adversary.poisoning`).
 
-  `report` has `num_records`, `num_clients`, `num_new_clients`,
+  `report` has `num_records`, `num_examples` (those of clients left out are
+  among them), `num_clients`, `num_new_clients`,
   `clients_left_out` (with `clients_left_out_names`, the first few),
   `clients_not_drawn`, `empty_records`, `replies_left_out`, `replies_cut`,
   `prompts_truncated`, `replies_rewritten` (replies that the chat template
@@ -116,6 +117,7 @@ def build(
       counts['replies_cut'] += encoded.replies_cut
       counts['texts_cut'] += encoded.texts_cut
       counts['replies_rewritten'] += encoded.replies_rewritten
+      counts['examples'] += len(encoded.examples)
       if encoded.examples:
         units.append(encoded.examples)
         for example in encoded.examples if alter is not None else ():
@@ -156,6 +158,7 @@ def build(
   owners = [name for name, one in zip(names, train) for _ in one]
   report = {
     'num_records': len(records),
+    'num_examples': counts['examples'],
     'num_clients': len(names),
     'num_new_clients': len(new_names),
     'clients_left_out': len(left_out),

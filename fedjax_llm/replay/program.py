@@ -41,6 +41,8 @@ def run(argv: list[str]) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+  if args.json and not args.values:
+    raise Error('--json belongs to --values.')
   for option in ('permutations', 'seed'):
     if getattr(args, option) is not None and args.values != 'shapley':
       raise Error(f'--{option} belongs to --values shapley.')
@@ -158,6 +160,9 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument('--seed', type=int, help='of these orders; 0')
   parser.add_argument(
+    '--json', metavar='FILE', help='write the values, for clients.name=by_value'
+  )
+  parser.add_argument(
     rebuild.TRUST,
     action='store_true',
     help="follow import paths in the workdir's config.json, which run code",
@@ -240,6 +245,13 @@ def _valued(
     result = values.shapley(game, present, **keywords)
   else:
     result = values.leave_one_out(game, present)
+  if args.json:
+    who = [built.names[int(draw.ids[k])] for k in np.flatnonzero(present)]
+    value = dict(zip(who, result.value[present].tolist(), strict=True))
+    content = {'round': moment.round, 'kind': args.values, 'values': value}
+    workdir.replace(
+      pathlib.Path(args.json), json.dumps(content, indent=1) + '\n'
+    )
   share = cohort.weight / max(float(np.sum(cohort.weight)), 1e-30)
   order = [k for k in np.argsort(-result.value) if present[k]]
   rows = [
