@@ -14,6 +14,7 @@ import toy
 from fedjax_llm import aggregators, linalg, recipes, server, tree, types
 from fedjax_llm.nodes import Controlled, LowRank
 from fedjax_llm.run import narration
+from fedjax_llm.server import differentiable
 from fedjax_llm.types import Masks
 
 KEY = jax.random.key(0)
@@ -506,3 +507,12 @@ def test_one_client_that_happens_to_be_alone_does_not_end_a_run():
   info = info._replace(finite=np.array([False]))
   with pytest.raises(narration.Diverged, match='all 1 clients'):
     narration.left_out({}, info, alone, ['c0'], 4)
+
+
+def test_a_list_of_cohorts_is_named():
+  algorithm = recipes.fed_avg(toy.loss, toy.sgd())
+  state = algorithm.init(KEY, toy.params())
+  many = [toy.cohort(num_clients=K)] * 2
+  for run in (algorithm.round, differentiable.rounds(algorithm)):
+    with pytest.raises(types.Error, match='a round takes one Cohort, not a li'):
+      run(state, many, toy.base())
