@@ -257,6 +257,7 @@ def test_records_that_are_none_are_named(data, folder, change, words):
       "clients of ann: examples is 'two', not a whole number",
     ),
     ('clients.json', {'clients': {'ann': {}}}, 'ann has no examples'),
+    ('clients.json', {'unit': '\ud800'}, "unit is '\\ud800', not a name"),
     ('samples.json', {'samples': 5}, 'samples is 5, not a list'),
     ('samples.json', {'samples': [5]}, 'samples[0] is 5, not an object'),
     (
