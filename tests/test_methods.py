@@ -85,7 +85,8 @@ def network(labels, num_layers=2):
 def small(name):
   """A method of the configs on a small adapter: (algorithm, params, cohort)."""
   conf = parsed(f'{name}:smoke')
-  labels = conf.get('task') is not None
+  task = conf.get('task') or {'name': 'causal_lm'}
+  labels = task['name'] == 'classification'
   loaded = network(labels, conf['model'].get('num_layers', 2))
   if conf['adapter'].get('targets') == 'all-linear':
     conf['adapter']['targets'] = ('q_proj',)
@@ -99,6 +100,10 @@ def small(name):
   loss = sum_of_squares
   if name in TOLD_BY_NETWORKS:
     loss = local.causal_lm(loaded.model)
+  if task['name'] == 'grpo':
+    rule = local.rewards.ended()
+    sample = models.sampler(loaded, max_new_tokens=3, stops=(1, 2, 3))
+    loss = local.Sampled(loaded.model, sample, rule, (1, 2, 3))
   algorithm = experiment.algorithm(
     conf,
     loss=loss,

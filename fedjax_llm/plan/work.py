@@ -26,6 +26,8 @@ from fedjax_llm.run import (
   costs,
   experiment,
   guarantee,
+  memory,
+  selecting,
   tasks,
 )
 from fedjax_llm.run.sections import SPEC
@@ -65,7 +67,7 @@ class Work(NamedTuple):
   model: load.LoadedModel
   light: FederatedAlgorithm  # the same method on a loss without a model
   filled: Callable[[int, int, int, int], Any]  # K, S, B, T -> full batches
-  loss: Any  # of the task and the model
+  loss: Any  # of the task and the model, with the memory modes
   initial: Any  # the adapter's parameters
   privacy: Any = None  # the plan of the section `privacy`
 
@@ -244,12 +246,16 @@ def read(
     adapter=adapter,
     num_clients=N,
     profiles=profiles or None,
+    num_layers=loaded.config.num_layers,
     public=public,
     block_size=m,
     mesh=mesh,
     execution=settings.execution,
   )
   algorithm = method(task.loss(loaded), loaded.model, mesh)
+  by_row = task.loss(loaded, per_row=True)
+  algorithm = selecting.scored(conf, algorithm, by_row)
+  offered = S * selecting.pool(conf)
   params = jax.eval_shape(adapter.init, jax.random.key(0), loaded.base)
   state = jax.eval_shape(algorithm.init, jax.random.key(0), params)
   newcomer = jax.eval_shape(algorithm.init_client, state.params)
@@ -261,7 +267,7 @@ def read(
   cohort = Cohort(
     ids=jax.ShapeDtypeStruct((K,), np.int32),
     batches=jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), filled(K, S, B, T)
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), filled(K, offered, B, T)
     ),
     weight=jax.ShapeDtypeStruct((K,), np.float32),
     valid=jax.ShapeDtypeStruct((K,), bool),
@@ -283,7 +289,9 @@ def read(
     loaded,
     method(_no_loss, _no_network(len(labels or ()))),
     filled,
-    task.loss(loaded),
+    memory.micro_batched(
+      conf, memory.spared(conf, task.loss(loaded), loaded.config.num_layers)
+    ),
     params,
     guarantee.of(conf, N),
   )
