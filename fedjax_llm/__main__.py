@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 
 PROGRAMS = (
-  *('train', 'plan', 'export', 'generate', 'report', 'sweep', 'replay'),
-  'data',
+  *('train', 'plan', 'export', 'generate', 'evaluate', 'report', 'sweep'),
+  *('replay', 'data'),
 )
 
 

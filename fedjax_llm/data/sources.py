@@ -302,26 +302,26 @@ def _record(row: Any, keys: _Keys, where: str) -> Record:
     raise Error(f'{where}: this line is no JSON object: {short(row)}.')
   client = label = prompt = response = text = messages = pair = tools = None
   if keys.client:
-    client = _string(row, keys.client, where, numbers=True)
+    client = text_of(row, keys.client, where, numbers=True)
     if not client:
       raise Error(f'{where}: the client {keys.client!r} is an empty string.')
   if keys.label:
-    label = _string(row, keys.label, where, numbers=True)
+    label = text_of(row, keys.label, where, numbers=True)
   if keys.prompt:
-    prompt = _string(row, keys.prompt, where)
-    response = _string(row, keys.response, where)
+    prompt = text_of(row, keys.prompt, where)
+    response = text_of(row, keys.response, where)
     if keys.context and row.get(keys.context) is not None:
-      context = _string(row, keys.context, where)
+      context = text_of(row, keys.context, where)
       if context.strip():
         prompt = f'{prompt}\n\n{context}'
   elif keys.text:
-    text = _string(row, keys.text, where)
-    pair = _string(row, keys.pair, where) if keys.pair else None
+    text = text_of(row, keys.text, where)
+    pair = text_of(row, keys.pair, where) if keys.pair else None
   else:
     key = keys.messages or ''
-    messages = messages_lib.read(_value(row, key, where), key, where)
+    messages = messages_lib.read(field_of(row, key, where), key, where)
     tools = messages_lib.tools(row.get('tools'), where)
-  date = _string(row, keys.date, where, numbers=True) if keys.date else None
+  date = text_of(row, keys.date, where, numbers=True) if keys.date else None
   return Record(
     *(client, prompt, response, text, messages, label, where, pair),
     tools=tools,
@@ -329,15 +329,17 @@ def _record(row: Any, keys: _Keys, where: str) -> Record:
   )
 
 
-def _value(row: dict, key: str, where: str) -> Any:
+def field_of(row: dict, key: str, where: str) -> Any:
+  """Returns a field of a row; an `Error` that lists its fields without it."""
   if key not in row:
     names = ', '.join(repr(k) for k in row) or 'no field'
     raise Error(f'{where}: there is no {key!r}; there is {names}.')
   return row[key]
 
 
-def _string(row: dict, key, where: str, *, numbers: bool = False) -> str:
-  value = _value(row, key, where)
+def text_of(row: dict, key, where: str, *, numbers: bool = False) -> str:
+  """Returns a field of a row that is a text, or with `numbers` an integer."""
+  value = field_of(row, key, where)
   if numbers and isinstance(value, int) and not isinstance(value, bool):
     return str(value)
   if not isinstance(value, str):
