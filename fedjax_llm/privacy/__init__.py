@@ -4,6 +4,8 @@ clipping     the sum of clipped updates with Gaussian noise, a rule
 correlated   the same with noise that cancels in part over rounds, a rule
 sent         noise in every message, and in a secure sum: codecs
 accounting   epsilon of a number of rounds, the noise for a target
+audit        a lower bound on epsilon from one run with canaries
+plan         the section `privacy` of a config: all of it, checked together
 plan         the plan of central noise: all of it, checked together
 mechanisms   the plans of the others
 section      the section `privacy` of a config
@@ -14,6 +16,7 @@ releases only their noisy sum.
 
 from fedjax_llm.privacy import (
   accounting,
+  audit,
   clipping,
   correlated,
   mechanisms,
@@ -27,6 +30,7 @@ from fedjax_llm.privacy.section import section
 
 __all__ = [
   'accounting',
+  'audit',
   'clipping',
   'correlated',
   'mechanisms',
