@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 PROGRAMS = (
   *('train', 'plan', 'export', 'generate', 'evaluate', 'report', 'sweep'),
-  'replay',
+  *('replay', 'data'),
 )
 
 

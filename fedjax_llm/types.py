@@ -386,6 +386,12 @@ class Model(NamedTuple):
   returns the statistics of the nodes that have any (`nodes.Routing` of
   `nodes.Experts`), in the tree of the adapter with None elsewhere. It is None
   for a network without such a function.
+
+  `layers(base, params, batch, numbers, hidden=None, *, ends=True)` computes the
+  layers of these numbers alone, from the states `hidden` of the layers below or
+  from the tokens if None; with `ends` as the last ones of the network, so that
+  `hidden(...)` is `layers(..., range(c, L), layers(..., range(c), ends=False))`
+  for every cut c. None for a network that cannot be cut.
   """
 
   hidden: Callable[[Base, Params, Batch], jax.Array]
@@ -393,6 +399,7 @@ class Model(NamedTuple):
   hidden_with_statistics: (
     Callable[[Base, Params, Batch], tuple[jax.Array, Any]] | None
   ) = None
+  layers: Callable[..., jax.Array] | None = None
 
 
 class LossSum(NamedTuple):
@@ -470,6 +477,9 @@ class Codec(NamedTuple):
   update, and the server decodes the sum once, with a context that has `peers`
   and `reported`; only rules that are `linear` take it.
 
+  A `private` codec hides the update: a client may then send nothing else that
+  depends on its texts (reports, weights or masks of its own).
+
   A `lossy` codec may decode other values than it encoded. A download is the
   same for all clients and has no state: `encode` gets that of `init`.
   """
@@ -480,6 +490,7 @@ class Codec(NamedTuple):
   num_bytes: Callable[[Any, Masks], Any]
   additive: bool = False
   lossy: bool = False
+  private: bool = False
 
 
 Upload = Codec
@@ -509,11 +520,13 @@ class Uploads(NamedTuple):
 
 
 class Traits(NamedTuple):
-  """Properties of a rule, each of which `fed_opt` enforces."""
+  """Properties of a rule, each of which `fed_opt` or another rule enforces."""
 
   linear: bool = False  # uses only sum_k w_k u_k: additive uploads are allowed
   changes_basis: bool = False  # factors change meaning: no server moments
   writes_residual: bool = False  # of `LowRank` nodes: needs `Adapter.fold`
+  # Depends on lengths and angles alone: `aggregators.in_products` takes it.
+  rotates: bool = False
   always: bool = False  # acts in a round without reports too, as noise must
   # `finalize` of a rule that clips and noises: no other rule may wrap it, and
   # no upload may be summed before it.
@@ -627,7 +640,10 @@ class FederatedAlgorithm(NamedTuple):
   `aggregate(state, uploads, base, data=None) -> (state, metrics)` are the two
   halves of `round`, None where a method has no halves (split learning);
   `plan(state) -> state` is host code between rounds (`server.planned`), None
-  for a method without plans.
+  for a method without plans;
+  `exchanged(params, base, batches) -> (up, down)` counts the bytes that a
+  client sends and receives within S steps that hold no padding, of batches
+  [K, S, ...] or their shapes; None for methods that exchange nothing there.
   """
 
   init: Callable[[Key, Params], ServerState]
@@ -637,6 +653,7 @@ class FederatedAlgorithm(NamedTuple):
   train: Callable[..., tuple[Uploads, ClientState, RoundInfo]] | None = None
   aggregate: Callable[..., tuple[ServerState, Metrics]] | None = None
   plan: Callable[[ServerState], ServerState] | None = None
+  exchanged: Callable[[Params, Base, Any], tuple[int, int]] | None = None
 
 
 # ------------------------------------------------------------------- evals --

@@ -36,7 +36,7 @@ TABLE = {
   'models': ('types', 'nodes', 'adapters', 'reading'),
   'local': ('types', 'tree', 'batching', 'linalg', 'nodes'),
   'uploads': ('types', 'tree', 'nodes', 'linalg'),
-  'adversary': ('types', 'tree', 'nodes'),
+  'adversary': ('types', 'tree', 'nodes', 'data'),
   'aggregators': ('types', 'tree', 'nodes', 'linalg', 'checks'),
   'privacy': ('types', 'tree'),
   'server': (
@@ -77,7 +77,7 @@ HEAVY = (
   *('transformers', 'datasets', 'orbax', 'tensorboardX', 'ml_collections'),
   *('flax', 'gguf', 'safetensors', 'torch', 'peft', 'tqdm', 'jinja2'),
   *('matplotlib', 'wandb', 'mlflow', 'dp_accounting', 'lm_eval'),
-  *('sacrebleu', 'rouge_score'),
+  *('sacrebleu', 'rouge_score', 'cryptography'),
 )
 
 

@@ -45,6 +45,7 @@ class Record(NamedTuple):
   rejected: str | None = None  # to this one
   image: Any = None  # an array [H, W, C]
   tools: tuple[Any, ...] | None = None
+  date: str | None = None  # when it was written, in a form that sorts by time
 
 
 class _Keys(NamedTuple):
@@ -58,6 +59,7 @@ class _Keys(NamedTuple):
   label: str | None
   context: str | None
   pair: str | None
+  date: str | None
 
 
 def packaged(dataset: str = 'shakespeare_mini') -> list[Record]:
@@ -100,6 +102,7 @@ def jsonl(
   label_key: str | None = None,
   context_key: str | None = None,
   text_pair_key: str | None = None,
+  date_key: str | None = None,
 ) -> list[Record]:
   """Reads records from files with one JSON object per line, plain or .gz.
 
@@ -115,7 +118,8 @@ def jsonl(
   to the prompt after a blank line if it is not empty. `label_key` names the
   field with the class of the text, a string or an integer, for label partitions
   and for classification; `text_pair_key` a field with a second text to be
-  classified together with that of `text_key`. Blank lines are skipped.
+  classified together with that of `text_key`; `date_key` a field with a date
+  that sorts by time, or a number, for `time_drift`. Blank lines are skipped.
 
   Raises `Error` for a missing or empty file, for a line that is no JSON object,
   and for a field that is missing or of the wrong type.
@@ -136,6 +140,7 @@ def jsonl(
     label_key,
     context_key,
     text_pair_key,
+    date_key,
     source='jsonl',
   )
   return [
@@ -157,6 +162,7 @@ def hf(
   label_key: str | None = None,
   context_key: str | None = None,
   text_pair_key: str | None = None,
+  date_key: str | None = None,
 ) -> list[Record]:
   """Reads records from any data set of the `datasets` library.
 
@@ -186,6 +192,7 @@ def hf(
     label_key,
     context_key,
     text_pair_key,
+    date_key,
     source='hf',
   )
   paths = _paths(path)
@@ -247,7 +254,17 @@ def _records(data: Any, keys: '_Keys', name: str) -> list[Record]:
 
 
 def _keys(
-  client, prompt, response, text, messages, label, context, pair, *, source
+  client,
+  prompt,
+  response,
+  text,
+  messages,
+  label,
+  context,
+  pair,
+  date=None,
+  *,
+  source,
 ) -> _Keys:
   forms = {
     'prompt_key and response_key': prompt or response,
@@ -275,7 +292,9 @@ def _keys(
     )
   if not chosen:
     messages = 'messages'
-  return _Keys(client, prompt, response, text, messages, label, context, pair)
+  return _Keys(
+    client, prompt, response, text, messages, label, context, pair, date
+  )
 
 
 def _record(row: Any, keys: _Keys, where: str) -> Record:
@@ -302,8 +321,11 @@ def _record(row: Any, keys: _Keys, where: str) -> Record:
     key = keys.messages or ''
     messages = messages_lib.read(field_of(row, key, where), key, where)
     tools = messages_lib.tools(row.get('tools'), where)
+  date = text_of(row, keys.date, where, numbers=True) if keys.date else None
   return Record(
-    client, prompt, response, text, messages, label, where, pair, tools=tools
+    *(client, prompt, response, text, messages, label, where, pair),
+    tools=tools,
+    date=date,
   )
 
 

@@ -6,6 +6,7 @@ accuracy, of all texts and of each client, and prompts for sampled replies.
 
 from fedjax_llm.evals import agreement as agreement
 from fedjax_llm.evals import answers as answers
+from fedjax_llm.evals import audits as audits
 from fedjax_llm.evals import choosing as choosing
 from fedjax_llm.evals import intervals as intervals
 from fedjax_llm.evals import overlap as overlap
@@ -42,6 +43,7 @@ __all__ = [
   'agreement',
   'answers',
   'choosing',
+  'audits',
   'fuse',
   'in_turn',
   'instance_mixed',

@@ -15,6 +15,7 @@ from fedjax_llm.local.losses import class_logits as class_logits
 from fedjax_llm.local.losses import classification as classification
 from fedjax_llm.local.observed import Observed as Observed
 from fedjax_llm.local.observed import observed as observed
+from fedjax_llm.local.observed import on_model as on_model
 from fedjax_llm.local.optimizers import LocalOptimizer as LocalOptimizer
 from fedjax_llm.local.optimizers import lora_plus as lora_plus
 from fedjax_llm.local.optimizers import optimizer as optimizer
@@ -33,6 +34,8 @@ from fedjax_llm.local.routing import embeddings as embeddings
 from fedjax_llm.local.routing import routed as routed
 from fedjax_llm.local.seeded import in_basis as in_basis
 from fedjax_llm.local.sgd import sgd as sgd
+from fedjax_llm.local.sparing import frozen_below as frozen_below
+from fedjax_llm.local.sparing import micro_batches as micro_batches
 from fedjax_llm.local.zeroth_order import along as along
 from fedjax_llm.local.zeroth_order import (
   forward_difference as forward_difference,
@@ -59,11 +62,14 @@ __all__ = [
   'forward_difference',
   'forward_mode',
   'grpo',
+  'frozen_below',
   'in_basis',
   'ipo',
   'kto',
   'lora_plus',
+  'micro_batches',
   'observed',
+  'on_model',
   'one_point',
   'optimizer',
   'orpo',

@@ -23,6 +23,7 @@ from fedjax_llm.run import (
   checkpoint,
   config,
   experiment,
+  guarantee,
   metrics,
   narration,
   pace,
@@ -128,6 +129,7 @@ def train(args: config.Arguments) -> None:
       raise Error(f'{args.workdir} holds a run on other texts or clients.')
     if private is not None:
       private.check(restored.state.aggregator)
+      guarantee.same_noise(room.path, private)
     if restored.round > num_rounds:
       raise Error(
         f'{args.workdir} is at round {restored.round}, above {num_rounds=}.'
@@ -239,7 +241,7 @@ def train(args: config.Arguments) -> None:
         following = prepared(number) if number < num_rounds else None
         ready = time.monotonic()
         info = jax.device_get(info._replace(reports=None))
-      values = metrics.summarise(info)
+      values = metrics.summarise(info) | built.selected(draw, number - 1)
       if algorithm.plan is not None:  # on the host, for the next round
         state = algorithm.plan(state)
       trained = time.monotonic()

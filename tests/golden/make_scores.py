@@ -1,6 +1,6 @@
 """Writes scores.json: classes by scikit-learn, texts by sacrebleu, rouge-score.
 
-    python tests/golden/make_scores.py
+python tests/golden/make_scores.py
 """
 
 import json
