@@ -91,8 +91,8 @@ def modes(
 def rows(result: list[Mode]) -> list[tuple[str, str]]:
   """Returns the lines of a plan: the mode, its memory and what it saves.
 
-  >>> some = [Mode('', None, 100, 0, 60), Mode('--config.x=1', None, 100, 0, 20)]
-  >>> rows(some)
+  >>> plain, other = ('', 60), ('--config.x=1', 20)
+  >>> rows([Mode(name, None, 100, 0, size) for name, size in (plain, other)])
   [('  as it is', '160 B, base 100 B'), ('  --config.x=1', '120 B, saves 40 B')]
   """
   human = metrics.human_bytes

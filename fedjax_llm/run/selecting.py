@@ -140,7 +140,8 @@ def scored(
 def pool(conf: Mapping[str, Any]) -> int:
   """Returns the number of candidates for each row of a config's rounds.
 
-  >>> pool({}), pool({'selection': {'name': 'by_loss', 'pool': 3}, 'cohort': {}})
+  >>> some = {'selection': {'name': 'by_loss', 'pool': 3}, 'cohort': {}}
+  >>> pool({}), pool(some)
   (1, 3)
   """
   choice = of(conf).scored
