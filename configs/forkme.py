@@ -78,6 +78,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     new_clients=2,  # clients that never train
     max_clients=6 if smoke else None,
   )
+  # Some clients train on other texts: config.poison = dict(name='backdoor')
 
   # The examples that a client trains on: `curriculum`, `quality`, `by_loss`,
   # `by_gradient`, `near_duplicates`, `fed_hds`. Without the section: all.

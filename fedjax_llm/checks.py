@@ -84,8 +84,16 @@ def as_function(fn: Any) -> Callable:
 
 
 def _is_builder(x: Any) -> bool:
+  """Returns True for a function that says so, or that needs no argument."""
   annotation = str(getattr(x, '__annotations__', {}).get('return', ''))
-  return 'Aggregator' in annotation
+  if 'Aggregator' in annotation:
+    return True
+  try:
+    known = inspect.signature(x).parameters.values()
+  except (TypeError, ValueError):  # built in
+    return False
+  by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+  return all(p.kind in by_name or p.default is not p.empty for p in known)
 
 
 def first_difference(result: Any, wanted: Any) -> str:

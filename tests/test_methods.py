@@ -83,7 +83,8 @@ def network(labels):
 def small(name):
   """A method of the configs on a small adapter: (algorithm, params, cohort)."""
   conf = parsed(f'{name}:smoke')
-  labels = conf.get('task') is not None
+  task = conf.get('task') or {'name': 'causal_lm'}
+  labels = task['name'] == 'classification'
   loaded = network(labels)
   if conf['adapter'].get('targets') == 'all-linear':
     conf['adapter']['targets'] = ('q_proj',)
@@ -97,6 +98,10 @@ def small(name):
   loss = sum_of_squares
   if name in TOLD_BY_NETWORKS:
     loss = local.causal_lm(loaded.model)
+  if task['name'] == 'grpo':
+    rule = local.rewards.ended()
+    sample = models.sampler(loaded, max_new_tokens=3, stops=(1, 2, 3))
+    loss = local.Sampled(loaded.model, sample, rule, (1, 2, 3))
   algorithm = experiment.algorithm(
     conf,
     loss=loss,

@@ -18,7 +18,14 @@ from fedjax_llm.clients import (
   timed,
   valued,
 )
-from fedjax_llm.clients.sampling import by_size, cyclic, full, poisson, uniform
+from fedjax_llm.clients.sampling import (
+  by_size,
+  cyclic,
+  full,
+  poisson,
+  rotating,
+  uniform,
+)
 
 __all__ = [
   'cohorts',
@@ -34,4 +41,5 @@ __all__ = [
   'cyclic',
   'full',
   'poisson',
+  'rotating',
 ]

@@ -3,8 +3,11 @@
 Builders return a `LocalUpdate`, a `Loss` or a `LocalOptimizer`.
 """
 
+from fedjax_llm.local import rewards as rewards
 from fedjax_llm.local.dropout import dropout as dropout
 from fedjax_llm.local.dual import viewed as viewed
+from fedjax_llm.local.grpo import Sampled as Sampled
+from fedjax_llm.local.grpo import grpo as grpo
 from fedjax_llm.local.importance import reported as reported
 from fedjax_llm.local.importance import weight_importance as weight_importance
 from fedjax_llm.local.losses import causal_lm as causal_lm
@@ -19,6 +22,12 @@ from fedjax_llm.local.phases import Counted as Counted
 from fedjax_llm.local.phases import Phase as Phase
 from fedjax_llm.local.phases import counted as counted
 from fedjax_llm.local.phases import phases as phases
+from fedjax_llm.local.preference import dpo as dpo
+from fedjax_llm.local.preference import ipo as ipo
+from fedjax_llm.local.preference import kto as kto
+from fedjax_llm.local.preference import orpo as orpo
+from fedjax_llm.local.preference import preference as preference
+from fedjax_llm.local.preference import simpo as simpo
 from fedjax_llm.local.routing import balanced as balanced
 from fedjax_llm.local.routing import embeddings as embeddings
 from fedjax_llm.local.routing import routed as routed
@@ -39,27 +48,36 @@ __all__ = [
   'LocalOptimizer',
   'Observed',
   'Phase',
+  'Sampled',
   'along',
   'balanced',
   'causal_lm',
   'class_logits',
   'classification',
   'counted',
+  'dpo',
   'dropout',
   'embeddings',
   'forward_difference',
   'forward_mode',
+  'grpo',
   'frozen_below',
   'in_basis',
+  'ipo',
+  'kto',
   'lora_plus',
   'micro_batches',
   'observed',
   'one_point',
   'optimizer',
+  'orpo',
   'phases',
+  'preference',
   'reported',
+  'rewards',
   'routed',
   'sgd',
+  'simpo',
   'two_point',
   'viewed',
   'weight_importance',

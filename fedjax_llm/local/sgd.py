@@ -139,7 +139,16 @@ def descend(
   before, total = part or (0, num_steps)
   texts, needed = contents(batches, num_steps)
   round, key = context.round, context.key
-  if gradient is not backprop:  # others move entries that are not trained
+  if optimizer.gradient is not None:  # of examples, clipped and noised
+    if gradient is not backprop:
+      raise Error(
+        'privacy: this method estimates its gradients itself, and only those '
+        'of backpropagation can be clipped by example: use another method.'
+      )
+    optimizer.begins()
+    # Steps without an example have noise too.
+    gradient, needed = optimizer.gradient, num_steps
+  elif gradient is not backprop:  # others move entries that are not trained
     loss = within(loss, start, masks.trained)
 
   def step(index, carry):
