@@ -386,6 +386,12 @@ class Model(NamedTuple):
   returns the statistics of the nodes that have any (`nodes.Routing` of
   `nodes.Experts`), in the tree of the adapter with None elsewhere. It is None
   for a network without such a function.
+
+  `layers(base, params, batch, numbers, hidden=None, *, ends=True)` computes the
+  layers of these numbers alone, from the states `hidden` of the layers below or
+  from the tokens if None; with `ends` as the last ones of the network, so that
+  `hidden(...)` is `layers(..., range(c, L), layers(..., range(c), ends=False))`
+  for every cut c. None for a network that cannot be cut.
   """
 
   hidden: Callable[[Base, Params, Batch], jax.Array]
@@ -393,6 +399,7 @@ class Model(NamedTuple):
   hidden_with_statistics: (
     Callable[[Base, Params, Batch], tuple[jax.Array, Any]] | None
   ) = None
+  layers: Callable[..., jax.Array] | None = None
 
 
 class LossSum(NamedTuple):
@@ -633,7 +640,10 @@ class FederatedAlgorithm(NamedTuple):
   `aggregate(state, uploads, base, data=None) -> (state, metrics)` are the two
   halves of `round`, None where a method has no halves (split learning);
   `plan(state) -> state` is host code between rounds (`server.planned`), None
-  for a method without plans.
+  for a method without plans;
+  `exchanged(params, base, batches) -> (up, down)` counts the bytes that a
+  client sends and receives within S steps that hold no padding, of batches
+  [K, S, ...] or their shapes; None for methods that exchange nothing there.
   """
 
   init: Callable[[Key, Params], ServerState]
@@ -643,6 +653,7 @@ class FederatedAlgorithm(NamedTuple):
   train: Callable[..., tuple[Uploads, ClientState, RoundInfo]] | None = None
   aggregate: Callable[..., tuple[ServerState, Metrics]] | None = None
   plan: Callable[[ServerState], ServerState] | None = None
+  exchanged: Callable[[Params, Base, Any], tuple[int, int]] | None = None
 
 
 # ------------------------------------------------------------------- evals --

@@ -32,8 +32,8 @@ from fedjax_llm.types import LossSum
 
 PATH = pathlib.Path(__file__).parents[1] / 'configs' / 'methods.py'
 NAMES = runpy.run_path(str(PATH))['NAMES']
-# Their loss needs the statistics of nodes.
-OBSERVED = ('fed_amole',)
+# Their loss needs the statistics of nodes, or a network without some layers.
+OBSERVED = ('fed_amole', 'fed_biot', 'offsite_tuning')
 # Their local training is that of their task's loss.
 TASKS = ('fed_avg_grpo',)
 KINDS = {None: 'texts', 'classification': 'labels', 'dpo': 'pairs'}
@@ -141,9 +141,9 @@ def parsed(name, folder):
     conf['clients']['cohort_size'] = 2
   if conf['adapter'].get('targets') == 'all-linear':
     conf['adapter']['targets'] = ('q_proj', 'v_proj')
-  if name in OBSERVED:  # as many experts as four clients can hold
+  if name == 'fed_amole':  # as many experts as four clients can hold
     conf['algorithm']['num_experts'] = 8
-  elif name not in TASKS:
+  if name not in (*OBSERVED, *TASKS):
     task = conf.get('task') or {}
     kind = KINDS[task.get('name')]
     conf['task'] = {**task, 'name': f'{__name__}:{kind}'}

@@ -15,6 +15,7 @@ from fedjax_llm.local.losses import class_logits as class_logits
 from fedjax_llm.local.losses import classification as classification
 from fedjax_llm.local.observed import Observed as Observed
 from fedjax_llm.local.observed import observed as observed
+from fedjax_llm.local.observed import on_model as on_model
 from fedjax_llm.local.optimizers import LocalOptimizer as LocalOptimizer
 from fedjax_llm.local.optimizers import lora_plus as lora_plus
 from fedjax_llm.local.optimizers import optimizer as optimizer
@@ -68,6 +69,7 @@ __all__ = [
   'lora_plus',
   'micro_batches',
   'observed',
+  'on_model',
   'one_point',
   'optimizer',
   'orpo',

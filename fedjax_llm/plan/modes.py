@@ -91,8 +91,9 @@ def modes(
 def rows(result: list[Mode]) -> list[tuple[str, str]]:
   """Returns the lines of a plan: the mode, its memory and what it saves.
 
-  >>> plain, other = ('', 60), ('--config.x=1', 20)
-  >>> rows([Mode(name, None, 100, 0, size) for name, size in (plain, other)])
+  >>> less = Mode('--config.x=1', None, 100, 0, 20)
+  >>> some = [Mode('', None, 100, 0, 60), less]
+  >>> rows(some)
   [('  as it is', '160 B, base 100 B'), ('  --config.x=1', '120 B, saves 40 B')]
   """
   human = metrics.human_bytes

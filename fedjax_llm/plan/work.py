@@ -232,6 +232,10 @@ def read(
 
   adapter = build('adapter', tokenizer=data.tokenizers.bytes())  # for shapes
   optimizer = build('local')
+  public = None
+  if conf.get('public'):
+    texts = batches_of(task, (1, 1, B, T), loaded.config.vocab_size)
+    public = tree.take(texts, 0)
   profiles: Any = ()
   if conf.get('profiles'):
     profiles = build('profiles', num_clients=N, seed=settings.seed)
@@ -243,6 +247,7 @@ def read(
     num_clients=N,
     profiles=profiles or None,
     num_layers=loaded.config.num_layers,
+    public=public,
     block_size=m,
     mesh=mesh,
     execution=settings.execution,
@@ -325,6 +330,7 @@ _no_loss = local.Observed(
     _nothing(base, params, batch, key),
     adapters.experts.no_statistics(params),
   ),
+  lambda model: _nothing,
 )
 
 
@@ -334,6 +340,9 @@ def _no_network(num_labels: int) -> Model:
   return Model(
     hidden=lambda base, params, batch: zeros(batch.tokens[..., None], 1),
     logits=lambda base, params, hidden: zeros(hidden, max(num_labels, 1)),
+    layers=lambda base, params, batch, numbers, hidden=None, *, ends=True: (
+      zeros(batch.tokens[..., None], 1)
+    ),
   )
 
 
@@ -391,4 +400,10 @@ def travel(work: Work) -> tuple[float, float]:
     for i, counts in enumerate((info.bytes_up, info.bytes_down)):
       total[i] += np.asarray(counts, np.float64).sum() / 2
   up, down = (math.ceil(x) * K / k for x in total)
-  return up, down
+  if algorithm.exchanged is None or work.algorithm.exchanged is None:
+    return up, down
+  # The messages within steps have the size of the real states and batches.
+  params = work.state.params
+  real = work.algorithm.exchanged(params, work.base, work.cohort.batches)
+  run = algorithm.exchanged(params, base, cohort.batches)
+  return up + K * (real[0] - run[0]), down + K * (real[1] - run[1])

@@ -27,6 +27,7 @@ from fedjax_llm.run import (
   memory,
   narration,
   poisoned,
+  public,
   rates,
   selecting,
   tasks,
@@ -82,6 +83,7 @@ class Experiment(NamedTuple):
   mesh: Any  # all devices; None: there is one
   near: Any  # the devices of this process
   width: int  # columns of the longest example
+  public: Any = None  # batches [M, B, ...] for the server; None: there are none
 
   @property
   def base(self) -> Any:
@@ -104,6 +106,7 @@ class Experiment(NamedTuple):
       num_clients=len(self.owned),
       profiles=self.profiles,
       num_layers=self.loaded.config.num_layers,
+      public=self.public,
       block_size=block_size,
       widths=tuple(self.settings.widths),
       mesh=mesh,
@@ -307,6 +310,19 @@ def build(
     begin = {'start': initial} if takes else {}
     population = task.prepare(loaded, population, **begin)
 
+  shared = None
+  if conf.get('public'):
+    shared = public.batches(
+      make('public'),
+      config.resolved(conf, SPEC)['population'],
+      task=task,
+      tokenizer=tokenizer,
+      labels=labels,
+      batch_size=conf['cohort']['batch_size'],
+      width=width,
+      seed=seed,
+    )
+
   # ---------------------------------------------------------------- clients --
   names, owned = data.population.trainers(population)
   cohort_conf = dict(conf['cohort'])
@@ -385,6 +401,7 @@ def build(
     mesh=mesh,
     near=near,
     width=width,
+    public=shared,
   )
   return built
 

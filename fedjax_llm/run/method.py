@@ -60,12 +60,18 @@ def algorithm(
   num_clients: int,
   profiles: Mapping[str, Any] | None = None,
   num_layers: int | None = None,
+  public: Any = None,
   **others: Any,
 ) -> FederatedAlgorithm:
   """Builds the recipe of a config with the parts that the config names.
 
   `loss` and `model` may be None where the result only reads a trained state.
-  `num_layers` is L of the model (`memory.spared`).
+  `num_layers` is L of the model (`memory.spared`), `public` batches of the
+  section of that name.
+
+  Raises:
+    Error: a part is refused; the section `public` with a method that has no use
+      of it.
   """
   make = functools.partial(make_part, conf)
   parts = ('upload', 'download', 'aggregator', 'server')
@@ -74,6 +80,11 @@ def algorithm(
     loss = local.dropout(loss, adapter.peft.get('lora_dropout', 0.0))
     loss = memory.micro_batched(conf, loss)
   recipe, name = recipe_of(conf), conf['algorithm']['name']
+  if conf.get('public') and 'public' not in builders.parameters(recipe):
+    raise Error(
+      f'public: algorithm.name={name} does not train its server on public '
+      'texts: leave the section public out.'
+    )
   if builders.open_ended(recipe):  # one's own, which hands its parts on
     recipe = builders.onward(recipe, sections.parts)
   if conf.get('adversary'):
@@ -85,6 +96,7 @@ def algorithm(
     num_clients=num_clients,
     num_steps=conf['cohort']['num_steps'],
     profiles=profiles,
+    public=public,
     fold=adapter.fold,
     **others,
     **{part: make(part) for part in parts if conf.get(part)},

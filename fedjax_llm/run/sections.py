@@ -203,6 +203,7 @@ SPEC = config.Spec(
       **builders.names(data.preferences),
       'hub': data.named.hub,
     },
+    'public': data.sources,
     'partition': {**_PARTITIONS, 'pooled': pooled},
     'partition.of': _PARTITIONS,
     'population': data.population.build,
@@ -276,7 +277,7 @@ SPEC = config.Spec(
     'model': ('vocab_size', 'eos_ids', 'labels', 'place'),
     'algorithm': (
       *('loss', 'model', 'optimizer', 'num_clients', 'profiles'),
-      'num_steps',
+      *('num_steps', 'public'),
       *builders.parameters(parts),
     ),
     'adversary': ('num_clients',),
@@ -290,12 +291,12 @@ SPEC = config.Spec(
   optional=(
     *('task', 'profiles', 'upload', 'download', 'adversary', 'aggregator'),
     *('server', 'local.schedule', 'server.schedule', 'evals.personal'),
-    *('privacy', 'poison', 'system', 'memory', 'selection'),
+    *('privacy', 'poison', 'public', 'system', 'memory', 'selection'),
   ),
   # Old runs and runs without these sections record nothing of them.
   unrecorded=(
-    *('adversary', 'download', 'poison', 'privacy', 'system', 'memory'),
-    'selection',
+    *('adversary', 'download', 'poison', 'privacy', 'public', 'system'),
+    *('memory', 'selection'),
   ),
   implied=implied,
 )

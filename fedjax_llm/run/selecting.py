@@ -140,8 +140,8 @@ def scored(
 def pool(conf: Mapping[str, Any]) -> int:
   """Returns the number of candidates for each row of a config's rounds.
 
-  >>> some = {'selection': {'name': 'by_loss', 'pool': 3}, 'cohort': {}}
-  >>> pool({}), pool(some)
+  >>> by_loss = {'name': 'by_loss', 'pool': 3}
+  >>> pool({}), pool({'selection': by_loss, 'cohort': {}})
   (1, 3)
   """
   choice = of(conf).scored

@@ -9,7 +9,7 @@ between layers (windows, rotations) are arrays that the scan walks.
 `build` returns the network as a `Model`, `decoder` as a `Decoder` with a cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -166,9 +166,23 @@ def _walk(config, implementation, dtype, remat, unroll):
   stretched = config.rope.kind in ('dynamic', 'longrope')
 
   def walk(
-    base, params, batch, cache=None, slot=0, with_rows=True, record=False
+    base,
+    params,
+    batch,
+    cache=None,
+    slot=0,
+    with_rows=True,
+    record=False,
+    chosen_layers=None,
+    x=None,
+    ends=True,
   ):
-    """Returns hidden states [B, T, D], keys and values, node statistics."""
+    """Returns hidden states [B, T, D], keys and values, node statistics.
+
+    `chosen_layers` are the numbers of the layers to compute, None for all; `x`
+    are states to start from in place of the embeddings; the last norm is left
+    out, and prompt rows are kept, where the part does not end the network.
+    """
     num_frozen, params = frozen.unmarked(params)
     base, params = adapters.overlay(base, params)
     adapters.check(base, adapters.gates.without(params), places=protocol.BESIDE)
@@ -196,7 +210,8 @@ def _walk(config, implementation, dtype, remat, unroll):
     if front.length:
       batch, queries = prompts.whole(config, front, batch, with_rows)
     keys = prompts.before(front, queries) if cache is None else cache.places
-    x = _embed(config, base, params, batch, dtype, num_rows)
+    if x is None:
+      x = _embed(config, base, params, batch, dtype, num_rows)
 
     def angles(table):
       return rope.rope_angles(batch.positions, *table)
@@ -208,6 +223,11 @@ def _walk(config, implementation, dtype, remat, unroll):
       real &= np.arange(real.shape[-1]) >= num_rows
 
     def body(x, layer):
+      if chosen_layers is not None:  # by its number: no copy of the weights
+        at = lambda leaf: jax.lax.dynamic_index_in_dim(
+          leaf, layer.base, keepdims=False
+        )
+        layer = layer._replace(base=jax.tree.map(at, base['layers']))
       layer = layer._replace(
         window=layer.window if mixed_windows else windows,
         angles=angles(layer.angles) if mixed_ropes else common,
@@ -227,12 +247,23 @@ def _walk(config, implementation, dtype, remat, unroll):
       None if cache is None else cache.keys,
       None if cache is None else cache.values,
     )
+    if chosen_layers is not None:
+      some = lambda tree: jax.tree.map(lambda leaf: leaf[chosen_layers], tree)
+      xs = blocks.Layer(
+        jnp.asarray(chosen_layers),
+        some(xs.params),
+        some(xs.window),
+        some(xs.angles),
+      )
+      num_frozen = sum(int(i) < num_frozen for i in chosen_layers)
     if num_frozen:
       x, (kv, statistics) = _above(body, remat, unroll, x, xs, num_frozen)
     else:
       x, (kv, statistics) = jax.lax.scan(
         _rematerialised(body, remat, unroll), x, xs, unroll=unroll
       )
+    if not ends:
+      return x, kv, {}
     if config.final_norm:
       x = _norm(config, base, params, x, 'norm')
     if mixed is not None:
@@ -323,7 +354,24 @@ def build(
       del statistics['inputs']
     return hidden, {**empty, **statistics}
 
-  return Model(hidden, logits, hidden_with_statistics)
+  def layers(base, params, batch, numbers, hidden=None, *, ends=True):
+    index = _checked(numbers, config.num_layers)
+    return walk(base, params, batch, chosen_layers=index, x=hidden, ends=ends)[
+      0
+    ]
+
+  return Model(hidden, logits, hidden_with_statistics, layers)
+
+
+def _checked(numbers: Sequence[int], num_layers: int) -> np.ndarray:
+  """Returns the numbers of layers [M], an `Error` for one out of range."""
+  wrong = [i for i in numbers if not 0 <= i < num_layers]
+  if wrong:
+    raise Error(
+      f'layer {wrong[0]} is not one of the {num_layers} layers of the network, '
+      f'0 to {num_layers - 1}.'
+    )
+  return np.asarray(numbers, np.int32).reshape(-1)
 
 
 def decoder(
