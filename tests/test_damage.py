@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import tempfile
 
 import numpy as np
 import pytest
@@ -383,7 +384,7 @@ def test_what_nobody_has_foreseen_is_a_sentence_and_a_log(
 
   monkeypatch.setattr(narration, 'describe', breaks)
   monkeypatch.setenv('TMPDIR', str(tmp_path))
-  monkeypatch.setattr(workdir.tempfile, 'tempdir', None)
+  monkeypatch.setattr(tempfile, 'tempdir', None)
   status, _, err = runs.run(train, command(data, tmp_path / 'run', 1))
   assert status == 1 and err.count('\n') == 1
   start, _, path = err.strip().rstrip('.').partition('The traceback is in ')

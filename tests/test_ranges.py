@@ -136,9 +136,7 @@ def test_what_makes_an_adapter_of_nothing_is_named():
   with pytest.raises(Error, match=r"adapter\.modules_to_save is ''"):
     adapters.lora(modules_to_save='')
   for build in (adapters.lora, adapters.rslora, adapters.dora):
-    with pytest.raises(
-      Error, match=r'adapter\.alpha gives the scale 0; it'
-    ):
+    with pytest.raises(Error, match=r'adapter\.alpha gives the scale 0; it'):
       build(alpha=0.0)
 
 

@@ -94,7 +94,7 @@ def unused_clients(conf: Mapping[str, Any]) -> str:
   """
   key, partition = conf['data'].get('client_key'), conf['partition']
   name = (partition.get('of') or partition).get('name')
-  if key is None or name not in ('iid', 'dirichlet', 'quantity', 'one_label'):
+  if key is None or name in ('natural', 'by_keys'):
     return ''
   return (
     f'data.client_key={key!r} is not used: partition.name={name} deals the '

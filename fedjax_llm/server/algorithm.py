@@ -321,7 +321,12 @@ def _sums(aggregator: AnyAggregator, upload: Upload) -> Sums | None:
     def add(total, uploads, common):
       del common
       ones = uploads.valid.astype(jnp.float32)
-      sums = tree.weighted_sum(uploads.update, ones), jnp.sum(uploads.weight)
+      each = lambda x: (
+        jnp.sum(x, 0, dtype=x.dtype)  # modulo 2^b; other rows are zero
+        if jnp.issubdtype(x.dtype, jnp.unsignedinteger)
+        else tree.weighted_sum(x, ones)
+      )
+      sums = jax.tree.map(each, uploads.update), jnp.sum(uploads.weight)
       return sums if total is None else tree.add(total, sums)
 
     def begun(total, uploads, common):
