@@ -18,6 +18,8 @@ from fedjax_llm.local import per_example
 from fedjax_llm.nodes import LowRank
 from fedjax_llm.privacy import accounting, correlated, mechanisms, sent
 from fedjax_llm.run import experiment, guarantee
+from fedjax_llm.sweep import groups
+from fedjax_llm.sweep.grid import Run
 from fedjax_llm.types import Context, Draw, Error, Example, Masks
 from fedjax_llm.uploads import secure
 
@@ -334,6 +336,7 @@ SAMPLED = dict(example_rate=0.5)
   [
     (conf('correlated'), 'set clients.name=rotating'),
     (conf('examples'), 'example_rate is missing'),
+    (conf('local', clients=dict(name='buffered')), 'follows their work'),
     (conf('local', cohort={}), 'set cohort.weight_by=uniform'),
     (conf('distributed', upload=dict(name='sign')), 'leave the section upload'),
     (conf('local', adversary=dict(name='alie')), "adversary.name is 'alie'"),
@@ -425,6 +428,25 @@ def test_methods_that_pass_a_mechanism_by_are_refused(
   more: Any = SAMPLED if mechanism == 'examples' else ()
   with pytest.raises(Error, match=sentence):
     traced(built(mechanism, name, privacy=more))
+
+
+def test_runs_of_a_sweep_with_privacy_train_one_by_one():
+  """One program would count with the clients and the rounds of the first."""
+  run = Run(0, 0, 'a', conf('local'), {})
+  unread: Any = None
+  reason = groups._why_not(groups.Member(run, unread, unread))
+  assert reason is not None and 'the budget of each run' in reason
+
+
+def test_a_run_does_not_go_on_with_another_noise(tmp_path):
+  plan = mechanisms.Mechanism(
+    'local', 'client', 1.0, 2.0, 1e-3, None, 1, 'rdp', (0, 1)
+  )
+  guarantee.same_noise(tmp_path, plan)
+  (tmp_path / 'privacy.json').write_text('{"noise_multiplier": 2.0}')
+  guarantee.same_noise(tmp_path, plan)
+  with pytest.raises(Error, match='this run has the noise multiplier 2'):
+    guarantee.same_noise(tmp_path, plan._replace(noise_multiplier=3.0))
 
 
 # ------------------------------------------------------------- the product --

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedjax_llm import clients, privacy, uploads
 from fedjax_llm.local import per_example
-from fedjax_llm.run import builders
+from fedjax_llm.run import builders, clock
 from fedjax_llm.types import Codec, Error, FederatedAlgorithm
 from fedjax_llm.uploads import secure
 
@@ -55,6 +55,12 @@ def check(conf: Mapping[str, Any]) -> None:
     raise Error(
       f'clients.name is {name!r}, and privacy counts {_SAMPLERS[kind][1]}: '
       f'set clients.name={_SAMPLERS[kind][0]}.'
+    )
+  if name in clock.TIMED:
+    raise Error(
+      f'clients.name is {name!r}, and which clients take part follows their '
+      'work: privacy needs a schedule that no text changes, such as '
+      'clients.name=uniform.'
     )
   if kind == 'central' and (conf.get('clients') or {}).get('rate') is None:
     raise Error(
