@@ -173,7 +173,7 @@ OWN_WEIGHTS = {
   *('nearest_mixing', 'norm_bounding', 'product_krum'),
   'product_geometric_median',
   'fedrpca',
-  'one_after_another',
+  *('fltrust', 'one_after_another'),
 }
 
 

@@ -103,7 +103,7 @@ def devices(
     Error: a negative share, or none above zero; a negative seed.
 
   >>> devices(2, 1, 1, num_clients=8)['device'].tolist()
-  [1, 1, 1, 1, 3, 3, 2, 2]
+  [2, 3, 1, 1, 3, 1, 2, 1]
   """
   shares = (phones, laptops, servers)
   return {'device': _drawn((1, 2, 3), shares, num_clients, (seed, _DEVICES))}

@@ -255,6 +255,12 @@ def example_level(
 
   Raises:
     Error: as `client_level`.
+
+  >>> example_level(clip=0.5, delta=1e-5, noise_multiplier=2.0)
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: privacy.example_rate is None: it is a probability \
+above 0 and at most 1.
   """
   if example_rate is None or not 0 < example_rate <= 1:
     raise Error(
@@ -284,6 +290,9 @@ def local_level(
 
   Raises:
     Error: as `client_level`.
+
+  >>> local_level(clip=0.5, delta=1e-5, noise_multiplier=2.0).clip
+  0.5
   """
   return _planned(
     'local', turns, epsilon, noise_multiplier, delta,
@@ -312,6 +321,11 @@ def distributed(
 
   Raises:
     Error: `least` or `grid` out of range, or as `client_level`.
+
+  >>> plan = distributed(
+  ...   clip=0.5, delta=1e-5, noise_multiplier=2.0, cohort_size=4)
+  >>> plan.clip, plan.least
+  (0.5, 4)
   """
   least = cohort_size if least is None else least
   if not 1 <= least <= cohort_size:

@@ -179,7 +179,13 @@ def check_numbers(
   noise_multiplier: float | None,
   accountant: str,
 ) -> None:
-  """Raises `Error` for fields of a plan that are out of range or missing."""
+  """Raises `Error` for fields of a plan that are out of range or missing.
+
+  >>> check_numbers(1.0, 2.0, 8.0, None, 'pld')
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: privacy.delta is 2.0: it must be above 0 and below 1.
+  """
   if epsilon is None and noise_multiplier is None:
     raise Error(
       'privacy needs epsilon (its noise is then found), noise_multiplier (its '
@@ -202,7 +208,15 @@ def check_numbers(
 
 
 def check_noise(state: Any, noise_multiplier: float) -> None:
-  """Raises `Error` if a rule's state has another noise multiplier."""
+  """Raises `Error` if a rule's state has another noise multiplier.
+
+  >>> check_noise(None, 1.0)
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: this run has the noise multiplier None, and the \
+section privacy leads to 1: keep num_rounds and the number of clients, or set \
+privacy.noise_multiplier from the beginning.
+  """
   has = getattr(state, 'noise_multiplier', None)
   has = None if has is None else float(has)
   if has is None or abs(has - noise_multiplier) > 1e-5 * max(has, 1e-5):
@@ -214,7 +228,13 @@ def check_noise(state: Any, noise_multiplier: float) -> None:
 
 
 def rounds_within(plan: Any) -> int:
-  """Returns the most rounds within the budget; all of them without one."""
+  """Returns the most rounds within the budget; all of them without one.
+
+  >>> from types import SimpleNamespace
+  >>> rounds_within(SimpleNamespace(
+  ...   budget=3.5, num_rounds=9, epsilon=lambda rounds: 1.0 * rounds))
+  3
+  """
   if plan.budget is None or plan.epsilon(plan.num_rounds) <= plan.budget:
     return plan.num_rounds
   low, high = 0, plan.num_rounds

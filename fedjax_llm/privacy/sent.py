@@ -90,6 +90,11 @@ def skellam(
 
   Raises:
     Error: from `encode`, numbers whose sum may leave 32 bits.
+
+  >>> same = lambda numbers, context: numbers
+  >>> codec = skellam(1.0, 0.5, 4, 1024.0, masked=same, unmasked=same)
+  >>> codec.additive, codec.lossy
+  (True, True)
   """
   scale = grid / clip
   variance = (grid * noise_multiplier) ** 2
