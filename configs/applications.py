@@ -18,6 +18,7 @@ the same code on a random model and packaged text.
 """
 
 import os
+from typing import Any
 
 import ml_collections
 
@@ -48,8 +49,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     _generate(config, name, smoke)
   if smoke:  # Shakespeare's roles and genres take the place of the data set
     config.data = ml_collections.ConfigDict(dict(name='packaged'))
-    config.population.update(max_clients=8, new_clients=2, max_length=32)
-    config.evals.update(every=10, per_client=4, common=16)
+    less: Any = config
+    less.population.update(max_clients=8, new_clients=2, max_length=32)
+    less.evals.update(every=10, per_client=4, common=16)
   return config
 
 

@@ -25,7 +25,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
 
   config.clients = dict(name='uniform', cohort_size=4 if smoke else 8)
   config.profiles = dict(name='devices', phones=0.5, laptops=0.25, servers=0.25)
-  config.cohort = dict(num_steps=2 if smoke else 4, batch_size=2)
+  config.cohort = dict(
+    num_steps=2 if smoke else 4, batch_size=1 if smoke else 2
+  )
   config.block_size = 1  # a client computes the steps of its own kind alone
 
   config.model = dict(name='random', hidden_size=64, num_layers=2)

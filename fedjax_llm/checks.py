@@ -13,6 +13,7 @@ from fedjax_llm import tree
 from fedjax_llm.types import (
   Aggregator,
   AnyAggregator,
+  Cohort,
   Error,
   StreamingAggregator,
 )
@@ -49,6 +50,21 @@ def as_rule(x: Any, where: str) -> AnyAggregator:
     f'{where} is of type {type(x).__name__}, but must be an Aggregator or a '
     'StreamingAggregator.'
   )
+
+
+def one_cohort(cohort: Any) -> None:
+  """Raises an `Error` unless a round or a scan of rounds gets one `Cohort`.
+
+  >>> one_cohort([])  # doctest: +ELLIPSIS
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: a round takes one Cohort, not a list: ...
+  """
+  if not isinstance(cohort, Cohort):
+    raise Error(
+      f'a round takes one Cohort, not a {type(cohort).__name__}: call it for '
+      'each cohort, or pass tree.stack(cohorts) to differentiable.rounds.'
+    )
 
 
 def as_function(fn: Any) -> Callable:

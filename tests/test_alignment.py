@@ -447,6 +447,8 @@ def test_grpo_makes_rewarded_replies_likelier():
     for p in (params, new)
   )
   assert after > before + 0.01
+  # Of the prompts' texts: 4 and 3 tokens in each of two steps.
+  assert float(out.work.used) == 14 and int(out.work.turns) == 2
   assert int(out.work.steps) == 4 and 0 < float(out.metrics['reward']) < 1
   assert 0 < float(out.metrics['split_groups']) <= 1
 

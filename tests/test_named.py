@@ -119,6 +119,8 @@ def test_other_clients_labels_dates_and_a_limit(tmp_path):
     ('a/0', 'x', '2020'),
     ('b/1', 'x', '2021'),
   ]
+  (row, *_) = data.jsonl(file, None, text_key='inputs', date_key='when')
+  assert row.date == '2020'
   with pytest.raises(Error, match=r'data.num_records is 0, but must be at lea'):
     named.hub('aya', path=file, num_records=0)
 
@@ -140,6 +142,11 @@ def test_a_folder_is_read_by_split(tmp_path):
   empty.mkdir()
   with pytest.raises(Error, match='empty: there is no data file in this folde'):
     named.hub('gsm8k', path=str(empty))
+  inner = tmp_path / 'training'  # the name of a file counts before its folder's
+  inner.mkdir()
+  (inner / 'test.jsonl').write_text(json.dumps(other))
+  (record,) = named.hub('gsm8k', path=str(tmp_path))
+  assert record.prompt == 'question 0'
   (empty / 'any.json').write_text(json.dumps([row, other]))
   assert len(named.hub('gsm8k', path=str(empty))) == 2  # names no split
   with pytest.raises(Error, match=r'README.md: cannot tell the format'):

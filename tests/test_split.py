@@ -4,6 +4,7 @@
 """
 
 import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ from fedjax_llm.adapters import halves
 from fedjax_llm.local.gradients import mean_loss
 from fedjax_llm.models.network import transformer
 from fedjax_llm.nodes import Halves, Prompt
+from fedjax_llm.plan import work
 from fedjax_llm.recipes.split import cutting
+from fedjax_llm.run import config, experiment, sections
 from fedjax_llm.types import Error, LossSum, Model
 
 RATE, LAYERS, CUT = 0.2, 3, 1
@@ -491,3 +494,35 @@ def slopes(trained, batches):
     )(trained)
 
   return jax.jit(jax.vmap(one))(batches)
+
+
+# ------------------------------------------------------------- the programs --
+
+
+def method_config(name, **fields):
+  path = pathlib.Path(__file__).parents[1] / 'configs' / 'methods.py'
+  words = [f'--config.{field}={value}' for field, value in fields.items()]
+  argv = ['--config', f'{path}:{name}:smoke', '--workdir', 'none', *words]
+  return config.parse(argv, sections.SPEC).config
+
+
+def test_a_plan_counts_the_messages_within_steps():
+  fields = {'clients.cohort_size': 2, 'adapter.targets': 'q_proj'}
+  planned = work.read(method_config('split_lora', **fields))
+  up, down = work.travel(planned)
+  K, _, S, B, T = planned.sizes
+  states = 4 * B * T * planned.model.config.hidden_size
+  own = tiny.floats(planned.state.params.client)
+  adapter = sum(4 * x.size for x in jax.tree.leaves(own))
+  assert up == K * (S * (states + 13 * B * T) + adapter)
+  assert down == K * (S * states + adapter)
+
+
+def test_public_texts_are_refused_where_nobody_learns_from_them():
+  conf = method_config('fed_avg', **{'public.name': 'packaged'})
+  with pytest.raises(
+    Error, match='fed_avg does not train its server on public'
+  ):
+    experiment.algorithm(
+      conf, loss=None, model=None, adapter=adapters.lora(), num_clients=3
+    )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedjax_llm.adversary.malicious import ids
-from fedjax_llm.data.partition import keyed
+from fedjax_llm.data.dealing import keyed
 from fedjax_llm.data.sources import Record, jsonl
 from fedjax_llm.types import Error
 

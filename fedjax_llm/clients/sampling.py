@@ -20,7 +20,12 @@ import numpy as np
 from fedjax_llm.types import Draw, Error, Sampler
 
 __all__ = [
-  *('by_size', 'cyclic', 'full', 'poisson', 'rotating', 'uniform'),
+  'by_size',
+  'cyclic',
+  'full',
+  'poisson',
+  'rotating',
+  'uniform',
   'with_root',
 ]
 

@@ -170,7 +170,7 @@ def figure(
       "viz: pip install 'fedjax-llm[viz]'."
     ) from None
   matplotlib.use('Agg')
-  from matplotlib import pyplot
+  from matplotlib import pyplot, ticker
 
   clients = sorted(set(names))
   counts = Counter(
@@ -192,7 +192,7 @@ def figure(
   if any(others):
     axes.bar(range(len(clients)), others, bottom=bottom, label='other labels')
   axes.set(title=title, xlabel=f'{len(clients)} clients', ylabel='records')
-  axes.xaxis.get_major_locator().set_params(integer=True)
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
   axes.legend(fontsize='x-small', loc='upper right')
   plot.savefig(file, dpi=150)
   pyplot.close(plot)

@@ -23,6 +23,7 @@ from fedjax_llm.data.dealing import (
   parts,
   shuffled,
 )
+from fedjax_llm.data.dealing import keyed as keyed
 from fedjax_llm.data.sources import Record
 from fedjax_llm.types import Error
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from fedjax_llm.data import files, sources
 from fedjax_llm.data import messages as messages_lib
-from fedjax_llm.data.partition import keyed
+from fedjax_llm.data.dealing import keyed
 from fedjax_llm.data.sources import Record, field_of, text_of
 from fedjax_llm.reading import short
 from fedjax_llm.types import Error

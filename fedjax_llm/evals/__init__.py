@@ -9,6 +9,7 @@ from fedjax_llm.evals import answers as answers
 from fedjax_llm.evals import audits as audits
 from fedjax_llm.evals import choosing as choosing
 from fedjax_llm.evals import intervals as intervals
+from fedjax_llm.evals import inversion as inversion
 from fedjax_llm.evals import overlap as overlap
 from fedjax_llm.evals import programs as programs
 from fedjax_llm.evals import sandbox as sandbox
@@ -49,6 +50,7 @@ __all__ = [
   'instance_mixed',
   'instance_weights',
   'intervals',
+  'inversion',
   'likelihood',
   'loop',
   'overlap',

@@ -4,6 +4,7 @@ Builders return a `LocalUpdate`, a `Loss` or a `LocalOptimizer`.
 """
 
 from fedjax_llm.local import rewards as rewards
+from fedjax_llm.local import watermark as watermark
 from fedjax_llm.local.dropout import dropout as dropout
 from fedjax_llm.local.dual import viewed as viewed
 from fedjax_llm.local.grpo import Sampled as Sampled
@@ -82,5 +83,6 @@ __all__ = [
   'simpo',
   'two_point',
   'viewed',
+  'watermark',
   'weight_importance',
 ]

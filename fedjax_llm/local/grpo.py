@@ -358,7 +358,11 @@ def grpo(
     return ClientOutput(
       update=tree.sub(out.end, trained),
       masks=masks,
-      work=out.work,
+      # Padding is that of the prompts, in whose places a round is counted.
+      work=out.work._replace(
+        used=jnp.sum(jnp.asarray(text.segments) > 0, dtype=jnp.float32),
+        turns=jnp.int32(num_steps),
+      ),
       metrics={
         **out.metrics,
         'reward': mean(rollouts.reward),

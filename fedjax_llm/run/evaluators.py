@@ -18,7 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedjax_llm import evals
-from fedjax_llm.run import auditing, benchmarks, builders, viewing
+from fedjax_llm.run import (
+  auditing,
+  benchmarks,
+  builders,
+  inverting,
+  viewing,
+)
 from fedjax_llm.types import Error, Evaluator, FederatedAlgorithm, Loss
 
 # The keywords that the program fills in.
@@ -71,6 +77,7 @@ EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {
   **{name: _through(name) for name in evals.views.__all__},
   **builders.names(benchmarks),
   **builders.names(auditing),
+  **builders.names(inverting),
 }
 
 
@@ -85,7 +92,8 @@ def check(sections: Sequence[Mapping[str, Any]]) -> None:
   fedjax_llm.types.Error: evals.evaluators[0].name: there is no 'likelihoods' \
 (the nearest is 'likelihood'; there are likelihood, fused, instance_mixed, \
 recalled, choices, classes, code, generated, attack_success, exposure, \
-extraction, membership); one's own is named 'package.module:function'.
+extraction, membership, inversion); one's own is named \
+'package.module:function'.
   """
   for i, section in enumerate(sections):
     field = f'evals.evaluators[{i}]'

@@ -169,6 +169,7 @@ def fed_opt(
     return jnp.stack([clients, rule, more(2), more(3), more(4)])
 
   def trained(state, cohort, base, *, stream: bool) -> tuple[Trained, Uploads]:
+    checks.one_cohort(cohort)
     params = state.params
     if fold is not None:
       base, params = fold(base, params)

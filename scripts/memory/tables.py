@@ -16,7 +16,7 @@ def cells(folder: pathlib.Path = FOLDER) -> dict[str, Any]:
 
 
 def target(results: Mapping[str, Any]) -> float:
-  """Returns the loss that backpropagation reached halfway, in nats.
+  """Returns the loss halfway from the start to the end of backpropagation.
 
   >>> target({'backpropagation': {'curve': [[0, 4.0], [6, 3.5], [9, 3.0]]}})
   3.5
@@ -43,6 +43,8 @@ def markdown(
 ) -> str:
   """Returns the table: memory, bytes, loss at equal forward passes, seconds."""
   goal = target(results)
+  by_size = lambda name: max(larger[name].values())
+  larger = {name: larger[name] for name in sorted(larger, key=by_size)}
   names = [name.split('/')[-1] for name in larger]
   head = [
     'step', 'peak, MB', 'x inference', 'activations, MB', 'up a round',

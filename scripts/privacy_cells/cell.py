@@ -1,6 +1,6 @@
 """The config of one cell, MODEL:TUNING:EPSILON:SEED:ROUNDS, for `train`.
 
-    --config scripts/privacy_cells/cell.py:small:ffa:3:0:12
+--config scripts/privacy_cells/cell.py:small:ffa:3:0:12
 """
 
 import os

@@ -7,12 +7,12 @@ import json
 import pathlib
 
 import numpy as np
-import rouge_score
-import sacrebleu
-import sklearn
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics import BLEU, CHRF
-from sklearn.metrics import f1_score, matthews_corrcoef
+import rouge_score  # pyright: ignore
+import sacrebleu  # pyright: ignore
+import sklearn  # pyright: ignore
+from rouge_score.rouge_scorer import RougeScorer  # pyright: ignore
+from sacrebleu.metrics import BLEU, CHRF  # pyright: ignore
+from sklearn.metrics import f1_score, matthews_corrcoef  # pyright: ignore
 
 HERE = pathlib.Path(__file__).parent
 REPLIES = [

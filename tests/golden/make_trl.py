@@ -11,10 +11,10 @@ import pathlib
 from types import SimpleNamespace as Namespace
 
 import numpy as np
-import torch
-import trl
-from trl.experimental.cpo import CPOTrainer
-from trl.experimental.orpo import ORPOTrainer
+import torch  # pyright: ignore
+import trl  # pyright: ignore
+from trl.experimental.cpo import CPOTrainer  # pyright: ignore
+from trl.experimental.orpo import ORPOTrainer  # pyright: ignore
 
 HERE = pathlib.Path(__file__).parent
 

@@ -68,7 +68,7 @@ def hub(
       for where, row in itertools.islice(entries, num_records)
     ]
   except Error as error:
-    if 'there is no ' in str(error) and path is not None:
+    if "there is no '" in str(error) and path is not None:
       needed = ', '.join(map(repr, fields(spec)))
       raise Error(f'{error} The data set {dataset} has {needed}.') from error
     raise
@@ -161,9 +161,9 @@ def _within(folder: str, split: str) -> list[str]:
       f'{", ".join(files.FORMATS)}, also with .gz.'
     )
   inside = [os.path.relpath(file, folder).lower() for file in there]
-  named = [f for f, name in zip(there, inside) if split.lower() in name]
-  if named:
-    return named
+  for names in ([os.path.basename(name) for name in inside], inside):
+    if named := [f for f, n in zip(there, names) if split.lower() in n]:
+      return named
   if any(part in name for name in inside for part in _SPLITS):
     raise Error(
       f'{folder}: no file of the split {split!r}; there is '

@@ -93,7 +93,9 @@ def two_levels(
 def hdbscan(min_cluster: int) -> Cluster:
   """Returns HDBSCAN of scikit-learn as a function of points, [n, D] -> [n]."""
   try:
-    from sklearn.cluster import HDBSCAN
+    from sklearn.cluster import (  # pyright: ignore[reportMissingImports]
+      HDBSCAN,
+    )
   except ImportError as error:
     raise Error(
       'selection.name=fed_hds needs the package scikit-learn: install the '
