@@ -337,6 +337,10 @@ SAMPLED = dict(example_rate=0.5)
     (conf('correlated'), 'set clients.name=rotating'),
     (conf('examples'), 'example_rate is missing'),
     (conf('local', clients=dict(name='buffered')), 'follows their work'),
+    (
+      conf('examples', privacy=dict(example_rate=0.5), selection=dict(a=1)),
+      'leave it out',
+    ),
     (conf('local', cohort={}), 'set cohort.weight_by=uniform'),
     (conf('distributed', upload=dict(name='sign')), 'leave the section upload'),
     (conf('local', adversary=dict(name='alie')), "adversary.name is 'alie'"),

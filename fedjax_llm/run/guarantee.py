@@ -72,6 +72,11 @@ def check(conf: Mapping[str, Any]) -> None:
       'privacy.example_rate is missing: it is the probability that an example '
       'is in a step.'
     )
+  if kind == 'examples' and conf.get('selection'):
+    raise Error(
+      'selection: the scores of some examples decide whether others are '
+      'trained on, and privacy counts examples on their own: leave it out.'
+    )
   by = cohort.get('weight_by', 'examples')
   if by != 'uniform' and not (kind == 'examples' and by == 'examples'):
     raise Error(
