@@ -62,6 +62,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   #   dict(name='jsonl', path='mine/*.jsonl.gz', client_key='author',
   #        text_key='text')
   config.data = dict(name='packaged', dataset='shakespeare_mini')
+  # Texts on which the server itself trains, for methods that do so; a source
+  # as in `data`.
+  config.public = None
 
   # Assigns records to clients: `natural` (the data's own clients), `iid`,
   # `dirichlet` (label skew), `quantity` (sizes), `one_label`. E.g.

@@ -250,7 +250,9 @@ def params():
   return jax.tree.map(lambda x: x + 0.1, start)
 
 
-def evaluated(name, algorithm=FED_AVG, store: Any = None, **settings: Any):
+def evaluated(
+  name, algorithm: Any = FED_AVG, store: Any = None, **settings: Any
+):
   section = {'name': name, **settings}
   evaluators.check([section])
   examine = evaluators.build(
