@@ -62,6 +62,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   #   dict(name='jsonl', path='mine/*.jsonl.gz', client_key='author',
   #        text_key='text')
   config.data = dict(name='packaged', dataset='shakespeare_mini')
+  # Texts on which the server itself trains, for methods that do so; a source
+  # as in `data`.
+  config.public = None
 
   # Assigns records to clients: `natural` (the data's own clients), `iid`,
   # `dirichlet` (label skew), `quantity` (sizes), `one_label`. E.g.
@@ -78,6 +81,11 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     new_clients=2,  # clients that never train
     max_clients=6 if smoke else None,
   )
+  # Some clients train on other texts: config.poison = dict(name='backdoor')
+
+  # The examples that a client trains on: `curriculum`, `quality`, `by_loss`,
+  # `by_gradient`, `near_duplicates`, `fed_hds`. Without the section: all.
+  # config.selection = dict(name='curriculum', rounds=10)
 
   # --------------------------------------------------------------- clients --
   # Devices and links, for the samplers with a simulated clock (`deadline`,
@@ -117,6 +125,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   #   schedule=dict(name='cosine_decay_schedule', init_value=1e-2,
   #                 decay_steps=80)    (steps over the whole run)
   config.local = dict(name='adamw', learning_rate=1e-2)
+  # Rows of a batch whose activations exist at the same time; without the
+  # section all of them:
+  # config.memory = dict(micro_batch=1)
   # The encoding of uploads, the aggregation rule, and the server's optimizer.
   # Recipes that define one of these do not accept its section: leave it out.
   config.upload = dict(name='identity')

@@ -12,7 +12,10 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-PROGRAMS = ('train', 'plan', 'export', 'generate', 'report', 'sweep', 'replay')
+PROGRAMS = (
+  *('train', 'plan', 'export', 'generate', 'evaluate', 'report', 'sweep'),
+  *('replay', 'data'),
+)
 
 
 def summary(name: str) -> str:

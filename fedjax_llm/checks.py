@@ -13,6 +13,7 @@ from fedjax_llm import tree
 from fedjax_llm.types import (
   Aggregator,
   AnyAggregator,
+  Cohort,
   Error,
   StreamingAggregator,
 )
@@ -51,6 +52,21 @@ def as_rule(x: Any, where: str) -> AnyAggregator:
   )
 
 
+def one_cohort(cohort: Any) -> None:
+  """Raises an `Error` unless a round or a scan of rounds gets one `Cohort`.
+
+  >>> one_cohort([])  # doctest: +ELLIPSIS
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: a round takes one Cohort, not a list: ...
+  """
+  if not isinstance(cohort, Cohort):
+    raise Error(
+      f'a round takes one Cohort, not a {type(cohort).__name__}: call it for '
+      'each cohort, or pass tree.stack(cohorts) to differentiable.rounds.'
+    )
+
+
 def as_function(fn: Any) -> Callable:
   """Returns fn if it can be a rule's function `(update, weight) -> delta`.
 
@@ -84,8 +100,16 @@ def as_function(fn: Any) -> Callable:
 
 
 def _is_builder(x: Any) -> bool:
+  """Returns True for a function that says so, or that needs no argument."""
   annotation = str(getattr(x, '__annotations__', {}).get('return', ''))
-  return 'Aggregator' in annotation
+  if 'Aggregator' in annotation:
+    return True
+  try:
+    known = inspect.signature(x).parameters.values()
+  except (TypeError, ValueError):  # built in
+    return False
+  by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+  return all(p.kind in by_name or p.default is not p.empty for p in known)
 
 
 def first_difference(result: Any, wanted: Any) -> str:

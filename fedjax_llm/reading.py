@@ -103,6 +103,7 @@ _FETCHED = {
   'all-MiniLM-L6-v2': 'fetch_minilm',
   'chitchat.jsonl.gz': 'fetch_chitchat',
   'bbcnews.jsonl.gz': 'fetch_bbcnews',
+  'recommendation.jsonl': 'make_application_data',
 }
 
 

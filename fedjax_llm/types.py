@@ -103,13 +103,16 @@ class Pair(NamedTuple):
   """Two replies to one prompt, of which a client prefers the first.
 
   The references are log-probabilities of the replies, in nats, under the
-  reference model of a preference loss; a task's `prepare` may fill them in.
+  reference model of a preference loss; a task's `prepare` may fill them in, and
+  the prompt with the preferred reply of another pair (KTO).
   """
 
   chosen: Example  # the prompt with the preferred reply
   rejected: Example  # the prompt with the other reply
   reference_chosen: float = 0.0  # log p(chosen reply | prompt)
   reference_rejected: float = 0.0  # log p(rejected reply | prompt)
+  mismatched: Example | None = None  # the prompt with a reply to another
+  reference_mismatched: float | None = None  # its log p(reply | prompt)
 
 
 class Image(NamedTuple):
@@ -207,15 +210,22 @@ class Pairs(NamedTuple):
   rejected: Batch  # [..., B, T]
   reference_chosen: Any  # [..., B] float32, nats
   reference_rejected: Any  # [..., B] float32, nats
+  mismatched: Any = None  # [..., B, T], where the loss needs it
+  reference_mismatched: Any = None  # [..., B] float32, nats
 
   def real(self) -> Any:
     return self.chosen.real() | self.rejected.real()
 
   def places(self) -> int:
-    return self.chosen.places() + self.rejected.places()
+    return sum(text.places() for text in self._texts())
 
   def used(self) -> Any:
-    return self.chosen.used() + self.rejected.used()
+    first, *others = (text.used() for text in self._texts())
+    return sum(others, start=first)
+
+  def _texts(self) -> list[Batch]:
+    texts = (self.chosen, self.rejected, self.mismatched)
+    return [text for text in texts if text is not None]
 
   def learned(self) -> Any:
     return (self.chosen.segments > 0).any(-1).sum(-1)
@@ -376,6 +386,12 @@ class Model(NamedTuple):
   returns the statistics of the nodes that have any (`nodes.Routing` of
   `nodes.Experts`), in the tree of the adapter with None elsewhere. It is None
   for a network without such a function.
+
+  `layers(base, params, batch, numbers, hidden=None, *, ends=True)` computes the
+  layers of these numbers alone, from the states `hidden` of the layers below or
+  from the tokens if None; with `ends` as the last ones of the network, so that
+  `hidden(...)` is `layers(..., range(c, L), layers(..., range(c), ends=False))`
+  for every cut c. None for a network that cannot be cut.
   """
 
   hidden: Callable[[Base, Params, Batch], jax.Array]
@@ -383,6 +399,7 @@ class Model(NamedTuple):
   hidden_with_statistics: (
     Callable[[Base, Params, Batch], tuple[jax.Array, Any]] | None
   ) = None
+  layers: Callable[..., jax.Array] | None = None
 
 
 class LossSum(NamedTuple):
@@ -460,6 +477,9 @@ class Codec(NamedTuple):
   update, and the server decodes the sum once, with a context that has `peers`
   and `reported`; only rules that are `linear` take it.
 
+  A `private` codec hides the update: a client may then send nothing else that
+  depends on its texts (reports, weights or masks of its own).
+
   A `lossy` codec may decode other values than it encoded. A download is the
   same for all clients and has no state: `encode` gets that of `init`.
   """
@@ -470,6 +490,7 @@ class Codec(NamedTuple):
   num_bytes: Callable[[Any, Masks], Any]
   additive: bool = False
   lossy: bool = False
+  private: bool = False
 
 
 Upload = Codec
@@ -499,11 +520,13 @@ class Uploads(NamedTuple):
 
 
 class Traits(NamedTuple):
-  """Properties of a rule, each of which `fed_opt` enforces."""
+  """Properties of a rule, each of which `fed_opt` or another rule enforces."""
 
   linear: bool = False  # uses only sum_k w_k u_k: additive uploads are allowed
   changes_basis: bool = False  # factors change meaning: no server moments
   writes_residual: bool = False  # of `LowRank` nodes: needs `Adapter.fold`
+  # Depends on lengths and angles alone: `aggregators.in_products` takes it.
+  rotates: bool = False
   always: bool = False  # acts in a round without reports too, as noise must
   # `finalize` of a rule that clips and noises: no other rule may wrap it, and
   # no upload may be summed before it.
@@ -617,7 +640,10 @@ class FederatedAlgorithm(NamedTuple):
   `aggregate(state, uploads, base, data=None) -> (state, metrics)` are the two
   halves of `round`, None where a method has no halves (split learning);
   `plan(state) -> state` is host code between rounds (`server.planned`), None
-  for a method without plans.
+  for a method without plans;
+  `exchanged(params, base, batches) -> (up, down)` counts the bytes that a
+  client sends and receives within S steps that hold no padding, of batches
+  [K, S, ...] or their shapes; None for methods that exchange nothing there.
   """
 
   init: Callable[[Key, Params], ServerState]
@@ -627,6 +653,7 @@ class FederatedAlgorithm(NamedTuple):
   train: Callable[..., tuple[Uploads, ClientState, RoundInfo]] | None = None
   aggregate: Callable[..., tuple[ServerState, Metrics]] | None = None
   plan: Callable[[ServerState], ServerState] | None = None
+  exchanged: Callable[[Params, Base, Any], tuple[int, int]] | None = None
 
 
 # ------------------------------------------------------------------- evals --

@@ -76,6 +76,7 @@ def tables() -> dict[str, str]:
   """Returns the tables of `scripts/README.md`, by name."""
   bench = _module('benchmarks/tables.py')
   methods = _module('methods_comparison/tables.py')
+  wall = _module('memory/tables.py')
   aggregation = _results('benchmarks/aggregation.json')['rules']
   return {
     'benchmark': bench.overview(_results('benchmarks/results.json')['regimes']),
@@ -84,6 +85,9 @@ def tables() -> dict[str, str]:
       _results('benchmarks/rounding.json')['svd_round']
     ),
     'costs': bench.costs(_results('benchmarks/costs.json')),
+    'memory': wall.markdown(
+      wall.cells(), _results('memory/results/larger.json')['bytes']
+    ),
     'methods': methods.markdown(_results('methods_comparison/results.json')),
     'reproductions': reproductions(_results('reproductions/results.json')),
   }

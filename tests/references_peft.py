@@ -135,7 +135,7 @@ def as_peft(gradient: Any, config: Config) -> dict[str, np.ndarray]:
   say about it adds up; each has its own features of B.
   """
   out: dict[str, np.ndarray] = {}
-  for path, node in directory._nodes(gradient):
+  for path, node in directory.nodes_of(gradient):
     rows, total = families.fused_rows(config, path) or (..., node.b.shape[-1])
     for layer in range(node.a.shape[0]):
       module = families.hf_module_name(path, layer, config, part=True)

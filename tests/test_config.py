@@ -506,7 +506,7 @@ def test_mistakes_of_the_file_name_the_file(parse, tmp_path):
   assert 'data.name is missing' in sentence(parse)
   (tmp_path / 'tiny.py').write_text(FILE.replace('num_rounds=', 'seed='))
   assert sentence(parse) == (
-    'tiny.py: num_rounds is missing: Run needs it, int.'
+    'tiny.py: num_rounds is missing: a config needs it, int.'
   )
 
 

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import tempfile
 
 import numpy as np
 import pytest
@@ -257,6 +258,7 @@ def test_records_that_are_none_are_named(data, folder, change, words):
       "clients of ann: examples is 'two', not a whole number",
     ),
     ('clients.json', {'clients': {'ann': {}}}, 'ann has no examples'),
+    ('clients.json', {'unit': '\ud800'}, "unit is '\\ud800', not a name"),
     ('samples.json', {'samples': 5}, 'samples is 5, not a list'),
     ('samples.json', {'samples': [5]}, 'samples[0] is 5, not an object'),
     (
@@ -382,7 +384,7 @@ def test_what_nobody_has_foreseen_is_a_sentence_and_a_log(
 
   monkeypatch.setattr(narration, 'describe', breaks)
   monkeypatch.setenv('TMPDIR', str(tmp_path))
-  monkeypatch.setattr(workdir.tempfile, 'tempdir', None)
+  monkeypatch.setattr(tempfile, 'tempdir', None)
   status, _, err = runs.run(train, command(data, tmp_path / 'run', 1))
   assert status == 1 and err.count('\n') == 1
   start, _, path = err.strip().rstrip('.').partition('The traceback is in ')

@@ -156,7 +156,13 @@ def grid_of(app, site, num_nodes):
 
 def test_both_apps_of_flower_end_at_the_adapter_of_the_simulation(tmp_path):
   pytest.importorskip('flwr')
+  from flwr.supercore import task_identity
+
   from fedjax_llm.deploy import flower
+
+  task_identity.TaskIdentity.task_id = 1
+  task_identity.TaskIdentity.run_id = 1
+  task_identity.TaskIdentity.node_id = 1
 
   words, fields = command(tmp_path, 'ditto')
   settings = {

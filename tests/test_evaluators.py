@@ -1,11 +1,13 @@
 """The evaluators that a config lists: names, import paths, and refusals."""
 
+import json
+
 import numpy as np
 import pytest
 import runs
 
 from fedjax_llm import train, tree
-from fedjax_llm.run import evaluators
+from fedjax_llm.run import evaluators, provenance
 from fedjax_llm.types import Error
 
 
@@ -47,6 +49,12 @@ def test_a_list_of_evaluators_is_that_of_a_run(data, tmp_path):
     evals__keep_best=True,
     keep_checkpoints=1,
   )
+  file = tmp_path / 'plain' / 'provenance.json'
+  (start,) = json.loads(file.read_text())['starts']
+  conf = json.loads((tmp_path / 'plain' / 'config.json').read_text())
+  assert start['config'] == provenance.digest(conf)
+  assert start['versions']['jax'] and start['hardware']['platform'] == 'cpu'
+  assert len(start['data']) == 32 and start['num_examples']['train'] > 0
   for ours, theirs in zip(listed, plain, strict=True):
     told = {k for k in theirs if k.startswith('evals/')}
     assert {k for k in ours if k.startswith('evals/')} == {

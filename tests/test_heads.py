@@ -173,7 +173,7 @@ OWN_WEIGHTS = {
   *('nearest_mixing', 'norm_bounding', 'product_krum'),
   'product_geometric_median',
   'fedrpca',
-  'one_after_another',
+  *('fltrust', 'in_products', 'one_after_another'),
 }
 
 
@@ -203,6 +203,7 @@ def uploads():
     masks=tree.broadcast(masks, num),
     weight=jnp.array([1.0, 2.0, 3.0, 2.0, 1.0, 1.0]),
     valid=jnp.array([True, True, False, True, True, True]),
+    ids=jnp.arange(num),
   )
 
 
@@ -229,7 +230,7 @@ def test_every_aggregator_takes_a_head(uploads):
     assert head.shape == (toy.D, toy.F), name
     assert np.isfinite(head).all(), name
     assert np.abs(head).max() > 0, name
-    if name in ('buffered_mean', 'fedex'):  # every client counts the same there
+    if name in ('buffered_mean', 'fedex'):  # all clients count the same there
       share = np.asarray(uploads.valid) / 5
     else:
       share = weight / weight.sum()

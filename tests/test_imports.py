@@ -36,14 +36,16 @@ TABLE = {
   'models': ('types', 'nodes', 'adapters', 'reading'),
   'local': ('types', 'tree', 'batching', 'linalg', 'nodes'),
   'uploads': ('types', 'tree', 'nodes', 'linalg'),
-  'adversary': ('types', 'tree', 'nodes'),
+  'adversary': ('types', 'tree', 'nodes', 'data'),
   'aggregators': ('types', 'tree', 'nodes', 'linalg', 'checks'),
   'privacy': ('types', 'tree'),
   'server': (
     *('types', 'tree', 'batching', 'checks', 'nodes'),
     *('clients', 'scopes', 'devices'),
   ),
-  'evals': ('types', 'batching', 'nodes', 'adapters', 'data', 'models'),
+  'evals': (
+    *('types', 'batching', 'reading', 'nodes', 'adapters', 'data', 'models'),
+  ),
   'recipes': (
     *('types', 'tree', 'linalg', 'nodes', 'adapters', 'clients', 'scopes'),
     *('local', 'uploads', 'aggregators', 'server'),
@@ -54,6 +56,7 @@ TABLE = {
   'train': (*BELOW, 'run'),
   'export': (*BELOW, 'run'),
   'generate': (*BELOW, 'run'),
+  'evaluate': (*BELOW, 'run'),
   'plan': (*BELOW, 'run'),
   'replay': (*BELOW, 'run'),
   'report': ('types', 'run'),
@@ -64,6 +67,7 @@ TABLE = {
 }
 PROGRAMS = (
   *('train', 'export', 'generate', 'plan', 'replay', 'report', 'sweep'),
+  'evaluate',
 )
 # What the language of the house itself may need.
 OUTSIDE = {
@@ -73,7 +77,8 @@ OUTSIDE = {
 HEAVY = (
   *('transformers', 'datasets', 'orbax', 'tensorboardX', 'ml_collections'),
   *('flax', 'gguf', 'safetensors', 'torch', 'peft', 'tqdm', 'jinja2'),
-  *('matplotlib', 'wandb', 'mlflow', 'dp_accounting', 'flwr'),
+  *('matplotlib', 'wandb', 'mlflow', 'dp_accounting', 'lm_eval', 'flwr'),
+  *('sacrebleu', 'rouge_score', 'cryptography'),
 )
 
 

@@ -8,6 +8,7 @@ import pytest
 from fedjax_llm import data
 from fedjax_llm.data import chat, messages, text, tokenizers
 from fedjax_llm.data.sources import Record
+from fedjax_llm.run import narration
 from fedjax_llm.types import Error
 from tests import tiny_tokenizers
 
@@ -307,3 +308,56 @@ def test_replies_of_which_a_template_leaves_something_out_are_counted(make):
     [record._replace(client='ann')], make(template), heldout_fraction=0
   )
   assert people.report['replies_rewritten'] == 1
+
+
+# ------------------------------------------------------ chats that are cut --
+
+
+@pytest.mark.parametrize('long_replies', ['drop', 'cut'])
+def test_a_long_chat_is_cut_where_a_turn_begins(make, long_replies):
+  tokenizer = make(RICH)
+  turns = []
+  for i in range(6):
+    turns += [user(f'why {i}' * (1 + i % 3)), reply(f'so {i}')]
+  names = {number: name for name, number in tokenizer.special.items()}
+  spell = lambda ids: ''.join(
+    names[i] if i in names else tokenizer.decode([i]) for i in map(int, ids)
+  )
+  whole = ''.join(
+    f'<|im_start|>{m["role"]}\n{m["content"]}<|im_end|>\n' for m in turns
+  )
+  for size in range(60, 110, 7):
+    examples = data.encode(read(*turns), tokenizer, 'chat', size, long_replies)
+    texts = [spell(e.tokens) for e in examples]
+    assert all(len(e.tokens) <= size for e in examples)
+    assert all(x.startswith('<|im_start|>user\nwhy') for x in texts)
+    assert all(x in whole for x in texts)
+    said = [spell(np.asarray(e.tokens)[e.loss_mask]) for e in examples]
+    assert ''.join(said) == ''.join(f'so {i}<|im_end|>' for i in range(6))
+    asked = spell(data.prompt(read(*turns), tokenizer, 'chat', size))
+    assert asked.startswith('<|im_start|>user\nwhy')
+    assert asked.endswith('<|im_start|>assistant\n')
+
+
+def test_a_turn_that_is_too_long_loses_its_left(make):
+  tokenizer = make(RICH)
+  record = read(user('a'), reply('b'), user('c' * 99), reply('d'))
+  last = data.encode(record, tokenizer, 'chat', 60)[-1]
+  assert len(last.tokens) == 60 and int(sum(last.loss_mask)) == 2
+
+
+def test_what_is_cut_is_told_with_its_share_and_the_field():
+  record = lambda i, size: Record(
+    client=f'c{i}', prompt='a' * size, response=f'yes {i}'
+  )
+  records = [record(i % 2, 3 if i % 3 else 30) for i in range(6)]
+  people = data.population.build(
+    records, tokenizers.bytes(), template='plain', max_length=16,
+    heldout_fraction=0, new_clients=0,
+  )  # fmt: skip
+  said = narration.describe(people)
+  assert 'none of their examples and no more clients are held out' in said
+  assert (
+    'cut on the left: 2 of 6 prompts, which are longer than '
+    'population.max_length allows'
+  ) in said

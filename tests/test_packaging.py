@@ -135,7 +135,7 @@ def test_notebooks_install_from_the_projects_address(tmp_path):
 
 
 # Of parts that are being written.
-AHEAD = {'eval', 'dp'}
+AHEAD = {'dp'}
 
 
 def test_every_extra_is_named_where_it_is_used():

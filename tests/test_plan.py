@@ -297,7 +297,7 @@ def test_mistakes_are_told_in_a_sentence(capsys):
     '--model=nobody/nothing': 'its shapes are not known',
     '--clients=0': '--clients is 0',
     '--config.mesh_model=2': 'mesh_model is 2: it must divide the 1 device.',
-    '--config.execution=map': "execution is 'map'; it must be one of",
+    '--config.execution=map': "execution must be 'shard_map' or 'pmap', not",
     '--config.cohort.batch_sise=2': 'batch_size',
   }
   for word, sentence in cases.items():

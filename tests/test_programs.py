@@ -21,6 +21,7 @@ from fedjax_llm.replay import program as replay
 from fedjax_llm.run import (
   config,
   experiment,
+  preferences,
   rebuild,
   sections,
   tasks,
@@ -31,8 +32,11 @@ from fedjax_llm.types import LossSum
 
 PATH = pathlib.Path(__file__).parents[1] / 'configs' / 'methods.py'
 NAMES = runpy.run_path(str(PATH))['NAMES']
-# Their loss needs the statistics of nodes.
-OBSERVED = ('fed_amole',)
+# Their loss needs the statistics of nodes, or a network without some layers.
+OBSERVED = ('fed_amole', 'fed_biot', 'offsite_tuning')
+# Their local training is that of their task's loss.
+TASKS = ('fed_avg_grpo',)
+KINDS = {None: 'texts', 'classification': 'labels', 'dpo': 'pairs'}
 SMALL = (
   *('num_rounds=1', 'cohort.num_steps=1', 'compilation_cache=none'),
   *('population.max_clients=4', 'population.new_clients=0'),
@@ -57,11 +61,20 @@ def labels(**more):
   return task._replace(loss=lambda *_, **__: sum_of_squares)
 
 
-def standing(round_fn, num=None):
+def standing(round_fn, num=None, traced=None):
   """Returns a round that is traced and changes nothing but its number.
 
   With `num` the function is that of a population, with an axis of members.
+  `traced` keeps the shapes of a round: seeds of a sweep share them.
   """
+  traced = {} if traced is None else traced
+
+  def shapes_of(*given):
+    leaves, structure = jax.tree.flatten(given)
+    key = (structure, *map(jax.typeof, leaves))
+    if key not in traced:
+      traced[key] = jax.eval_shape(round_fn, *given)
+    return traced[key]
 
   def result(shapes, state):
     same = lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype)
@@ -72,14 +85,22 @@ def standing(round_fn, num=None):
     return state._replace(round=state.round + 1), info
 
   def one(state, cohort, base):
-    state, info = result(jax.eval_shape(round_fn, state, cohort, base), state)
+    state, info = result(shapes_of(state, cohort, base), state)
     return state, cohort.states, info
 
   def several(values, states, cohorts, kind, base):
-    shapes = jax.eval_shape(round_fn, values, states, cohorts, kind, base)
-    return result(shapes, states)
+    return result(shapes_of(values, states, cohorts, kind, base), states)
 
   return several if num else one
+
+
+def pairs():
+  task = preferences.dpo()
+
+  def loss(base, params, batch, key):
+    return sum_of_squares(base, params, batch.chosen, key)
+
+  return task._replace(loss=lambda *_, **__: loss, prepare=None)
 
 
 BUILD, BUILT = experiment.build, {}
@@ -96,16 +117,19 @@ def shared_build(conf, say=print, *, model=None):
   return BUILT[key]._replace(conf=conf)
 
 
-@pytest.fixture(autouse=True)
-def uncompiled(monkeypatch):
+@pytest.fixture
+def traced(monkeypatch):
+  """No round is compiled; returns the shapes of those that were traced."""
   monkeypatch.setattr(experiment, 'build', shared_build)
   program = population.program
   monkeypatch.setattr(
     population, 'program', lambda *args: standing(program(*args), num=2)
   )
+  shapes = {}
   monkeypatch.setattr(
-    sharding, 'compiled', lambda round_fn, mesh: standing(round_fn)
+    sharding, 'compiled', lambda fn, mesh: standing(fn, traced=shapes)
   )
+  return shapes
 
 
 def parsed(name, folder):
@@ -115,16 +139,21 @@ def parsed(name, folder):
   ).config
   if conf['clients']['name'] != 'full':
     conf['clients']['cohort_size'] = 2
-  if name in OBSERVED:  # as many experts as four clients can hold
+  if conf['adapter'].get('targets') == 'all-linear':
+    conf['adapter']['targets'] = ('q_proj', 'v_proj')
+  if name == 'fed_amole':  # as many experts as four clients can hold
     conf['algorithm']['num_experts'] = 8
-  else:
-    kind = 'labels' if conf.get('task') else 'texts'
-    conf['task'] = {**(conf.get('task') or {}), 'name': f'{__name__}:{kind}'}
+  if name not in (*OBSERVED, *TASKS):
+    task = conf.get('task') or {}
+    kind = KINDS[task.get('name')]
+    conf['task'] = {**task, 'name': f'{__name__}:{kind}'}
   return config.override(conf, [], sections.SPEC)[0]
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_a_method_is_swept_trained_replayed_and_exported(name, tmp_path):
+def test_a_method_is_swept_trained_replayed_and_exported(
+  name, tmp_path, traced
+):
   conf, said = parsed(name, tmp_path), []
   result = sweep.run(
     *(conf, {}),
@@ -138,6 +167,7 @@ def test_a_method_is_swept_trained_replayed_and_exported(name, tmp_path):
   if not (folder / 'checkpoints').is_dir():  # trained by one program
     folder = tmp_path / 'run'
     training.train(config.Arguments(conf, str(folder), str(PATH)))
+  traced.clear()  # the round of the rebuilt method is traced as well
   words = ['--workdir', folder, '--round', 1, rebuild.TRUST]
   assert 'equal: every number' in runs.done(replay, words)
   words = ['--workdir', folder, rebuild.TRUST, '--out', tmp_path / 'out']

@@ -92,8 +92,9 @@ def test_what_makes_no_sense_together_is_one_sentence(name):
 
 def test_every_trait_is_enforced():
   # `always` is: a round of nobody, below; `private` is: test_privacy.py,
-  # test_methods_that_pass_the_rule_by_are_refused.
-  assert {*TRAITS, 'always', 'private'} == set(Traits._fields)
+  # test_methods_that_pass_the_rule_by_are_refused; `rotates` is:
+  # test_defences.py, test_rules_on_entries_are_not_turned.
+  assert {*TRAITS, 'always', 'private', 'rotates'} == set(Traits._fields)
 
 
 @pytest.mark.parametrize('always', [True, False])

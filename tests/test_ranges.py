@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from fedjax_llm import data, models
+from fedjax_llm import adapters, data, models
 from fedjax_llm.adapters import targets
 from fedjax_llm.data import tokenizers
 from fedjax_llm.local import optimizers
@@ -23,6 +23,7 @@ from fedjax_llm.types import Error
     ({'eps': -1e-8}, r'local\.eps is -1e-08, but must be a number of at least'),
     ({'weight_decay': -1.0}, r'local\.weight_decay is -1.0, but must be a num'),
     ({'weight_decay': float('nan')}, r'local\.weight_decay is nan, but must'),
+    ({'mask': 'x'}, r"local\.mask is 'x', but must be none, a tree of"),
     ({'mu_dtype': 'x'}, 'local: adamw cannot be used like this: data type'),
     (
       {'schedule': {'name': 'constant_schedule', 'value': -1.0}},
@@ -111,3 +112,35 @@ def test_a_target_that_begins_with_a_mark_is_left_out():
   ]:
     with pytest.raises(Error, match=rf'adapter\.targets.*{message}'):
       names(*wanted)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'message'),
+  [
+    ('execution', 'x:y', "must be 'shard_map' or 'pmap', not 'x:y'"),
+    ('adapter.targets', {'q_proj': 1}, 'must be str or Sequence'),
+    ('adapter.layers', {}, 'must be int or str or Sequence'),
+    ('evals.evaluators', {}, 'must be Sequence'),
+    ('evals.buckets', {}, 'must be tuple'),
+    ('local.b1', True, 'must be .*, not True'),
+    ('local.eps', False, 'must be .*, not False'),
+  ],
+)
+def test_values_of_another_type_are_named(field, value, message):
+  tiny = config.load('configs/tiny.py:smoke')
+  with pytest.raises(Error, match=rf'--config\.{field} {message}'):
+    config.override(tiny, [(field, value)], SPEC)
+
+
+def test_what_makes_an_adapter_of_nothing_is_named():
+  with pytest.raises(Error, match=r"adapter\.modules_to_save is ''"):
+    adapters.lora(modules_to_save='')
+  for build in (adapters.lora, adapters.rslora, adapters.dora):
+    with pytest.raises(Error, match=r'adapter\.alpha gives the scale 0; it'):
+      build(alpha=0.0)
+
+
+@pytest.mark.parametrize('dtype', ['float', 'x', '\ud800', 3])
+def test_a_dtype_that_is_none_is_named(dtype):
+  with pytest.raises(Error, match=r'dtype=.* is not one of float32'):
+    models.random(dtype=dtype)

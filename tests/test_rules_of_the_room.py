@@ -14,6 +14,7 @@ import toy
 from fedjax_llm import aggregators, linalg, recipes, server, tree, types
 from fedjax_llm.nodes import Controlled, LowRank
 from fedjax_llm.run import narration
+from fedjax_llm.server import differentiable
 from fedjax_llm.types import Masks
 
 KEY = jax.random.key(0)
@@ -274,13 +275,14 @@ def test_a_rule_tells_the_weights_that_it_uses(name):
   got = np.asarray(got, np.float64) / np.sum(got)
   builder, settings = RULES[name]
   chosen = ('krum', 'foolsgold', 'geometric_median', 'product_krum')
-  chosen += ('product_geometric_median',)
+  chosen += ('product_geometric_median', 'fltrust', 'one_after_another')
   if builder in chosen or name in ('norm_weighted:0', 'norm_weighted:2'):
     assert got[3] == 0 and abs(got.sum() - 1) < 1e-6
     return
   unweighted = settings.get('weighted') is False or (
-    builder in ('median', 'trimmed_mean', 'uniform_mean')
+    builder in ('buffered_mean', 'median', 'trimmed_mean', 'uniform_mean')
     or builder in ('bucketing', 'centred_clipping', 'nearest_mixing')
+    or builder == 'in_products'  # of a geometric median
     or (builder == 'fedex' and not settings.get('weighted'))
   )
   weight = np.array([1, 1, 1, 0, 1] if unweighted else [1, 50, 2, 0, 30])
@@ -333,11 +335,16 @@ def mine(update, weight):
   return tree.weighted_sum(update, weight)
 
 
+def build_mine(power=1.0, eps=1e-9):
+  return aggregators.from_rule(mine)
+
+
 @pytest.mark.parametrize(
   'aggregator, sentence',
   [
     ('median', "aggregator is the name 'median': build it"),
     (aggregators.median, 'aggregator is the builder median: call it'),
+    (build_mine, 'aggregator is the builder build_mine: call it'),
     (mine, r'aggregator is the function mine: .*from_rule\(mine\)'),
     (7, 'aggregator is of type int'),
   ],
@@ -355,6 +362,7 @@ def test_what_is_no_rule_is_named(aggregator, sentence):
   [
     (aggregators.median(), 'this is a rule already'),
     (aggregators.median, 'median builds a rule'),
+    (build_mine, 'build_mine builds a rule'),
     (lambda update: update, 'does not take two arguments'),
     ('mean', 'not str'),
   ],
@@ -500,3 +508,12 @@ def test_one_client_that_happens_to_be_alone_does_not_end_a_run():
   info = info._replace(finite=np.array([False]))
   with pytest.raises(narration.Diverged, match='all 1 clients'):
     narration.left_out({}, info, alone, ['c0'], 4)
+
+
+def test_a_list_of_cohorts_is_named():
+  algorithm = recipes.fed_avg(toy.loss, toy.sgd())
+  state = algorithm.init(KEY, toy.params())
+  many = [toy.cohort(num_clients=K)] * 2
+  for run in (algorithm.round, differentiable.rounds(algorithm)):
+    with pytest.raises(types.Error, match='a round takes one Cohort, not a li'):
+      run(state, many, toy.base())

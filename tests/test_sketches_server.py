@@ -13,17 +13,11 @@ import pytest
 import tiny
 from tiny import close
 
-from fedjax_llm import aggregators, local, recipes, scopes, tree
+from fedjax_llm import aggregators, recipes, tree
 from fedjax_llm.local.gradients import backprop
 from fedjax_llm.types import (
-  ClientState,
   Draw,
   Error,
-  FederatedAlgorithm,
-  Model,
-  RoundInfo,
-  ServerState,
-  Shared,
   StreamingAggregator,
   Traits,
 )
@@ -41,91 +35,6 @@ def world():
   """Parameters, a cohort of one step, and the updates [K, ...] of plain SGD."""
   params, cohort = tiny.lora(), tiny.cohort(steps=1)
   return params, cohort, tiny.updates(params, cohort, RATE)
-
-
-# ----------------------------------------------------------- split learning --
-
-
-def split(
-  *, model: Model, learning_rate: float = RATE, fold=None
-) -> FederatedAlgorithm:
-  """Clients run the layers, the server the head (Vepakomma et al. 2018).
-
-  In every step all clients send hidden states [B, T, D], and receive their
-  gradient. `fold` is the adapter's; there are no residuals here.
-  """
-  labels = scopes.everything().labels
-  own = lambda p: {k: v for k, v in p.items() if k != 'lm_head'}
-  rest = lambda p: {k: v for k, v in p.items() if k == 'lm_head'}
-
-  def round(state, cohort, base=None, data=None):
-    def step(params, batch):  # [K, B, T]
-      trained = tree.select(params, labels(params), Shared)
-
-      def below(mine):
-        params_of = tree.merge(mine, own(params))
-        each = lambda batch: model.hidden(base, params_of, batch)
-        return jax.vmap(each)(batch)
-
-      def above(head, sent):
-        params_of = tree.merge(head, rest(params))
-        rows = lambda x: x.reshape(-1, *x.shape[2:])
-        top = Model(lambda *_: rows(sent), model.logits)
-        sums = local.causal_lm(top)(
-          base, params_of, jax.tree.map(rows, batch), state.key
-        )
-        return sums.total / jnp.maximum(sums.count, 1), sums
-
-      sent, back = jax.vjp(below, own(trained))
-      (head, answer), sums = jax.grad(above, (0, 1), has_aux=True)(
-        rest(trained), sent
-      )
-      grads = {**back(answer)[0], **head}
-      new = tree.sub(trained, tree.scale(grads, learning_rate))
-      return tree.merge(new, params), (sums, jnp.int32(sent[0].nbytes))
-
-    turns = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), cohort.batches)
-    params, (sums, size) = jax.lax.scan(step, state.params, turns)
-    size = jnp.where(cohort.valid, jnp.sum(size), 0)[:, None]
-    tokens = jnp.sum(sums.count)
-    metrics = {
-      'local/loss': jnp.sum(sums.total) / jnp.maximum(tokens, 1),
-      'local/tokens': tokens,
-    }
-    state = state._replace(round=state.round + 1, params=params)
-    info = RoundInfo(cohort.valid, cohort.valid | True, size, size, metrics)
-    return state, cohort.states, info
-
-  return FederatedAlgorithm(
-    init=lambda key, params: ServerState(jnp.int32(0), params, (), (), key),
-    init_client=lambda params: ClientState(),
-    round=round,
-    personal=lambda params, state: params,
-  )
-
-
-def test_split_learning_is_centralised_training():
-  """Contract: an algorithm without halves; `RoundInfo`."""
-  params = tiny.lora('self_attn/q_proj', 'lm_head')
-  cohort = tiny.cohort()
-  algorithm = split(model=tiny.loaded().model)
-  assert algorithm.train is None and algorithm.aggregate is None
-  state, _, info = tiny.run(algorithm, params, cohort)
-  pool = lambda x: np.swapaxes(x, 0, 1).reshape(1, tiny.S, -1, *x.shape[3:])
-  pooled = tiny.cohort(
-    batches=jax.tree.map(pool, cohort.batches),
-    ids=np.zeros(1, np.int32),
-    weight=[1.0],
-  )
-  want, _, central = tiny.run(averaged(), params, pooled)
-  close(state.params, want.params)
-  assert tiny.differs(want.params, params)
-  for name in ('local/loss', 'local/tokens'):
-    assert info.metrics[name] == pytest.approx(
-      float(central.metrics[name]), rel=1e-5
-    )
-  sent = tiny.S * tiny.B * tiny.T * tiny.D * 4
-  assert info.bytes_up.tolist() == info.bytes_down.tolist() == [[sent]] * 3
 
 
 # -------------------------------------------------------------- asynchronous --

@@ -23,10 +23,6 @@ RUNS = {
     'upload.num': NUM,
   },
   'secure': {'upload.name': path_of(test_sketches_uploads.pairwise)},
-  'split': {
-    'algorithm.name': path_of(test_sketches_server.split),
-    'algorithm.learning_rate': 0.05,
-  },
   'asynchronous': {
     'algorithm.name': path_of(test_sketches_server.buffered),
     'algorithm.versions': VERSIONS,
@@ -95,13 +91,6 @@ def test_a_secure_sum_ends_where_plain_averaging_does(ran):
 
 def test_coefficients_are_all_that_is_sent(ran):
   assert values(ran['scalars'], 'uploads/bytes') == [3 * 4 * NUM] * 3
-
-
-def test_states_are_sent_once_a_step(ran):
-  # [S, B, T, D] of three clients, the longest text being 11 bytes and its end.
-  sent = values(ran['split'], 'uploads/bytes')
-  assert sent == values(ran['split'], 'downloads/bytes')
-  assert len(set(sent)) == 1 and sent[0] % (3 * 2 * 2 * 16 * 4) == 0
 
 
 def test_clients_that_started_too_long_ago_are_left_out(ran):

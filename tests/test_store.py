@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fedjax_llm.clients import journal, store
+from fedjax_llm.clients import disk, journal, store
 from fedjax_llm.types import ClientState, Error
 
 TEMPLATE = ClientState(private={'head': np.arange(3, dtype=np.float32)})
@@ -526,7 +526,7 @@ def test_a_full_disk_while_folding_loses_nothing(tmp_path, monkeypatch):
   opened.commit(2)
 
   def full(path, parts):
-    with journal._writing(path):
+    with disk.writing(path):
       raise OSError(28, 'No space left on device')
 
   with monkeypatch.context() as patch:

@@ -7,7 +7,7 @@ import runs
 
 from fedjax_llm import export, plan, train
 from fedjax_llm.models.files import load
-from fedjax_llm.run import experiment
+from fedjax_llm.run import method
 from fedjax_llm.types import Adapter, Error
 
 
@@ -56,10 +56,10 @@ def test_a_builder_of_another_kind_is_named():
     with pytest.raises(
       Error, match=f'{section}.name: my_lab:mine returned .*{kind}'
     ):
-      experiment._of_kind(section, fields, made)
+      method.of_kind(section, fields, made)
   adapter = Adapter(lambda *_: {}, lambda *_: {}, lambda *_: ({}, {}))
-  assert experiment._of_kind('adapter', fields, adapter) is adapter
-  assert experiment._of_kind('data', fields, 3) == 3
+  assert method.of_kind('adapter', fields, adapter) is adapter
+  assert method.of_kind('data', fields, 3) == 3
 
 
 def test_a_gguf_file_is_no_model_directory(tmp_path):

@@ -5,6 +5,7 @@ names in `__all__`.
 """
 
 from fedjax_llm.adapters import gates as gates
+from fedjax_llm.adapters import halves as halves
 from fedjax_llm.adapters import picked as picked
 from fedjax_llm.adapters import targets as targets
 from fedjax_llm.adapters.bottleneck import bottleneck as bottleneck

@@ -81,7 +81,21 @@ def beside(*parts: Adapter) -> Adapter:
 
 
 def saved_beside(adapter: Adapter, modules: str | Sequence[str]) -> Adapter:
-  """Joins `adapter` with `dense(modules)`; returns it alone without modules."""
+  """Joins `adapter` with `dense(modules)`; returns it alone without modules.
+
+  Raises:
+    Error: `modules` is an empty string, which names no module.
+
+  >>> saved_beside(dense('a'), '')
+  Traceback (most recent call last):
+  fedjax_llm.types.Error: adapter.modules_to_save is '', which names no \
+module; leave it out, or name one or more modules.
+  """
+  if modules == '':
+    raise Error(
+      "adapter.modules_to_save is '', which names no module; leave it out, or "
+      'name one or more modules.'
+    )
   return beside(adapter, dense(modules)) if modules else adapter
 
 

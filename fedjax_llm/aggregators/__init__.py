@@ -13,6 +13,7 @@ from fedjax_llm.aggregators.averaging import uniform_mean as uniform_mean
 from fedjax_llm.aggregators.by_hand import received as received
 from fedjax_llm.aggregators.dual import on_shared as on_shared
 from fedjax_llm.aggregators.foolsgold import foolsgold as foolsgold
+from fedjax_llm.aggregators.in_products import in_products as in_products
 from fedjax_llm.aggregators.lifted import from_rule as from_rule
 from fedjax_llm.aggregators.low_rank.bases import fedrot as fedrot
 from fedjax_llm.aggregators.low_rank.bases import fedsvd as fedsvd
@@ -57,6 +58,7 @@ from fedjax_llm.aggregators.staleness import buffered_mean as buffered_mean
 from fedjax_llm.aggregators.staleness import (
   one_after_another as one_after_another,
 )
+from fedjax_llm.aggregators.trusted import fltrust as fltrust
 
 __all__ = [
   'as_stack',
@@ -74,11 +76,13 @@ __all__ = [
   'flora',
   'flora_na',
   'florist',
+  'fltrust',
   'foolsgold',
   'from_rule',
   'geometric_median',
   'glora',
   'ilora',
+  'in_products',
   'krum',
   'lora_fair',
   'masked_mean',

@@ -102,7 +102,7 @@ def uniform_mean() -> StreamingAggregator:
   >>> float(rule.aggregate(uploads, (), jnp.float32(0), None)[0].delta)
   3.0
   """
-  return _mean_by(equal)
+  return _mean_by(equal)._replace(traits=Traits(rotates=True))
 
 
 def masked_mean(
@@ -239,7 +239,7 @@ def control_variates(inner: AnyAggregator, num_clients: int) -> AnyAggregator:
     )
 
   # A change of c counts the same for clients of every weight.
-  traits = inner.traits._replace(linear=False)
+  traits = inner.traits._replace(linear=False, rotates=False)
 
   def init(params, key):
     return inner.init(params.params, key)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fedjax_llm import tree
 from fedjax_llm.aggregators.weights import counted, equal
-from fedjax_llm.types import Aggregate, Aggregator, Error, Uploads
+from fedjax_llm.types import Aggregate, Aggregator, Error, Traits, Uploads
 
 
 def foolsgold(
@@ -74,7 +74,10 @@ def foolsgold(
     return weights(uploads.update, counted(uploads))
 
   return Aggregator(
-    init, aggregate, weights=of_round if num_clients is None else equal
+    init,
+    aggregate,
+    Traits(rotates=num_clients is None),
+    weights=of_round if num_clients is None else equal,
   )
 
 

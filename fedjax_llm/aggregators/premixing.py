@@ -133,7 +133,9 @@ def _rule(name: str, inner: AnyAggregator | None) -> Aggregator:
       f'{name} hands means of factors to its rule, and this rule needs the '
       'products of single clients: name a rule on entries, such as median.'
     )
-  return rule._replace(traits=rule.traits._replace(linear=False))
+  rotates = rule.traits.linear or rule.traits.rotates
+  traits = rule.traits._replace(linear=False, rotates=rotates)
+  return rule._replace(traits=traits)
 
 
 def _mixed(uploads: Uploads, member: jax.Array) -> Uploads:

@@ -12,6 +12,7 @@ Leaves outside of low-rank nodes count by their updates. Builders return an
 
 import functools
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -158,23 +159,30 @@ def distances(uploads: Uploads) -> jax.Array:
   [[0.0, 36.0], [36.0, 0.0]]
   """
   is_leaf = lambda x: x is None or low_rank.is_node(x)
-
-  def leaf(whole, update):
-    if low_rank.is_node(whole):
-      return _gram(whole)
-    if update is None:  # the same for all clients
-      return None
-    flat = update.reshape(update.shape[0], -1)
-    return low_rank.dot(flat, flat.T)
-
-  grams = jax.tree.leaves(
-    jax.tree.map(leaf, tree.whole(uploads), uploads.update, is_leaf=is_leaf)
+  either = lambda whole, update: whole if low_rank.is_node(whole) else update
+  gram = gram_of(
+    jax.tree.map(either, tree.whole(uploads), uploads.update, is_leaf=is_leaf)
   )
-  gram = functools.reduce(operator.add, grams)
   gram = (gram + gram.T) / 2
   square = jnp.diagonal(gram)
   apart = jnp.maximum(square[:, None] + square - 2 * gram, 0.0)
   return jnp.where(jnp.eye(len(square), dtype=bool), 0.0, apart)
+
+
+def gram_of(stack: Any) -> jax.Array:
+  """Returns the inner products of the clients' products and other leaves.
+
+  `stack` has nodes and leaves [K, ...], None where there is nothing: [K, K].
+  """
+
+  def leaf(x):
+    if low_rank.is_node(x):
+      return _gram(x)
+    flat = x.reshape(x.shape[0], -1)
+    return low_rank.dot(flat, flat.T)
+
+  grams = [leaf(x) for x in jax.tree.leaves(stack, is_leaf=low_rank.is_node)]
+  return functools.reduce(operator.add, grams)
 
 
 def _gram(nodes: LowRank) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fedjax_llm import tree
 from fedjax_llm.aggregators.weights import counted, equal, floor_of
-from fedjax_llm.types import Aggregate, Aggregator, Error, known
+from fedjax_llm.types import Aggregate, Aggregator, Error, Traits, known
 
 
 @jax.custom_jvp
@@ -190,4 +190,4 @@ def krum(num_byzantine: int, num_selected: int = 1) -> Aggregator:
     del params, key
     return Aggregate(tree.weighted_mean(uploads.update, chosen(uploads))), state
 
-  return Aggregator(init, aggregate, weights=chosen)
+  return Aggregator(init, aggregate, Traits(rotates=True), weights=chosen)

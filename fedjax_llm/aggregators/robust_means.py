@@ -78,7 +78,7 @@ def geometric_median(
       tree.weighted_mean(uploads.update, weights(uploads))
     ), state
 
-  return Aggregator(_nothing, aggregate, weights=weights)
+  return Aggregator(_nothing, aggregate, Traits(rotates=True), weights=weights)
 
 
 def norm_bounding(*, bound: float = 1.0) -> StreamingAggregator:
@@ -111,7 +111,7 @@ def norm_bounding(*, bound: float = 1.0) -> StreamingAggregator:
       sums, uploads._replace(update=clipped), state, params
     )
 
-  return rule._replace(accumulate=accumulate, traits=Traits())
+  return rule._replace(accumulate=accumulate, traits=Traits(rotates=True))
 
 
 def centred_clipping(*, radius: float = 1.0, iterations: int = 1) -> Aggregator:
@@ -167,7 +167,7 @@ def centred_clipping(*, radius: float = 1.0, iterations: int = 1) -> Aggregator:
     )
     return Aggregate(delta), tree.merge(centre, state)
 
-  return Aggregator(init, aggregate, weights=equal)
+  return Aggregator(init, aggregate, Traits(rotates=True), weights=equal)
 
 
 def _nothing(params, key):

@@ -1,6 +1,7 @@
 """Clients: draws of a round's clients, their batches, profiles and states.
 
 sampling   round -> Draw
+valued     the same, by the values of an earlier run
 cohorts    Draw -> Cohort [K, S, B, T]
 store      private state of N clients
 system     devices and links of N clients
@@ -8,8 +9,23 @@ timed      round -> Draw, by the simulated time of arrival
 profiles   capacities of N clients
 """
 
-from fedjax_llm.clients import cohorts, profiles, sampling, store, system, timed
-from fedjax_llm.clients.sampling import by_size, cyclic, full, poisson, uniform
+from fedjax_llm.clients import (
+  cohorts,
+  profiles,
+  sampling,
+  store,
+  system,
+  timed,
+  valued,
+)
+from fedjax_llm.clients.sampling import (
+  by_size,
+  cyclic,
+  full,
+  poisson,
+  rotating,
+  uniform,
+)
 
 __all__ = [
   'cohorts',
@@ -18,10 +34,12 @@ __all__ = [
   'store',
   'system',
   'timed',
+  'valued',
   # samplers
   'uniform',
   'by_size',
   'cyclic',
   'full',
   'poisson',
+  'rotating',
 ]

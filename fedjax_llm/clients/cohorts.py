@@ -16,12 +16,14 @@ import jax
 import numpy as np
 
 from fedjax_llm import batching
+from fedjax_llm.clients.limits import Examples, at_least_one
+from fedjax_llm.clients.limits import bounds as bounds
+from fedjax_llm.clients.limits import max_targets as max_targets
 from fedjax_llm.data import collate as collates
 from fedjax_llm.types import Cohort, Draw, Error, Example
 
-_ORDER = 201  # purpose of the random stream: the order of a client's examples
-
-Examples = Sequence[Sequence[Any]]  # [N] clients, each any number of examples
+# Purposes of random streams: the order of a client's examples, their samples.
+_ORDER, _DRAWN = 201, 202
 
 
 def cohorts(
@@ -33,11 +35,14 @@ def cohorts(
   epochs: int | None = None,
   weight_by: str = 'examples',
   packing: bool = False,
+  rate: float | None = None,
   pad_id: int = 0,
   seed: int = 0,
   profiles: Any = None,
   collate: collates.Collate = collates.by_kind,
   length: Callable[[Any], int] = batching.length,
+  orders: Any = None,
+  mixed: bool = False,
 ) -> Callable[[Draw, int], Cohort]:
   """Returns a function `(draw, round) -> Cohort` of NumPy arrays.
 
@@ -52,6 +57,10 @@ def cohorts(
   (segment 1, 2, ..., positions restart), and the first example that fits
   nowhere begins the next step. So a step takes as much of the stream as fits in
   B rows of T tokens, in order, and drops nothing.
+
+  With a rate, a step holds each example of the client on its own with that
+  probability, and a step that would hold more than B examples holds none: the
+  samples that example-level privacy counts.
 
   The weight of a client that reports is
     'examples'  n_k, the number of its training examples, used or not (FedAvg,
@@ -70,12 +79,16 @@ def cohorts(
     epochs: passes over its examples that a client makes a round at most.
     weight_by: 'examples', 'tokens' or 'uniform'.
     packing: several examples a row.
+    rate: the probability of an example in a step; None: passes.
     pad_id: token on padding.
     seed: of the order.
     profiles: capacities, a pytree of [N, ...], carried to `Cohort.profiles` as
       [K, ...]; a row of padding has client 0's.
     collate: rows of examples to arrays, the task's.
     length: `(example) -> int`, its tokens in a packed row, the task's.
+    orders: the examples of each pass (`data.selection`); by default all of
+      them, in a random order.
+    mixed: a step may hold any of the client's rows, as rows are chosen later.
 
   Raises:
     Error: a number below 1, an unknown `weight_by`, a client without an
@@ -97,10 +110,19 @@ def cohorts(
     ('num_steps', S), ('batch_size', B), ('max_length', T),
     ('epochs', 1 if epochs is None else epochs),
   ):  # fmt: skip
-    _at_least_one(name, value)
+    at_least_one(name, value)
   if weight_by not in ('examples', 'tokens', 'uniform'):
     raise Error(
       f'weight_by is {weight_by!r}: it is one of examples, tokens, uniform.'
+    )
+  if rate is not None and not 0 < rate <= 1:
+    raise Error(
+      f'example_rate is {rate}: it is a probability above 0 and at most 1.'
+    )
+  if rate is not None and (packing or epochs is not None):
+    raise Error(
+      'privacy draws each example of a step on its own: leave cohort.packing '
+      'and cohort.epochs out.'
     )
   collates.check(examples, T)
   for client, own in enumerate(examples):
@@ -111,12 +133,22 @@ def cohorts(
   if packing and not all(map(_may_be_packed, everything)):
     raise Error('packing puts several texts in a row; a row has one label.')
   limits = bounds(
-    examples, batch_size=B, max_length=T, epochs=epochs, packing=packing
+    # An example that comes alone fills a step with copies of itself.
+    [[one] for one in everything] if orders or mixed else examples,
+    batch_size=B,
+    max_length=T,
+    epochs=None if orders or mixed else epochs,
+    packing=packing,
   )
 
   def fill(client: int, round: int) -> list[list[Any]]:
     """Returns the rows of one client, [S * B]."""
-    stream = _stream(examples[client], epochs, (seed, _ORDER, round, client))
+    if rate is not None:
+      key = (seed, _DRAWN, round, client)
+      return _sampled(examples[client], rate, S, B, key)
+    rng = np.random.default_rng((seed, _ORDER, round, client))
+    passes = None if orders is None else orders.passes(client, round, rng)
+    stream = _stream(examples[client], epochs, rng, passes)
     if packing:
       return _packed(stream, (S, B, T), length)
     rows = [[example] for example in itertools.islice(stream, S * B)]
@@ -196,82 +228,6 @@ def by_size(
   return jax.tree.map(place, draw), jax.tree.map(place, cohort)
 
 
-def max_targets(
-  examples: Examples,
-  *,
-  batch_size: int,
-  max_length: int,
-  epochs: int | None = None,
-  packing: bool = False,
-) -> int:
-  """Returns the most tokens with a loss in any step [B, T] of `cohorts`.
-
-  Without packing this is exact: some order reaches it. B rows are the last j
-  examples of a pass, whole passes, and the first of another, so with C(i) the
-  sum of a client's i largest counts it is the largest, over clients and j, of
-  C(j) + q C(n) + C(r) with B - j = q n + r. With packing it is
-  B floor(T max c / l), c of the l tokens of an example having a loss: a bound.
-
-  A batch that mixes clients (`rows`) holds at most as many as a batch of one
-  client with all examples, `[[every example]]`, with `epochs=1`.
-
-  Args and errors as in `cohorts`.
-
-  >>> text = Example(np.arange(4, dtype=np.int32), np.array([0, 0, 1, 1], bool))
-  >>> max_targets([[text]], batch_size=3, max_length=8)
-  6
-  >>> max_targets([[text]], batch_size=3, max_length=8, epochs=1)
-  2
-  """
-  _at_least_one('batch_size', batch_size)
-  collates.check(examples, max_length)
-  B, T = batch_size, max_length
-  largest = 0
-  for own in examples:
-    if not own:
-      continue
-    count = np.array([np.count_nonzero(x.loss_mask[1:]) for x in own])
-    if packing:
-      length = np.array([len(x.tokens) for x in own])
-      largest = max(largest, B * int(np.max(T * count // length)))
-      continue
-    n = len(own)
-    top = np.concatenate([[0], np.cumsum(np.sort(count)[::-1])])
-    if epochs == 1:
-      largest = max(largest, int(top[min(B, n)]))
-      continue
-    j = np.arange(min(B, n) + 1)
-    q, r = np.divmod(B - j, n)
-    largest = max(largest, int(np.max(top[j] + q * top[n] + top[r])))
-  return largest
-
-
-def bounds(examples: Examples, **sizes: Any) -> tuple[int | None, ...]:
-  """Returns `max_targets` for each text of an example, of a pair for two.
-
-  None where no token is learned, as in texts that are classified.
-
-  >>> text = Example(np.arange(4, dtype=np.int32), np.array([0, 0, 1, 1], bool))
-  >>> bounds([[text]], batch_size=3, max_length=8)
-  (6,)
-  """
-  texts = [[batching.texts_of(example) for example in own] for own in examples]
-  numbers = {len(some) for own in texts for some in own}
-  if not numbers:
-    return ()
-  if len(numbers) != 1:
-    raise Error(
-      'the examples of a run hold the same number of texts each, not '
-      f'{", ".join(map(str, sorted(numbers)))}.'
-    )
-  sides = range(numbers.pop())
-  limits = (
-    max_targets([[some[i] for some in own] for own in texts], **sizes)
-    for i in sides
-  )
-  return tuple(number or None for number in limits)
-
-
 class Rows(NamedTuple):
   """Batches of one width, and the client of each row.
 
@@ -324,7 +280,7 @@ def rows(
   >>> [(group.batches.tokens.shape, group.owners.tolist()) for group in groups]
   [((1, 2, 2), [[1, -1]]), ((1, 2, 4), [[0, 1]])]
   """
-  _at_least_one('batch_size', batch_size)
+  at_least_one('batch_size', batch_size)
   collates.check(examples, max_length)
   names = range(len(examples)) if owners is None else owners
   if len(names) != len(examples):
@@ -358,14 +314,30 @@ def rows(
 
 
 def _stream(
-  own: Sequence[Any], epochs: int | None, key: tuple[int, ...]
+  own: Sequence[Any],
+  epochs: int | None,
+  rng: np.random.Generator,
+  passes: Iterator[np.ndarray] | None = None,
 ) -> Iterator[Any]:
-  rng = np.random.default_rng(key)
   done = 0
   while epochs is None or done < epochs:
-    for i in rng.permutation(len(own)):
+    for i in rng.permutation(len(own)) if passes is None else next(passes):
       yield own[i]
     done += 1
+
+
+def _sampled(
+  own: Sequence[Any], rate: float, S: int, B: int, key: tuple[int, ...]
+) -> list[list[Any]]:
+  """Returns rows [S * B]: Poisson samples, empty ones in place of too large."""
+  rng = np.random.default_rng(key)
+  rows: list[list[Any]] = []
+  for _ in range(S):
+    drawn = np.flatnonzero(rng.random(len(own)) < rate)
+    if len(drawn) > B:
+      drawn = drawn[:0]
+    rows += [[own[int(i)]] for i in drawn] + [[]] * (B - len(drawn))
+  return rows
 
 
 def _packed(
@@ -409,8 +381,3 @@ def _learned(batches: Any) -> np.ndarray:
       "count its terms of the loss; choose 'examples' or 'uniform'."
     )
   return np.asarray(terms).sum(-1)
-
-
-def _at_least_one(name: str, value: int) -> None:
-  if value < 1:
-    raise Error(f'{name} is {value}: it is a whole number of at least 1.')

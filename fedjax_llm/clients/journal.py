@@ -14,18 +14,17 @@ The base is written only from journals that stay until it is complete. So the
 files stay usable if a process is killed at any byte.
 """
 
-import contextlib
-import errno
 import hashlib
 import io
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedjax_llm.clients import disk
 from fedjax_llm.types import Error
 
 _CHECKSUM = 32  # bytes of SHA-256 at the end of a journal
@@ -74,7 +73,7 @@ def read_base(
       )
     base = Base(at_round, at_round, 0, _ids_sum(b''))
     if create:
-      with _writing(path):
+      with disk.writing(path):
         folder.mkdir(parents=True, exist_ok=True)
       _write_base(folder, base, leaves)
     return base
@@ -117,8 +116,8 @@ def _write_base(folder: pathlib.Path, base: Base, leaves: list) -> None:
   content = {**base._asdict(), 'leaves': leaves}
   content['sha256'] = _content_sum(content)
   text = json.dumps(content, indent=1)
-  with _writing(path):
-    _replace(path, lambda file: file.write(text.encode()))
+  with disk.writing(path):
+    disk.replace(path, lambda file: file.write(text.encode()))
 
 
 def read_ids(folder: pathlib.Path, base: Base) -> dict[int, int]:
@@ -254,7 +253,7 @@ def _update(path: pathlib.Path, parts: Iterable[tuple[int, Any]]) -> None:
 
   It writes and does not map: a full disk then raises instead of a bus error.
   """
-  with _writing(path):
+  with disk.writing(path):
     flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0)
     with os.fdopen(os.open(path, flags, 0o666), 'r+b') as file:
       for offset, data in parts:
@@ -301,8 +300,8 @@ def write(
     file.write(checksum.digest())
 
   path = folder / f'journal_{round:08d}'
-  with _writing(path):
-    _replace(path, content)
+  with disk.writing(path):
+    disk.replace(path, content)
   return path
 
 
@@ -386,77 +385,3 @@ def discard(folder: pathlib.Path, keep: list[Journal]) -> None:
     if path not in kept:
       path.unlink()
   (folder / 'base.json.part').unlink(missing_ok=True)
-
-
-# -------------------------------------------------------------------- disk --
-
-
-class Place(NamedTuple):
-  """A folder's path, and its identity when it was opened."""
-
-  path: pathlib.Path
-  mark: tuple[int, int]  # device and inode
-
-
-def place(folder: pathlib.Path) -> Place:
-  """Returns the folder with its present identity."""
-  stat = folder.stat()
-  return Place(folder, (stat.st_dev, stat.st_ino))
-
-
-def check_place(opened: Place, journals: Iterable[Journal] = ()) -> None:
-  """Raises `Error` if the folder or a file that is needed is gone.
-
-  Rows written into a folder that replaced it would be lost.
-  """
-  folder = opened.path
-  try:
-    same = place(folder).mark == opened.mark
-    wanted = [folder / 'base.json', *(j.path for j in journals)]
-    missing = [path for path in wanted if not path.is_file()]
-  except OSError:
-    same, missing = False, []
-  if not same:
-    raise Error(
-      f'{folder} was removed or replaced while this run was at work: the state '
-      'of the clients is lost with it, so the run ends.'
-    )
-  if missing:
-    raise Error(
-      f'{missing[0]} was removed while this run was at work: the state of the '
-      'clients is lost with it, so the run ends.'
-    )
-
-
-def _replace(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
-  """Replaces a file's content on the disk, all of it or nothing.
-
-  Symbolic links at the file's or its draft's name are not followed.
-  """
-  part = path.with_name(path.name + '.part')
-  try:
-    part.unlink(missing_ok=True)
-    with part.open('xb') as file:
-      write(file)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(part, path)
-  except OSError:
-    part.unlink(missing_ok=True)
-    raise
-  directory = os.open(path.parent, os.O_RDONLY)
-  try:
-    os.fsync(directory)
-  finally:
-    os.close(directory)
-
-
-@contextlib.contextmanager
-def _writing(path: pathlib.Path) -> Iterator[None]:
-  """Turns an `OSError` into an `Error` that names the file."""
-  try:
-    yield
-  except OSError as e:
-    if e.errno in (errno.ENOSPC, errno.EDQUOT):
-      raise Error(f'{path} cannot be written: the disk is full.') from e
-    raise Error(f'{path} cannot be written: {e.strerror or e}.') from e

@@ -10,9 +10,14 @@ import numpy as np
 
 from fedjax_llm.types import Error
 
-__all__ = ['budgets', 'layers', 'ranks']
+__all__ = ['budgets', 'devices', 'layers', 'ranks']
 
-_RANKS, _LAYERS, _BUDGETS = 201, 202, 203  # purposes of the random streams
+_RANKS, _LAYERS, _BUDGETS, _DEVICES = (
+  201,
+  202,
+  203,
+  204,
+)  # purposes of the random streams
 
 
 def ranks(
@@ -75,6 +80,33 @@ def budgets(
   [500, 2000, 500, 2000]
   """
   return {'budget': _drawn(choices, shares, num_clients, (seed, _BUDGETS))}
+
+
+def devices(
+  phones: float = 0.5,
+  laptops: float = 0.3,
+  servers: float = 0.2,
+  *,
+  num_clients: int,
+  seed: int = 0,
+) -> Mapping[str, np.ndarray]:
+  """Draws a kind of device for every client: {'device': [N] int32}.
+
+  1 is a phone, 2 a laptop, 3 a server; the shares are met as nearly as N
+  allows.
+
+  Args:
+    phones, laptops, servers: shares of the clients, in any unit.
+    num_clients, seed: as in `ranks`.
+
+  Raises:
+    Error: a negative share, or none above zero; a negative seed.
+
+  >>> devices(2, 1, 1, num_clients=8)['device'].tolist()
+  [2, 3, 1, 1, 3, 1, 2, 1]
+  """
+  shares = (phones, laptops, servers)
+  return {'device': _drawn((1, 2, 3), shares, num_clients, (seed, _DEVICES))}
 
 
 def _drawn(

@@ -19,7 +19,15 @@ import numpy as np
 
 from fedjax_llm.types import Draw, Error, Sampler
 
-__all__ = ['by_size', 'cyclic', 'full', 'poisson', 'uniform']
+__all__ = [
+  'by_size',
+  'cyclic',
+  'full',
+  'poisson',
+  'rotating',
+  'uniform',
+  'with_root',
+]
 
 # Purposes: the second word of a random stream's key.
 _AVAILABLE, _DROPPED, _CHOSEN, _PASS, _POISSON = 101, 102, 103, 104, 105
@@ -78,7 +86,7 @@ def _sampler(
   return sample
 
 
-def _weighted(
+def weighted(
   size: np.ndarray,
   cohort_size: int,
   availability: float,
@@ -130,7 +138,7 @@ def uniform(
   """
   del sizes  # every client counts the same
   size = np.ones(max(num_clients, 0))
-  return _weighted(size, cohort_size, availability, dropout, seed)
+  return weighted(size, cohort_size, availability, dropout, seed)
 
 
 def by_size(
@@ -170,7 +178,7 @@ def by_size(
     raise Error(
       'sizes must be finite and not negative, and one of them above 0.'
     )
-  return _weighted(size, cohort_size, availability, dropout, seed)
+  return weighted(size, cohort_size, availability, dropout, seed)
 
 
 def cyclic(
@@ -203,6 +211,39 @@ def cyclic(
     order = np.argsort(
       _numbers(seed, _PASS, number, num_clients), kind='stable'
     )
+    ids = order[turn * cohort_size : (turn + 1) * cohort_size]
+    return ids[available[ids]]
+
+  return _sampler(choose, num_clients, cohort_size, availability, dropout, seed)
+
+
+def rotating(
+  num_clients: int,
+  cohort_size: int,
+  *,
+  sizes: Sequence[float] | np.ndarray | None = None,
+  availability: float = 1.0,
+  dropout: float = 0.0,
+  seed: int = 0,
+) -> Sampler:
+  """Returns a sampler of passes over all clients in one order, K a round.
+
+  The order is drawn once, so two turns of a client are exactly ceil(N / K)
+  rounds apart: the separation that correlated noise counts with (`cyclic` draws
+  an order a pass). A client that is not available waits for its next turn.
+
+  Args and errors as in `uniform`.
+
+  >>> sample = rotating(num_clients=5, cohort_size=2)
+  >>> all((sample(r).ids == sample(r + 3).ids).all() for r in range(9))
+  True
+  """
+  del sizes
+  rounds_a_pass = -(-num_clients // max(cohort_size, 1))
+
+  def choose(round, available):
+    order = np.argsort(_numbers(seed, _PASS, 0, num_clients), kind='stable')
+    turn = round % rounds_a_pass
     ids = order[turn * cohort_size : (turn + 1) * cohort_size]
     return ids[available[ids]]
 
@@ -276,3 +317,53 @@ def poisson(
     return ids[np.argsort(u[ids], kind='stable')[:cohort_size]]
 
   return _sampler(choose, num_clients, cohort_size, availability, dropout, seed)
+
+
+def with_root(
+  num_clients: int,
+  cohort_size: int,
+  *,
+  root: Sequence[int] = (0,),
+  sizes: Sequence[float] | np.ndarray | None = None,
+  availability: float = 1.0,
+  dropout: float = 0.0,
+  seed: int = 0,
+) -> Sampler:
+  """Returns `uniform` for all but the clients `root`, who are in every round.
+
+  The root is the server's own data in the form of clients, for rules that trust
+  it (`aggregators.fltrust`): it is always available and always reports.
+
+  Args and errors as in `uniform`, and
+    root: ids, at most K of them.
+
+  >>> sample = with_root(num_clients=100, cohort_size=3, root=[7])
+  >>> all(7 in sample(round).ids for round in range(5))
+  True
+  """
+  del sizes
+  own = np.unique(np.asarray(tuple(root), np.int32))
+  if not len(own) or own[0] < 0 or own[-1] >= num_clients:
+    raise Error(
+      f'root is {tuple(root)}: it holds ids from 0 to {num_clients - 1}, at '
+      'least one.'
+    )
+  if len(own) > cohort_size:
+    raise Error(
+      f'root has {len(own)} clients, and cohort_size is {cohort_size}: a round '
+      'holds all of them.'
+    )
+
+  def choose(round, available):
+    u = _numbers(seed, _CHOSEN, round, num_clients)
+    can = np.setdiff1d(np.flatnonzero(available), own)
+    order = can[np.argsort(u[can], kind='stable')]
+    return np.concatenate([own, order[: cohort_size - len(own)]])
+
+  draw = _sampler(choose, num_clients, cohort_size, availability, dropout, seed)
+
+  def sample(round: int) -> Draw:
+    one = draw(round)
+    return one._replace(reports=one.reports | np.isin(one.ids, own))
+
+  return sample

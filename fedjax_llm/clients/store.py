@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedjax_llm.clients import journal
+from fedjax_llm.clients import disk, journal
 from fedjax_llm.types import ClientState, Error
 
 
@@ -112,7 +112,7 @@ def open(
   opened = None
   if not read_only:
     journal.discard(folder, journals)
-    opened = journal.place(folder)
+    opened = disk.place(folder)
   changed: dict[int, np.ndarray] = {}  # id -> row, since the last commit
   default = layout.pack_one(template)
   committed = at_round
@@ -159,7 +159,7 @@ def open(
       raise Error(
         f'{folder} is at round {committed} and cannot commit round {round}.'
       )
-    journal.check_place(opened, journals)
+    disk.check_place(opened, journals)
     path = journal.write(folder, round, committed, changed, row_bytes)
     journals = [*journals, journal.read(path, row_bytes, check=False)]
     newer = journal.overlay(journals)
@@ -173,7 +173,7 @@ def open(
     old = [j for j in journals if j.round <= limit]
     if not old or opened is None:
       return
-    journal.check_place(opened, journals)
+    disk.check_place(opened, journals)
     base, slots = journal.fold(folder, base, slots, old, leaves, row_bytes)
     mapped = journal.map_rows(folder, len(slots), row_bytes)
     sums = journal.map_sums(folder, base)

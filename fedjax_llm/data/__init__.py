@@ -1,4 +1,4 @@
-"""Data of clients: sources, tokenizers, templates, partitions, populations.
+"""Reads texts and deals them to clients; as a program, shows a data set.
 
 Sources return records, tokenizers and templates turn them into examples, a
 partition assigns records to clients, and `build` returns a `Population`.
@@ -6,9 +6,14 @@ partition assigns records to clients, and `build` returns a `Population`.
 
 from fedjax_llm.data import (
   collate,
+  drift,
   encoding,
+  named,
   partition,
   population,
+  preferences,
+  selection,
+  skew,
   sources,
   text,
   tokenizers,
@@ -39,20 +44,25 @@ __all__ = [
   'bytes',
   'collate',
   'dirichlet',
+  'drift',
   'encode',
   'encoding',
   'hf',
   'histogram',
   'iid',
   'jsonl',
+  'named',
   'natural',
   'one_label',
   'packaged',
   'partition',
   'population',
+  'preferences',
   'pretrained',
   'prompt',
   'quantity',
+  'skew',
+  'selection',
   'sources',
   'text',
   'tokenizers',

@@ -112,15 +112,23 @@ def pairs(
   """
   chosen = texts([pair.chosen for pair in examples], width, pad_id)
   rejected = texts([pair.rejected for pair in examples], width, pad_id)
+  others = [pair.mismatched for pair in examples if pair.mismatched is not None]
+  mismatched = texts(others, width, pad_id) if others else None
 
   def build(rows: Rows) -> Pairs:
     of = lambda name: [[getattr(pair, name) for pair in row] for row in rows]
     number = lambda name: _stacked(of(name), np.float32(0))
+    if mismatched is None:
+      third = (None, None)
+    else:
+      third = mismatched(of('mismatched')), number('reference_mismatched')
     return Pairs(
       chosen=chosen(of('chosen')),
       rejected=rejected(of('rejected')),
       reference_chosen=number('reference_chosen'),
       reference_rejected=number('reference_rejected'),
+      mismatched=third[0],
+      reference_mismatched=third[1],
     )
 
   return build

@@ -31,11 +31,16 @@ def parquet(files: list[str], split: str) -> Any:
 
 
 def load(
-  name: str, subset: str | None, split: str, columns: Sequence[str] = ()
+  name: str,
+  subset: str | None,
+  split: str,
+  columns: Sequence[str] = (),
+  revision: str | None = None,
 ) -> Any:
   """Loads a data set by directory (`save_to_disk`), folder or hub name.
 
-  The `columns` of CSV files are always read as strings.
+  The `columns` of CSV files are always read as strings. `revision` is a commit
+  of the hub.
 
   Raises:
     Error: the data set cannot be loaded, or has no such split.
@@ -55,8 +60,8 @@ def load(
           f'{", ".join(map(str, data))}.'
         )
       return data[split]
-    builder = datasets.load_dataset_builder(name, subset)
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {'revision': revision} if revision else {}
+    builder = datasets.load_dataset_builder(name, subset, **settings)
     if any(kind.__name__ == 'Csv' for kind in type(builder).__mro__):
       settings['converters'] = dict.fromkeys(columns, str)
       settings['keep_default_na'] = False

@@ -5,98 +5,29 @@ each record's client. Random partitions depend on the content of the records,
 not on their order in a file.
 """
 
-import collections
-import hashlib
 import heapq
 import statistics
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from fedjax_llm.data.dealing import Partition as Partition
+from fedjax_llm.data.dealing import (
+  assign,
+  check_clients,
+  generator,
+  labels_of,
+  names_of,
+  parts,
+  shuffled,
+)
+from fedjax_llm.data.dealing import keyed as keyed
 from fedjax_llm.data.sources import Record
 from fedjax_llm.types import Error
 
 __all__ = ['dirichlet', 'iid', 'natural', 'one_label', 'pooled', 'quantity']
-
-Partition = Callable[[Sequence[Record], int], list[str]]
-
-
-def keyed(seed: int, *parts: Hashable) -> bytes:
-  """Returns 16 random bytes that depend only on the seed and the parts.
-
-  Sorting by them is a keyed permutation: the order of two items does not depend
-  on the other items.
-  """
-  return hashlib.blake2b(repr((seed, *parts)).encode(), digest_size=16).digest()
-
-
-def _generator(seed: int, *parts: Hashable) -> np.random.Generator:
-  return np.random.default_rng(list(keyed(seed, *parts)))
-
-
-# Fields that keys have always held; later ones count where they have a value,
-# so that the deals of earlier versions stay.
-_FIELDS = (
-  *('client', 'prompt', 'response', 'text', 'messages', 'label'),
-  *('where', 'pair'),
-)
-
-
-def _content(record: Record) -> Any:
-  """Returns a record's content without its place, as keys are made of it.
-
-  >>> _content(Record(text='hi', where='a:1', image=None))._fields[-2:]
-  ('where', 'pair')
-  """
-  record = record._replace(where='')
-  names = [
-    name
-    for name in record._fields
-    if name in _FIELDS or getattr(record, name) is not None
-  ]
-  values = [getattr(record, name) for name in names]
-  return collections.namedtuple('Record', names)(*values)
-
-
-def _shuffled(records: Sequence[Record], seed: int, tag: str) -> list[int]:
-  """Returns the places of the records in keyed order."""
-  keys = [keyed(seed, tag, _content(r)) for r in records]
-  return sorted(range(len(records)), key=keys.__getitem__)
-
-
-def _names(num_clients: int) -> list[str]:
-  digits = max(4, len(str(num_clients - 1)))  # so that they sort as numbers
-  return [f'client{i:0{digits}}' for i in range(num_clients)]
-
-
-def _check_clients(rule: str, num_clients: int, most: int, what: str) -> None:
-  if not 1 <= num_clients <= most:
-    raise Error(
-      f'{rule}: num_clients is {num_clients}, but must be between 1 and the '
-      f'{most} {what}.'
-    )
-
-
-def _assign(order: Sequence[int], sizes: Sequence[int]) -> list[str]:
-  """Assigns records in `order`: the first `sizes[0]` to client 0, and so on."""
-  names: list[str] = [''] * len(order)
-  owners = np.repeat(np.arange(len(sizes)), sizes)
-  clients = _names(len(sizes))
-  for place, owner in zip(order, owners):
-    names[place] = clients[owner]
-  return names
-
-
-def _parts(total: int, shares: np.ndarray) -> np.ndarray:
-  """Rounds shares [N] to whole numbers that sum to `total`."""
-  exact = total * shares / shares.sum()
-  sizes = np.floor(exact).astype(int)
-  most = np.argsort(sizes - exact, kind='stable')
-  sizes[most[: total - sizes.sum()]] += 1
-  return sizes
-
 
 # -------------------------------------------------------------- partitions --
 
@@ -159,9 +90,9 @@ def iid(num_clients: int) -> Partition:
   """
 
   def partition(records, seed):
-    _check_clients('iid', num_clients, len(records), 'records')
-    sizes = _parts(len(records), np.ones(num_clients))
-    return _assign(_shuffled(records, seed, 'iid'), sizes.tolist())
+    check_clients('iid', num_clients, len(records), 'records')
+    sizes = parts(len(records), np.ones(num_clients))
+    return assign(shuffled(records, seed, 'iid'), sizes.tolist())
 
   return partition
 
@@ -189,7 +120,7 @@ def dirichlet(
   """
 
   def partition(records, seed):
-    labels = _labels('dirichlet', records)
+    labels = labels_of('dirichlet', records)
     if not alpha > 0 or not np.isfinite(alpha):
       raise Error(f'dirichlet: alpha is {alpha}, but must be positive.')
     if min_size < 0:
@@ -198,24 +129,24 @@ def dirichlet(
       )
     most = len(records) // max(1, min_size)
     what = f'that {len(records)} records at min_size={min_size} allow'
-    _check_clients('dirichlet', num_clients, most, what)
+    check_clients('dirichlet', num_clients, most, what)
     by_label: dict[str, list[int]] = {
       label: [] for label in sorted(set(labels))
     }
-    for place in _shuffled(records, seed, 'dirichlet'):
+    for place in shuffled(records, seed, 'dirichlet'):
       by_label[labels[place]].append(place)
     held: list[list[int]] = [[] for _ in range(num_clients)]
     for label, mine in by_label.items():
-      rng = _generator(seed, 'dirichlet', label)
+      rng = generator(seed, 'dirichlet', label)
       shares = rng.dirichlet(np.full(num_clients, alpha))
       if not np.isfinite(shares).all():  # alpha so small that all underflow
         shares = np.eye(num_clients)[rng.integers(num_clients)]
-      cuts = np.cumsum(_parts(len(mine), shares))[:-1]
+      cuts = np.cumsum(parts(len(mine), shares))[:-1]
       for n, part in enumerate(np.split(np.array(mine, int), cuts)):
         held[n] += part.tolist()
-    _lift(held, min_size, _generator(seed, 'dirichlet', 'lift'))
+    _lift(held, min_size, generator(seed, 'dirichlet', 'lift'))
     names = [''] * len(records)
-    for name, places in zip(_names(num_clients), held):
+    for name, places in zip(names_of(num_clients), held):
       for place in places:
         names[place] = name
     return names
@@ -248,13 +179,13 @@ def quantity(num_clients: int, sigma: float = 1.0) -> Partition:
   """
 
   def partition(records, seed):
-    _check_clients('quantity', num_clients, len(records), 'records')
+    check_clients('quantity', num_clients, len(records), 'records')
     if not sigma >= 0 or not np.isfinite(sigma):
       raise Error(f'quantity: sigma is {sigma}, but must not be negative.')
-    z = _generator(seed, 'quantity').standard_normal(num_clients)
+    z = generator(seed, 'quantity').standard_normal(num_clients)
     shares = np.exp(sigma * (z - z.max()))
-    sizes = 1 + _parts(len(records) - num_clients, shares)
-    return _assign(_shuffled(records, seed, 'quantity'), sizes.tolist())
+    sizes = 1 + parts(len(records) - num_clients, shares)
+    return assign(shuffled(records, seed, 'quantity'), sizes.tolist())
 
   return partition
 
@@ -274,7 +205,7 @@ def one_label(num_clients: int | None = None) -> Partition:
   """
 
   def partition(records, seed):
-    labels = _labels('one_label', records)
+    labels = labels_of('one_label', records)
     if num_clients is None:
       return labels
     sizes = Counter(labels)
@@ -292,25 +223,13 @@ def one_label(num_clients: int | None = None) -> Partition:
       clients[label] += 1
       heapq.heappush(heap, (-sizes[label] / clients[label], label))
     names, seen = [''] * len(records), Counter()
-    for place in _shuffled(records, seed, 'one_label'):
+    for place in shuffled(records, seed, 'one_label'):
       label = labels[place]
       names[place] = f'{label}/{seen[label] % clients[label]:04}'
       seen[label] += 1
     return names
 
   return partition
-
-
-def _labels(rule: str, records: Sequence[Record]) -> list[str]:
-  labels = []
-  for record in records:
-    if record.label is None:
-      raise Error(
-        f'{record.where or "record"}: the partition {rule} needs the label of '
-        'each record; give the source a label_key.'
-      )
-    labels.append(record.label)
-  return labels
 
 
 # --------------------------------------------------------------- histogram --

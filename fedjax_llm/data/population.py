@@ -11,12 +11,12 @@ from typing import Any
 
 from fedjax_llm import batching
 from fedjax_llm.data import encoding, text
+from fedjax_llm.data.dealing import keyed
 from fedjax_llm.data.encoding import content
 from fedjax_llm.data.partition import (
   Partition,
   Pooled,
   histogram,
-  keyed,
   natural,
 )
 from fedjax_llm.data.sources import Record
@@ -26,6 +26,10 @@ from fedjax_llm.types import Error, Population
 _NUM_NAMED = 5  # left-out clients named in the report; all are counted
 
 Unit = list[Any]  # examples of one record, which are never separated
+
+# (names, sorted) -> (client, its training records, labels) -> the records that
+# it trains on instead; None: its own.
+Alter = Callable[[Sequence[str]], Callable[..., Sequence[Record] | None]]
 
 
 def build(
@@ -44,6 +48,7 @@ def build(
   labelled: float = 1.0,
   seed: int = 0,
   encode: encoding.Encode | None = None,
+  alter: Alter | None = None,
 ) -> Population:
   """Builds the population of a federation.
 
@@ -59,9 +64,11 @@ def build(
   the examples are classified: the default is then `encoding.labelled`, and each
   client keeps the labels of a share `labelled` of its training examples, at
   least one; the other labels become -1, for methods that label texts
-  themselves.
+  themselves. `alter` changes the records that clients train on, after the
+  split: held-out examples stay (`adversary.poisoning`).
 
-  `report` has `num_records`, `num_clients`, `num_new_clients`,
+  `report` has `num_records`, `num_examples` (those of clients left out are
+  among them), `num_clients`, `num_new_clients`,
   `clients_left_out` (with `clients_left_out_names`, the first few),
   `clients_not_drawn`, `empty_records`, `replies_left_out`, `replies_cut`,
   `prompts_truncated`, `replies_rewritten` (replies that the chat template
@@ -96,10 +103,13 @@ def build(
   for name, record in zip(partition(records, seed), records, strict=True):
     holdings.setdefault(name, []).append(record)
   clients, counts, left_out = {}, Counter(), []
+  sources: dict[str, dict[bytes, list[Record]]] = {}
   waiting = sorted(holdings, key=lambda n: keyed(seed, 'clients', n))
   while waiting and (max_clients is None or len(clients) < max_clients):
     name = waiting.pop()
     units = []
+    held: dict[bytes, list[Record]] = {}
+    sources[name] = held
     for record in holdings[name]:
       encoded = encode(record, how)
       counts['prompts_truncated'] += encoded.prompts_truncated
@@ -107,8 +117,11 @@ def build(
       counts['replies_cut'] += encoded.replies_cut
       counts['texts_cut'] += encoded.texts_cut
       counts['replies_rewritten'] += encoded.replies_rewritten
+      counts['examples'] += len(encoded.examples)
       if encoded.examples:
         units.append(encoded.examples)
+        for example in encoded.examples if alter is not None else ():
+          held.setdefault(content(example), []).append(record)
       elif not encoded.replies_left_out:
         counts['empty_records'] += 1
     if sum(map(len, units)) >= max(1, min_examples):
@@ -126,6 +139,12 @@ def build(
   new_names = _new(list(clients), new_clients, seed)
   names = sorted(set(clients) - set(new_names))
   splits = [_split(n, clients[n], heldout_fraction, seed) for n in names]
+  if alter is not None:
+    change = alter(names)
+    for i, (name, (one, two)) in enumerate(zip(names, splits)):
+      new = change(i, _records(one, sources[name]), labels)
+      if new is not None:
+        splits[i] = _encoded(name, new, encode, how), two
   train = tuple(
     tuple(_some_labelled(n, one, labelled, seed))
     for n, (one, _) in zip(names, splits, strict=True)
@@ -139,6 +158,7 @@ def build(
   owners = [name for name, one in zip(names, train) for _ in one]
   report = {
     'num_records': len(records),
+    'num_examples': counts['examples'],
     'num_clients': len(names),
     'num_new_clients': len(new_names),
     'clients_left_out': len(left_out),
@@ -371,6 +391,34 @@ def _split(
     [example for key in train for example in distinct[key]],
     [example for key in heldout for example in distinct[key]],
   )
+
+
+def _records(
+  examples: Unit, sources: dict[bytes, list[Record]]
+) -> list[Record]:
+  """Returns the records that examples were made of, each once."""
+  there = {
+    id(record): record
+    for example in examples
+    for record in sources[content(example)]
+  }
+  return list(there.values())
+
+
+def _encoded(
+  name: str,
+  records: Sequence[Record],
+  encode: encoding.Encode,
+  how: encoding.Encoding,
+) -> Unit:
+  """Returns the examples of altered records; an `Error` if there are none."""
+  examples = [x for record in records for x in encode(record, how).examples]
+  if not examples:
+    raise Error(
+      f'client {name}: none of its {len(records)} altered records is usable at '
+      f'max_length={how.max_length}, long_replies={how.long_replies!r}.'
+    )
+  return examples
 
 
 def _some_labelled(name: str, examples: Unit, share: float, seed: int) -> Unit:

@@ -45,6 +45,7 @@ class Record(NamedTuple):
   rejected: str | None = None  # to this one
   image: Any = None  # an array [H, W, C]
   tools: tuple[Any, ...] | None = None
+  date: str | None = None  # when it was written, in a form that sorts by time
 
 
 class _Keys(NamedTuple):
@@ -58,6 +59,7 @@ class _Keys(NamedTuple):
   label: str | None
   context: str | None
   pair: str | None
+  date: str | None
 
 
 def packaged(dataset: str = 'shakespeare_mini') -> list[Record]:
@@ -100,6 +102,7 @@ def jsonl(
   label_key: str | None = None,
   context_key: str | None = None,
   text_pair_key: str | None = None,
+  date_key: str | None = None,
 ) -> list[Record]:
   """Reads records from files with one JSON object per line, plain or .gz.
 
@@ -115,7 +118,8 @@ def jsonl(
   to the prompt after a blank line if it is not empty. `label_key` names the
   field with the class of the text, a string or an integer, for label partitions
   and for classification; `text_pair_key` a field with a second text to be
-  classified together with that of `text_key`. Blank lines are skipped.
+  classified together with that of `text_key`; `date_key` a field with a date
+  that sorts by time, or a number, for `time_drift`. Blank lines are skipped.
 
   Raises `Error` for a missing or empty file, for a line that is no JSON object,
   and for a field that is missing or of the wrong type.
@@ -136,6 +140,7 @@ def jsonl(
     label_key,
     context_key,
     text_pair_key,
+    date_key,
     source='jsonl',
   )
   return [
@@ -157,6 +162,7 @@ def hf(
   label_key: str | None = None,
   context_key: str | None = None,
   text_pair_key: str | None = None,
+  date_key: str | None = None,
 ) -> list[Record]:
   """Reads records from any data set of the `datasets` library.
 
@@ -186,6 +192,7 @@ def hf(
     label_key,
     context_key,
     text_pair_key,
+    date_key,
     source='hf',
   )
   paths = _paths(path)
@@ -247,7 +254,17 @@ def _records(data: Any, keys: '_Keys', name: str) -> list[Record]:
 
 
 def _keys(
-  client, prompt, response, text, messages, label, context, pair, *, source
+  client,
+  prompt,
+  response,
+  text,
+  messages,
+  label,
+  context,
+  pair,
+  date=None,
+  *,
+  source,
 ) -> _Keys:
   forms = {
     'prompt_key and response_key': prompt or response,
@@ -275,7 +292,9 @@ def _keys(
     )
   if not chosen:
     messages = 'messages'
-  return _Keys(client, prompt, response, text, messages, label, context, pair)
+  return _Keys(
+    client, prompt, response, text, messages, label, context, pair, date
+  )
 
 
 def _record(row: Any, keys: _Keys, where: str) -> Record:
@@ -283,39 +302,44 @@ def _record(row: Any, keys: _Keys, where: str) -> Record:
     raise Error(f'{where}: this line is no JSON object: {short(row)}.')
   client = label = prompt = response = text = messages = pair = tools = None
   if keys.client:
-    client = _string(row, keys.client, where, numbers=True)
+    client = text_of(row, keys.client, where, numbers=True)
     if not client:
       raise Error(f'{where}: the client {keys.client!r} is an empty string.')
   if keys.label:
-    label = _string(row, keys.label, where, numbers=True)
+    label = text_of(row, keys.label, where, numbers=True)
   if keys.prompt:
-    prompt = _string(row, keys.prompt, where)
-    response = _string(row, keys.response, where)
+    prompt = text_of(row, keys.prompt, where)
+    response = text_of(row, keys.response, where)
     if keys.context and row.get(keys.context) is not None:
-      context = _string(row, keys.context, where)
+      context = text_of(row, keys.context, where)
       if context.strip():
         prompt = f'{prompt}\n\n{context}'
   elif keys.text:
-    text = _string(row, keys.text, where)
-    pair = _string(row, keys.pair, where) if keys.pair else None
+    text = text_of(row, keys.text, where)
+    pair = text_of(row, keys.pair, where) if keys.pair else None
   else:
     key = keys.messages or ''
-    messages = messages_lib.read(_value(row, key, where), key, where)
+    messages = messages_lib.read(field_of(row, key, where), key, where)
     tools = messages_lib.tools(row.get('tools'), where)
+  date = text_of(row, keys.date, where, numbers=True) if keys.date else None
   return Record(
-    client, prompt, response, text, messages, label, where, pair, tools=tools
+    *(client, prompt, response, text, messages, label, where, pair),
+    tools=tools,
+    date=date,
   )
 
 
-def _value(row: dict, key: str, where: str) -> Any:
+def field_of(row: dict, key: str, where: str) -> Any:
+  """Returns a field of a row; an `Error` that lists its fields without it."""
   if key not in row:
     names = ', '.join(repr(k) for k in row) or 'no field'
     raise Error(f'{where}: there is no {key!r}; there is {names}.')
   return row[key]
 
 
-def _string(row: dict, key, where: str, *, numbers: bool = False) -> str:
-  value = _value(row, key, where)
+def text_of(row: dict, key, where: str, *, numbers: bool = False) -> str:
+  """Returns a field of a row that is a text, or with `numbers` an integer."""
+  value = field_of(row, key, where)
   if numbers and isinstance(value, int) and not isinstance(value, bool):
     return str(value)
   if not isinstance(value, str):

@@ -5,19 +5,22 @@ The tokens before a reply in training are exactly the tokens from which that
 reply is generated later (`prompt`).
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedjax_llm.data import chat as chat_lib
-from fedjax_llm.data import messages as messages_lib
 from fedjax_llm.data import tokenizers
 from fedjax_llm.data.chat import Piece as Piece
 from fedjax_llm.data.chat import Template as Template
 from fedjax_llm.data.chat import chat as chat
 from fedjax_llm.data.messages import Message
 from fedjax_llm.data.sources import Record
+from fedjax_llm.data.templates import alpaca as alpaca
+from fedjax_llm.data.templates import plain as plain
+from fedjax_llm.data.templates import vicuna as vicuna
 from fedjax_llm.data.tokenizers import Tokenizer
 from fedjax_llm.types import Error, Example
 
@@ -35,96 +38,6 @@ class Encoded(NamedTuple):
   replies_cut: int = 0
   texts_cut: int = 0
   replies_rewritten: int = 0
-
-
-def _fixed(
-  name: str,
-  user: Callable[[str], str],
-  *,
-  preamble: str = '',
-  reply: str = '',
-  gap: str = '',
-) -> Template:
-  """Returns a template of fixed strings.
-
-  A system message replaces the preamble. `reply` comes before a reply (its
-  trailing space is learned with the reply), `gap` between the end token and the
-  next turn.
-  """
-
-  def pieces(messages, tokenizer):
-    del tokenizer  # the end token is an id, the rest is plain text
-    messages_lib.check_plain(messages, name)
-    start = reply.rstrip(' ')
-    context, dialogue = preamble, []
-    for i, message in enumerate(messages):
-      role, content = message['role'], message['content']
-      if role == 'assistant':
-        spoken = reply[len(start) :] + content
-        learned = bool(content.strip()) and messages_lib.weight(message)
-        dialogue += [Piece(context + start), Piece(spoken, learned, end=True)]
-        context = gap
-      elif role == 'system' and i == 0:
-        context = f'{content}\n\n' if content else ''
-      else:
-        context += user(content)
-    return [dialogue] if dialogue else []
-
-  return pieces
-
-
-def alpaca() -> Template:
-  """Returns the instruction template of Stanford Alpaca (Taori et al., 2023).
-
-  >>> roles = ('system', 'user', 'assistant')
-  >>> messages = [
-  ...   {'role': r, 'content': c} for r, c in zip(roles, ('', 'Hi', 'Ho'))]
-  >>> ((prompt, reply),) = alpaca()(messages, None)
-  >>> prompt.text.splitlines(), reply.text
-  (['### Instruction:', 'Hi', '', '### Response:'], 'Ho')
-  """
-  return _fixed(
-    'alpaca',
-    lambda content: f'### Instruction:\n{content}\n\n',
-    preamble='Below is an instruction that describes a task. '
-    'Write a response that appropriately completes the request.\n\n',
-    reply='### Response:\n',
-    gap='\n\n',
-  )
-
-
-def vicuna() -> Template:
-  """Returns the conversation template of Vicuna v1.1 (Chiang et al., 2023).
-
-  >>> roles = ('system', 'user', 'assistant')
-  >>> messages = [
-  ...   {'role': r, 'content': c} for r, c in zip(roles, ('', 'Hi', 'Ho'))]
-  >>> ((prompt, reply),) = vicuna()(messages, None)
-  >>> prompt.text, reply.text
-  ('USER: Hi ASSISTANT:', ' Ho')
-  """
-  return _fixed(
-    'vicuna',
-    lambda content: f'USER: {content} ',
-    preamble='A chat between a curious user and an artificial intelligence '
-    'assistant. The assistant gives helpful, detailed, and polite answers to '
-    "the user's questions. ",
-    reply='ASSISTANT: ',
-  )
-
-
-def plain() -> Template:
-  """Returns the template that writes only the messages, each on its own line.
-
-  >>> messages = [{'role': 'user', 'content': 'Hi'},
-  ...   {'role': 'assistant', 'content': 'Ho'}]
-  >>> ((prompt, reply),) = plain()(messages, None)
-  >>> prompt.text.splitlines(), reply.text
-  (['Hi'], 'Ho')
-  """
-  return _fixed(
-    'plain', lambda content: f'{content}\n' if content else '', gap='\n'
-  )
 
 
 TEMPLATES: dict[str, Callable[[], Template]] = {
@@ -153,7 +66,7 @@ def encode(
   with bos if the tokenizer has one and the template does not write it. At most
   `max_length` tokens: prompts lose tokens on their left (never the bos). A long
   chat becomes several examples, in which each reply is learned exactly once
-  after as many earlier tokens as fit. A reply that does not fit (with one token
+  after as many earlier turns as fit. A reply that does not fit (with one token
   before it) is left out with `long_replies='drop'`; with 'cut' it loses its
   end, and its prompt is cut to half of `max_length`. A long text is split into
   consecutive rows, each with bos, that overlap by one token, so that each token
@@ -201,9 +114,10 @@ def encode_counted(
   parts, rewritten = [], 0
   for dialogue in _dialogues(record, _messages(record), tokenizer, template):
     rewritten += sum(piece.rewritten for piece in dialogue)
-    ids, spans = _lay(dialogue, tokenizer)
+    ids, spans, turns = _lay(dialogue, tokenizer)
     keep = _start(ids, tokenizer)
-    parts.append(_windows(ids, spans, keep, max_length, long_replies == 'cut'))
+    cut = long_replies == 'cut'
+    parts.append(_windows(ids, spans, turns, keep, max_length, cut))
   return Encoded(
     [example for part in parts for example in part.examples],
     *(sum(counts) for counts in zip(*(part[1:5] for part in parts))),
@@ -287,17 +201,18 @@ def prompt(
   [257, 50, 43, 50, 10]
   """
   if record.text is not None:
-    ids = tokenizer.encode(record.text)
+    ids, turns = tokenizer.encode(record.text), []
     ids = with_start(ids[: min(32, max(1, len(ids) // 2))], tokenizer)
   else:
     messages = list(_messages(record))
     if messages[-1]['role'] != 'assistant':
       messages.append({'role': 'assistant', 'content': 'x'})  # a placeholder
     dialogue = _dialogues(record, messages, tokenizer, template)[-1]
-    ids, _ = _lay(dialogue[:-1], tokenizer)
+    ids, _, turns = _lay(dialogue[:-1], tokenizer)
   if max_length is not None and len(ids) > max_length:
     keep = _start(ids, tokenizer)[: max_length - 1]
-    ids = keep + ids[len(ids) - max_length + len(keep) :]
+    start = len(ids) - max_length + len(keep)
+    ids = keep + ids[_turn(turns, start, len(ids)) :]
   return ids
 
 
@@ -357,15 +272,17 @@ def _start(ids: list[int], tokenizer: Tokenizer) -> list[int]:
 
 def _lay(
   dialogue: Sequence[Piece], tokenizer: Tokenizer
-) -> tuple[list[int], list[tuple[int, int]]]:
-  """Returns the token ids of all pieces and the spans of the learned ones.
+) -> tuple[list[int], list[tuple[int, int]], list[int]]:
+  """Returns the token ids of all pieces, learned spans, and starts of turns.
+
+  The starts are those of the turns that follow a reply.
 
   A tokenizer may encode a piece differently at the start of a text (a leading
   space), so the tokens of a piece are those that it adds to the text before it;
   only if it would change the tokens of that text is it encoded alone.
   """
   ids: list[int] = []
-  spans = []
+  spans, turns, replied = [], [], False
   text, done = '', []  # the text and its ids since the last end token
   for piece in dialogue:
     whole = tokenizer.encode(text + piece.text)
@@ -383,7 +300,20 @@ def _lay(
     if piece.learned:
       # A bos before a first reply is not part of the reply.
       spans.append((before or len(ids) - len(new), len(ids)))
-  return ids, spans
+    if replied:  # the space after the reply belongs to the turn before
+      blank = lambda i: tokenizer.decode([i]).isspace()
+      turns.append(before + len(list(itertools.takewhile(blank, new))))
+    replied = piece.learned or piece.end
+  return ids, spans, turns
+
+
+def _turn(turns: Sequence[int], start: int, end: int) -> int:
+  """Returns the first start of a turn in [start, end), or `start` if none is.
+
+  >>> _turn([4, 9, 15], 6, 12), _turn([4, 15], 6, 12)
+  (9, 6)
+  """
+  return next((turn for turn in turns if start <= turn < end), start)
 
 
 def _example(
@@ -416,14 +346,16 @@ def _chunks(text: str, tokenizer: Tokenizer, max_length: int) -> list[Example]:
 def _windows(
   ids: list[int],
   spans: list[tuple[int, int]],
+  turns: list[int],
   keep: list[int],
   max_length: int,
   cut: bool,
 ) -> Encoded:
   """Builds examples in which each reply is learned exactly once.
 
-  Windows are cut from the last reply to the first. `keep` (the bos) stays in
-  front of a truncated prompt.
+  Windows are cut from the last reply to the first. A window begins with a turn,
+  unless the prompt of its last reply alone is too long. `keep` (the bos) stays
+  in front of a truncated prompt.
   """
   examples = []
   truncated = left_out = num_cut = 0
@@ -434,7 +366,7 @@ def _windows(
     start = max(0, end - max_length)
     lead: list[int] = []
     if start:
-      lead, start = keep, end - max_length + len(keep)
+      lead, start = keep, _turn(turns, end - max_length + len(keep), first)
     needs = start + (1 if start and not lead else 0)
     if first < needs:
       rest.pop()
@@ -443,6 +375,7 @@ def _windows(
         continue
       num_cut += 1
       start = max(0, first - max_length // 2)
+      start = _turn(turns, start, first) if start else 0
       lead = keep if start else []
       room = max_length - len(lead)
       covered, end = [(first, min(end, start + room))], start + room

@@ -4,6 +4,15 @@ Its builders return functions that compute held-out loss, perplexity and
 accuracy, of all texts and of each client, and prompts for sampled replies.
 """
 
+from fedjax_llm.evals import agreement as agreement
+from fedjax_llm.evals import answers as answers
+from fedjax_llm.evals import audits as audits
+from fedjax_llm.evals import choosing as choosing
+from fedjax_llm.evals import intervals as intervals
+from fedjax_llm.evals import inversion as inversion
+from fedjax_llm.evals import overlap as overlap
+from fedjax_llm.evals import programs as programs
+from fedjax_llm.evals import sandbox as sandbox
 from fedjax_llm.evals import views as views
 from fedjax_llm.evals.likelihood import ClientSums as ClientSums
 from fedjax_llm.evals.likelihood import Report as Report
@@ -32,18 +41,27 @@ __all__ = [
   'Memory',
   'Question',
   'Report',
+  'agreement',
+  'answers',
+  'choosing',
+  'audits',
   'fuse',
   'in_turn',
   'instance_mixed',
   'instance_weights',
+  'intervals',
+  'inversion',
   'likelihood',
   'loop',
+  'overlap',
   'personal',
+  'programs',
   'questions',
   'recalling',
   'remember',
   'replies',
   'samples',
+  'sandbox',
   'summary',
   'text_states',
   'told_of',

@@ -46,5 +46,7 @@ def dropout(loss: Loss, rate: float) -> Loss:
     return of_dropped
 
   if isinstance(loss, Observed):
-    return Observed(thin(loss.loss), thin(loss.with_statistics))
+    again = loss.build
+    build = None if again is None else lambda model: thin(again(model))
+    return Observed(thin(loss.loss), thin(loss.with_statistics), build)
   return thin(loss)

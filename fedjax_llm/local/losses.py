@@ -161,6 +161,46 @@ def class_logits(model: Model) -> Callable[[Base, Params, Batch], jax.Array]:
   return predict
 
 
+def reply_log_probs(
+  model: Model, *, chunk_size: int = 512
+) -> Callable[..., jax.Array]:
+  """Returns a function of the log-probability of each token of replies, [M, N].
+
+  It is `(base, params, texts, starts [M], reply [M, N]) -> [M, N]` float32 in
+  nats: reply token j stands at `starts + j` of its text, and -1 is no token,
+  with 0. Logits are computed for the replies alone, `chunk_size` at a time.
+
+  >>> even = Model(
+  ...   hidden=lambda base, params, batch: jnp.zeros((*batch.tokens.shape, 2)),
+  ...   logits=lambda base, params, hidden: jnp.zeros((*hidden.shape[:-1], 4)))
+  >>> tokens = jnp.array([[3, 1, 2]])
+  >>> texts = Batch(tokens, tokens > 0, tokens, tokens)
+  >>> log_p = reply_log_probs(even)
+  >>> out = log_p(None, {}, texts, jnp.array([1]), jnp.array([[1, 2, -1]]))
+  >>> [round(float(x), 4) for x in out[0, :2]], bool(out[0, 2] == 0)  # -log 4
+  ([-1.3863, -1.3863], True)
+  """
+
+  def log_probs(
+    base: Base, params: Params, batch: Batch, starts: Any, reply: Any
+  ) -> jax.Array:
+    hidden = model.hidden(base, params, batch)  # [M, T, D]
+    index = starts[:, None] - 1 + jnp.arange(reply.shape[1])
+    index = jnp.clip(index, 0, hidden.shape[1] - 1)
+    picked = jnp.take_along_axis(hidden, index[..., None], axis=1)
+    mask = (reply >= 0).reshape(-1)
+    nats, _ = _cross_entropy(
+      lambda h: model.logits(base, params, h),
+      picked.reshape(-1, hidden.shape[-1]),
+      jnp.maximum(reply, 0).reshape(-1),
+      mask,
+      chunk_size,
+    )
+    return -nats.reshape(reply.shape)
+
+  return log_probs
+
+
 def _first(hidden: jax.Array) -> jax.Array:
   """Returns states [B, D]: those of first tokens if each token has a state."""
   return hidden[:, 0] if hidden.ndim == 3 else hidden

@@ -28,6 +28,7 @@ class Observed:
 
   loss: Loss
   with_statistics: Callable[..., tuple[LossSum, Any]]
+  build: Callable[[Model], Loss] | None = None
 
   def __call__(self, base: Base, params: Params, batch: Any, key: Key):
     return self.loss(base, params, batch, key)
@@ -70,7 +71,25 @@ def observed(build: Callable[[Model], Loss], model: Model) -> Loss:
       )
     return sums, seen[0]
 
-  return Observed(plain, with_statistics)
+  return Observed(plain, with_statistics, build)
+
+
+def on_model(loss: Loss, model: Model) -> Loss:
+  """Returns the same loss of another network, such as a part of its own.
+
+  Raises:
+    Error: the loss does not know how it was built.
+
+  >>> loss = Observed(None, None, build=lambda model: model.logits)
+  >>> on_model(loss, Model(hidden=None, logits='the loss of this model'))
+  'the loss of this model'
+  """
+  if isinstance(loss, Observed) and loss.build is not None:
+    return loss.build(model)
+  raise Error(
+    'this loss cannot be computed on another network: it must be a '
+    '`local.Observed` with `build`, as the losses of the models here are.'
+  )
 
 
 def with_statistics(loss: Loss) -> Callable[..., tuple[LossSum, Any]]:

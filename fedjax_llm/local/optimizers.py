@@ -15,7 +15,7 @@ import optax
 
 from fedjax_llm.local import ranges
 from fedjax_llm.nodes import LowRank
-from fedjax_llm.types import Error, known
+from fedjax_llm.types import Error, Gradient, known
 
 
 class LocalOptimizer(NamedTuple):
@@ -36,6 +36,10 @@ class LocalOptimizer(NamedTuple):
   keywords: Mapping[str, Any]
   differentiable: bool = False  # local training then has a gradient
   clip_norm: float | None = None  # of a step's gradient over the whole tree
+  # Of example-level privacy (`local.per_example`): the gradient of a step, and
+  # a function called at the beginning of every descent.
+  gradient: Gradient | None = None
+  begins: Callable[[], None] = lambda: None
 
 
 def names() -> tuple[str, ...]:

@@ -43,6 +43,11 @@ def check(settings: Mapping[str, Any], where: str) -> None:
   fedjax_llm.types.Error: local.b1 is 1.5, but must be a number from 0 to 1.
   """
   for name, value in settings.items():
+    if name == 'mask' and isinstance(value, str | int | float):
+      raise Error(
+        f'{where}.mask is {value!r}, but must be none, a tree of booleans, or '
+        'a function that returns one.'
+      )
     if isinstance(value, bool) or not isinstance(value, int | float):
       continue
     low, high = _RANGES.get(name, (-np.inf, np.inf))

@@ -105,6 +105,48 @@ def clip(grads: Params, clip_norm: float) -> Params:
   return tree.scale(grads, jnp.minimum(1.0, clip_norm / (norm + 1e-12)))
 
 
+def stepped(
+  optimizer: LocalOptimizer,
+  grads: Params,
+  state: Any,
+  now: Params,
+  mask: Any,
+  count: Any,
+  real: Any,
+  adjust: Callable[[Params, Params], Params] | None = None,
+) -> tuple[Params, Any, Params]:
+  """Returns parameters and state after one step, and its clipped gradient.
+
+  Args:
+    optimizer: its `clip_norm` bounds the gradient before `adjust(grads, now)`.
+    grads, state, now: of the leaves that are trained.
+    mask: the entries of them that the step may change.
+    count: the number of the step in the run.
+    real: [] bool; False for a step of padding, which changes nothing.
+
+  >>> from fedjax_llm.local.optimizers import optimizer
+  >>> half, one = optimizer('sgd', 0.5), {'w': jnp.ones(())}
+  >>> new, _, _ = stepped(half, one, half.init(one), one, {'w': True}, 0, True)
+  >>> float(new['w'])
+  0.5
+  """
+  if optimizer.clip_norm is not None:
+    grads = clip(grads, optimizer.clip_norm)
+  if adjust is not None:
+    grads = adjust(grads, now)
+  grads = tree.apply_mask(grads, mask)
+  updates, new_state = optimizer.update(grads, state, now, count)
+  # Weight decay moves entries that have no gradient: mask again.
+  updates = tree.apply_mask(updates, mask)
+  new = tree.map_present(lambda p, u: (p + u).astype(p.dtype), now, updates)
+  keep = lambda n, o: jnp.where(real, n, o)
+  return (
+    tree.map_present(keep, new, now),
+    jax.tree.map(keep, new_state, state),
+    grads,
+  )
+
+
 class Descent(NamedTuple):
   """The result of a scan over steps."""
 
@@ -127,23 +169,33 @@ def descend(
   adjust: Callable[[Params, Params], Params] | None = None,
   gradient: Gradient = backprop,
   *,
-  part: tuple[int, int] | None = None,
+  between: Callable[[jax.Array, Params], Params] | None = None,
 ) -> Descent:
   """Runs the scan over steps that all gradient-based local updates share.
 
   A step clips the gradient of the loss to `optimizer.clip_norm`, then applies
-  `adjust(grads, now) -> grads`, in which the updates differ. If `batches` are a
-  part of the round's, `part` is the number of steps before them and of all.
+  `adjust(grads, now) -> grads`, in which the updates differ. Before a step
+  `between(index, now) -> now` may replace the parameters.
   """
   num_steps = jax.tree.leaves(batches)[0].shape[0]
-  before, total = part or (0, num_steps)
   texts, needed = contents(batches, num_steps)
   round, key = context.round, context.key
-  if gradient is not backprop:  # others move entries that are not trained
+  if optimizer.gradient is not None:  # of examples, clipped and noised
+    if gradient is not backprop:
+      raise Error(
+        'privacy: this method estimates its gradients itself, and only those '
+        'of backpropagation can be clipped by example: use another method.'
+      )
+    optimizer.begins()
+    # Steps without an example have noise too.
+    gradient, needed = optimizer.gradient, num_steps
+  elif gradient is not backprop:  # others move entries that are not trained
     loss = within(loss, start, masks.trained)
 
   def step(index, carry):
     trained, optimizer_state, totals = carry
+    if between is not None:
+      trained = between(index, trained)
     batch = jax.tree.map(lambda x: jnp.asarray(x)[index], batches)
     grads, sums = gradient(
       loss,
@@ -151,30 +203,20 @@ def descend(
       trained,
       start,
       batch,
-      jax.random.fold_in(key, before + index),
+      jax.random.fold_in(key, index),
     )
-    if optimizer.clip_norm is not None:
-      grads = clip(grads, optimizer.clip_norm)
-    if adjust is not None:
-      grads = adjust(grads, trained)
-    grads = tree.apply_mask(grads, masks.trained)
-    count = round * total + before + index
-    updates, new_state = optimizer.update(
-      grads, optimizer_state, trained, count
-    )
-    # Weight decay moves entries that have no gradient: mask again.
-    updates = tree.apply_mask(updates, masks.trained)
-    new = tree.map_present(
-      lambda p, u: (p + u).astype(p.dtype), trained, updates
-    )
+    count = round * num_steps + index
     real = sums.count > 0  # a step without a loss token is padding
-    keep = lambda n, o: jnp.where(real, n, o)
+    new, new_state, grads = stepped(
+      optimizer, grads, optimizer_state, trained, masks.trained, count, real,
+      adjust,
+    )  # fmt: skip
     rate = optimizer.learning_rate(count)
     norm = jax.lax.stop_gradient(tree.norm(grads))
     now = (sums, jnp.int32(1), rate, norm)
     return (
-      tree.map_present(keep, new, trained),
-      jax.tree.map(keep, new_state, optimizer_state),
+      new,
+      new_state,
       jax.tree.map(lambda t, x: t + jnp.where(real, x, 0), totals, now),
     )
 

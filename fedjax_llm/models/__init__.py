@@ -9,6 +9,7 @@ from fedjax_llm.models.files.load import pretrained as pretrained
 from fedjax_llm.models.files.load import random as random
 from fedjax_llm.models.files.load import save as save
 from fedjax_llm.models.generate import generate as generate
+from fedjax_llm.models.generate import sampler as sampler
 from fedjax_llm.models.network import layers as layers
 from fedjax_llm.models.network import transformer as transformer
 from fedjax_llm.models.own import Own as Own

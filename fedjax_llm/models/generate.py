@@ -148,6 +148,56 @@ def generate(
   return replies
 
 
+def sampler(
+  model: LoadedModel,
+  *,
+  max_new_tokens: int,
+  stops: Sequence[int],
+  temperature: float = 1.0,
+) -> Callable[..., jax.Array]:
+  """Returns a function that samples replies inside of compiled programs.
+
+  It is `(base, params, tokens [B, T], lengths [B], key, greedy=False) -> new
+  [B, max_new_tokens]` int32, where `lengths` are those of the prompts at the
+  left of `tokens`. A reply ends with one of `stops`, at most 8, and -1 follows.
+  A row without a prompt has an empty reply.
+
+  >>> from fedjax_llm import models
+  >>> loaded = models.random(vocab_size=32)
+  >>> sample = sampler(loaded, max_new_tokens=4, stops=[2])
+  >>> prompts, lengths = jnp.array([[5, 6], [7, 0]]), jnp.array([2, 1])
+  >>> sample(loaded.base, {}, prompts, lengths, jax.random.key(0)).shape
+  (2, 4)
+  """
+  if len(stops) > 8:
+    raise Error(f'{len(stops)} tokens end a reply; at most 8 are supported.')
+  ends = np.pad(
+    np.asarray(stops, np.int32), (0, 8 - len(stops)), constant_values=-1
+  )
+
+  def sample(base, params, tokens, lengths, key, greedy=False) -> jax.Array:
+    return _run(
+      base,
+      params,
+      tokens,
+      lengths,
+      jnp.arange(tokens.shape[0]),
+      None,
+      ends,
+      np.float32(temperature),
+      np.float32(1),
+      key,
+      network=model.model,
+      decoder=model.decoder,
+      num_new=max_new_tokens,
+      greedy=greedy,
+      nucleus=False,
+      keep_stop=True,
+    )
+
+  return sample
+
+
 def _in_groups(
   groups: Sequence[Sequence[int]],
   prompts: Sequence[Sequence[int]],
@@ -246,7 +296,9 @@ def _nucleus(logits, top_p) -> jax.Array:
 
 @functools.partial(
   jax.jit,
-  static_argnames=('network', 'decoder', 'num_new', 'greedy', 'nucleus'),
+  static_argnames=(
+    *('network', 'decoder', 'num_new', 'greedy', 'nucleus', 'keep_stop'),
+  ),
 )
 def _run(
   base,
@@ -265,8 +317,12 @@ def _run(
   num_new: int,
   greedy: bool,
   nucleus: bool,
+  keep_stop: bool = False,
 ):
-  """Generates new tokens [B, num_new], -1 from the end of a reply on."""
+  """Generates new tokens [B, num_new], -1 from the end of a reply on.
+
+  The token that ends a reply is part of it with `keep_stop`.
+  """
   if which is not None:
     params = tenants.rows(params, which)
     network = tenants.model(network)
@@ -294,8 +350,9 @@ def _run(
     return jax.vmap(draw)(keys, logits).astype(jnp.int32)
 
   def write(out, token, step, done):
-    done = done | jnp.any(token[:, None] == stops, axis=1)
-    return out.at[:, step].set(jnp.where(done, -1, token)), done
+    ended = done | jnp.any(token[:, None] == stops, axis=1)
+    left_out = done if keep_stop else ended
+    return out.at[:, step].set(jnp.where(left_out, -1, token)), ended
 
   def unfinished(state):
     step, _, _, _, done = state

@@ -32,6 +32,7 @@ from fedjax_llm.nodes.made import Kronecker as Kronecker
 from fedjax_llm.nodes.made import LowDimensional as LowDimensional
 from fedjax_llm.nodes.parts import Controlled as Controlled
 from fedjax_llm.nodes.parts import Dual as Dual
+from fedjax_llm.nodes.parts import Halves as Halves
 from fedjax_llm.nodes.parts import Seeded as Seeded
 from fedjax_llm.nodes.pool import Choice as Choice
 from fedjax_llm.nodes.pool import Pool as Pool

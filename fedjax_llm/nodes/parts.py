@@ -46,3 +46,14 @@ class Seeded(NamedTuple):
   seed: Any = None  # [] uint32, of the basis
   mask: Any = None  # the entries that the basis has, uint8; None: all
   log: Any = None  # earlier coefficients, for clients that missed rounds
+
+
+class Halves(NamedTuple):
+  """The parameters of a network that is cut between clients and the server.
+
+  >>> Halves(client={'w': 1.0}, server={'w': 2.0}).server
+  {'w': 2.0}
+  """
+
+  client: Any  # of the layers below the cut
+  server: Any  # of the layers above it

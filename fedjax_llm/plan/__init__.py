@@ -2,17 +2,16 @@
 
     python -m fedjax_llm.plan --config C [--config.section.field=value ...]
         [--devices N] [--memory 16GB] [--model DIRECTORY-OR-NAME] [--clients N]
-        [--probe | --peak 197e12 --bandwidth 819e9] [--steps]
+        [--probe | --peak 197e12 --bandwidth 819e9] [--steps] [--modes]
         [--shards] [--lower tpu|cuda|rocm|cpu] [--topology v5e:2x4]
 
 The program traces the config's round from shapes. It prints the parameters, the
 bytes of every kind, the clients that fit at once on a device, the bytes sent,
 the operations, and the time, either from a short measurement on this machine or
 from the rates of another one. `--steps` compiles one step of one client and
-prints its peak memory with and without backpropagation. It assumes rows of
+prints its peak memory with and without backpropagation; `--modes` prints what
+each memory mode would save in it, without compiling. It assumes rows of
 `population.max_length` tokens and a loss on every token.
-from the rates of another one. It assumes rows of `population.max_length` tokens
-and a loss on every token.
 
 `--shards` lists the part of every tensor that a device holds with `--devices`
 and `mesh_model`. `--lower` checks, without a device, that the round of such a
@@ -29,7 +28,7 @@ from collections.abc import Sequence
 import jax
 
 from fedjax_llm.clients.system import Job
-from fedjax_llm.plan import abstract, clocks, probe, steps, work
+from fedjax_llm.plan import abstract, clocks, modes, probe, steps, work
 from fedjax_llm.run import blocks, command, config, costs, metrics, workdir
 from fedjax_llm.run.sections import SPEC
 from fedjax_llm.types import Error
@@ -41,6 +40,7 @@ _KNOBS = (
   ('block_size', lambda s: max(s.block // 2, 1)),
   ('block_size', lambda s: 1),
   ('model.remat', lambda s: 'full'),
+  ('memory.micro_batch', lambda s: 1),
   ('model.dtype', lambda s: 'bfloat16'),
   ('cohort.batch_size', lambda s: max(s.batch // 2, 1)),
   ('population.max_length', lambda s: max(s.tokens // 2, 8)),
@@ -163,6 +163,9 @@ def run(argv: Sequence[str]) -> str:
       again = _rematerialised(conf, read)
     table += [('', ''), ('a step of one client, compiled', '')]
     table += steps.rows(steps.peaks(planned, again=again))
+  if args.modes:
+    table += [('', ''), ('a step of one client, by memory mode', '')]
+    table += modes.rows(modes.modes(conf, read))
   seconds = None
   if args.probe:
     seconds = probe.seconds(
@@ -213,6 +216,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
   parser.add_argument('--clients', type=int)
   parser.add_argument('--probe', action='store_true')
   parser.add_argument('--steps', action='store_true')
+  parser.add_argument('--modes', action='store_true')
   parser.add_argument('--peak', type=float)
   parser.add_argument('--bandwidth', type=float)
   parser.add_argument('--shards', action='store_true')

@@ -64,14 +64,18 @@ def client_step(
   return step
 
 
-def peak(name: str, planned: work.Work, gradient: Gradient | None) -> Peak:
-  """Returns the memory of a step of one client of a round of shapes."""
+def shapes(planned: work.Work) -> tuple[Any, ...]:
+  """Returns the shapes of a step's arguments: base, adapter, batch, key."""
   take = lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype)
   batch = jax.tree.map(take, planned.cohort.batches)
-  params = planned.initial
-  step = jax.jit(client_step(planned.loss, gradient), donate_argnums=1)
   key = jax.eval_shape(lambda: jax.random.key(0))
-  found = step.lower(planned.base, params, batch, key).compile()
+  return planned.base, planned.initial, batch, key
+
+
+def peak(name: str, planned: work.Work, gradient: Gradient | None) -> Peak:
+  """Returns the memory of a step of one client of a round of shapes."""
+  step = jax.jit(client_step(planned.loss, gradient), donate_argnums=1)
+  found = step.lower(*shapes(planned)).compile()
   sizes: Any = found.memory_analysis()
   base = costs.num_bytes(planned.base)
   whole = (

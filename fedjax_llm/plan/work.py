@@ -26,6 +26,8 @@ from fedjax_llm.run import (
   costs,
   experiment,
   guarantee,
+  memory,
+  selecting,
   tasks,
 )
 from fedjax_llm.run.sections import SPEC
@@ -65,7 +67,7 @@ class Work(NamedTuple):
   model: load.LoadedModel
   light: FederatedAlgorithm  # the same method on a loss without a model
   filled: Callable[[int, int, int, int], Any]  # K, S, B, T -> full batches
-  loss: Any  # of the task and the model
+  loss: Any  # of the task and the model, with the memory modes
   initial: Any  # the adapter's parameters
   privacy: Any = None  # the plan of the section `privacy`
 
@@ -230,6 +232,10 @@ def read(
 
   adapter = build('adapter', tokenizer=data.tokenizers.bytes())  # for shapes
   optimizer = build('local')
+  public = None
+  if conf.get('public'):
+    texts = batches_of(task, (1, 1, B, T), loaded.config.vocab_size)
+    public = tree.take(texts, 0)
   profiles: Any = ()
   if conf.get('profiles'):
     profiles = build('profiles', num_clients=N, seed=settings.seed)
@@ -240,11 +246,16 @@ def read(
     adapter=adapter,
     num_clients=N,
     profiles=profiles or None,
+    num_layers=loaded.config.num_layers,
+    public=public,
     block_size=m,
     mesh=mesh,
     execution=settings.execution,
   )
   algorithm = method(task.loss(loaded), loaded.model, mesh)
+  by_row = task.loss(loaded, per_row=True)
+  algorithm = selecting.scored(conf, algorithm, by_row)
+  offered = S * selecting.pool(conf)
   params = jax.eval_shape(adapter.init, jax.random.key(0), loaded.base)
   state = jax.eval_shape(algorithm.init, jax.random.key(0), params)
   newcomer = jax.eval_shape(algorithm.init_client, state.params)
@@ -256,7 +267,7 @@ def read(
   cohort = Cohort(
     ids=jax.ShapeDtypeStruct((K,), np.int32),
     batches=jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), filled(K, S, B, T)
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), filled(K, offered, B, T)
     ),
     weight=jax.ShapeDtypeStruct((K,), np.float32),
     valid=jax.ShapeDtypeStruct((K,), bool),
@@ -278,7 +289,9 @@ def read(
     loaded,
     method(_no_loss, _no_network(len(labels or ()))),
     filled,
-    task.loss(loaded),
+    memory.micro_batched(
+      conf, memory.spared(conf, task.loss(loaded), loaded.config.num_layers)
+    ),
     params,
     guarantee.of(conf, N),
   )
@@ -317,6 +330,7 @@ _no_loss = local.Observed(
     _nothing(base, params, batch, key),
     adapters.experts.no_statistics(params),
   ),
+  lambda model: _nothing,
 )
 
 
@@ -326,6 +340,9 @@ def _no_network(num_labels: int) -> Model:
   return Model(
     hidden=lambda base, params, batch: zeros(batch.tokens[..., None], 1),
     logits=lambda base, params, hidden: zeros(hidden, max(num_labels, 1)),
+    layers=lambda base, params, batch, numbers, hidden=None, *, ends=True: (
+      zeros(batch.tokens[..., None], 1)
+    ),
   )
 
 
@@ -383,4 +400,10 @@ def travel(work: Work) -> tuple[float, float]:
     for i, counts in enumerate((info.bytes_up, info.bytes_down)):
       total[i] += np.asarray(counts, np.float64).sum() / 2
   up, down = (math.ceil(x) * K / k for x in total)
-  return up, down
+  if algorithm.exchanged is None or work.algorithm.exchanged is None:
+    return up, down
+  # The messages within steps have the size of the real states and batches.
+  params = work.state.params
+  real = work.algorithm.exchanged(params, work.base, work.cohort.batches)
+  run = algorithm.exchanged(params, base, cohort.batches)
+  return up + K * (real[0] - run[0]), down + K * (real[1] - run[1])

@@ -1,20 +1,43 @@
-"""Differential privacy of whole clients: the rule, the accountant, the plan.
+"""Differential privacy: rules, codecs, accountants, the section of a config.
 
 clipping     the sum of clipped updates with Gaussian noise, a rule
+correlated   the same with noise that cancels in part over rounds, a rule
+sent         noise in every message, and in a secure sum: codecs
 accounting   epsilon of a number of rounds, the noise for a target
+audit        a lower bound on epsilon from one run with canaries
 plan         the section `privacy` of a config: all of it, checked together
+plan         the plan of central noise: all of it, checked together
+mechanisms   the plans of the others
+section      the section `privacy` of a config
 
-The server is trusted: it sees the updates and releases only their noisy sum.
+With 'central' and 'correlated' the server is trusted: it sees the updates and
+releases only their noisy sum.
 """
 
-from fedjax_llm.privacy import accounting, clipping, plan
+from fedjax_llm.privacy import (
+  accounting,
+  audit,
+  clipping,
+  correlated,
+  mechanisms,
+  plan,
+  sent,
+)
 from fedjax_llm.privacy.clipping import noisy_mean
+from fedjax_llm.privacy.correlated import correlated_mean
 from fedjax_llm.privacy.plan import client_level
+from fedjax_llm.privacy.section import section
 
 __all__ = [
   'accounting',
+  'audit',
   'clipping',
+  'correlated',
+  'mechanisms',
   'plan',
+  'sent',
   'client_level',
+  'correlated_mean',
   'noisy_mean',
+  'section',
 ]

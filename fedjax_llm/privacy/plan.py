@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from scipy import stats
 
 from fedjax_llm.privacy import accounting
-from fedjax_llm.privacy.clipping import Adaptive, State, noisy_mean
+from fedjax_llm.privacy.clipping import Adaptive, noisy_mean
 from fedjax_llm.types import Error, StreamingAggregator
 
 # What a run writes beside the noisy sums.
@@ -92,13 +92,7 @@ class Plan(NamedTuple):
     Raises:
       Error: it has another noise multiplier.
     """
-    has = float(state.noise_multiplier) if isinstance(state, State) else None
-    if has is None or abs(has - self.noise_multiplier) > 1e-5 * max(has, 1e-5):
-      raise Error(
-        f'this run has the noise multiplier {has}, and the section privacy '
-        f'leads to {self.noise_multiplier:.6g}: keep num_rounds and the number '
-        'of clients, or set privacy.noise_multiplier from the beginning.'
-      )
+    check_noise(state, self.noise_multiplier)
 
 
 def client_level(
@@ -147,25 +141,7 @@ def client_level(
   fedjax_llm.types.Error: privacy needs epsilon (its noise is then found), \
 noise_multiplier (its epsilon is then counted), or both.
   """
-  if epsilon is None and noise_multiplier is None:
-    raise Error(
-      'privacy needs epsilon (its noise is then found), noise_multiplier (its '
-      'epsilon is then counted), or both.'
-    )
-  if not 0 < delta < 1:
-    raise Error(f'privacy.delta is {delta}: it must be above 0 and below 1.')
-  for name, number in (
-    ('clip', clip),
-    ('epsilon', epsilon),
-    ('noise_multiplier', noise_multiplier),
-  ):
-    if number is not None and not number > 0:
-      raise Error(f'privacy.{name} is {number}: it must be above 0.')
-  if accountant not in accounting.ACCOUNTANTS:
-    raise Error(
-      f'privacy.accountant is {accountant!r}: it must be one of '
-      f'{", ".join(accounting.ACCOUNTANTS)}.'
-    )
+  check_numbers(clip, delta, epsilon, noise_multiplier, accountant)
   accounting.package()  # before anything is read or computed
   rows = num_clients if cohort_size is None else cohort_size
   overflow = float(stats.binom.sf(rows, num_clients, rate))
@@ -193,11 +169,72 @@ noise_multiplier (its epsilon is then counted), or both.
     adaptive=moving,
   )
   plan.rule()  # raises for numbers out of range
-  return plan._replace(num_rounds=_rounds(plan))
+  return plan._replace(num_rounds=rounds_within(plan))
 
 
-def _rounds(plan: Plan) -> int:
-  """Returns the most rounds within the budget; all of them without one."""
+def check_numbers(
+  clip: float,
+  delta: float,
+  epsilon: float | None,
+  noise_multiplier: float | None,
+  accountant: str,
+) -> None:
+  """Raises `Error` for fields of a plan that are out of range or missing.
+
+  >>> check_numbers(1.0, 2.0, 8.0, None, 'pld')
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: privacy.delta is 2.0: it must be above 0 and below 1.
+  """
+  if epsilon is None and noise_multiplier is None:
+    raise Error(
+      'privacy needs epsilon (its noise is then found), noise_multiplier (its '
+      'epsilon is then counted), or both.'
+    )
+  if not 0 < delta < 1:
+    raise Error(f'privacy.delta is {delta}: it must be above 0 and below 1.')
+  for name, number in (
+    ('clip', clip),
+    ('epsilon', epsilon),
+    ('noise_multiplier', noise_multiplier),
+  ):
+    if number is not None and not number > 0:
+      raise Error(f'privacy.{name} is {number}: it must be above 0.')
+  if accountant not in accounting.ACCOUNTANTS:
+    raise Error(
+      f'privacy.accountant is {accountant!r}: it must be one of '
+      f'{", ".join(accounting.ACCOUNTANTS)}.'
+    )
+
+
+def check_noise(state: Any, noise_multiplier: float) -> None:
+  """Raises `Error` if a rule's state has another noise multiplier.
+
+  >>> check_noise(None, 1.0)
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: this run has the noise multiplier None, and the \
+section privacy leads to 1: keep num_rounds and the number of clients, or set \
+privacy.noise_multiplier from the beginning.
+  """
+  has = getattr(state, 'noise_multiplier', None)
+  has = None if has is None else float(has)
+  if has is None or abs(has - noise_multiplier) > 1e-5 * max(has, 1e-5):
+    raise Error(
+      f'this run has the noise multiplier {has}, and the section privacy '
+      f'leads to {noise_multiplier:.6g}: keep num_rounds and the number '
+      'of clients, or set privacy.noise_multiplier from the beginning.'
+    )
+
+
+def rounds_within(plan: Any) -> int:
+  """Returns the most rounds within the budget; all of them without one.
+
+  >>> from types import SimpleNamespace
+  >>> rounds_within(SimpleNamespace(
+  ...   budget=3.5, num_rounds=9, epsilon=lambda rounds: 1.0 * rounds))
+  3
+  """
   if plan.budget is None or plan.epsilon(plan.num_rounds) <= plan.budget:
     return plan.num_rounds
   low, high = 0, plan.num_rounds

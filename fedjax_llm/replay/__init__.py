@@ -1,8 +1,9 @@
-"""Computes a recorded round again, without a client, or with client values.
+"""Computes recorded rounds again: without a client, or with client values.
 
     python -m fedjax_llm.replay --workdir DIR --round N
     python -m fedjax_llm.replay --workdir DIR --round N --without CLIENT
     python -m fedjax_llm.replay --workdir DIR --round N --values shapley
+    python -m fedjax_llm.replay --workdir DIR --round N --forget CLIENT
 
 The round is computed from the nearest checkpoint before it, with the same keys,
 texts and client states, and compared with its record in metrics.jsonl. A run

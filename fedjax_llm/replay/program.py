@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedjax_llm import replay
-from fedjax_llm.replay import values
+from fedjax_llm.replay import forgetting, values
 from fedjax_llm.replay.moments import (
   Moment,
   before,
@@ -41,9 +41,14 @@ def run(argv: list[str]) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+  if args.json and not args.values:
+    raise Error('--json belongs to --values.')
   for option in ('permutations', 'seed'):
     if getattr(args, option) is not None and args.values != 'shapley':
       raise Error(f'--{option} belongs to --values shapley.')
+  if args.forget is not None:
+    print(_forgotten(args))
+    return
   moment = before(args.workdir, args.round, trusted=args.trust_code)
   built, (draw, cohort) = moment.built, moment.people()
   client: str | None = args.without
@@ -84,6 +89,48 @@ def _run(args: argparse.Namespace) -> None:
     )
 
 
+def _forgotten(args: argparse.Namespace) -> str:
+  """Returns a table of the ways to forget a client, after `--round` rounds."""
+  before(args.workdir, args.round, trusted=args.trust_code)  # it is recorded
+  moment = before(args.workdir, 1, trusted=args.trust_code)
+  built = moment.built
+  names = list(built.names)
+  if args.forget not in names:
+    near = difflib.get_close_matches(args.forget, names, 3, 0.3) or names[:3]
+    raise Error(
+      f'--forget {args.forget} is none of the {len(names)} clients, such as '
+      f'{", ".join(map(str, near))}.'
+    )
+  client = names.index(args.forget)
+  heldout = [
+    () if k == client else own[: built.test.per_client]
+    for k, own in enumerate(built.population.heldout)
+  ]
+  if not any(heldout):
+    raise Error('--forget needs held-out texts of other clients.')
+  figures = forgetting.compared(
+    forgetting.Rounds(
+      moment.algorithm,
+      moment.state,
+      [built.assemble(number)[1] for number in range(args.round)],
+      built.base,
+    ),
+    client,
+    loss=built.task.loss(built.loaded),
+    key=built.round_key,
+    retain=[batches for batches, _ in built.rows(heldout)],
+  )
+  rows = [
+    (way, f'{x.forget:.6f}', f'{x.retain:.6f}', f'{x.distance:.6f}')
+    for way, x in figures.items()
+  ]
+  header = ('', 'loss, its texts', "loss, others' held-out", 'from retrained')
+  return (
+    f'forgetting {narration.printable(args.forget)} after round {args.round}:\n'
+    f'{metrics.table(rows, header)}'
+  )
+
+
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='fedjax_llm.replay',
@@ -96,6 +143,11 @@ def _parser() -> argparse.ArgumentParser:
   one = parser.add_mutually_exclusive_group()
   one.add_argument('--without', metavar='CLIENT', help='leave a client out')
   one.add_argument(
+    '--forget',
+    metavar='CLIENT',
+    help='remove a client from the model after that round, in several ways',
+  )
+  one.add_argument(
     '--values',
     choices=('shapley', 'leave_one_out'),
     help="the value of each client's update for the held-out loss",
@@ -107,6 +159,9 @@ def _parser() -> argparse.ArgumentParser:
     help='random orders, for shapley; 200 if left out',
   )
   parser.add_argument('--seed', type=int, help='of these orders; 0')
+  parser.add_argument(
+    '--json', metavar='FILE', help='write the values, for clients.name=by_value'
+  )
   parser.add_argument(
     rebuild.TRUST,
     action='store_true',
@@ -190,6 +245,13 @@ def _valued(
     result = values.shapley(game, present, **keywords)
   else:
     result = values.leave_one_out(game, present)
+  if args.json:
+    who = [built.names[int(draw.ids[k])] for k in np.flatnonzero(present)]
+    value = dict(zip(who, result.value[present].tolist(), strict=True))
+    content = {'round': moment.round, 'kind': args.values, 'values': value}
+    workdir.replace(
+      pathlib.Path(args.json), json.dumps(content, indent=1) + '\n'
+    )
   share = cohort.weight / max(float(np.sum(cohort.weight)), 1e-30)
   order = [k for k in np.argsort(-result.value) if present[k]]
   rows = [

@@ -13,13 +13,11 @@ import importlib
 import inspect
 import itertools
 import math
-import numbers
-import types as python_types
-import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from fedjax_llm.types import Error, known
+from fedjax_llm.run import annotations
+from fedjax_llm.types import Error
 
 Builder = Callable[..., Any]
 Label = Callable[[str], str]  # a dotted field -> its name in messages
@@ -135,17 +133,19 @@ def check(
       continue
     if field != 'seed':  # which may have 64 bits
       check_numbers(setting, label(field))
-    if parameter is None or _fits(setting, parameter):
+    if parameter is None or annotations.fits(setting, parameter):
       continue
-    allowed = _spell(parameter.annotation)
+    allowed = annotations.spell(parameter.annotation)
     raise Error(f'{label(field)} must be {allowed}, not {setting!r}.')
   for field, parameter in known.items():
     if parameter.default is parameter.empty and (
       field not in section and field not in injected
     ):
-      what = _spell(parameter.annotation)
+      what = annotations.spell(parameter.annotation)
       of = f', {what}' if what else ''
-      raise Error(f'{label(field)} is missing: {_title(builder)} needs it{of}.')
+      # The settings of a run have no builder that a user could know.
+      who = 'a config' if isinstance(builder, type) else _title(builder)
+      raise Error(f'{label(field)} is missing: {who} needs it{of}.')
 
 
 _LARGEST = 2**31 - 1  # the largest whole number on devices
@@ -335,76 +335,3 @@ def nearest(name: Any, names: Iterable[str]) -> str:
   near = difflib.get_close_matches(str(name), known, 1, 0.4)
   start = f'the nearest is {near[0]!r}; ' if near else ''
   return f'({start}there are {", ".join(known)})'
-
-
-def _fits(value: Any, parameter: inspect.Parameter) -> bool:
-  if value is parameter.default:
-    return True
-  return _accepts(parameter.annotation, value)
-
-
-def _accepts(annotation: Any, value: Any) -> bool:
-  """Returns False only if a value clearly has another type."""
-  if annotation is None or annotation is type(None):
-    return value is None
-  origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-  if origin in (typing.Union, python_types.UnionType):
-    return any(_accepts(a, value) for a in args)
-  if origin is typing.Literal:
-    return any(type(a) is type(value) and a == value for a in args)
-  if origin is typing.Annotated:
-    return _accepts(args[0], value)
-  of = origin or annotation
-  if not isinstance(of, type) or of in (object, inspect.Parameter.empty):
-    return True
-  if of is bool:
-    return isinstance(value, bool)
-  if of is int:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-  if of is float:
-    # `sweep` traces the numbers in which the runs of a population differ.
-    real = isinstance(value, numbers.Real) or not known(value)
-    return real and not isinstance(value, bool)
-  if of is str:
-    return isinstance(value, str)
-  if issubclass(of, Mapping):
-    return isinstance(value, Mapping)
-  if issubclass(of, Collection):
-    if isinstance(value, str | bytes) or not isinstance(value, Collection):
-      return False
-    inner = [a for a in args if a is not ...]
-    return len(inner) != 1 or all(_accepts(inner[0], v) for v in value)
-  # Other objects are built from a section of their own, so a dict is accepted;
-  # a bare number or string is not.
-  if isinstance(value, Mapping) or callable(value):
-    return True
-  try:
-    return isinstance(value, of)
-  except TypeError:
-    return True
-
-
-def _from_file(annotation: Any) -> bool:
-  """Returns False for functions and arrays, which only Python code has."""
-  if typing.get_origin(annotation) is Callable:
-    return False
-  library = getattr(annotation, '__module__', '').split('.')[0]
-  return library not in ('jax', 'jaxlib', 'numpy')
-
-
-def _spell(annotation: Any) -> str:
-  if annotation is inspect.Parameter.empty:
-    return ''
-  if isinstance(annotation, str):
-    return annotation
-  origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-  if origin is typing.Literal:
-    return ' or '.join(map(repr, args))
-  if origin in (typing.Union, python_types.UnionType):
-    simple = [a for a in args if _from_file(a)]  # those that a config may hold
-    return ' or '.join(dict.fromkeys(map(_spell, simple or args)))
-  if annotation is None or annotation is type(None):
-    return 'none'
-  if isinstance(annotation, type) and not origin:
-    return annotation.__name__
-  return inspect.formatannotation(annotation).removeprefix('collections.abc.')

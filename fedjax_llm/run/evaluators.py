@@ -18,7 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedjax_llm import evals
-from fedjax_llm.run import builders, viewing
+from fedjax_llm.run import (
+  auditing,
+  benchmarks,
+  builders,
+  inverting,
+  viewing,
+)
 from fedjax_llm.types import Error, Evaluator, FederatedAlgorithm, Loss
 
 # The keywords that the program fills in.
@@ -69,6 +75,9 @@ def _through(name: str) -> Callable[..., Evaluator]:
 EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {
   'likelihood': likelihood,
   **{name: _through(name) for name in evals.views.__all__},
+  **builders.names(benchmarks),
+  **builders.names(auditing),
+  **builders.names(inverting),
 }
 
 
@@ -82,7 +91,9 @@ def check(sections: Sequence[Mapping[str, Any]]) -> None:
   Traceback (most recent call last):
   fedjax_llm.types.Error: evals.evaluators[0].name: there is no 'likelihoods' \
 (the nearest is 'likelihood'; there are likelihood, fused, instance_mixed, \
-recalled); one's own is named 'package.module:function'.
+recalled, choices, classes, code, generated, attack_success, exposure, \
+extraction, membership, inversion); one's own is named \
+'package.module:function'.
   """
   for i, section in enumerate(sections):
     field = f'evals.evaluators[{i}]'

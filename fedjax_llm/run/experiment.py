@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fedjax_llm import clients, data, evals, local, models
+from fedjax_llm import clients, data, evals, models
 from fedjax_llm.adapters import complete, peft
 from fedjax_llm.devices import hosts, sharding
-from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.models.network import prompts
 from fedjax_llm.run import (
   blocks,
@@ -25,20 +24,27 @@ from fedjax_llm.run import (
   config,
   evaluators,
   guarantee,
+  memory,
   narration,
+  poisoned,
+  public,
   rates,
-  sections,
+  selecting,
   tasks,
+  texts,
   warm,
 )
+from fedjax_llm.run.method import algorithm as algorithm
+from fedjax_llm.run.method import counts_clients as counts_clients
+from fedjax_llm.run.method import keeps_private as keeps_private
+from fedjax_llm.run.method import make_part
+from fedjax_llm.run.method import recipe_of as recipe_of
 from fedjax_llm.run.sections import SPEC, Evals, Settings
 from fedjax_llm.types import (
   Adapter,
   Cohort,
   Draw,
-  Error,
   FederatedAlgorithm,
-  Model,
   Params,
   Population,
   Sampler,
@@ -71,12 +77,14 @@ class Experiment(NamedTuple):
   profiles: Mapping[str, Any] | None  # the capacities of clients, [N] each
   make_cohort: Callable[[Draw, int], Cohort]  # of any draw
   assemble: Callable[[int], tuple[Draw, Cohort]]  # round, from 0 -> cohort
+  selected: Callable[[Draw, int], dict[str, float]]  # counts of examples
   adapter: Adapter
   initial: Params
   round_key: jax.Array
   mesh: Any  # all devices; None: there is one
   near: Any  # the devices of this process
   width: int  # columns of the longest example
+  public: Any = None  # batches [M, B, ...] for the server; None: there are none
 
   @property
   def base(self) -> Any:
@@ -91,18 +99,22 @@ class Experiment(NamedTuple):
   ) -> FederatedAlgorithm:
     """Returns the algorithm; `conf` may differ in numbers only."""
     conf = self.conf if conf is None else conf
-    return algorithm(
+    result = algorithm(
       conf,
       loss=self.task.loss(self.loaded),
       model=self.loaded.model,
       adapter=self.adapter,
       num_clients=len(self.owned),
       profiles=self.profiles,
+      num_layers=self.loaded.config.num_layers,
+      public=self.public,
       block_size=block_size,
       widths=tuple(self.settings.widths),
       mesh=mesh,
       execution=self.settings.execution,
     )
+    by_row = self.task.loss(self.loaded, per_row=True)
+    return selecting.scored(conf, result, by_row)
 
   def rates(
     self, conf: Mapping[str, Any] | None = None
@@ -110,7 +122,7 @@ class Experiment(NamedTuple):
     """Returns `rates.of` for this run: the learning rates in its records."""
     conf = self.conf if conf is None else conf
     of = rates.of(
-      _make(conf, 'local'), config.resolved(conf, SPEC).get('server')
+      make_part(conf, 'local'), config.resolved(conf, SPEC).get('server')
     )
     more = []
     if (plan := guarantee.of(conf, len(self.owned))) is not None:
@@ -210,7 +222,7 @@ def checked(conf: Mapping[str, Any]) -> tuple[Settings, Evals]:
   Raises:
     Error: a number is out of range.
   """
-  settings, test = config.settings(conf, SPEC), _make(conf, 'evals')
+  settings, test = config.settings(conf, SPEC), make_part(conf, 'evals')
   config.at_least(settings, num_rounds=1, seed=0, block_size=1, mesh_model=1)
   config.at_least(
     settings, cpu_devices=1, checkpoint_every=1, keep_checkpoints=1
@@ -220,34 +232,9 @@ def checked(conf: Mapping[str, Any]) -> tuple[Settings, Evals]:
   config.at_least(test, 'evals.', common=0, samples=0, sample_tokens=1)
   evaluators.check(test.evaluators)
   guarantee.check(conf)
+  memory.check(conf)
   clock.check(builders.named(conf.get('clients')), bool(conf.get('system')))
   return settings, test
-
-
-# What a builder of one's own must return.
-_KINDS = {
-  'task': tasks.Task,
-  'model': models.LoadedModel,
-  'adapter': Adapter,
-  'algorithm': FederatedAlgorithm,
-  'local': LocalOptimizer,
-}
-
-
-def _make(conf: Mapping[str, Any], section: str, **injected: Any) -> Any:
-  result = builders.build(conf[section], SPEC.sections[section], **injected)
-  return _of_kind(section, conf[section], result)
-
-
-def _of_kind(section: str, fields: Mapping[str, Any], result: Any) -> Any:
-  """Returns what a builder made; an `Error` if it is of another kind."""
-  kind = _KINDS.get(section)
-  if kind is not None and not isinstance(result, kind):
-    raise Error(
-      f'{section}.name: {fields["name"]} returned a {type(result).__name__}; '
-      f'it must return a {kind.__name__}.'
-    )
-  return result
 
 
 def build(
@@ -268,36 +255,29 @@ def build(
   """
   settings, test = checked(conf)
   sharding.split_cpu(settings.cpu_devices)
-  make = functools.partial(_make, conf)
+  make = functools.partial(make_part, conf)
   seed = settings.seed
 
   # ------------------------------------------------------------- data, model --
   task = make('task') if conf.get('task') else tasks.causal_lm()
   records = make('data')
   labels = task.labels(records)
-  tokenizer = data.tokenizers.bytes()  # of models that come without their own
   mesh = near = None
   if max(jax.device_count(), settings.mesh_model) > 1:
     mesh = sharding.mesh(settings.mesh_model)
     near = sharding.nearby(mesh)
-  loaded = model or make(
-    'model',
-    vocab_size=tokenizer.vocab_size,
-    eos_ids=(tokenizer.eos_id,),
-    labels=labels,
-    place=None if near is None else sharding.placement(near),
-  )
+  where = None if near is None else sharding.placement(near)
+  loaded = model or texts.model(make, labels, where)
   task.check(loaded)
-  if loaded.directory is not None:
-    tokenizer = data.tokenizers.pretrained(str(loaded.directory))
-  population = make(
-    'population',
+  tokenizer = texts.tokenizer_of(loaded)
+  population = texts.population(
+    make,
+    task=task,
     records=records,
-    tokenizer=tokenizer,
-    partition=make('partition'),
     labels=labels,
+    tokenizer=tokenizer,
     seed=seed,
-    encode=task.encode,
+    alter=poisoned.altering(conf) if conf.get('poison') else None,
   )
   del records
   digest = data.population.digest(population)
@@ -311,9 +291,38 @@ def build(
     max_positions=loaded.config.max_positions,
     length=task.length,
   )
-  if task.prepare is not None:
-    population = task.prepare(loaded, population)
   width = -(-longest // 8) * 8  # no column is longer than all examples
+  selection = selecting.of(conf)
+  population = selecting.prepared(
+    selection, population, loaded, task, seed, width, tokenizer.pad_id
+  )
+
+  # ---------------------------------------------------------------- adapter --
+  adapter_key, round_key = jax.random.split(jax.random.key(seed))
+  if near is not None:  # parts of the base that are on no device yet
+    loaded = loaded._replace(base=sharding.place(loaded.base, near))
+  adapter = make('adapter', tokenizer=tokenizer)
+  initial = sharding.fetched(adapter.init(adapter_key, loaded.base))
+  initial = warm.start(initial, conf['adapter'].get('path'), loaded)
+  complete(initial, loaded.base, task.head)  # raises if not exportable
+  prompts.check(loaded.config, prompts.front(initial), width)
+  if task.prepare is not None:
+    takes = 'start' in builders.parameters(task.prepare)
+    begin = {'start': initial} if takes else {}
+    population = task.prepare(loaded, population, **begin)
+
+  shared = None
+  if conf.get('public'):
+    shared = public.batches(
+      make('public'),
+      config.resolved(conf, SPEC)['population'],
+      task=task,
+      tokenizer=tokenizer,
+      labels=labels,
+      batch_size=conf['cohort']['batch_size'],
+      width=width,
+      seed=seed,
+    )
 
   # ---------------------------------------------------------------- clients --
   names, owned = data.population.trainers(population)
@@ -327,6 +336,7 @@ def build(
     num_clients=len(sizes),
     sizes=sizes,
     seed=seed,
+    names=population.names,
     system=fleet,
     job=lambda: clock.job(
       built.method(), built.initial, built.base, make_cohort
@@ -338,6 +348,9 @@ def build(
   carry = None
   if conf.get('profiles'):
     carry = make('profiles', num_clients=len(owned), seed=seed)
+  if selection.scored is not None:
+    cohort_conf['num_steps'] *= selection.scored.pool
+  orders = None if selection.order is None else selection.order(owned)
   packing = cohort_conf.get('packing', False)
   row = width
   if packing:
@@ -352,6 +365,9 @@ def build(
     profiles=carry,
     collate=task.collate,
     length=task.length,
+    rate=guarantee.example_rate(conf),
+    orders=orders,
+    mixed=selection.scored is not None,
   )
   device_rows = 1 if near is None else near.shape[sharding.CLIENTS]
 
@@ -364,15 +380,6 @@ def build(
     cohort = make_cohort(draw, round)
     return clients.cohorts.by_size(draw, cohort, num_rows=device_rows)
 
-  # ---------------------------------------------------------------- adapter --
-  adapter_key, round_key = jax.random.split(jax.random.key(seed))
-  if near is not None:  # parts of the base that are on no device yet
-    loaded = loaded._replace(base=sharding.place(loaded.base, near))
-  adapter = make('adapter', tokenizer=tokenizer)
-  initial = sharding.fetched(adapter.init(adapter_key, loaded.base))
-  initial = warm.start(initial, conf['adapter'].get('path'), loaded)
-  complete(initial, loaded.base, task.head)  # raises if not exportable
-  prompts.check(loaded.config, prompts.front(initial), width)
   built = Experiment(
     conf=conf,
     settings=settings,
@@ -389,95 +396,16 @@ def build(
     profiles=carry,
     make_cohort=make_cohort,
     assemble=assemble,
+    selected=selecting.counts(population, orders, population.pooled),
     adapter=adapter,
     initial=initial,
     round_key=round_key,
     mesh=mesh,
     near=near,
     width=width,
+    public=shared,
   )
   return built
-
-
-def algorithm(
-  conf: Mapping[str, Any],
-  *,
-  loss: Any,
-  model: Model | None,
-  adapter: Adapter,
-  num_clients: int,
-  profiles: Mapping[str, Any] | None = None,
-  **others: Any,
-) -> FederatedAlgorithm:
-  """Builds the recipe of a config with the parts that the config names.
-
-  `loss` and `model` may be None where the result only reads a trained state.
-  """
-  make = functools.partial(_make, conf)
-  parts = ('upload', 'download', 'aggregator', 'server')
-  if loss is not None:
-    loss = local.dropout(loss, adapter.peft.get('lora_dropout', 0.0))
-  recipe, name = recipe_of(conf), conf['algorithm']['name']
-  private = guarantee.rule(conf, num_clients, loss is not None)
-  if builders.open_ended(recipe):  # one's own, which hands its parts on
-    recipe = builders.onward(recipe, sections.parts)
-  if conf.get('adversary'):
-    others['adversary'] = make('adversary', num_clients=num_clients)
-  result = guarantee.built(
-    bool(private),
-    name,
-    builders.build,
-    {**conf['algorithm'], 'name': recipe},
-    SPEC.sections['algorithm'],
-    loss=loss,
-    model=model,
-    optimizer=make('local'),
-    num_clients=num_clients,
-    num_steps=conf['cohort']['num_steps'],
-    profiles=profiles,
-    fold=adapter.fold,
-    **others,
-    **{part: make(part) for part in parts if conf.get(part)},
-    **private,
-  )
-  result = _of_kind('algorithm', conf['algorithm'], result)
-  return guarantee.watched(result, name) if private else result
-
-
-def recipe_of(conf: Mapping[str, Any]) -> Callable[..., FederatedAlgorithm]:
-  """Returns the recipe that the section `algorithm` names."""
-  return builders.resolve_builder(
-    'algorithm', conf['algorithm']['name'], SPEC.sections['algorithm']
-  )
-
-
-def counts_clients(conf: Mapping[str, Any]) -> bool:
-  """Returns True if the method is built for a number of clients.
-
-  >>> conf = {'algorithm': {'name': 'scaffold'}}
-  >>> counts_clients(conf), counts_clients({'algorithm': {'name': 'fed_avg'}})
-  (True, False)
-  """
-  return 'num_clients' in builders.parameters(recipe_of(conf))
-
-
-def keeps_private(algorithm: FederatedAlgorithm, params: Params) -> bool:
-  """Returns True if clients keep parts of the model private.
-
-  >>> from fedjax_llm import local, recipes
-  >>> start, sgd = {'w': jax.numpy.ones(2)}, local.optimizer('sgd')
-  >>> methods = recipes.fed_avg(None, sgd), recipes.ditto(None, sgd)
-  >>> [keeps_private(method, start) for method in methods]
-  [False, True]
-  """
-
-  def seen_by_nobody(start):  # of what the method makes of an adapter
-    return algorithm.init_client(
-      algorithm.init(jax.random.key(0), start).params
-    )
-
-  newcomer = jax.eval_shape(seen_by_nobody, params)
-  return newcomer.private is not None
 
 
 def save_adapter(

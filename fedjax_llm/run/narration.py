@@ -33,14 +33,14 @@ def describe(population: Population) -> str:
   lines = [
     f'{report["num_clients"]} clients train on {report["train_examples"]} '
     f'examples{some}; '
-    f'{report["heldout_examples"]} examples of theirs and '
-    f'{report["num_new_clients"]} more clients are held out'
+    f'{report["heldout_examples"] or "none"} of their examples and '
+    f'{report["num_new_clients"] or "no"} more clients are held out'
   ]
   reasons = {
     'clients_left_out': 'clients without enough usable examples',
     'clients_not_drawn': 'clients above max_clients',
     'empty_records': 'empty records',
-    'replies_left_out': 'replies longer than max_length',
+    'replies_left_out': 'replies longer than population.max_length',
     'heldout_duplicates': 'held-out copies of training texts',
   }
   for field, what in reasons.items():
@@ -63,7 +63,10 @@ def describe(population: Population) -> str:
   if report.get('unlabelled'):
     lines.append(f'labels hidden from {report["unlabelled"]} training examples')
   if report.get('texts_cut'):
-    lines.append(f'cut at the end: {report["texts_cut"]} texts')
+    lines.append(
+      f'cut at the end: {report["texts_cut"]} of {report["num_examples"]} '
+      'texts, which are longer than population.max_length'
+    )
   if report.get('replies_cut'):
     lines.append(f'cut: {report["replies_cut"]} replies, as asked')
   if report.get('replies_rewritten'):
@@ -73,7 +76,9 @@ def describe(population: Population) -> str:
     )
   if report.get('prompts_truncated'):
     lines.append(
-      f'cut on the left: {report["prompts_truncated"]} prompts that did not fit'
+      f'cut on the left: {report["prompts_truncated"]} of '
+      f'{report["num_examples"]} prompts, which are longer than '
+      'population.max_length allows'
     )
   return '\n'.join([*lines, report['histogram']])
 
@@ -89,7 +94,7 @@ def unused_clients(conf: Mapping[str, Any]) -> str:
   """
   key, partition = conf['data'].get('client_key'), conf['partition']
   name = (partition.get('of') or partition).get('name')
-  if key is None or name not in ('iid', 'dirichlet', 'quantity', 'one_label'):
+  if key is None or name in ('natural', 'by_keys'):
     return ''
   return (
     f'data.client_key={key!r} is not used: partition.name={name} deals the '

@@ -27,6 +27,7 @@ from fedjax_llm.run import (
   metrics,
   resume,
   tasks,
+  texts,
   versions,
   workdir,
 )
@@ -85,9 +86,9 @@ def open(
 
 def _tokenizer(conf: Any, loaded: LoadedModel) -> data.tokenizers.Tokenizer:
   """Returns the tokenizer of an adapter; those without a text read no file."""
-  if loaded.directory is None or conf['adapter'].get('text') is None:
+  if conf['adapter'].get('text') is None:
     return data.tokenizers.bytes()
-  return data.tokenizers.pretrained(str(loaded.directory))
+  return texts.tokenizer_of(loaded)
 
 
 def _open(
@@ -111,28 +112,19 @@ def _open(
   counts = client is not None or experiment.counts_clients(conf)
   records = build('data') if counts or conf.get('task') else []
   labels = task.labels(records)
-  tokenizer = data.tokenizers.bytes()
-  loaded: LoadedModel = build(
-    'model',
-    vocab_size=tokenizer.vocab_size,
-    eos_ids=(tokenizer.eos_id,),
-    labels=labels,
-  )
+  loaded = texts.model(build, labels)
   adapter: Adapter = build('adapter', tokenizer=_tokenizer(conf, loaded))
   seed = conf.get('seed', 0)
   names: tuple[str, ...] = ('all',)
   digest = None
   if counts:
-    if loaded.directory is not None:
-      tokenizer = data.tokenizers.pretrained(str(loaded.directory))
-    population = build(
-      'population',
+    population = texts.population(
+      build,
+      task=task,
       records=records,
-      tokenizer=tokenizer,
-      partition=build('partition'),
       labels=labels,
+      tokenizer=texts.tokenizer_of(loaded),
       seed=seed,
-      encode=task.encode,
     )
     names, _ = data.population.trainers(population)
     digest = data.population.digest(population)

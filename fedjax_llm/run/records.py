@@ -7,6 +7,7 @@ names a file that was changed since and its field.
 from collections.abc import Mapping
 from typing import Any
 
+from fedjax_llm import reading
 from fedjax_llm.types import Error
 
 _SCALARS = ('local/', 'time/', 'uploads/', 'downloads/', 'server/')
@@ -58,7 +59,8 @@ def check_sizes(content: Mapping[str, Any], file: str) -> None:
   """
   for group in content:
     if group == 'unit':  # the name of what the loss counts
-      if not isinstance(content[group], str):
+      name = content[group]
+      if not (isinstance(name, str) and reading.is_unicode(name)):
         value = f'{content[group]!r:.60}'
         raise Error(f'{file} is damaged: unit is {value}, not a name.')
       continue

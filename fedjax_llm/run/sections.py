@@ -25,7 +25,17 @@ from fedjax_llm import (
 )
 from fedjax_llm.devices import hosts
 from fedjax_llm.local import optimizers
-from fedjax_llm.run import builders, config, rates, tasks, trackers, warm
+from fedjax_llm.run import (
+  builders,
+  config,
+  memory,
+  preferences,
+  rates,
+  rewarded,
+  tasks,
+  trackers,
+  warm,
+)
 
 
 class Settings(NamedTuple):
@@ -37,7 +47,8 @@ class Settings(NamedTuple):
   block_size: int | Literal['auto'] | None = None
   widths: tuple[int, ...] = ()  # row widths of blocks, to reduce padding
   mesh_model: int = 1  # the number of devices that share a copy of the base
-  execution: str = 'shard_map'  # or 'pmap', where mesh_model is 1
+  # How clients are split over devices; pmap only where mesh_model is 1.
+  execution: Literal['shard_map', 'pmap'] = 'shard_map'
   # The devices that JAX makes of a CPU; one a core is fastest, and each holds a
   # copy of the base.
   cpu_devices: int = 1
@@ -89,7 +100,25 @@ def parts(
 
 def pooled(of: Mapping[str, Any] = {'name': 'natural'}) -> Any:
   """Returns `data.partition.pooled` of the partition that a section names."""
-  return data.partition.pooled(builders.build(of, data.partition))
+  return data.partition.pooled(builders.build(of, _PARTITIONS))
+
+
+def clusters(
+  num_clients: int,
+  num_clusters: int | None = None,
+  alpha: float | None = None,
+  embed: str | None = None,
+) -> Any:
+  """Returns `data.drift.clusters`; `embed` is the import path of a function."""
+  function = None
+  if embed is not None:
+    function = builders.resolve_builder(
+      'partition',
+      embed,
+      {'hashed_words': data.drift.hashed_words},
+      'partition.embed',
+    )
+  return data.drift.clusters(num_clients, num_clusters, alpha, function)
 
 
 def bucketing(of: Mapping[str, Any] = {'name': 'median'}, size: int = 2) -> Any:
@@ -105,6 +134,11 @@ def nearest_mixing(
   return aggregators.nearest_mixing(
     builders.build(of, aggregators), byzantine_fraction=byzantine_fraction
   )
+
+
+def in_products(of: Mapping[str, Any] = {'name': 'geometric_median'}) -> Any:
+  """Returns `aggregators.in_products` of the rule that a section names."""
+  return aggregators.in_products(builders.build(of, aggregators))
 
 
 def implied(
@@ -146,20 +180,39 @@ def without(namespace: Any, *names: str) -> dict[str, Any]:
   return {name: known[name] for name in known if name not in names}
 
 
+_PARTITIONS = {
+  **without(data.partition, 'pooled'),
+  **builders.names(data.skew),
+  **builders.names(data.drift),
+  'clusters': clusters,
+}
+
 # Aggregators that take a rule or a function, which no section can hold.
 _TAKE_RULES = ('as_stack', 'control_variates', 'from_rule')
 
 SPEC = config.Spec(
   settings=Settings,
   sections={
-    'task': tasks,
-    'data': data.sources,
-    'partition': {**builders.names(data.partition), 'pooled': pooled},
-    'partition.of': without(data.partition, 'pooled'),
+    'task': {
+      **builders.names(tasks),
+      **builders.names(preferences),
+      **builders.names(rewarded),
+    },
+    'data': {
+      **builders.names(data.sources),
+      **builders.names(data.preferences),
+      'hub': data.named.hub,
+    },
+    'public': data.sources,
+    'partition': {**_PARTITIONS, 'pooled': pooled},
+    'partition.of': _PARTITIONS,
     'population': data.population.build,
+    'selection': data.selection,
+    'poison': adversary.poisoning,
     'system': clients.system,
     'clients': {
       **builders.names(clients.sampling),
+      'by_value': clients.valued.by_value,
       **builders.names(clients.timed),
     },
     'profiles': clients.profiles,
@@ -182,18 +235,20 @@ SPEC = config.Spec(
     'local.schedule': {
       name: getattr(optax, name) for name in optimizers.schedule_names()
     },
+    'memory': memory.Memory,
     'upload': without(uploads, 'from_optax'),
     'download': without(uploads, 'from_optax'),
     'adversary': adversary,
     'aggregator': {
       **without(aggregators, *_TAKE_RULES),
       'bucketing': bucketing,
+      'in_products': in_products,
       'nearest_mixing': nearest_mixing,
     },
     'aggregator.of': without(
-      aggregators, *_TAKE_RULES, 'bucketing', 'nearest_mixing'
+      aggregators, *_TAKE_RULES, 'bucketing', 'in_products', 'nearest_mixing'
     ),
-    'privacy': privacy.client_level,
+    'privacy': privacy.section,
     'server': {
       name: rates.scheduled(builder)
       for name, builder in builders.names(server).items()
@@ -209,32 +264,39 @@ SPEC = config.Spec(
   injected={
     'population': (
       *('records', 'tokenizer', 'partition', 'labels', 'seed', 'encode'),
+      'alter',
     ),
     'system': ('num_clients', 'seed'),
-    'clients': ('num_clients', 'sizes', 'seed', 'system', 'job'),
+    'clients': ('num_clients', 'sizes', 'seed', 'names', 'system', 'job'),
     'profiles': ('num_clients', 'seed'),
     'cohort': (
       *('examples', 'max_length', 'pad_id', 'seed', 'profiles'),
-      *('collate', 'length'),
+      *('collate', 'length', 'rate', 'orders', 'mixed'),
     ),
     'adapter': ('tokenizer',),
     'model': ('vocab_size', 'eos_ids', 'labels', 'place'),
     'algorithm': (
       *('loss', 'model', 'optimizer', 'num_clients', 'profiles'),
-      'num_steps',
+      *('num_steps', 'public'),
       *builders.parameters(parts),
     ),
     'adversary': ('num_clients',),
-    'privacy': ('rate', 'num_clients', 'cohort_size', 'num_rounds'),
+    'poison': ('num_clients',),
+    'privacy': (
+      *('rate', 'num_clients', 'cohort_size', 'num_rounds', 'separation'),
+      *('turns', 'batch_size', 'num_steps'),
+    ),
     'evals.personal': ('loss', 'model'),
   },
   optional=(
     *('task', 'profiles', 'upload', 'download', 'adversary', 'aggregator'),
     *('server', 'local.schedule', 'server.schedule', 'evals.personal'),
-    'privacy',
-    'system',
+    *('privacy', 'poison', 'public', 'system', 'memory', 'selection'),
   ),
   # Old runs and runs without these sections record nothing of them.
-  unrecorded=('adversary', 'download', 'privacy', 'system'),
+  unrecorded=(
+    *('adversary', 'download', 'poison', 'privacy', 'public', 'system'),
+    *('memory', 'selection'),
+  ),
   implied=implied,
 )

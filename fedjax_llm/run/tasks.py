@@ -23,6 +23,7 @@ from fedjax_llm.types import (
   Loss,
   Pair,
   Pairs,
+  Params,
   Population,
 )
 
@@ -57,8 +58,9 @@ class Task(NamedTuple):
     `labels(records) -> ` the classes, None without classification;
     `encode(record, Encoding) -> Encoded` makes the examples of one record, each
     an `Example`, `Pair`, `Image`, `ImageWithText` or a user's own pytree;
-    `prepare(loaded, population) -> population` may add values of the base model
-    to the examples before training (reference log-probabilities).
+    `prepare(loaded, population) -> population` may add values of the model to
+    the examples before training (reference log-probabilities); where it names
+    `start`, it gets the adapter with which training starts.
 
   Examples to batches:
     `length(example) -> int` is the length by which examples are sorted,
@@ -88,7 +90,7 @@ class Task(NamedTuple):
   metrics: Measures = Measures()
   labels: Callable[[Sequence[Any]], tuple[str, ...] | None] = no_labels
   check: Callable[[LoadedModel], None] = any_model
-  prepare: Callable[[LoadedModel, Population], Population] | None = None
+  prepare: Callable[..., Population] | None = None
   example: Callable[[int, int], Any] | None = None
   writes: bool = False
   head: tuple[str, ...] = ()
@@ -160,42 +162,56 @@ def classification(labels: Sequence[str] | None = None) -> Task:
 
 
 def with_references(
-  loaded: LoadedModel, population: Population, *, batch_size: int = 8
+  loaded: LoadedModel,
+  population: Population,
+  *,
+  start: Params | None = None,
+  batch_size: int = 8,
 ) -> Population:
-  """Adds log-probabilities under the base model to pairs: their `Task.prepare`.
+  """Adds log-probabilities under the reference model to pairs, once a run.
 
-      reference = log p(reply | prompt; base), in nats, of both replies
+      reference = log p(reply | prompt; base, start), in nats, of every reply
+
+  The reference is the model with which training starts. The numbers stay those
+  of that model where a method writes changes into its base.
 
   Args:
     loaded: the model, without an adapter.
     population: a population of pairs (`types.Pair`).
+    start: the adapter with which training starts; None: no adapter.
     batch_size: pairs computed at a time.
 
   Returns:
-    The population with every `reference_chosen` and `reference_rejected` set.
+    The population with every `reference_chosen` and `reference_rejected` set,
+    and `reference_mismatched` of pairs with a mismatched reply.
   """
   parts = (population.train, population.heldout, population.new)
   everything = [pair for part in parts for own in part for pair in own]
   width = -(-max(map(batching.length, everything)) // 8) * 8
   build = pairs(everything, width)
   nats = local.causal_lm(loaded.model, per_row=True)
+  sides = ('chosen', 'rejected', 'mismatched')
 
   @jax.jit
-  def score(base: Base, batch: Pairs) -> tuple[jax.Array, jax.Array]:
+  def score(base: Base, start: Params, batch: Pairs) -> dict[str, jax.Array]:
     key = jax.random.key(0)  # no dropout
-    sides = (batch.chosen, batch.rejected)
-    chosen, rejected = (-nats(base, {}, side, key).total for side in sides)
-    return chosen, rejected
+    texts = {side: getattr(batch, side) for side in sides}
+    return {
+      f'reference_{side}': -nats(base, start, text, key).total
+      for side, text in texts.items()
+      if text is not None
+    }
 
   def scored(own: Sequence[Pair]) -> tuple[Pair, ...]:
     result: list[Pair] = []
-    for start in range(0, len(own), batch_size):
-      some = own[start : start + batch_size]
+    for first in range(0, len(own), batch_size):
+      some = own[first : first + batch_size]
       rows = [[pair] for pair in some] + [[]] * (batch_size - len(some))
-      values = zip(*map(np.asarray, score(loaded.base, build(rows))))
+      values = score(loaded.base, start or {}, build(rows))
+      values = {name: np.asarray(x) for name, x in values.items()}
       result += [
-        Pair(pair.chosen, pair.rejected, float(chosen), float(rejected))
-        for pair, (chosen, rejected) in zip(some, values)
+        pair._replace(**{name: float(x[i]) for name, x in values.items()})
+        for i, pair in enumerate(some)
       ]
     return tuple(result)
 

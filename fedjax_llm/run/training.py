@@ -23,10 +23,12 @@ from fedjax_llm.run import (
   checkpoint,
   config,
   experiment,
+  guarantee,
   metrics,
   narration,
   pace,
   profiling,
+  provenance,
   rates,
   resume,
   stalls,
@@ -127,6 +129,7 @@ def train(args: config.Arguments) -> None:
       raise Error(f'{args.workdir} holds a run on other texts or clients.')
     if private is not None:
       private.check(restored.state.aggregator)
+      guarantee.same_noise(room.path, private)
     if restored.round > num_rounds:
       raise Error(
         f'{args.workdir} is at round {restored.round}, above {num_rounds=}.'
@@ -155,6 +158,18 @@ def train(args: config.Arguments) -> None:
     unit = built.task.metrics.unit
     sizes = data.population.sizes(population)
     room.keep('clients.json', {**sizes, 'unit': unit})
+    origin = room.path / 'provenance.json'
+    examples = {
+      name: population.report.get(f'{name}_examples', 0)
+      for name in ('train', 'heldout', 'new')
+    }
+    before_now = origin.read_text() if origin.is_file() else None
+    room.keep(
+      origin.name,
+      provenance.started(
+        before_now, done, resolved, data=built.digest, num_examples=examples
+      ),
+    )
     if private is not None:
       room.keep('privacy.json', private.record())
     record, leave = metrics.recorder(
@@ -226,7 +241,7 @@ def train(args: config.Arguments) -> None:
         following = prepared(number) if number < num_rounds else None
         ready = time.monotonic()
         info = jax.device_get(info._replace(reports=None))
-      values = metrics.summarise(info)
+      values = metrics.summarise(info) | built.selected(draw, number - 1)
       if algorithm.plan is not None:  # on the host, for the next round
         state = algorithm.plan(state)
       trained = time.monotonic()

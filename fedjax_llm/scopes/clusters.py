@@ -1,9 +1,10 @@
 """Policies that group clients by the factors that they report.
 
-`by_factors` returns a policy for `server.planned`.
+`by_factors` returns a policy for `server.planned`; `on_flat` gives a policy on
+factors the reports in which they travel.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,35 @@ def by_factors(
     return {**profiles, 'cluster': cluster, 'experts': experts, 'due': due}
 
   return policy
+
+
+def on_flat(
+  policy: Callable[[int, Reports, Any], dict[str, Any]],
+  shapes: Sequence[tuple[int, ...]],
+  of: Callable[[Any], Any] = lambda values: values,
+) -> Callable[[int, Reports, Any], dict[str, Any]]:
+  """Returns a policy on flat reports [N, P] from one on stacks of matrices.
+
+  Args:
+    policy: reads arrays [N, M, ...] of M matrices each, as `by_factors`.
+    shapes: of the leaves that are joined in a report, [..., D, F] each.
+    of: returns the rows [N, P] of a report's values.
+
+  >>> seen = lambda round, reports, profiles: [x.shape for x in reports.values]
+  >>> rows = Reports(np.zeros((3, 18)), np.zeros(3))
+  >>> on_flat(seen, [(2, 2, 3), (3, 2)])(0, rows, None)
+  [(3, 2, 2, 3), (3, 1, 3, 2)]
+  """
+
+  def by_matrix(round: int, reports: Reports, profiles: Any) -> dict[str, Any]:
+    flat, factors = of(reports.values), []
+    for shape in shapes:
+      size = int(np.prod(shape))
+      part, flat = flat[:, :size], flat[:, size:]
+      factors.append(part.reshape(len(part), -1, *shape[-2:]))
+    return policy(round, reports._replace(values=factors), profiles)
+
+  return by_matrix
 
 
 def distances(values: Any) -> np.ndarray:

@@ -12,6 +12,8 @@ from fedjax_llm.server.optimizers import fed_avgm as fed_avgm
 from fedjax_llm.server.optimizers import fed_yogi as fed_yogi
 from fedjax_llm.server.optimizers import sgd as sgd
 from fedjax_llm.server.planning import planned as planned
+from fedjax_llm.server.split import Stepper as Stepper
+from fedjax_llm.server.split import split as split
 from fedjax_llm.server.stages import stages as stages
 
 __all__ = [

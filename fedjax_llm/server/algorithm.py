@@ -169,6 +169,7 @@ def fed_opt(
     return jnp.stack([clients, rule, more(2), more(3), more(4)])
 
   def trained(state, cohort, base, *, stream: bool) -> tuple[Trained, Uploads]:
+    checks.one_cohort(cohort)
     params = state.params
     if fold is not None:
       base, params = fold(base, params)
@@ -320,7 +321,12 @@ def _sums(aggregator: AnyAggregator, upload: Upload) -> Sums | None:
     def add(total, uploads, common):
       del common
       ones = uploads.valid.astype(jnp.float32)
-      sums = tree.weighted_sum(uploads.update, ones), jnp.sum(uploads.weight)
+      each = lambda x: (
+        jnp.sum(x, 0, dtype=x.dtype)  # modulo 2^b; other rows are zero
+        if jnp.issubdtype(x.dtype, jnp.unsignedinteger)
+        else tree.weighted_sum(x, ones)
+      )
+      sums = jax.tree.map(each, uploads.update), jnp.sum(uploads.weight)
       return sums if total is None else tree.add(total, sums)
 
     def begun(total, uploads, common):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import tree
-from fedjax_llm.server import step
+from fedjax_llm.server import combinations, step
 from fedjax_llm.types import (
   AnyAggregator,
   ClientState,
@@ -122,6 +122,8 @@ def one_round(
       bytes_down = _dense_bytes(shared, masks.held)
 
     out = local.run(common.base, start, state.local, row.batches, masks, at(2))
+    if upload.private:
+      combinations.check_alone(out, masks)
     weight = row.weight if out.weight is None else out.weight
     update = tree.apply_mask(out.update, out.masks.trained)
     own_masks = only_shared(out.masks, labels)

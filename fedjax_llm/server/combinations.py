@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from fedjax_llm.types import (
   Adversary,
   AnyAggregator,
+  ClientOutput,
   Download,
   Error,
+  Masks,
   ServerOptimizer,
   Upload,
 )
@@ -90,6 +92,28 @@ def check_private(aggregator: AnyAggregator, upload: Upload) -> None:
       'privacy: the messages of this upload are summed before they are '
       'decoded, so no single update can be clipped: use another upload.'
     )
+
+
+def check_alone(out: ClientOutput, masks: Masks) -> None:
+  """Raises `Error` if a client sends more than the update of a private codec.
+
+  Args:
+    out: the result of local training, traced.
+    masks: those that the client received, before training.
+  """
+  same = [
+    a is b for a, b in zip(jax.tree.leaves(out.masks), jax.tree.leaves(masks))
+  ]
+  for sends, what in (
+    (out.report is not None, 'reports'),
+    (out.weight is not None, 'weights'),
+    (not all(same), 'a choice of the entries that they train'),
+  ):
+    if sends:
+      raise Error(
+        f'privacy: the clients of this method send {what} of their own beside '
+        'their updates, which no noise covers: take another method.'
+      )
 
 
 def _check_download(download: Download, aggregator: AnyAggregator) -> None:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_llm import scopes, tree
+from fedjax_llm import checks, scopes, tree
 from fedjax_llm.types import (
   Base,
   ClientState,
@@ -102,6 +102,7 @@ def rounds(
     base: Base = None,
     states: ClientState = ClientState(),  # noqa: B008
   ) -> tuple[ServerState, ClientState, RoundInfo]:
+    checks.one_cohort(cohorts)
     (state, states), info = jax.lax.scan(
       lambda carry, cohort: step(carry, cohort, base), (state, states), cohorts
     )

@@ -10,6 +10,7 @@ from fedjax_llm.uploads.feedback import remembering as remembering
 from fedjax_llm.uploads.low_rank import low_rank as low_rank
 from fedjax_llm.uploads.quantised import quantised as quantised
 from fedjax_llm.uploads.quantised import sign as sign
+from fedjax_llm.uploads.secure import secure_sum as secure_sum
 from fedjax_llm.uploads.seeds import nonzero as nonzero
 from fedjax_llm.uploads.seeds import seeded as seeded
 from fedjax_llm.uploads.sketches import count_sketch as count_sketch
@@ -22,6 +23,7 @@ __all__ = [
   'low_rank',
   'nonzero',
   'quantised',
+  'secure_sum',
   'seeded',
   'sign',
   'top_k',

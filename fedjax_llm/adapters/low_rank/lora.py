@@ -17,7 +17,7 @@ from fedjax_llm.adapters.changes import fold, merge, product
 from fedjax_llm.adapters.dense import saved_beside
 from fedjax_llm.adapters.low_rank.starts import singular
 from fedjax_llm.nodes import LowRank
-from fedjax_llm.types import Adapter, Base, Error, Key, Params
+from fedjax_llm.types import Adapter, Base, Error, Key, Params, known
 
 
 def lora(
@@ -211,6 +211,11 @@ def _beside(params: Any, base: Any, change: Callable) -> Any:
 def _low_rank(rank: int, scale: float, targets: str | Sequence[str]) -> Adapter:
   if rank < 1:
     raise Error(f'adapter.rank is {rank}; it must be at least 1.')
+  if known(scale) and scale <= 0:  # `sweep` traces numbers
+    raise Error(
+      f'adapter.alpha gives the scale {scale:g}; it must be above 0, or the '
+      'adapter changes nothing.'
+    )
 
   def init(key: Key, base: Base) -> Params:
     params: dict = {}

@@ -257,7 +257,7 @@ def _check_tokenizer(directory: pathlib.Path, config: Config) -> None:
 def _dtype(name: Any, field: str = 'dtype', *others: str) -> np.dtype:
   try:
     dtype = jnp.dtype(name)
-  except TypeError:
+  except (TypeError, ValueError):  # a surrogate is no text
     dtype = None
   if dtype is None or dtype.name not in DTYPES:
     known = ', '.join((*others, *DTYPES))

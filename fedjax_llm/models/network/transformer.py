@@ -9,18 +9,19 @@ between layers (windows, rotations) are arrays that the scan walks.
 `build` returns the network as a `Model`, `decoder` as a `Decoder` with a cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from fedjax_llm import adapters
 from fedjax_llm.models.config import Config, longest_text
 from fedjax_llm.models.network import blocks, layers, prompts, rope
 from fedjax_llm.models.network.attention import Places, choose
-from fedjax_llm.nodes import protocol
+from fedjax_llm.nodes import frozen, protocol
 from fedjax_llm.types import Base, Batch, Error, Model, Params
 
 # ------------------------------------------------------------------- cache --
@@ -63,6 +64,44 @@ def _rematerialised(block: Callable, remat: str, unroll: int) -> Callable:
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return jax.checkpoint(block, prevent_cse=prevent_cse, policy=policy)
   raise Error(f'remat={remat!r} is not one of none, full, dots.')
+
+
+def _above(body, remat: str, unroll: int, x, xs: blocks.Layer, num_frozen: int):
+  """Scans over layers without derivatives of the weights of the lowest ones.
+
+  A layer's frozen weights are read by its number: a slice of the stack would be
+  a copy, and a backward pass would keep one more.
+  """
+  num = len(jax.tree.leaves(xs.base)[0])
+  num_frozen = min(num_frozen, num)
+
+  def numbered(stack, rest):
+    def read(x, at):
+      index, rest = at
+      pick = lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False)
+      weights = checkpoint_name(jax.tree.map(pick, stack), 'weights')
+      return body(x, rest._replace(base=weights))
+
+    return read, (np.arange(num, dtype=np.int32), rest._replace(base=None))
+
+  def part(tree, index, still):
+    cut = lambda x: x[index]
+    tree = jax.tree.map(cut, tree)
+    return jax.lax.stop_gradient(tree) if still else tree
+
+  low, high = slice(0, num_frozen), slice(num_frozen, num)
+  still = jax.lax.stop_gradient(xs.base)
+  read, at = numbered(still, xs)
+  x, first = jax.lax.scan(read, x, part(at, low, True), unroll=unroll)
+  read, at = numbered(xs.base, xs)
+  if remat == 'none':  # all is kept but the weights, which are there already
+    policy = jax.checkpoint_policies.save_anything_except_these_names('weights')
+    read = jax.checkpoint(read, prevent_cse=unroll > 1, policy=policy)
+  else:
+    read = _rematerialised(read, remat, unroll)
+  x, second = jax.lax.scan(read, x, part(at, high, False), unroll=unroll)
+  join = lambda a, b: jnp.concatenate([a, b])
+  return x, jax.tree.map(join, first, second)
 
 
 def _embed(config: Config, base, params, batch: Batch, dtype, num_rows=0):
@@ -127,9 +166,24 @@ def _walk(config, implementation, dtype, remat, unroll):
   stretched = config.rope.kind in ('dynamic', 'longrope')
 
   def walk(
-    base, params, batch, cache=None, slot=0, with_rows=True, record=False
+    base,
+    params,
+    batch,
+    cache=None,
+    slot=0,
+    with_rows=True,
+    record=False,
+    chosen_layers=None,
+    x=None,
+    ends=True,
   ):
-    """Returns hidden states [B, T, D], keys and values, node statistics."""
+    """Returns hidden states [B, T, D], keys and values, node statistics.
+
+    `chosen_layers` are the numbers of the layers to compute, None for all; `x`
+    are states to start from in place of the embeddings; the last norm is left
+    out, and prompt rows are kept, where the part does not end the network.
+    """
+    num_frozen, params = frozen.unmarked(params)
     base, params = adapters.overlay(base, params)
     adapters.check(base, adapters.gates.without(params), places=protocol.BESIDE)
     front = prompts.front(params)
@@ -156,7 +210,8 @@ def _walk(config, implementation, dtype, remat, unroll):
     if front.length:
       batch, queries = prompts.whole(config, front, batch, with_rows)
     keys = prompts.before(front, queries) if cache is None else cache.places
-    x = _embed(config, base, params, batch, dtype, num_rows)
+    if x is None:
+      x = _embed(config, base, params, batch, dtype, num_rows)
 
     def angles(table):
       return rope.rope_angles(batch.positions, *table)
@@ -168,6 +223,11 @@ def _walk(config, implementation, dtype, remat, unroll):
       real &= np.arange(real.shape[-1]) >= num_rows
 
     def body(x, layer):
+      if chosen_layers is not None:  # by its number: no copy of the weights
+        at = lambda leaf: jax.lax.dynamic_index_in_dim(
+          leaf, layer.base, keepdims=False
+        )
+        layer = layer._replace(base=jax.tree.map(at, base['layers']))
       layer = layer._replace(
         window=layer.window if mixed_windows else windows,
         angles=angles(layer.angles) if mixed_ropes else common,
@@ -187,9 +247,23 @@ def _walk(config, implementation, dtype, remat, unroll):
       None if cache is None else cache.keys,
       None if cache is None else cache.values,
     )
-    x, (kv, statistics) = jax.lax.scan(
-      _rematerialised(body, remat, unroll), x, xs, unroll=unroll
-    )
+    if chosen_layers is not None:
+      some = lambda tree: jax.tree.map(lambda leaf: leaf[chosen_layers], tree)
+      xs = blocks.Layer(
+        jnp.asarray(chosen_layers),
+        some(xs.params),
+        some(xs.window),
+        some(xs.angles),
+      )
+      num_frozen = sum(int(i) < num_frozen for i in chosen_layers)
+    if num_frozen:
+      x, (kv, statistics) = _above(body, remat, unroll, x, xs, num_frozen)
+    else:
+      x, (kv, statistics) = jax.lax.scan(
+        _rematerialised(body, remat, unroll), x, xs, unroll=unroll
+      )
+    if not ends:
+      return x, kv, {}
     if config.final_norm:
       x = _norm(config, base, params, x, 'norm')
     if mixed is not None:
@@ -275,12 +349,29 @@ def build(
 
   def hidden_with_statistics(base: Base, params: Params, batch: Batch):
     hidden, _, statistics = walk(base, params, batch, record=True)
-    empty = dict.fromkeys(params or {})
+    empty = dict.fromkeys(frozen.unmarked(params)[1] or {})
     if 'inputs' not in empty:
       del statistics['inputs']
     return hidden, {**empty, **statistics}
 
-  return Model(hidden, logits, hidden_with_statistics)
+  def layers(base, params, batch, numbers, hidden=None, *, ends=True):
+    index = _checked(numbers, config.num_layers)
+    return walk(base, params, batch, chosen_layers=index, x=hidden, ends=ends)[
+      0
+    ]
+
+  return Model(hidden, logits, hidden_with_statistics, layers)
+
+
+def _checked(numbers: Sequence[int], num_layers: int) -> np.ndarray:
+  """Returns the numbers of layers [M], an `Error` for one out of range."""
+  wrong = [i for i in numbers if not 0 <= i < num_layers]
+  if wrong:
+    raise Error(
+      f'layer {wrong[0]} is not one of the {num_layers} layers of the network, '
+      f'0 to {num_layers - 1}.'
+    )
+  return np.asarray(numbers, np.int32).reshape(-1)
 
 
 def decoder(

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fedjax_llm import aggregators, local, tree
-from fedjax_llm.aggregators import networks
+from fedjax_llm import local, tree
+from fedjax_llm.aggregators import mixing, networks
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.recipes import rows
 from fedjax_llm.recipes.composing import refuse
@@ -72,5 +72,5 @@ def gossip(
     num_clients,
     lambda params, context: jnp.maximum(context.client, 0),
     {'measure': measure, **parts},
-    rule=aggregators.mixing.mixed(networks.over(matrix)),
+    rule=mixing.mixed(networks.over(matrix)),
   )

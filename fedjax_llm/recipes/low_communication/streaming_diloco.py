@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from fedjax_llm import aggregators, scopes, tree
 from fedjax_llm.local import LocalOptimizer
-from fedjax_llm.local.sgd import descend
+from fedjax_llm.local.sgd import contents, descend
 from fedjax_llm.recipes.composing import compose, refuse
 from fedjax_llm.recipes.low_communication.diloco import outer
 from fedjax_llm.types import (
@@ -177,43 +177,37 @@ def worker(
     whole = tree.map_present(lambda x: jnp.bool_(True), own)
     everything = Masks(whole, whole)
 
-    def steps(own, moments, first, end):
-      rows = jax.tree.map(lambda x: x[first:end], batches)
-      out = descend(
-        loss,
-        optimizer,
-        base,
-        tree.merge(own, start),
-        moments,
-        rows,
-        everything,
-        context,
-        part=(first, num),
-      )
-      return out.end, out.optimizer, out
-
     def merged(own):
       mix = jnp.where(new, 1.0, mixing)  # it began with the server's
       blend = lambda o, a: (mix * o + (1 - mix) * a).astype(o.dtype)
       return take(tree.map_present(blend, own, anchor), own)
 
-    parts, moments = [], state.optimizer
-    if overlap:
-      own, moments, out = steps(own, moments, 0, overlap)
-      parts.append(out)
-    own, moments, out = steps(merged(own), moments, overlap, num)
-    parts.append(out)
-    work = jax.tree.map(lambda *xs: sum(xs), *(p.work for p in parts))
-    tokens = jnp.maximum(work.tokens, 1.0)
-    mean = lambda name: (
-      sum(p.metrics[name] * p.work.tokens for p in parts) / tokens
+    def between(index, own):
+      now = index == overlap
+      pick = lambda m, o: jnp.where(now, m, o)
+      return tree.map_present(pick, merged(own), own)
+
+    out = descend(
+      loss,
+      optimizer,
+      base,
+      tree.merge(own, start),
+      state.optimizer,
+      batches,
+      everything,
+      context,
+      between=between,
     )
+    # A client whose steps end before the answer comes has it at the end.
+    early = contents(batches, num)[1] <= overlap
+    last = lambda m, o: jnp.where(early, m, o)
+    end = tree.map_present(last, merged(out.end), out.end)
     return ClientOutput(
-      update=tree.sub(own, anchor),
+      update=tree.sub(end, anchor),
       masks=masks,
-      state=Worker(context.round + 0, own, anchor, moments),
-      work=work,
-      metrics={name: mean(name) for name in out.metrics},
+      state=Worker(context.round + 0, end, anchor, out.optimizer),
+      work=out.work,
+      metrics=out.metrics,
     )
 
   return LocalUpdate(init, run)

@@ -113,16 +113,7 @@ def fedlease(
 
   def decide(params: Params):
     shapes = [x.b.shape for x in _factors(params)]
-
-    def by_matrix(round, reports, profiles):
-      flat, factors = reports.values['b'], []
-      for shape in shapes:
-        size = int(np.prod(shape))
-        part, flat = flat[:, :size], flat[:, size:]
-        factors.append(part.reshape(len(part), -1, *shape[-2:]))
-      return policy(round, reports._replace(values=factors), profiles)
-
-    return by_matrix
+    return clusters.on_flat(policy, shapes, lambda values: values['b'])
 
   planned = server.planned(
     algorithm,

@@ -17,6 +17,7 @@ from fedjax_llm.aggregators.weights import by_weight
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.nodes import LowRank, Tiers
 from fedjax_llm.recipes.composing import compose, refuse
+from fedjax_llm.scopes import clusters
 from fedjax_llm.scopes.spectral import by_subspace
 from fedjax_llm.types import (
   Aggregate,
@@ -132,17 +133,7 @@ def hilora(
     return plan, np.zeros(size, np.float32)
 
   def decide(params: Params):
-    shapes = [x.b.shape for x in _roots(params)]
-
-    def by_matrix(round, reports, profiles):
-      flat, factors = reports.values, []
-      for shape in shapes:
-        size = int(np.prod(shape))
-        part, flat = flat[:, :size], flat[:, size:]
-        factors.append(part.reshape(len(part), -1, *shape[-2:]))
-      return policy(round, reports._replace(values=factors), profiles)
-
-    return by_matrix
+    return clusters.on_flat(policy, [x.b.shape for x in _roots(params)])
 
   return server.planned(
     algorithm,

@@ -11,19 +11,23 @@ Defaults: mu = 1e-3, P = 5, one step a round in the paper; the mean is without
 weights.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import aggregators, local, scopes, server, tree, uploads
+from fedjax_llm import aggregators, local, scopes, tree, uploads
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.local.seeded import fresh
 from fedjax_llm.local.zeroth_order import Slope
 from fedjax_llm.nodes import Seeded, directions
-from fedjax_llm.recipes.composing import compose, refuse
+from fedjax_llm.recipes.composing import refuse
+from fedjax_llm.recipes.zeroth_order.seeded import (
+  STILL,
+  labels_of,
+  on_seeded,
+)
 from fedjax_llm.types import (
   AnyAggregator,
   Error,
@@ -32,7 +36,6 @@ from fedjax_llm.types import (
   LocalUpdate,
   Loss,
   Params,
-  Private,
   Scope,
   ServerState,
   Shared,
@@ -42,8 +45,6 @@ from fedjax_llm.types import (
 NEEDS = {
   'decomfl': dict(local=dict(name='sgd', learning_rate=1e-2)),
 }
-# The leaves of `Seeded` that clients neither train nor send.
-STILL = r'^(params|mask|log)(/|$)'
 
 
 def decomfl(
@@ -143,16 +144,9 @@ def pieces(
   ):
     if value < 1:
       raise Error(f'{who}: {name}={value} must be at least 1.')
-  scope = scope or scopes.everything()
-
-  def labels(params: Params) -> Any:
-    chosen = scope.labels(params)
-    if Private in jax.tree.leaves(chosen):
-      raise Error(
-        f'{who}: all clients step along the same directions, so no leaf can be '
-        'private: use a scope that shares or freezes.'
-      )
-    return chosen
+  labels = labels_of(
+    who, scope, 'all clients step along the same directions, so no leaf can be'
+  )
 
   def wrap(key: Key, params: Params) -> Seeded:
     trained = tree.select(params, labels(params), Shared)
@@ -194,22 +188,14 @@ def on_pieces(
 ) -> FederatedAlgorithm:
   """Returns the method of `pieces` under a rule and a scope on `Seeded`."""
   refuse('this method', 'download', parts)
-  fold = parts.pop('fold', None)
-  parts.setdefault('measure', None)
-  return server.on_part(
-    functools.partial(
-      compose,
-      made.update,
-      scope=scope,
-      download=uploads.known(),
-      aggregator=rule,
-      after=made.after,
-      **parts,
-    ),
-    wrap=made.wrap,
-    get=lambda params: params.params,
-    put=lambda params, part: params._replace(params=part),
-    fold=fold,
+  return on_seeded(
+    made.update,
+    made.wrap,
+    scope=scope,
+    download=uploads.known(),
+    aggregator=rule,
+    after=made.after,
+    **parts,
   )
 
 

@@ -15,19 +15,18 @@ Defaults: K = 4096, eps = 5e-4. The paper takes 200 steps a round and a rate of
 3e-7 on all weights of models of billions.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import aggregators, local, scopes, server, tree, uploads
+from fedjax_llm import aggregators, local, tree, uploads
 from fedjax_llm.aggregators.weights import equal
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.local.seeded import Basis
 from fedjax_llm.nodes import Seeded, directions
-from fedjax_llm.recipes.composing import compose, refuse
-from fedjax_llm.recipes.zeroth_order.decomfl import STILL
+from fedjax_llm.recipes.composing import refuse
+from fedjax_llm.recipes.zeroth_order.seeded import labels_of, on_seeded
 from fedjax_llm.types import (
   Codec,
   Error,
@@ -35,7 +34,6 @@ from fedjax_llm.types import (
   Key,
   Loss,
   Params,
-  Private,
   Scope,
   Shared,
   StreamingAggregator,
@@ -87,10 +85,10 @@ def fed_kseed(
     labels=labels, distribution=distribution, who='fed_kseed',
   )  # fmt: skip
   rule = parts.pop('aggregator', None) or aggregators.mean()
-  return _on_pool(
+  return on_seeded(
     update,
     wrap,
-    model,
+    serve=model,
     aggregator=aggregators.on_coefficients(rule),
     **{'upload': uploads.nonzero(), **parts},
   )
@@ -150,10 +148,10 @@ def fed_kseed_pro(
     p = probabilities(state.aggregator.total, state.aggregator.count)
     return state._replace(params=state.params._replace(log=p))
 
-  return _on_pool(
+  return on_seeded(
     update,
     wrap,
-    model,
+    serve=model,
     aggregator=_counting(clip),
     upload=_billed(0, 4 * num_steps),
     download=_billed(4, 4 * num_steps),
@@ -247,16 +245,11 @@ def _pool(
   """Returns the basis of a pool, `wrap`, the model of a histogram, labels."""
   if candidates < 1:
     raise Error(f'{who}: candidates={candidates} must be at least 1.')
-  scope = scope or scopes.everything()
-
-  def labels(params: Params) -> Any:
-    chosen = scope.labels(params)
-    if Private in jax.tree.leaves(chosen):
-      raise Error(
-        f'{who}: the histogram moves all leaves for all clients, so no leaf '
-        'can be private: use a scope that shares or freezes.'
-      )
-    return chosen
+  labels = labels_of(
+    who,
+    scope,
+    'the histogram moves all leaves for all clients, so no leaf can be',
+  )
 
   def keys(seed, round, place):
     del round
@@ -286,16 +279,3 @@ def _pool(
     )
 
   return Basis(place, keys, model), wrap, model, labels
-
-
-def _on_pool(update, wrap, model, **parts: Any) -> FederatedAlgorithm:
-  fold = parts.pop('fold', None)
-  parts.setdefault('measure', None)
-  return server.on_part(
-    functools.partial(compose, update, scope=scopes.frozen(STILL), **parts),
-    wrap=wrap,
-    get=lambda params: params.params,
-    put=lambda params, part: params._replace(params=part),
-    serve=lambda params, state: model(params),
-    fold=fold,
-  )

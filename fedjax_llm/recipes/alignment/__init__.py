@@ -1,0 +1,1 @@
+"""Alignment: clients that learn from preferences, or from rewards by rule."""

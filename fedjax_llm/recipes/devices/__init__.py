@@ -1,0 +1,1 @@
+"""Methods for federations whose devices differ in what they can compute."""

@@ -1,0 +1,1 @@
+"""Methods on a network that is cut between clients and the server."""

@@ -1,0 +1,1 @@
+"""Methods whose clients hold another, smaller model than the server."""
