@@ -29,6 +29,7 @@ SYSTEM = {
   'system.utilisation': 1e-4,
   'system.spread': 0.7,
 }
+MARK = '<!-- written by scripts/time_to_loss -->'
 DEADLINE = 4.0  # seconds, of the method with one
 
 # Name: (config, client rounds a round, fields).
@@ -228,7 +229,9 @@ def main() -> None:
         cell = json.loads(cell_of(method, seed).read_text())
         cells.setdefault(method, []).append(cell)
   text = table(cells)
-  (FOLDER / 'table.md').write_text(text + '\n')
+  page = FOLDER / 'README.md'
+  start, mark = page.read_text().split(MARK)[0], MARK
+  page.write_text(f'{start}{mark}\n\n{text}\n')
   print(text)
   if cells:
     figure(cells)
