@@ -134,6 +134,8 @@ def test_every_sampler_draws_what_every_method_takes():
       'cyclic': lambda: sampling.cyclic(9, K),
       'full': lambda: sampling.full(9),
       'poisson': lambda: sampling.poisson(9, K),
+      'rotating': lambda: sampling.rotating(9, K),
+      'with_root': lambda: sampling.with_root(9, K, root=[2]),
     }[name]()
     cohort = build(draw(3), 3)
     one = jax.tree.map(lambda x: (x.shape[1:], x.dtype), cohort)

@@ -203,6 +203,7 @@ def uploads():
     masks=tree.broadcast(masks, num),
     weight=jnp.array([1.0, 2.0, 3.0, 2.0, 1.0, 1.0]),
     valid=jnp.array([True, True, False, True, True, True]),
+    ids=jnp.arange(num),
   )
 
 

@@ -275,12 +275,12 @@ def test_a_rule_tells_the_weights_that_it_uses(name):
   got = np.asarray(got, np.float64) / np.sum(got)
   builder, settings = RULES[name]
   chosen = ('krum', 'foolsgold', 'geometric_median', 'product_krum')
-  chosen += ('product_geometric_median', 'fltrust')
+  chosen += ('product_geometric_median', 'fltrust', 'one_after_another')
   if builder in chosen or name in ('norm_weighted:0', 'norm_weighted:2'):
     assert got[3] == 0 and abs(got.sum() - 1) < 1e-6
     return
   unweighted = settings.get('weighted') is False or (
-    builder in ('median', 'trimmed_mean', 'uniform_mean')
+    builder in ('buffered_mean', 'median', 'trimmed_mean', 'uniform_mean')
     or builder in ('bucketing', 'centred_clipping', 'nearest_mixing')
     or builder in ('in_products', 'buffered_mean')
     or (builder == 'fedex' and not settings.get('weighted'))
