@@ -282,7 +282,7 @@ def test_a_rule_tells_the_weights_that_it_uses(name):
   unweighted = settings.get('weighted') is False or (
     builder in ('buffered_mean', 'median', 'trimmed_mean', 'uniform_mean')
     or builder in ('bucketing', 'centred_clipping', 'nearest_mixing')
-    or builder == 'in_products'  # of a geometric median
+    or builder in ('in_products', 'buffered_mean')
     or (builder == 'fedex' and not settings.get('weighted'))
   )
   weight = np.array([1, 1, 1, 0, 1] if unweighted else [1, 50, 2, 0, 30])
