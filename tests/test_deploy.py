@@ -105,8 +105,8 @@ def test_messages_that_do_not_fit_are_one_sentence(tmp_path):
 
 def grid_of(app, site, num_nodes):
   """Returns Flower's grid, with nodes that are called in this process."""
-  from flwr.app import Context, RecordDict
-  from flwr.serverapp import Grid
+  from flwr.app import Context, RecordDict  # pyright: ignore
+  from flwr.serverapp import Grid  # pyright: ignore
 
   contexts = {
     100 + i: Context(
@@ -156,7 +156,7 @@ def grid_of(app, site, num_nodes):
 
 def test_both_apps_of_flower_end_at_the_adapter_of_the_simulation(tmp_path):
   pytest.importorskip('flwr')
-  from flwr.supercore import task_identity
+  from flwr.supercore import task_identity  # pyright: ignore
 
   from fedjax_llm.deploy import flower
 

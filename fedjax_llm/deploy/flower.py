@@ -34,9 +34,9 @@ from fedjax_llm.types import ClientState, Error
 
 def _flwr() -> Any:
   try:
-    import flwr.app
-    import flwr.clientapp
-    import flwr.serverapp
+    import flwr.app  # pyright: ignore[reportMissingImports]
+    import flwr.clientapp  # pyright: ignore[reportMissingImports]
+    import flwr.serverapp  # pyright: ignore[reportMissingImports]
   except ImportError:
     raise Error(
       'Flower is not installed: pip install "fedjax_llm[flower]".'

@@ -207,8 +207,8 @@ SPEC = config.Spec(
     'partition': {**_PARTITIONS, 'pooled': pooled},
     'partition.of': _PARTITIONS,
     'population': data.population.build,
-    'selection': data.selection,
     'poison': adversary.poisoning,
+    'selection': data.selection,
     'system': clients.system,
     'clients': {
       **builders.names(clients.sampling),
