@@ -1,0 +1,1 @@
+"""Two Flower apps: federated tuning with fedjax_llm."""
