@@ -305,6 +305,13 @@ def test_figures_have_their_closed_forms():
   assert got == pytest.approx((0.3 - 0.5) * 1.0 / 0.25)
 
 
+def test_a_model_that_diverged_has_no_figures():
+  for pair in (([math.nan, 1.0], [0.0, 2.0]), ([1.0], [math.nan])):
+    assert np.isnan(audits.separation(*pair)).all()
+  assert math.isnan(audits.exposure(math.nan, [-1.0, -2.0]))
+  assert math.isnan(audits.exposure(-1.0, [-2.0, math.nan]))
+
+
 def test_the_bound_on_epsilon_is_that_of_the_binomial():
   for r, v, epsilon in ((10, 8, 0.7), (31, 20, 0.2)):
     q = math.exp(epsilon) / (1 + math.exp(epsilon))

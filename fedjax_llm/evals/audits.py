@@ -40,7 +40,7 @@ def separation(
 
   with the standard error of Hanley and McNeil 1982. The share of members above
   the threshold that a share `rate` of the others exceeds is the figure of
-  Carlini et al. 2022 (arXiv 2112.03570).
+  Carlini et al. 2022 (arXiv 2112.03570). All three are NaN if a score is.
 
   Raises:
     Error: no member or no other; a rate outside of [0, 1).
@@ -56,6 +56,8 @@ def separation(
     raise Error(
       f'separation: {len(a)} members and {len(b)} others; it needs both.'
     )
+  if np.isnan(a).any() or np.isnan(b).any():  # NaN would sort as the largest
+    return Separation(math.nan, math.nan, math.nan)
   order = np.sort(b)
   below = np.searchsorted(order, a, 'left')
   auc = float(
@@ -78,11 +80,14 @@ def exposure(secret: float, others: Sequence[float] | np.ndarray) -> float:
   trained on, and the rank is the secret's place by likelihood, from 1 (Carlini
   et al. 2019, arXiv 1802.08232, section 4.2). Its expectation is about 1.44 for
   a secret that is not known at all, and log2 |R| is the most that |R| can show.
+  It is NaN if a log-likelihood is.
 
   >>> exposure(-1.0, [-2.0, -3.0, -4.0]), exposure(-9.0, [-2.0, -3.0, -4.0])
   (2.0, 0.0)
   """
   others = np.asarray(others, np.float64)
+  if np.isnan(secret) or np.isnan(others).any():  # NaN would rank first
+    return math.nan
   rank = 1 + int(np.sum(others >= secret))
   return math.log2(len(others) + 1) - math.log2(rank)
 

@@ -62,6 +62,12 @@ def check(conf: Mapping[str, Any]) -> None:
       'work: privacy needs a schedule that no text changes, such as '
       'clients.name=uniform.'
     )
+  if name == 'by_value':
+    raise Error(
+      "clients.name is 'by_value', and which clients take part follows values "
+      'that were computed from their texts: privacy needs a schedule that no '
+      'text changes, such as clients.name=uniform.'
+    )
   if kind == 'central' and (conf.get('clients') or {}).get('rate') is None:
     raise Error(
       'clients.rate is missing: privacy counts with the probability that a '
