@@ -176,6 +176,36 @@ def test_lost_work_and_hours_of_sleep_cost_time():
     assert rounds.clock(0)['clock/seconds'] == 5 * 3600 + 1
 
 
+@pytest.mark.parametrize('builder', [buffered, deadline, tiered])
+def test_a_wait_ends_where_a_client_is_available(builder):
+  opens = np.random.default_rng(0).uniform(0, 24, 50)
+  for number, hour in enumerate(opens):  # hours that are not round in seconds
+    fleet = system(1.0, opens=np.array([hour]), hours=np.array([2.0]))
+    now = 1e6 * number
+    late = now + systems.wait(fleet, now)
+    assert systems.available(fleet, late)[0] and late - now <= 22 * 3600 + 1e-3
+  more: dict[str, Any] = dict(num_tiers=1) if builder is tiered else {}
+  fleet = system(9e3, opens=opens[:1], hours=np.array([2.0]))
+  rounds: Any = builder(1, 1, system=fleet, job=lambda: JOB, **more)
+  for number in range(10):  # one round a day
+    assert rounds(number).ids.tolist() == [0]
+    want = opens[0] * 3600 + number * systems.DAY + 9e3
+    assert rounds.clock(number)['clock/seconds'] == pytest.approx(want)
+
+
+@pytest.mark.parametrize('builder', [buffered, deadline, tiered])
+def test_a_job_is_counted_once(builder):
+  calls = []  # a count compiles the method
+  more: dict[str, Any] = dict(num_tiers=1) if builder is tiered else {}
+  rounds: Any = builder(
+    2, 1, system=system(1.0, 2.0), job=lambda: calls.append(1) or JOB, **more
+  )
+  assert not calls
+  for number in range(3):
+    rounds(number)
+  assert calls == [1]
+
+
 def test_tiers_do_not_wait_for_each_other():
   rounds: Any = tiered(
     4, 2, system=system(5.0, 1.0, 4.0, 1.0), job=lambda: JOB, num_tiers=2

@@ -95,6 +95,20 @@ def test_messages_that_do_not_fit_are_one_sentence(tmp_path):
     ('fed_buff', 'keeps versions for late clients', {}),
     ('fed_pipe', 'plans between rounds', budgets),
     ('fed_avg', 'sums messages before', dict(upload__name='count_sketch')),
+    (
+      'fed_avg',
+      'deadline simulates who arrives when',
+      dict(clients__name='deadline', system__name='fleet'),
+    ),
+    (
+      'centralised',
+      'clients.name=deadline has a clock, and with pooled',
+      dict(
+        clients__name='deadline',
+        system__name='fleet',
+        partition__name='pooled',
+      ),
+    ),
   ):
     with pytest.raises(Error, match=words):
       opened(command(tmp_path, name, **more)[1])

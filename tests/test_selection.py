@@ -157,6 +157,11 @@ def test_hdbscan_of_the_package_finds_the_groups():
   assert chosen.prepare is not None
   places = chosen.prepare([own.tolist()], np.array, 0)[0]
   assert [(place < 8) for place in places] == [True, False]
+  # Fewer examples than a group has are no group: one is kept.
+  large = selection.fed_hds(min_cluster=6)
+  assert large.prepare is not None
+  (few,) = large.prepare([own[:4].tolist()], np.array, 0)
+  assert len(few) == 1
 
 
 # ------------------------------------------------------------------ scored --

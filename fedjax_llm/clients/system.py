@@ -281,4 +281,8 @@ def wait(system: System, now: float) -> float:
   """
   if available(system, now).any():
     return 0.0
-  return float(np.min((system.opens - now % DAY / 3600) % 24) * 3600)
+  seconds = float(np.min((system.opens - now % DAY / 3600) % 24) * 3600)
+  more = np.spacing(now + seconds)
+  while not available(system, now + seconds).any():  # just before, by rounding
+    seconds, more = seconds + float(more), 2 * more
+  return seconds

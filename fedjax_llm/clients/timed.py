@@ -145,11 +145,14 @@ def deadline(
   if partial and seconds is None:
     raise Error('clients.partial needs a deadline: set clients.seconds.')
   limit = math.inf if seconds is None else float(seconds)
+  made: list = []  # the job and its seconds, once they are asked for
 
   def step(number, now):
     now += systems.wait(system, now)
-    work = job()
-    parts = systems.duration(system, work)
+    if not made:
+      one = job()
+      made[:] = [one, systems.duration(system, one)]
+    work, parts = made
     draw = lambda purpose: np.random.default_rng((seed, purpose, number))
     can = np.flatnonzero(systems.available(system, now))
     order = np.argsort(draw(_CHOSEN).random(num_clients)[can], kind='stable')
@@ -174,13 +177,13 @@ def deadline(
     else:  # waits for all, but not beyond the deadline
       end = min(limit, float(took.max()))
     kept = first[np.argsort(ids[first])]
-    made = _draw(ids[kept], cohort_size)
+    drawn = _draw(ids[kept], cohort_size)
     if partial:
       rows = np.zeros(cohort_size, np.int32)
       rows[: len(kept)] = steps[kept]
-      made = made._replace(steps=rows)
+      drawn = drawn._replace(steps=rows)
     joules = float(np.sum(system.watts[ids] * compute))
-    return made, now + end, joules, len(ids) - len(kept)
+    return drawn, now + end, joules, len(ids) - len(kept)
 
   return _sequence(step)
 

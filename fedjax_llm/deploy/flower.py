@@ -116,7 +116,7 @@ def server_app() -> Any:
   an error are left out. At the end it writes the adapter as a PEFT directory.
 
   Raises:
-    Error: Flower is not installed; from a run, a client that no node serves.
+    Error: Flower is not installed; from a run, a client that two nodes serve.
   """
   flwr = _flwr()
   app = flwr.serverapp.ServerApp()
@@ -136,7 +136,7 @@ def run(grid: Any, settings: Mapping[str, Any]) -> Any:
     settings: the run config.
 
   Raises:
-    Error: a client that no node serves, or that two nodes do.
+    Error: a client that two nodes serve. It waits for one that no node serves.
   """
   flwr = _flwr()
   Message, records = flwr.app.Message, flwr.app.RecordDict

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm import tree
+from fedjax_llm import clients, tree
 from fedjax_llm.deploy import wire
 from fedjax_llm.run import config, experiment
 from fedjax_llm.run.sections import SPEC
@@ -64,7 +64,8 @@ def open(path: str, *fields: str, say: Callable[[str], None] = print) -> Site:
 
   Raises:
     Error: the config is wrong; the method has no halves, keeps versions of its
-      parameters, or sums its messages before they are decoded.
+      parameters, or sums its messages before they are decoded; a sampler with
+      a clock, whose losses and shorter work belong to the simulation.
   """
   words = [f'--config.{field}' for field in fields]
   conf = config.parse(
@@ -82,6 +83,11 @@ def open(path: str, *fields: str, say: Callable[[str], None] = print) -> Site:
     raise Error(
       f'{name} keeps versions for late clients; over a network it would need '
       'an asynchronous server.'
+    )
+  if isinstance(built.sampler, clients.timed.Timed):
+    raise Error(
+      f'clients.name={conf["clients"]["name"]} simulates who arrives when, and '
+      'a network does not: take another sampler.'
     )
   newcomer = algorithm.init_client(start.params)
   one = built.make_cohort(Draw(np.zeros(1, np.int32), np.ones(1, bool)), 0)

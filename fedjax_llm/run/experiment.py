@@ -44,6 +44,7 @@ from fedjax_llm.types import (
   Adapter,
   Cohort,
   Draw,
+  Error,
   FederatedAlgorithm,
   Params,
   Population,
@@ -343,6 +344,12 @@ def build(
     ),
   )
   if population.pooled:  # one client takes the steps of a cohort
+    if fleet is not None:
+      raise Error(
+        f'clients.name={builders.named(conf["clients"])} has a clock, and with '
+        'pooled clients nobody arrives late: leave the section system out and '
+        'take another sampler.'
+      )
     cohort_conf['num_steps'] *= len(sampler(0).ids)
     sampler, sizes = clients.sampling.full(1), [sum(sizes)]
   carry = None

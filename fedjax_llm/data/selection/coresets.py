@@ -101,9 +101,13 @@ def hdbscan(min_cluster: int) -> Cluster:
       'selection.name=fed_hds needs the package scikit-learn: install the '
       'extra `select`.'
     ) from error
-  return lambda points: HDBSCAN(
-    min_cluster_size=min_cluster, copy=True
-  ).fit_predict(points)
+
+  def cluster(points: np.ndarray) -> np.ndarray:
+    if len(points) < min_cluster:  # all noise; the package raises here
+      return np.full(len(points), -1)
+    return HDBSCAN(min_cluster_size=min_cluster, copy=True).fit_predict(points)
+
+  return cluster
 
 
 def _groups(points: np.ndarray, cluster: Cluster) -> np.ndarray:
