@@ -101,7 +101,7 @@ def scores(
   the other.
 
   >>> problem = Problem('def f():\\n', 'def check(g): assert g() == 1', 'f')
-  >>> result = scores([problem], ['  return 1', '  return 2'])
+  >>> result = scores([problem], ['  return 1', '  return 2'], timeout=60)
   >>> result.statistics[0].tolist()  # pass@1 of one problem, none timed out
   [0.5, 1.0, 0.0, 1.0]
   """

@@ -8,6 +8,7 @@ means harm, which can still read files and use the network.
 import concurrent.futures
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from fedjax_llm.types import Error
 # Sets limits inside the new process, then runs the program from its input.
 _RUNNER = """
 import os, resource, sys
-memory, seconds = int(sys.argv[1]), int(sys.argv[2])
+memory, seconds, word = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+del sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
@@ -30,9 +32,9 @@ try:
   exec(compile(source, 'program', 'exec'), {'__name__': '__main__'})
 except MemoryError:
   os._exit(3)
-os._exit(17)
+os.write(2, word.encode())
+os._exit(0)
 """
-_PASSED = 17  # a program that ends the process itself has not passed
 
 
 class Outcome(NamedTuple):
@@ -59,8 +61,10 @@ def run(program: str, *, timeout: float = 5.0, memory_mb: int = 512) -> Outcome:
   Raises:
     Error: a limit that is not positive, or a system without such limits.
 
-  >>> run('assert 1 + 1 == 2').status, run('assert 1 + 1 == 3').status
-  ('passed', 'failed')
+  >>> run('assert 1 + 1 == 2', timeout=60).status
+  'passed'
+  >>> run('assert 1 + 1 == 3', timeout=60).status
+  'failed'
   """
   if not timeout > 0 or memory_mb < 1:
     raise Error(
@@ -68,27 +72,34 @@ def run(program: str, *, timeout: float = 5.0, memory_mb: int = 512) -> Outcome:
     )
   if os.name != 'posix':
     raise Error('programs are run with limits of POSIX systems only.')
-  with tempfile.TemporaryDirectory() as folder:
+  # Errors go to a file, which the limit of files bounds, and not to a pipe,
+  # which a child of the program could keep open.
+  with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
     limits = [str(memory_mb * 2**20), str(int(timeout) + 1)]
+    # Written behind the last statement: a program that ends the process itself
+    # has not passed, whatever its status.
+    word = secrets.token_hex(16)
     process = subprocess.Popen(
-      [sys.executable, '-I', '-c', _RUNNER, *limits],
+      [sys.executable, '-I', '-c', _RUNNER, *limits, word],
       stdin=subprocess.PIPE,
       stdout=subprocess.DEVNULL,
-      stderr=subprocess.PIPE,
+      stderr=log,
       cwd=folder,
       env={},
       start_new_session=True,
     )
     try:
-      _, errors = process.communicate(program.encode(), timeout=timeout)
+      process.communicate(program.encode(), timeout=timeout)
     except subprocess.TimeoutExpired:
       return Outcome('timed out', f'after {timeout} seconds')
     finally:
       _end(process)
+    log.seek(0)
+    errors = log.read()
+  if process.returncode == 0 and errors.endswith(word.encode()):
+    return Outcome('passed')
   lines = errors.decode(errors='replace').strip().splitlines()
   detail = lines[-1][:200] if lines else ''
-  if process.returncode == _PASSED:
-    return Outcome('passed')
   if process.returncode == 3 and not detail:
     return Outcome('out of memory', f'more than {memory_mb} MB')
   if process.returncode == -signal.SIGXCPU:
@@ -107,7 +118,7 @@ def run_all(
 
   `num_processes` is by default the number of processors.
 
-  >>> [outcome.status for outcome in run_all(['x = 1', 'x ='])]
+  >>> [outcome.status for outcome in run_all(['x = 1', 'x ='], timeout=60)]
   ['passed', 'failed']
   """
   one = lambda program: run(program, timeout=timeout, memory_mb=memory_mb)
