@@ -347,6 +347,13 @@ def test_choices_are_taken_by_log_likelihood(tmp_path):
   )
 
 
+@pytest.mark.parametrize('joint', ['', ' '])
+def test_a_choice_keeps_the_spaces_at_the_end_of_its_question(joint):
+  item = choosing.Item('Sky:\n', ('red', 'blue'), 0)
+  one, _ = choosing.texts(item, str.encode, joint=joint, max_length=64)
+  assert bytes(one.tokens.tolist()) == f'Sky:\n{joint}red'.encode()
+
+
 def test_replies_of_a_batch_are_those_of_one_by_one():
   told = evaluated(
     'generated', score='chrf', title='arith', max_new_tokens=3, num_resamples=50

@@ -193,6 +193,11 @@ def pathological(
         f'pathological: labels_per_client is {labels_per_client}, but must be '
         f'between 1 and the {count} labels.'
       )
+    if assign not in ('random', 'in_order', 'first_in_order'):
+      raise Error(
+        f'pathological: assign is {assign!r}, but must be random, in_order or '
+        'first_in_order.'
+      )
     check_clients('pathological', num_clients, len(records), 'records')
     if num_clients * labels_per_client < count:
       raise Error(

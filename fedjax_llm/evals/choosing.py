@@ -121,7 +121,7 @@ def texts(
   ([97, 32, 99, 100], [0, 1, 1, 1])
   """
   question = item.question.rstrip()
-  joint = item.question[len(question) :] + joint if joint else ''
+  joint = item.question[len(question) :] + joint
   head, rows = len(encode(question)), []
   for choice in item.choices:
     whole = list(encode(f'{question}{joint}{choice}'))

@@ -128,7 +128,11 @@ def prompts(batch: Batch) -> jax.Array:
 
 
 def advantages(
-  reward: jax.Array, group_size: int, scale: Scale = 'group', eps: float = 1e-4
+  reward: jax.Array,
+  group_size: int,
+  scale: Scale = 'group',
+  eps: float = 1e-4,
+  real: jax.Array | None = None,
 ) -> jax.Array:
   """Returns the advantages of replies, [M], in groups of consecutive replies.
 
@@ -136,20 +140,22 @@ def advantages(
 
   with the standard deviation of the group, of the whole batch, or without a
   division ('none', Liu et al. 2025, arXiv 2503.20783); both divide by n - 1.
+  `real` [M] is False for padding, which does not count for that of the batch.
 
   >>> advantages(jnp.array([1.0, 0.0, 5.0, 5.0]), 2, 'none').tolist()
   [0.5, -0.5, 0.0, 0.0]
   """
   groups = reward.reshape(-1, group_size)
   gain = groups - groups.mean(1, keepdims=True)
-  spread = lambda x, axis: jnp.sqrt(
-    jnp.sum((x - x.mean(axis, keepdims=True)) ** 2, axis, keepdims=True)
-    / max(x.shape[axis] - 1, 1)
-  )
   if scale == 'group':
-    gain = gain / (spread(groups, 1) + eps)
+    squares = jnp.sum(gain**2, 1, keepdims=True)
+    gain = gain / (jnp.sqrt(squares / max(group_size - 1, 1)) + eps)
   elif scale == 'batch':
-    gain = gain / (spread(reward, 0) + eps)
+    here = jnp.ones_like(reward) if real is None else real.astype(reward.dtype)
+    num = jnp.sum(here)
+    mean = jnp.sum(here * reward) / jnp.maximum(num, 1)
+    squares = jnp.sum(here * (reward - mean) ** 2)
+    gain = gain / (jnp.sqrt(squares / jnp.maximum(num - 1, 1)) + eps)
   return gain.reshape(-1)
 
 
@@ -224,7 +230,7 @@ def rolled(
   log_p = reply_log_probs(loss.model)
   old = log_p(base, params, text, starts, reply)
   first = old if reference == 'start' else log_p(base, {}, text, starts, reply)
-  gain = advantages(reward, group_size, scale)
+  gain = advantages(reward, group_size, scale, real=starts > 0)
   out = Rollouts(text, starts, reply, old, first, gain, reward)
   return jax.lax.stop_gradient(out)
 
