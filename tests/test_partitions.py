@@ -125,9 +125,7 @@ def test_pathological_clients_have_exactly_their_labels():
     skew.pathological(2, 2)(records, 0)
   with pytest.raises(Error, match='labels_per_client is 6, but must be betwe'):
     skew.pathological(9, 6)(records, 0)
-  with pytest.raises(
-    Error, match="assign is 'order', but must be random"
-  ):
+  with pytest.raises(Error, match="assign is 'order', but must be random"):
     skew.pathological(9, 2, 'order')(records, 0)  # pyright: ignore
   with pytest.raises(Error, match=r"the label 'l\d' has 1 records for"):
     skew.pathological(4, 2)(made([1, 1, 9, 9]), 0)
