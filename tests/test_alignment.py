@@ -321,7 +321,7 @@ def test_advantages_are_those_of_the_paper(scale):
   np.testing.assert_allclose(value, want, rtol=1e-4, atol=1e-5)
   assert abs(float(value[:4].sum())) < 1e-4
   # Prompts of padding change nothing.
-  real = np.arange(12) < 8
+  real = jnp.arange(12) < 8
   padded = advantages(jnp.array([*REWARD, *[0.0] * 4]), 4, scale, real=real)
   np.testing.assert_allclose(padded, [*want, *[0.0] * 4], rtol=1e-4, atol=1e-5)
 
