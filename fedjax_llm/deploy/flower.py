@@ -141,6 +141,8 @@ def run(grid: Any, settings: Mapping[str, Any]) -> Any:
   flwr = _flwr()
   Message, records = flwr.app.Message, flwr.app.RecordDict
   site = _site(settings)
+  if 'workdir' in settings:  # before any round
+    _check_adapter(site)
   node_of = _nodes(grid, site)
   state, rounds = site.start, site.built.settings.num_rounds
   for number in range(rounds):
@@ -203,9 +205,7 @@ def _nodes(grid: Any, site: halves.Site) -> dict[int, int]:
       for node in nodes
       if node not in found.values()
     ]
-    if not messages:
-      time.sleep(1.0)
-      continue
+    known = len(found)
     for reply in grid.send_and_receive(messages):
       if reply.has_error():
         raise Error(f'a node could not name its clients: {reply.error.reason}')
@@ -216,6 +216,8 @@ def _nodes(grid: Any, site: halves.Site) -> dict[int, int]:
             'partition-id.'
           )
         found[int(client)] = reply.metadata.src_node_id
+    if len(found) == known:  # nodes that are still to come have the others
+      time.sleep(1.0)
   return found
 
 
@@ -244,13 +246,19 @@ def _restored(site: halves.Site, arrays: dict[str, np.ndarray]) -> ClientState:
   )
 
 
+def _check_adapter(site: halves.Site) -> None:
+  """Raises `Error` if the served parameters have no form in PEFT."""
+  served = site.algorithm.personal(site.start.params, None)
+  _, final = site.built.adapter.fold(site.built.base, served)
+  if reason := peft.refusal(final, site.built.loaded.config):
+    raise Error(f'workdir: the result would be no PEFT adapter: {reason}')
+
+
 def _save(site: halves.Site, state: Any, folder: pathlib.Path) -> None:
   """Writes the served adapter as a PEFT directory."""
   built = site.built
   served = site.algorithm.personal(state.params, None)
   base, final = built.adapter.fold(built.base, served)
-  if reason := peft.refusal(final, built.loaded.config):
-    raise Error(f'{folder} holds no PEFT adapter: {reason}')
   folder.parent.mkdir(parents=True, exist_ok=True)
   experiment.save_adapter(
     folder,
