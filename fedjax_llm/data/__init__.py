@@ -15,6 +15,7 @@ from fedjax_llm.data import (
   selection,
   skew,
   sources,
+  stages,
   text,
   tokenizers,
 )
@@ -64,6 +65,7 @@ __all__ = [
   'skew',
   'selection',
   'sources',
+  'stages',
   'text',
   'tokenizers',
 ]
