@@ -94,8 +94,9 @@ def pools(
     assert when is not None and window is not None
     begin = (1 - window) * round / max(ends[-1] - 1, 1)
     u = when[client]
-    # Rounding must not leave out the first record or the last.
-    inside = (u >= begin - 1e-9) & (u < begin + window + 1e-9)
+    # Places in time are whole numbers over the number of records: `begin` may
+    # miss one by rounding only.
+    inside = (u >= begin - 1e-9) & (u < begin + window - 1e-9)
     return np.flatnonzero(inside)
 
   def present(client: int, round: int) -> np.ndarray:

@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fedjax_llm.report import continual, curves, spreads, tables
+from fedjax_llm.report import continual, curves, newcomers, spreads, tables
 from fedjax_llm.report.drawing import Picture
 from fedjax_llm.report.runs import Run
 from fedjax_llm.report.tables import Samples, Table
@@ -48,6 +48,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         spreads.sizes(runs),
         spreads.loss_by_size(runs),
         *tables.worst(runs),
+        *newcomers.table(runs),
       ],
     ),
     Section(

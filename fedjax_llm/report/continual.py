@@ -3,7 +3,7 @@
 The matrices are read from the records of the rounds that ended a stage.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fedjax_llm.report.drawing import Picture
@@ -55,11 +55,7 @@ def read(run: Run) -> tuple[list[str], dict[str, dict[str, Any]]]:
   """Returns the names of a run's stages and its matrices (`run.staged`)."""
   by_round = {record['round']: record for record in run.records}
   names = next(
-    (
-      list(record[staged.LOSSES])
-      for record in run.records
-      if isinstance(record.get(staged.LOSSES), Mapping)
-    ),
+    (record[staged.NAMES] for record in run.records if staged.NAMES in record),
     [],
   )
   ends = [n for n, x in by_round.items() if 'evals/stages/loss_average' in x]

@@ -23,6 +23,7 @@ from fedjax_llm.run import (
   benchmarks,
   builders,
   inverting,
+  newcomers,
   viewing,
 )
 from fedjax_llm.types import Error, Evaluator, FederatedAlgorithm, Loss
@@ -111,6 +112,7 @@ EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {
   **builders.names(benchmarks),
   **builders.names(auditing),
   **builders.names(inverting),
+  **builders.names(newcomers),
 }
 
 
@@ -123,9 +125,9 @@ def check(sections: Sequence[Mapping[str, Any]]) -> None:
   >>> check([{'name': 'likelihoods'}])
   Traceback (most recent call last):
   fedjax_llm.types.Error: evals.evaluators[0].name: there is no 'likelihoods' \
-(the nearest is 'likelihood'; there are likelihood, by_stage, fused, instance_mixed, \
-recalled, choices, classes, code, generated, attack_success, exposure, \
-extraction, membership, inversion); one's own is named \
+(the nearest is 'likelihood'; there are likelihood, by_stage, fused, \
+instance_mixed, recalled, choices, classes, code, generated, attack_success, \
+exposure, extraction, membership, inversion, newcomers); one's own is named \
 'package.module:function'.
   """
   for i, section in enumerate(sections):

@@ -18,6 +18,7 @@ from fedjax_llm.run import builders, clock, workdir
 from fedjax_llm.types import Error, Population, Sampler
 
 FILE = 'stages.json'
+NAMES = 'evals/stages/stage_names'  # in the order of the stages
 LOSSES, ACCURACIES = 'evals/stages/losses', 'evals/stages/accuracies'
 _OWN = 'evals/stages/personal'
 # The title of a matrix, the field of its rows, and the sign of its score.
@@ -176,7 +177,9 @@ def of(
       f'{sum(each)} rounds (stages.rounds={plan.rounds}).'
     )
   _, owned = data.population.trainers(population)
-  stage = [np.array([reading.seen[content(x)][0] for x in own]) for own in owned]
+  stage = [
+    np.array([reading.seen[content(x)][0] for x in own]) for own in owned
+  ]
   when = [np.array([reading.seen[content(x)][1] for x in own]) for own in owned]
   heldout = [
     [
@@ -266,11 +269,12 @@ def tracker(
   stages: Staged | None,
   earlier: Sequence[Mapping[str, Any]] = (),
   folder: pathlib.Path | None = None,
-) -> Callable[[int, Mapping[str, Any]], dict[str, float]]:
+) -> Callable[[int, Mapping[str, Any]], dict[str, Any]]:
   """Returns `(round, metrics) -> metrics`, the summaries at the end of a stage.
 
-  They are named 'evals/stages/loss_average', 'accuracy_forgetting' and so on.
-  Without stages, and in other rounds, there are none.
+  They are named 'evals/stages/loss_average', 'accuracy_forgetting' and so on;
+  'evals/stages/stage_names' has the stages in their order, also before the
+  first round. Without stages, and in other rounds, there are none.
 
   Args:
     stages: of the run; None: it has none.
@@ -281,10 +285,12 @@ def tracker(
     return lambda number, values: {}
   rows = {record['round']: record for record in earlier}
 
-  def note(number: int, values: Mapping[str, Any]) -> dict[str, float]:
+  def note(number: int, values: Mapping[str, Any]) -> dict[str, Any]:
     rows[number] = values
-    if number not in stages.ends:
+    if number not in (0, *stages.ends):
       return {}
+    if number == 0:
+      return {NAMES: list(stages.names)}
     tables = matrices(stages.names, stages.ends, rows)
     if folder is not None:
       content = {
@@ -295,7 +301,7 @@ def tracker(
       }
       text = json.dumps(content, indent=1).replace('NaN', 'null')
       workdir.replace(folder / FILE, text + '\n')
-    return {
+    return {NAMES: list(stages.names)} | {
       f'evals/stages/{title}_{name}': value
       for title, table in tables.items()
       for name, value in table.items()
