@@ -3,6 +3,7 @@
 import itertools
 import json
 import types
+from typing import Any
 
 import numpy as np
 import pytest

@@ -22,6 +22,10 @@ class Pools(NamedTuple):
 
   `of(client, round)` returns their places, and `able(round)` the ids of the
   clients that have an example of the round, ascending.
+
+  >>> result = pools([np.array([0, 1])], (3, 5))
+  >>> [result.stage(round) for round in range(5)]
+  [0, 0, 0, 1, 1]
   """
 
   ends: tuple[int, ...]  # the round after which each stage ends
