@@ -52,12 +52,12 @@ def get_config(arg: str) -> dict:
       new_clients=0,
     ),
     clients=dict(name='poisson', cohort_size=ROWS, rate=RATE),
-    cohort=dict(num_steps=4, batch_size=2, weight_by='uniform'),
+    cohort=dict(num_steps=4, batch_size=1, weight_by='uniform'),
     model=dict(name='pretrained', path=f'{cache}/SmolLM2-135M-Instruct'),
     adapter=adapter,
     algorithm=dict(name=method),
     local=dict(name='adamw', learning_rate=rate),
-    evals=dict(every=1000, per_client=2, samples=0, buckets=(64,)),
+    evals=dict(every=1000, per_client=1, samples=0, buckets=(64,)),
   )
   if not large:  # a decoder of 1.0 million parameters on bytes
     config['model'] = dict(name=cells.random if smoke else cells.small)

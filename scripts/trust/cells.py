@@ -157,7 +157,7 @@ def room(seed: int, poison: str, smoke: bool) -> Room:
   built = _built(seed, 1, sections, smoke)
   _, by_row, likelihood = _programs(smoke)
   method = built.method()
-  evaluators = [{'name': 'likelihood'}]
+  evaluators: list[dict[str, Any]] = [{'name': 'likelihood'}]
   if section.get('name') == 'backdoor':
     evaluators.append({'name': 'attack_success', 'num_texts': 32})
   examine = run_evaluators.build(
