@@ -128,7 +128,7 @@ def pairs() -> Tokenizer:
 
   >>> tokenizer = pairs()
   >>> tokenizer.encode('then'), tokenizer.decode([259, 261])
-  ([259, 262], 'thin')
+  ([259, 267], 'thin')
   >>> len(tokenizer.encode('then')), tokenizer.vocab_size
   (2, 291)
   """
