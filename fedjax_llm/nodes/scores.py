@@ -32,15 +32,14 @@ class Towers(NamedTuple):
   """A frozen dual encoder at one batch of images and one list of classes.
 
   `texts(rows)` returns unit features [C, E] of the class names behind context
-  rows [P, D], the same for all classes, or [C, P, D], rows for each class.
-  `images(rows)` returns `Pictures`, with prompt rows [P, V] of the image tower
-  or None.
+  rows [P, D], the same for all classes, or [C, P, D], rows for each class;
+  `texts(None)` those of the zero-shot classifier. `images(rows)` returns
+  `Pictures`, with prompt rows [P, V] of the image tower, or None.
   """
 
   texts: Callable[[Any], jax.Array]
   images: Callable[[Any], Pictures]
-  names: Any  # [C, E], unit features of the class names without context rows
-  scale: Any  # [], what cosines are multiplied with
+  scale: Any  # [], the factor of cosines
 
 
 def unit(x: jax.Array) -> jax.Array:
@@ -59,7 +58,7 @@ def compared(towers: Towers, pooled: Any, texts: Any) -> jax.Array:
   `pooled` are features of images [B, E], `texts` unit features [C, E], or
   [B, C, E] where each image has its own.
 
-  >>> towers = Towers(None, None, None, 10.0)
+  >>> towers = Towers(None, None, 10.0)
   >>> compared(towers, jnp.array([[2.0, 0.0]]), jnp.eye(2)).tolist()
   [[10.0, 0.0]]
   """
@@ -73,12 +72,12 @@ def scores(node: Any, towers: Towers) -> jax.Array:
   """Returns the logits of a node, or zero-shot logits for None, [B, C].
 
   >>> pictures = Pictures(jnp.array([[0.0, 2.0]]))
-  >>> towers = Towers(None, lambda rows: pictures, jnp.eye(2), 10.0)
+  >>> towers = Towers(lambda rows: jnp.eye(2), lambda rows: pictures, 10.0)
   >>> scores(None, towers).tolist()
   [[0.0, 10.0]]
   """
   if node is None:
-    return compared(towers, towers.images(None).pooled, towers.names)
+    return compared(towers, towers.images(None).pooled, towers.texts(None))
   return node.scores(towers)
 
 
@@ -90,7 +89,7 @@ class Context(NamedTuple):
 
   >>> pictures = Pictures(jnp.array([[0.0, 2.0]]))
   >>> texts = lambda rows: unit(jnp.eye(2) + rows.sum())
-  >>> towers = Towers(texts, lambda rows: pictures, jnp.eye(2), 10.0)
+  >>> towers = Towers(texts, lambda rows: pictures, 10.0)
   >>> print(Context(jnp.zeros((3, 4))).scores(towers).round(1))
   [[ 0. 10.]]
   """
@@ -109,7 +108,7 @@ class Visual(NamedTuple):
   Jia et al. 2022, arXiv 2203.12119 (VPT-shallow).
 
   >>> images = lambda rows: Pictures(jnp.ones((1, 2)) * rows.sum(0))
-  >>> towers = Towers(None, images, jnp.eye(2), 1.0)
+  >>> towers = Towers(lambda rows: jnp.eye(2), images, 1.0)
   >>> print(Visual(jnp.array([[3.0, 4.0]])).scores(towers).round(2))
   [[0.6 0.8]]
   """
@@ -119,7 +118,7 @@ class Visual(NamedTuple):
   PLACES = ('scores',)
 
   def scores(self, towers: Towers) -> jax.Array:
-    return compared(towers, towers.images(self.rows).pooled, towers.names)
+    return compared(towers, towers.images(self.rows).pooled, towers.texts(None))
 
 
 class Reweighted(NamedTuple):
@@ -131,7 +130,7 @@ class Reweighted(NamedTuple):
 
   >>> even = Affine(jnp.zeros((2, 2)), jnp.zeros(2))
   >>> pictures = Pictures(jnp.array([[0.0, 2.0]]))
-  >>> towers = Towers(None, lambda rows: pictures, jnp.eye(2), 10.0)
+  >>> towers = Towers(lambda rows: jnp.eye(2), lambda rows: pictures, 10.0)
   >>> Reweighted(even, even).scores(towers).tolist()
   [[0.0, 10.0]]
   """
@@ -147,22 +146,22 @@ class Reweighted(NamedTuple):
     return jax.nn.softmax(self.second(jnp.tanh(self.first(pooled)))) * pooled
 
   def scores(self, towers: Towers) -> jax.Array:
-    return compared(
-      towers, self.weighted(towers.images(None).pooled), towers.names
-    )
+    pooled = self.weighted(towers.images(None).pooled)
+    return compared(towers, pooled, towers.texts(None))
 
 
 class Transported(NamedTuple):
   """Two contexts, whose features are matched with the patches of an image.
 
-      s_mn = cos(patch m, t_c of context n),   T = partial plan of s, no gradient
+      s_mn = cos(patch m, t_c of context n),   T = partial plan of s,
       logit_c = scale * sum_mn T_mn s_mn
 
-  Li et al. 2024, arXiv 2403.00041 (FedOTP); see `transport.partial_plan`.
+  Li et al. 2024, arXiv 2403.00041 (FedOTP); T has no gradient. See
+  `transport.partial_plan`.
 
   >>> pictures = Pictures(jnp.ones((1, 2)), jnp.array([[[1.0, 0], [0, 1.0]]]))
   >>> texts = lambda rows: unit(jnp.eye(2) + rows.sum())
-  >>> towers = Towers(texts, lambda rows: pictures, jnp.eye(2), 10.0)
+  >>> towers = Towers(texts, lambda rows: pictures, 10.0)
   >>> zero = jnp.zeros((1, 2))
   >>> node = Transported(zero, zero, 0.5, 0.1)  # half of the mass is moved
   >>> print(node.scores(towers).round(1))
@@ -194,7 +193,8 @@ class Generated(NamedTuple):
 
   Qiu et al. 2024, arXiv 2310.06123 (FedTPG): `net` attends to t(name_c), so
   that it makes a context for any list of classes, unseen ones too. `classes`
-  restricts it and the logits to some of them; None: all.
+  are the numbers of the classes that count, others than these get no
+  probability; None: all.
 
   >>> from fedjax_llm.adapters.prompts import classes
   >>> adapter, base = classes.generated_context(3, 2), classes.sizes(4, 5, 2)
@@ -205,21 +205,28 @@ class Generated(NamedTuple):
   """
 
   net: Attended  # without a context of its own
-  classes: Any = None  # [C] bool
+  classes: Any = None  # [...] int32; a negative number is none
 
   PLACES = ('scores',)
   FROZEN = ('classes',)
 
+  def present(self, number: int) -> jax.Array | None:
+    """Returns True for the classes that count, [C]; None if all do."""
+    if self.classes is None:
+      return None
+    numbers = jnp.arange(number)[:, None]
+    return jnp.any(numbers == jnp.ravel(self.classes), -1)
+
   def rows(self, names: Any) -> jax.Array:
-    """Returns the context of classes with the features names, [P, D]."""
-    return self.net.made(names, self.classes)
+    """Returns the context of classes with the features names [C, E], [P, D]."""
+    return self.net.made(names, self.present(len(names)))
 
   def scores(self, towers: Towers) -> jax.Array:
-    texts = towers.texts(self.rows(towers.names))
+    names = towers.texts(None)
+    texts = towers.texts(self.rows(names))
     logits = compared(towers, towers.images(None).pooled, texts)
-    if self.classes is None:
-      return logits
-    return jnp.where(self.classes, logits, -1e9)
+    present = self.present(len(names))
+    return logits if present is None else jnp.where(present, logits, -1e9)
 
 
 class Domains(NamedTuple):

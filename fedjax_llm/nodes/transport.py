@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm.types import Error, known
+from fedjax_llm.types import Error
 
 
 def partial_plan(
@@ -48,11 +48,10 @@ def partial_plan(
   >>> print(plan[:, 0].round(2))  # 1/3 is the most a row can move
   [0.33 0.27 0.  ]
   """
-  if known(mass) and not isinstance(mass, jax.Array) and not 0 < mass <= 1:
+  if isinstance(mass, float) and not 0 < mass <= 1:
     raise Error(f'partial_plan: mass={mass} must be above 0 and at most 1.')
-  if known(temperature) and not isinstance(temperature, jax.Array):
-    if temperature <= 0:
-      raise Error(f'partial_plan: temperature={temperature} must be above 0.')
+  if isinstance(temperature, float) and temperature <= 0:
+    raise Error(f'partial_plan: temperature={temperature} must be above 0.')
   if steps < 1:
     raise Error(f'partial_plan: steps={steps} must be at least 1.')
   rows, columns = similarity.shape[-2:]

@@ -93,9 +93,7 @@ def feature_attention() -> Adapter:
 
   def start(key: Key, base: Base):
     size, keys = features(base), jax.random.split(key)
-    return {
-      'scores': Reweighted(*(draws.affine(k, size, size) for k in keys))
-    }
+    return {'scores': Reweighted(*(draws.affine(k, size, size) for k in keys))}
 
   return Adapter(start, merge, fold)
 
@@ -224,8 +222,8 @@ def _kernel(base: Base, tower: str) -> Any:
   kernel = base.get(f'{tower}_projection', {}).get('kernel')
   if kernel is None:
     raise Error(
-      f'the model has no {tower}_projection: this adapter is for a dual encoder '
-      'of images and texts.'
+      f'the model has no {tower}_projection: this adapter is for a dual '
+      'encoder of images and texts.'
     )
   return kernel
 
