@@ -98,6 +98,11 @@ sections out.
       f'stages: clients.name={name} has a clock, and clients without data of '
       'the stage are not there: take another sampler.'
     )
+  if name == 'with_root':
+    raise Error(
+      'stages: clients.name=with_root draws its root in every round, and '
+      'clients without data of the stage are not there: take another sampler.'
+    )
   if (conf.get('evals') or {}).get('patience') is not None:
     raise Error(
       'stages: evals.patience would end the run before its last stage: leave '
