@@ -391,3 +391,13 @@ def test_domains_are_one_source_after_another(texts, tmp_path):
   sizes = [len(pools.of(0, r)) for r in (0, 3)]
   assert sizes[0] + sizes[1] - 1 == len(own)  # one example of replay
   assert built.population.report['num_records'] == 48
+  # A task may prepare held-out examples, such as pairs with a reference.
+  people = built.population
+  prepared = [[(k, i) for i, _ in enumerate(x)] for k, x in
+              enumerate(people.heldout)]  # fmt: skip
+  parts = built.stages.heldout(people._replace(heldout=prepared))
+  texts = built.stages.heldout(people)
+  for k, own in enumerate(parts):
+    assert sorted(x for one in own for x in one) == prepared[k]
+    for j, one in enumerate(own):
+      assert [people.heldout[k][i] for _, i in one] == texts[k][j]

@@ -77,7 +77,8 @@ def by_stage(
       'evals.evaluators: by_stage evaluates the stages of a run: it needs the '
       'section stages.'
     )
-  texts = [[one[:limit] for one in own] for own in stages.heldout]
+  heldout = stages.heldout(built.population)
+  texts = [[one[:limit] for one in own] for own in heldout]
   total = len(stages.names)
   together_by = [[x for own in texts for x in own[j]] for j in range(total)]
   apart_by = [one for own in texts for one in own] if private else []

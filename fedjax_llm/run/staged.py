@@ -44,18 +44,28 @@ class Reading(NamedTuple):
 
 
 class Staged(NamedTuple):
-  """The stages of a run.
-
-  `heldout[k][j]` are the held-out examples of client k in stage j.
-  """
+  """The stages of a run, and the stage of each held-out example."""
 
   names: tuple[str, ...]
   pools: clients.staged.Pools
-  heldout: Sequence[Sequence[Sequence[Any]]]  # [N][T]
+  tested: Sequence[np.ndarray]  # [N] arrays of stages, from 0
 
   @property
   def ends(self) -> tuple[int, ...]:
     return self.pools.ends
+
+  def heldout(self, population: Population) -> list[list[list[Any]]]:
+    """Returns the held-out examples of each client in each stage, [N][T].
+
+    They are those of a population as the task has prepared it.
+    """
+    return [
+      [
+        [x for x, stage in zip(own, of, strict=True) if stage == j]
+        for j in range(len(self.names))
+      ]
+      for own, of in zip(population.heldout, self.tested, strict=True)
+    ]
 
   def metrics(self, round: int) -> dict[str, int]:
     """Returns the number of the stage of a round; stages count from 1."""
@@ -182,21 +192,15 @@ def of(
       f'{sum(each)} rounds (stages.rounds={plan.rounds}).'
     )
   _, owned = data.population.trainers(population)
-  stage = [
-    np.array([reading.seen[content(x)][0] for x in own]) for own in owned
+  of_each = lambda examples, i: [
+    np.array([reading.seen[content(x)][i] for x in own]) for own in examples
   ]
-  when = [np.array([reading.seen[content(x)][1] for x in own]) for own in owned]
-  heldout = [
-    [
-      [x for x in own if reading.seen[content(x)][0] == j]
-      for j in range(len(names))
-    ]
-    for own in population.heldout
-  ]
+  stage, when = of_each(owned, 0), of_each(owned, 1)
+  tested = of_each(population.heldout, 0)
   for j, name in enumerate(names):
     if not any((own == j).any() for own in stage):
       raise Error(f'stages: no client has an example of {name!r} to train on.')
-    if not any(own[j] for own in heldout):
+    if not any((own == j).any() for own in tested):
       raise Error(
         f'stages: no example of {name!r} is held out; '
         'population.heldout_fraction is the share of each client.'
@@ -210,7 +214,7 @@ def of(
     window=plan.window,
     seed=seed,
   )
-  return Staged(names, pools, heldout)
+  return Staged(names, pools, tested)
 
 
 def describe(stages: Staged) -> str:
