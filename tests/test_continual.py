@@ -329,6 +329,16 @@ def test_rounds_and_stages_must_agree(texts):
     build(texts, selection__name='curriculum', selection__rounds=2)
 
 
+def test_wrong_fields_of_further_sources_are_named(texts):
+  fields = dict(stages__name='domains', stages__key=..., stages__order=...)
+  for then, message in (
+    ("{'name':'jsonl','pth':'x'}", r'stages.then\[0\].pth: jsonl takes no'),
+    ("{'name':'jsonn'}", r"stages.then\[0\].name: there is no 'jsonn'"),
+  ):
+    with pytest.raises(Error, match=message):
+      build(texts, stages__then=f'({then},)', **fields)
+
+
 def test_clients_drift_in_every_round_with_a_window_of_dates(tmp_path):
   """The cohorts that a run trains on hold the texts of the round's window."""
   path, days = tmp_path / 'diary.jsonl', 24
@@ -359,7 +369,7 @@ def test_clients_drift_in_every_round_with_a_window_of_dates(tmp_path):
   assert built.stages.names == ('0 to 11', '12 to 23')
   train_days = {int(own.tokens[1]) - 65 for part in built.owned for own in part}
   for r in range(6):
-    _, cohort = built.assemble(r)
+    draw, cohort = built.assemble(r)
     batches = cohort.batches
     days_now = {
       int(x) - 65
@@ -368,7 +378,7 @@ def test_clients_drift_in_every_round_with_a_window_of_dates(tmp_path):
     begin = 0.5 * r / 5 * days
     window = {day for day in train_days if begin <= day < begin + days / 2}
     assert days_now == window
-    assert built.selected(None, r) == {'data/stage': 1 + r // 3}
+    assert built.selected(draw, r) == {'data/stage': 1 + r // 3}
 
 
 def test_domains_are_one_source_after_another(texts, tmp_path):

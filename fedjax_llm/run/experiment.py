@@ -269,9 +269,7 @@ def build(
   records = make('data')
   reading = None
   if conf.get('stages'):
-    source = SPEC.sections['data']
-    more = lambda section: builders.build(section, source)
-    reading = staged.read(conf, records, more)
+    reading = staged.read(conf, records, SPEC.sections['data'])
     records = reading.split.records
   labels = task.labels(records)
   mesh = near = None

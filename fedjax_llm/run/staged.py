@@ -123,31 +123,35 @@ sections out.
 def records(
   conf: Mapping[str, Any],
   first: Sequence[Any],
-  make: Callable[[Mapping[str, Any]], Any],
+  sources: Any,
 ) -> Sequence[Any]:
   """Returns the records of all stages; those of `data` without the section.
 
   Args:
     conf: a checked config.
     first: the records of the section `data`.
-    make: builds a section of data.
+    sources: the builders of sections of data.
   """
   if not conf.get('stages'):
     return first
-  return read(conf, first, make).split.records
+  return read(conf, first, sources).split.records
 
 
 def read(
   conf: Mapping[str, Any],
   first: Sequence[Any],
-  make: Callable[[Mapping[str, Any]], Any],
+  sources: Any,
 ) -> Reading:
   """Returns the `Reading` of a config with a section `stages`.
 
   Args and errors as in `records` and the builders of `data.stages`.
   """
   plan = builders.build(conf['stages'], data.stages)
-  split = plan.split([first, *map(make, plan.sources)])
+  more = [
+    _source(section, f'stages.then[{i}]', sources)
+    for i, section in enumerate(plan.sources)
+  ]
+  split = plan.split([first, *more])
   place = {id(record): i for i, record in enumerate(split.records)}
   seen: dict[bytes, tuple[int, float]] = {}
 
@@ -166,6 +170,15 @@ def read(
     return encode_and_note
 
   return Reading(plan, split, noting, seen)
+
+
+def _source(section: Mapping[str, Any], label: str, sources: Any) -> Any:
+  """Returns the records of a section of data, checked under its own name."""
+  name = section.get('name')
+  builder = builders.resolve_builder(label, name, sources, f'{label}.name')
+  keywords = builders.keywords_of(section, sources)
+  builders.check(keywords, builder, (), lambda field: f'{label}.{field}')
+  return builder(**keywords)
 
 
 def of(

@@ -157,7 +157,7 @@ def figure(cells: dict[str, list[dict]]) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
   parser.add_argument('--rounds', type=int, default=2, help='of a stage')
   parser.add_argument('--budget', type=float, help='minutes')
   parser.add_argument('--table', action='store_true', help='train nothing')
