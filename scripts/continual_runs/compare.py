@@ -34,7 +34,7 @@ COMMON = {
   'cohort.batch_size': 4,
   'stages.name': 'by_key',
   'stages.key': 'label',
-  'stages.order': ('business', 'sport', 'tech'),
+  'stages.order': ('business', 'sports', 'tech'),
   'evals.per_client': 2,  # of each subject
   'evals.common': 0,
 }
