@@ -11,6 +11,7 @@ import pytest
 from fedjax_llm import aggregators, clients, local, recipes, tree
 from fedjax_llm.aggregators import networks, staleness
 from fedjax_llm.clients import system as systems
+from fedjax_llm.clients.attendance import attendance
 from fedjax_llm.clients.published import DEVICES, LINKS
 from fedjax_llm.clients.system import Job, System
 from fedjax_llm.clients.timed import buffered, deadline, tiered
@@ -210,6 +211,38 @@ def test_buffered_rounds_are_those_of_an_event_loop(fleet):
 def test_rounds_of_tiers_are_those_of_an_event_loop(fleet):
   rounds = tiered(4, 2, system=fleet, job=lambda: JOB, num_tiers=2)
   same_draws(rounds, literal_tiers(fleet, ([0, 1], [2, 3]), 40))
+
+
+def test_attendance_is_that_of_the_hours_of_the_day():
+  rng = np.random.default_rng(0)
+  fleet = system(
+    *[1.0] * 40, opens=np.r_[0.0, rng.uniform(0, 24, 39)],
+    hours=np.r_[24.0, rng.uniform(0.5, 23, 39)],
+  )  # fmt: skip
+  present = attendance(fleet)
+  busy: list[int] = []
+  for now in np.sort(rng.uniform(0, 4 * systems.DAY, 300)):
+    present.advance(now)
+    here = systems.available(fleet, now)
+    here[busy] = False
+    assert present.num_idle() == here.sum()
+    if here.any() and len(busy) < 8:
+      busy.append(present.take(rng))
+      assert here[busy[-1]]
+    elif busy:
+      present.free(busy.pop(0))
+  assert present.following() > now
+  # All idle clients are drawn alike, although most tries meet nobody.
+  few = attendance(
+    system(*[1.0] * 999, opens=np.full(999, 5.0), hours=np.full(999, 1.0))
+    ._replace(hours=np.r_[24.0, 24.0, np.ones(997)])
+  )  # fmt: skip
+  counts = np.zeros(2)
+  for i in range(200):
+    client = few.take(np.random.default_rng(i))
+    counts[client] += 1
+    few.free(client)
+  assert counts.min() > 70
 
 
 def test_a_client_that_fills_its_deadline_exactly_is_in_time():

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedjax_llm.clients import system as systems
+from fedjax_llm.clients.attendance import attendance
 from fedjax_llm.clients.system import Job, System
 from fedjax_llm.types import Draw, Error
 
@@ -237,50 +238,52 @@ def buffered(
       f'{num_clients} clients.'
     )
   training: list[tuple[float, int, int, int, bool]] = []  # a heap, by arrival
-  busy: set[int] = set()  # they train, or wait in the buffer
+  at_hand = attendance(system)  # busy: they train, or wait in the buffer
   state = {'job': 0, 'free': concurrency}
-  parts: list[systems.Seconds] = []  # of every client, once it is asked for
+  # Seconds and joules of every client's round, once they are asked for.
+  parts: list[np.ndarray] = []
 
   def begin(now: float, version: int) -> float:
     """Starts a client in every free place that finds one; returns joules."""
     joules = 0.0
-    while state['free']:
+    at_hand.advance(now)
+    while state['free'] and at_hand.num_idle():
       rng = np.random.default_rng((seed, _JOB, state['job']))
-      client = _idle(system, busy, now, rng)
-      if client is None:
-        break
+      client = at_hand.take(rng)
       slower = math.exp(jitter * rng.standard_normal())
       lost = bool(rng.random() < dropout)
-      took = float(parts[0].total[client]) * slower
-      joules += float(system.watts[client] * parts[0].compute[client]) * slower
+      took = float(parts[0][client]) * slower
+      joules += float(parts[1][client]) * slower
       heapq.heappush(
         training, (now + took, state['job'], client, version, lost)
       )
-      busy.add(client)
       state['job'] += 1
       state['free'] -= 1
     return joules
 
   def step(number, now):
-    parts[:] = parts or [systems.duration(system, job())]
+    if not parts:
+      seconds = systems.duration(system, job())
+      parts[:] = [seconds.total, system.watts * seconds.compute]
     arrived: list[tuple[int, int]] = []
     joules, lost = 0.0, 0
     while len(arrived) < cohort_size:
       if not training or training[0][0] > now:
         joules += begin(now, number)
       if state['free']:  # nobody is available: time goes on
-        opening = now + _until(system, busy, now)
-        if not training or opening < training[0][0]:
-          now = opening
+        following = at_hand.following()
+        if not training or following < training[0][0]:
+          now = following
           continue
       now, _, client, version, gone = heapq.heappop(training)
       state['free'] += 1
       if gone:
-        busy.discard(client)
+        at_hand.free(client)
         lost += 1
       else:
         arrived.append((client, version))
-    busy.difference_update(client for client, _ in arrived)
+    for client, _ in arrived:
+      at_hand.free(client)
     ids, started = np.array(sorted(arrived), np.int64).T
     made = _draw(ids, cohort_size)
     return made._replace(started=started.astype(np.int32)), now, joules, lost
@@ -402,24 +405,3 @@ def _draw(ids: np.ndarray, cohort_size: int) -> Draw:
 
 def _of(system: System, ids: np.ndarray) -> System:
   return System(*(column[ids] for column in system))
-
-
-def _idle(system, busy: set[int], now: float, rng) -> int | None:
-  """Returns a random client that is available and not busy; None: nobody."""
-  num = len(system.hours)
-  for client in rng.integers(num, size=16):  # mostly one of the first few
-    one = int(client)
-    if one not in busy and systems.available(_of(system, client[None]), now)[0]:
-      return one
-  free = systems.available(system, now)
-  free[list(busy)] = False
-  can = np.flatnonzero(free)
-  return int(can[rng.integers(len(can))]) if len(can) else None
-
-
-def _until(system: System, busy: set[int], now: float) -> float:
-  """Returns the seconds until a client that is not busy is available."""
-  free = np.ones(len(system.hours), bool)
-  free[list(busy)] = False
-  rest = np.flatnonzero(free)
-  return systems.wait(_of(system, rest), now) if len(rest) else math.inf
