@@ -92,7 +92,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
 
   # --------------------------------------------------------------- clients --
   # Devices and links, for the samplers with a simulated clock (`deadline`,
-  # `buffered`, `tiered`): dict(name='fleet', devices=('phone',)). None: none.
+  # `buffered`, `compass`, `tiered`): dict(name='fleet', devices=('phone',)).
+  # None: none.
   config.system = None
   # How a round's clients are drawn: `uniform`, `by_size`, `cyclic`, `full`.
   config.clients = dict(

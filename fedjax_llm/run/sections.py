@@ -215,6 +215,7 @@ SPEC = config.Spec(
       **builders.names(clients.sampling),
       'by_value': clients.valued.by_value,
       **builders.names(clients.timed),
+      'compass': clients.compass.compass,
     },
     'profiles': clients.profiles,
     'cohort': clients.cohorts.cohorts,
