@@ -230,7 +230,7 @@ def test_epsilon_beyond_the_plan_is_refused():
   plan = mechanisms.Mechanism(
     'local', 'client', 1.0, 2.0, 1e-3, None, 1, 'rdp', (0, 1)
   )
-  with pytest.raises(Error, match='after 2 rounds is not known.* 0 to 1 rou'):
+  with pytest.raises(Error, match=r'after 2 rounds is not known.* 0 to 1 rou'):
     plan.epsilon(2)
 
 
@@ -467,7 +467,8 @@ def test_methods_that_pass_a_mechanism_by_are_refused(
 
 
 def test_sampled_replies_are_refused_with_the_reason():
-  sampled = local.Sampled(tiny.loaded().model, None, None, ())
+  unused: Any = None
+  sampled = local.Sampled(tiny.loaded().model, unused, unused, ())
   with pytest.raises(Error) as error:
     experiment.algorithm(
       conf('examples', 'fed_avg_grpo', privacy=SAMPLED),
