@@ -1,9 +1,9 @@
 """Noise that cancels in part over rounds: three matrices of DP-FTRL.
 
-With the sums x_t of the rounds, prefix sums are released as A C^-1 (C x + n), n
-independent noise of the deviation z clip |C|, so round t gets the noise
-y = C^-1 n. The builders return a `Stream`: `banded` and `buffered` compute y row
-by row, and `tree` sums of the noises of a binary tree.
+With the sums x_t of the rounds, C x + n is private, n independent noise of the
+deviation z clip |C|, and the server adds y = C^-1 n to the sums. The builders
+return a `Stream`: `banded` and `buffered` compute y row by row, `tree` from the
+noises of the nodes of a binary tree.
 """
 
 import math
@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import optimize
+from scipy import optimize, special
 
 from fedjax_llm.types import Error
+
+MATRICES = ('banded', 'blt', 'tree')
 
 
 class Stream(NamedTuple):
@@ -29,6 +31,43 @@ class Stream(NamedTuple):
   size: int  # M, arrays of the leaf's shape that are kept
   # (past [M, ...], round, key, deviation) -> (noise [...], past [M, ...])
   step: Callable[[jax.Array, Any, jax.Array, float], tuple[Any, jax.Array]]
+
+
+def named(
+  matrix: str,
+  *,
+  bands: int = 1,
+  buffers: int = 3,
+  num_rounds: int = 1,
+  separation: int = 1,
+  turns: int = 1,
+) -> Stream:
+  """Returns a stream by its name: banded, blt or tree.
+
+  Args:
+    matrix: its name.
+    bands: of 'banded'.
+    buffers: of 'blt', whose decays and scales are those of `optimal`.
+    num_rounds, separation, turns: of 'blt' and 'tree', see `tree`.
+
+  Raises:
+    Error: another name, or as the builders.
+
+  >>> named('tree', num_rounds=4).size
+  3
+  """
+  at = dict(num_rounds=num_rounds, separation=separation, turns=max(turns, 1))
+  if matrix == 'banded':
+    return banded(bands)
+  if matrix == 'tree':
+    return tree(**at)
+  if matrix == 'blt':
+    if not 1 <= buffers <= 8:
+      raise Error(f'privacy.buffers is {buffers}: it must be from 1 to 8.')
+    return buffered(*optimal(**at, buffers=buffers), **at)
+  raise Error(
+    f'privacy.matrix is {matrix!r}: it must be one of {", ".join(MATRICES)}.'
+  )
 
 
 def coefficients(bands: int) -> list[float]:
@@ -87,10 +126,10 @@ def tree(num_rounds: int, *, separation: int = 1, turns: int = 1) -> Stream:
 
   The nodes of a binary tree over the rounds are released, each with noise of
   its own, and the prefix 1 ... t is the sum of one node for each 1 in the
-  binary form of t (Kairouz et al. 2021, DP-FTRL, arXiv 2103.00039, algorithm 2,
-  without the variance reduction). Of the nodes of 2^l rounds one holds at most
-  m_l = min(k, ceil(2^l / b)) of a client's k turns, so k turns change all nodes
-  by at most sqrt(k sum_l m_l) times the clip norm.
+  binary form of t (Kairouz et al. 2021, DP-FTRL, arXiv 2103.00039, without
+  Honaker's estimate from all nodes). A node of 2^l rounds holds at most m_l =
+  min(k, ceil(2^l / b)) of a client's k turns, so k turns change all nodes by at
+  most sqrt(k sum_l m_l) times the clip norm.
 
   Args:
     num_rounds: T.
@@ -235,10 +274,9 @@ def optimal(
   """
 
   def unpacked(x):
-    d = 1 / (1 + np.exp(-x[:buffers]))
+    d = special.expit(x[:buffers])
     share = np.exp(x[buffers:-1] - x[buffers:-1].max())
-    total = 1 / (1 + np.exp(-x[-1]))
-    return d, total * share / share.sum()
+    return d, special.expit(x[-1]) * share / share.sum()
 
   def loss(x):
     c = blt(*unpacked(x), num_rounds)
