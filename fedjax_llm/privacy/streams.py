@@ -64,7 +64,8 @@ def named(
   if matrix == 'blt':
     if not 1 <= buffers <= 8:
       raise Error(f'privacy.buffers is {buffers}: it must be from 1 to 8.')
-    return buffered(*optimal(**at, buffers=buffers), **at)
+    decays, scales = optimal(**at, buffers=buffers)
+    return buffered(decays.tolist(), scales.tolist(), **at)
   raise Error(
     f'privacy.matrix is {matrix!r}: it must be one of {", ".join(MATRICES)}.'
   )
@@ -237,7 +238,7 @@ def worst(coefs: np.ndarray, separation: int, turns: int) -> float:
   """Returns max |C x|^2 over k turns b rounds apart; see `buffered`.
 
   >>> worst(np.array([1.0, 0.5, 0.25]), separation=2, turns=2)
-  2.5625
+  2.8125
   """
   total = np.zeros(len(coefs))
   for start in range(0, min(turns * separation, len(coefs)), separation):
