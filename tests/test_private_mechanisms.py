@@ -273,6 +273,23 @@ def test_the_bound_of_skellam_holds_for_exact_divergences():
     assert 0.25 * order * shift**2 / variance < exact <= bound
 
 
+@pytest.mark.parametrize('mean', [500.0, 1.7e7])
+def test_poisson_numbers_have_their_distribution(mean):
+  """At large means too, where that of float32 sums of logarithms fails."""
+  num = 20_000
+  drawn = jax.jit(lambda key: sent.poisson(key, mean, (num,)))(tiny.KEY)
+  drawn = np.asarray(drawn, np.float64)
+  assert abs(drawn.mean()) < 4.5 * math.sqrt(mean / num)
+  assert abs(drawn.var() / mean - 1) < 4.5 * math.sqrt(2 / num)
+  assert abs(stats.kurtosis(drawn)) < 4.5 * math.sqrt(24 / num)
+  step = 1 / math.sqrt(2 * math.pi * mean)  # the largest probability
+  distance = stats.kstest(drawn + mean, stats.poisson(mean).cdf).statistic
+  assert distance < 1.95 / math.sqrt(num) + step
+  if mean > 1e6:
+    other = jax.jit(lambda key: jax.random.poisson(key, mean, (num,)))(tiny.KEY)
+    assert stats.kurtosis(np.float64(other) - mean) > 1
+
+
 @functools.cache
 def sums(noise, least):
   masks = secure.masked, secure.unmasked

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_llm import tree
 from fedjax_llm.types import Error
 
 DISTANCES = ('squared', 'cosine')
@@ -51,9 +50,14 @@ def distance(seen: Any, own: Any, kind: str = 'squared') -> jax.Array:
   pairs = list(zip(jax.tree.leaves(seen), jax.tree.leaves(own), strict=True))
   if kind == 'squared':
     return sum((jnp.sum((x - y) ** 2) for x, y in pairs), jnp.float32(0))
-  size = lambda x: tree.root(jnp.sum(x**2))
-  one = lambda x, y: 1 - jnp.sum(x * y) / (size(x) * size(y) + 1e-12)
+  size = lambda x: _root(jnp.sum(x**2))
+  one = lambda x, y: 1 - jnp.sum(x * y) / (size(x) * size(y))
   return sum((one(x, y) for x, y in pairs), jnp.float32(0))
+
+
+def _root(x: jax.Array) -> jax.Array:
+  """Returns the square root, with a finite slope at zero."""
+  return jnp.sqrt(x + 1e-24)
 
 
 def recovered(
@@ -105,7 +109,7 @@ def recovered(
     if not lengths:
       return value, value
     norms = [
-      jnp.mean(tree.root(jnp.sum(leaf**2, -1))) for leaf in jax.tree.leaves(x)
+      jnp.mean(_root(jnp.sum(leaf**2, -1))) for leaf in jax.tree.leaves(x)
     ]
     gaps = sum(((norm - length) ** 2 for norm in norms), jnp.float32(0))
     return value + lengths * gaps, value
