@@ -22,6 +22,7 @@ from fedjax_llm.run import (
   auditing,
   benchmarks,
   builders,
+  client_models,
   inverting,
   viewing,
 )
@@ -78,6 +79,7 @@ EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {
   **builders.names(benchmarks),
   **builders.names(auditing),
   **builders.names(inverting),
+  'client_models': client_models.personal,
 }
 
 
@@ -92,7 +94,7 @@ def check(sections: Sequence[Mapping[str, Any]]) -> None:
   fedjax_llm.types.Error: evals.evaluators[0].name: there is no 'likelihoods' \
 (the nearest is 'likelihood'; there are likelihood, fused, instance_mixed, \
 recalled, choices, classes, code, generated, attack_success, exposure, \
-extraction, membership, inversion); one's own is named \
+extraction, membership, inversion, client_models); one's own is named \
 'package.module:function'.
   """
   for i, section in enumerate(sections):

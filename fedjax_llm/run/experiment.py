@@ -20,6 +20,8 @@ from fedjax_llm.models.network import prompts
 from fedjax_llm.run import (
   blocks,
   builders,
+  client_models,
+  client_texts,
   clock,
   config,
   evaluators,
@@ -86,10 +88,13 @@ class Experiment(NamedTuple):
   near: Any  # the devices of this process
   width: int  # columns of the longest example
   public: Any = None  # batches [M, B, ...] for the server; None: there are none
+  small: client_models.Groups | None = None  # the clients' own models
 
   @property
   def base(self) -> Any:
-    return self.loaded.base
+    if self.small is None:
+      return self.loaded.base
+    return {**self.loaded.base, client_models.MODELS: self.small.bases}
 
   def method(
     self,
@@ -109,6 +114,7 @@ class Experiment(NamedTuple):
       profiles=self.profiles,
       num_layers=self.loaded.config.num_layers,
       public=self.public,
+      client_models=self.small and self.small.groups,
       block_size=block_size,
       widths=tuple(self.settings.widths),
       mesh=mesh,
@@ -271,6 +277,10 @@ def build(
   loaded = model or texts.model(make, labels, where)
   task.check(loaded)
   tokenizer = texts.tokenizer_of(loaded)
+  alter = poisoned.altering(conf) if conf.get('poison') else None
+  trained: dict[int, Any] = {}
+  if conf.get('client_models'):
+    alter = client_texts.watched(alter, trained)
   population = texts.population(
     make,
     task=task,
@@ -278,9 +288,8 @@ def build(
     labels=labels,
     tokenizer=tokenizer,
     seed=seed,
-    alter=poisoned.altering(conf) if conf.get('poison') else None,
+    alter=alter,
   )
-  del records
   digest = data.population.digest(population)
   hosts.agree('the texts', digest)
   say(narration.describe(population))
@@ -312,8 +321,22 @@ def build(
     begin = {'start': initial} if takes else {}
     population = task.prepare(loaded, population, **begin)
 
-  shared = None
-  if conf.get('public'):
+  shared, small = None, None
+  if conf.get('client_models'):
+    small = client_models.build(
+      conf,
+      make,
+      settings=config.resolved(conf, SPEC)['population'],
+      task=task,
+      records=records,
+      population=population,
+      tokenizer=tokenizer,
+      key=jax.random.fold_in(adapter_key, 1),
+      seed=seed,
+      trained=trained,
+    )
+    shared, width = small.public, max(width, small.width)
+  elif conf.get('public'):
     shared = public.batches(
       make('public'),
       config.resolved(conf, SPEC)['population'],
@@ -326,7 +349,10 @@ def build(
     )
 
   # ---------------------------------------------------------------- clients --
+  del records
   names, owned = data.population.trainers(population)
+  if small is not None:
+    owned = small.owned
   cohort_conf = dict(conf['cohort'])
   sizes = [len(own) for own in population.train]
   fleet = None
@@ -355,6 +381,8 @@ def build(
   carry = None
   if conf.get('profiles'):
     carry = make('profiles', num_clients=len(owned), seed=seed)
+  if small is not None:
+    carry = {**(carry or {}), 'group': small.of_client}
   if selection.scored is not None:
     cohort_conf['num_steps'] *= selection.scored.pool
   orders = None if selection.order is None else selection.order(owned)
@@ -411,6 +439,7 @@ def build(
     near=near,
     width=width,
     public=shared,
+    small=small,
   )
   return built
 

@@ -49,6 +49,9 @@ NEEDS = {
       ),
     ),
     algorithm=dict(public_steps=2),
+    evals=dict(
+      evaluators=[dict(name='likelihood'), dict(name='client_models')]
+    ),
   ),
 }
 
