@@ -233,7 +233,8 @@ def exchange(
         work=work,
         metrics={**trained, **more},
         bytes_up=up[:, None],
-        bytes_down=down[:, None],
+        # The answer comes after the uploads, to those who sent one.
+        bytes_down=jnp.where(cohort.valid, down, 0)[:, None],
         reports=None,
         places=work.turns * _places(cohort.batches),
       ),
