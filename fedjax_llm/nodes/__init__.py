@@ -40,6 +40,7 @@ from fedjax_llm.nodes.prompt import Prefix as Prefix
 from fedjax_llm.nodes.prompt import Prompt as Prompt
 from fedjax_llm.nodes.protocol import is_node as is_node
 from fedjax_llm.nodes.scaled import Scaled as Scaled
+from fedjax_llm.nodes.swayed import Swayed as Swayed
 from fedjax_llm.nodes.tensor_train import TensorTrain as TensorTrain
 from fedjax_llm.nodes.tiers import Tiers as Tiers
 from fedjax_llm.nodes.vera import Vera as Vera
