@@ -260,6 +260,7 @@ def test_what_is_written_is_what_transformers_wrote(tmp_path, name):
   }
   assert found.keys() == wanted.keys()
   for key, value in wanted.items():
+    assert found[key].shape == value.shape, key
     np.testing.assert_array_equal(found[key], value, err_msg=key)
 
 
