@@ -1,8 +1,8 @@
 """Tasks of images: classes of a head, classes that are texts, contrast.
 
-    image_classification    a ViT or DINOv2 with a classifier
-    zero_shot               a CLIP, whose classes are texts
-    contrastive             a CLIP, on images with their texts
+image_classification    a ViT or DINOv2 with a classifier
+zero_shot               a CLIP, whose classes are texts
+contrastive             a CLIP, on images with their texts
 """
 
 from collections.abc import Sequence
