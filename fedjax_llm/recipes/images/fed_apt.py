@@ -49,8 +49,8 @@ def fed_apt(
     Error: a loss that is not of images and names of classes; from `init`, an
       adapter without a domain context.
 
-  >>> loss = by_names.by_names(None)
-  >>> method = fed_apt(loss, local.optimizer('sgd'), num_clients=3)
+  >>> from fedjax_llm import local
+  >>> method = fed_apt(None, local.optimizer('sgd'), num_clients=3)
   >>> node = Domains(jnp.ones((5, 2, 4)), jnp.ones((6, 0)),
   ...                jnp.ones((0, 2, 4)), jnp.float32(0.01))
   >>> state = method.init(jax.random.key(0), {'scores': node})

@@ -38,10 +38,10 @@ def fed_clip(
     Error: a loss that is not of images and names of classes; from `init`, an
       adapter without an attention to features.
 
-  >>> fed_clip(None, local.optimizer('sgd'))
+  >>> fed_clip(lambda *batch: None, local.optimizer('sgd'))
   Traceback (most recent call last):
-  fedjax_llm.types.Error: fed_clip compares images with names of classes: \
-task.name=zero_shot.
+  fedjax_llm.types.Error: fed_clip compares images with names of classes in a \
+loss of its own: it needs task.name=zero_shot, without micro batches.
   """
   seen = by_names.needed('fed_clip', loss)
 

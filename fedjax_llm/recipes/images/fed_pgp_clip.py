@@ -67,8 +67,7 @@ def fed_pgp_clip(
       0, a loss that is not of images and names of classes; from `init`, an
       adapter without a context.
 
-  >>> loss = by_names.by_names(None)
-  >>> method = fed_pgp_clip(loss, local.optimizer('sgd'), rank=2)
+  >>> method = fed_pgp_clip(None, local.optimizer('sgd'), rank=2)
   >>> params = {'scores': Context(jnp.ones((3, 8)))}
   >>> kept = method.init_client(method.init(jax.random.key(0), params).params)
   >>> kept.private['own'].left.shape, kept.private['own'].right.shape
