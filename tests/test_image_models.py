@@ -8,6 +8,7 @@ import functools
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +29,13 @@ ALONE = [name for name in NAMES if name not in DUAL]
 
 
 @functools.cache
-def golden(name):
+def golden(name) -> tuple[Any, dict[str, Any]]:
   return models.pretrained(GOLDEN / name), dict(
     np.load(GOLDEN / name / 'outputs.npz')
   )
 
 
-def pictures(pixels) -> Images:
+def pictures(pixels) -> Any:
   count = np.ones(len(pixels), np.int32)
   return Images(pixels, count, count > 0)
 
@@ -137,7 +138,7 @@ def numpy_states(loaded, pixels, front, deep):
     project = lambda y, name, w=w: (
       y @ w['self_attn'][name]['kernel'] + w['self_attn'][name]['bias']
     )
-    heads = lambda name, y=y: np.stack(
+    heads = lambda name, y=y, project=project: np.stack(
       np.split(project(y, name), c.num_heads, axis=-1)
     )
     q, k, v = heads('q_proj'), heads('k_proj'), heads('v_proj')
@@ -259,6 +260,7 @@ def test_what_is_written_is_what_transformers_wrote(tmp_path, name):
   }
   assert found.keys() == wanted.keys()
   for key, value in wanted.items():
+    assert found[key].shape == value.shape, key
     np.testing.assert_array_equal(found[key], value, err_msg=key)
 
 
@@ -282,12 +284,13 @@ def test_mean_and_std_are_those_of_the_preprocessor(tmp_path):
   values = {'image_mean': [0.1, 0.2, 0.3], 'image_std': [1, 2, 4]}
   file.write_text(json.dumps(values))
   image = families.read_config(tmp_path).image
+  assert image is not None
   assert (image.mean, image.std) == ((0.1, 0.2, 0.3), (1.0, 2.0, 4.0))
   for key, value, message in (
     (
       'image_mean',
       [0.5],
-      'image_mean is [0.5]; it must be a list of 3 numbers',
+      'image_mean is [0.5]; it must be a list of 3',
     ),
     ('image_std', [1, 0, 1], 'image_std is [1, 0, 1]; it must be above 0'),
   ):

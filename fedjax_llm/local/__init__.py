@@ -5,6 +5,8 @@ Builders return a `LocalUpdate`, a `Loss` or a `LocalOptimizer`.
 
 from fedjax_llm.local import rewards as rewards
 from fedjax_llm.local import watermark as watermark
+from fedjax_llm.local.contrast import contrastive as contrastive
+from fedjax_llm.local.contrast import zero_shot as zero_shot
 from fedjax_llm.local.dropout import dropout as dropout
 from fedjax_llm.local.dual import viewed as viewed
 from fedjax_llm.local.grpo import Sampled as Sampled
@@ -56,6 +58,7 @@ __all__ = [
   'causal_lm',
   'class_logits',
   'classification',
+  'contrastive',
   'counted',
   'dpo',
   'dropout',
@@ -85,4 +88,5 @@ __all__ = [
   'viewed',
   'watermark',
   'weight_importance',
+  'zero_shot',
 ]

@@ -120,6 +120,15 @@ class Config(NamedTuple):
   projection: int = 0
 
   @property
+  def reads_images(self) -> bool:
+    return self.image is not None or self.vision is not None
+
+  @property
+  def writes(self) -> bool:
+    """Returns True for a network that continues texts."""
+    return self.causal and not self.reads_images
+
+  @property
   def rotary_dim(self) -> int:
     return int(self.head_dim * self.partial_rotary)
 

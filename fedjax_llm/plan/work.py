@@ -235,7 +235,7 @@ def read(
   optimizer = build('local')
   public = None
   if conf.get('public'):
-    texts = batches_of(task, (1, 1, B, T), loaded.config.vocab_size)
+    texts = batches_of(task, (1, 1, B, T), loaded.config)
     public = tree.take(texts, 0)
   profiles: Any = ()
   if conf.get('profiles'):
@@ -262,7 +262,7 @@ def read(
   newcomer = jax.eval_shape(algorithm.init_client, state.params)
 
   def filled(K: int, S: int, B: int, T: int) -> Any:
-    return batches_of(task, (K, S, B, T), loaded.config.vocab_size)
+    return batches_of(task, (K, S, B, T), loaded.config)
 
   stacked = lambda x: jax.ShapeDtypeStruct((K, *x.shape), x.dtype)
   cohort = Cohort(
@@ -299,7 +299,7 @@ def read(
 
 
 def batches_of(
-  task: tasks.Task, shape: tuple[int, int, int, int], vocab_size: int
+  task: tasks.Task, shape: tuple[int, int, int, int], config: config_lib.Config
 ) -> Any:
   """Returns NumPy batches [K, S, B, ...] of artificial examples of length T.
 
@@ -312,7 +312,10 @@ def batches_of(
       'task.name: this task has no `example(length, vocab_size)`, so the '
       'shapes of its batches are not known before a run.'
     )
-  one = task.example(T, vocab_size)
+  more = {}
+  if 'config' in builders.parameters(task.example):
+    more['config'] = config
+  one = task.example(T, config.vocab_size, **more)
   step = batching.bounded(task.collate([one], T, 0)([[one]] * B))
   return jax.tree.map(lambda x: np.broadcast_to(x, (K, S, *x.shape)), step)
 
@@ -350,11 +353,16 @@ def _light(loss: Any) -> Any:
 def _no_network(num_labels: int) -> Model:
   """Returns a network that computes zeros, for methods that ask one."""
   zeros = lambda x, size: jnp.zeros((*jnp.shape(x)[:-1], size))
+
+  def places(batch):  # one state a token, or one a picture
+    text = getattr(batch, 'tokens', None)
+    return (batch.label if text is None else text)[..., None]
+
   return Model(
-    hidden=lambda base, params, batch: zeros(batch.tokens[..., None], 1),
+    hidden=lambda base, params, batch: zeros(places(batch), 1),
     logits=lambda base, params, hidden: zeros(hidden, max(num_labels, 1)),
     layers=lambda base, params, batch, numbers, hidden=None, *, ends=True: (
-      zeros(batch.tokens[..., None], 1)
+      zeros(places(batch), 1)
     ),
   )
 

@@ -28,6 +28,7 @@ from fedjax_llm.local import optimizers
 from fedjax_llm.run import (
   builders,
   config,
+  images,
   memory,
   preferences,
   rates,
@@ -197,10 +198,12 @@ SPEC = config.Spec(
       **builders.names(tasks),
       **builders.names(preferences),
       **builders.names(rewarded),
+      **builders.names(images),
     },
     'data': {
       **builders.names(data.sources),
       **builders.names(data.preferences),
+      **builders.names(data.pictures),
       'hub': data.named.hub,
     },
     'public': data.sources,

@@ -52,9 +52,7 @@ def modules(prefix: str, top: str, names: Mapping[str, Any]) -> tuple:
   )
 
 
-def patches(
-  hf: Any, normal: Sequence[Sequence[float]], **fields: Any
-) -> Patches:
+def patches(hf: Any, normal: Any, **fields: Any) -> Patches:
   """Reads the `Patches` of a config.
 
   Raises:

@@ -194,6 +194,7 @@ def tensors(config: Config) -> Iterator[Tensor]:
       flat = None
       if ours == 'kernel' and module.kind == 'conv':
         image = (config.vision or config).image
+        assert image is not None
         sides = (image.channels, image.patch, image.patch)
         flat, shape = shape, (shape[0], *sides)
       elif module.kind in ('rows', 'vector'):

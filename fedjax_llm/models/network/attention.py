@@ -99,8 +99,8 @@ def choose(
   """Returns the name of the implementation to use, resolving 'auto'.
 
   'auto' is 'xla' on accelerators if the model has no soft cap, else 'blocked'.
-  `distances` is True if distances have scores, `mixed_windows` if layers differ in their window; `backend` defaults
-  to that of jax.
+  `distances` is True if distances have scores, `mixed_windows` if layers differ
+  in their window; `backend` defaults to that of jax.
 
   Raises:
     Error: an unknown implementation, or one that does not support this backend,

@@ -31,8 +31,8 @@ class Dual(NamedTuple):
   [...] are the places of the ends of the texts, by default those of the first
   end-of-text token.
 
-  `image(base, params, pixels, *, prompts=None, deep=None) -> (features [..., P],
-  local features [..., N, P])` of pixels [..., H, W, C], uint8 or floats in
+  `image(base, params, pixels, *, prompts=None, deep=None) -> (features [...,
+  P], local features [..., N, P])` of pixels [..., H, W, C], uint8 or floats in
   0..1; visual prompts as in `vision.states`.
 
   `embed(base, params, tokens) -> [..., T, D]` are token embeddings without

@@ -3,8 +3,9 @@
     x = [class; patches W + b] + positions        [B, 1 + N, D]
     states = norm(scan(block)(norm? [prompts; x]))
 
-Dosovitskiy et al. 2021, arXiv 2010.11929; DINOv2 (arXiv 2304.07193) interpolates
-the positions to pictures of other sizes and scales the outputs of modules.
+Dosovitskiy et al. 2021, arXiv 2010.11929; DINOv2 (arXiv 2304.07193)
+interpolates the positions to pictures of other sizes and scales the outputs of
+modules.
 """
 
 import functools
@@ -66,7 +67,8 @@ Patches(1, 1, 1, mean=(0.5,), std=(0.25,)), 'float32').tolist()
   """
   x = jnp.asarray(pixels)
   x = x.astype(jnp.float32) / (255 if x.dtype == jnp.uint8 else 1)
-  x = (x - np.float32(image.mean)) / np.float32(image.std)
+  mean, std = (np.asarray(v, np.float32) for v in (image.mean, image.std))
+  x = (x - mean) / std
   return x.astype(dtype)
 
 
@@ -88,7 +90,7 @@ def cut(x: jax.Array, patch: int) -> jax.Array:
 
 @functools.cache
 def _cubic(size: int, new: int) -> np.ndarray:
-  """Returns the matrix [new, size] of cubic interpolation, as torch computes it.
+  """Returns the matrix [new, size] of torch's cubic interpolation.
 
   Keys' kernel with a = -0.75, pixel centres aligned, edges repeated.
   """
@@ -229,7 +231,7 @@ def states(
 
 
 def _every_layer(x: Any, deep: Any, num_rows: int, num_layers: int) -> Any:
-  """Returns the rows that replace the prompts before each layer, [L, B, P, D]."""
+  """Returns the rows in place of the prompts of each layer, [L, B, P, D]."""
   shape = jnp.shape(deep)
   if shape[0] != num_layers - 1 or shape[-2] != num_rows:
     raise Error(
