@@ -16,7 +16,7 @@ import numpy as np
 from prompted import IDS, KEY, WEIGHT, f64, log_softmax, slope, watched
 
 from fedjax_llm import local, tree
-from fedjax_llm.local import by_names
+from fedjax_llm.local import class_names
 from fedjax_llm.nodes import Pictures, Towers
 from fedjax_llm.nodes.scores import unit
 from fedjax_llm.types import Cohort, Images
@@ -57,7 +57,7 @@ def seen(base, params, batch):
   return Towers(texts, images, jnp.float32(SCALE))
 
 
-LOSS = by_names.by_names(seen)
+LOSS = class_names.by_names(seen)
 
 
 def batches(*lead, seed=4, labels=C):

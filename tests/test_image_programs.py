@@ -11,7 +11,7 @@ from prompted import apart, close
 
 import fedjax_llm as fl
 from fedjax_llm import adapters, local, models, recipes
-from fedjax_llm.local import by_names
+from fedjax_llm.local import class_names
 from fedjax_llm.nodes import scores
 from fedjax_llm.types import Cohort, Images
 
@@ -36,7 +36,7 @@ def clip():
 
 
 def loss_of(loaded):
-  return by_names.by_names(by_names.towers(loaded.dual, *names()))
+  return class_names.by_names(class_names.towers(loaded.dual, *names()))
 
 
 def cohort():
@@ -84,7 +84,7 @@ def test_32_clients_meet_both_towers_in_one_matmul_each(clip):
 
 def test_rows_stand_between_the_begin_and_the_name(clip):
   """A context of the embeddings of words is a text with these words."""
-  see = by_names.towers(clip.dual, *names())
+  see = class_names.towers(clip.dual, *names())
   batch = Images(np.zeros((1, SIDE, SIDE, 3), np.float32), None, None)
   tokens, ends = names()
   words = np.full((C, 2), 33, np.int32)

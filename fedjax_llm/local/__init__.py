@@ -5,6 +5,8 @@ Builders return a `LocalUpdate`, a `Loss` or a `LocalOptimizer`.
 
 from fedjax_llm.local import rewards as rewards
 from fedjax_llm.local import watermark as watermark
+from fedjax_llm.local.class_names import by_names as by_names
+from fedjax_llm.local.class_names import towers as towers
 from fedjax_llm.local.contrast import contrastive as contrastive
 from fedjax_llm.local.contrast import zero_shot as zero_shot
 from fedjax_llm.local.dropout import dropout as dropout
@@ -55,6 +57,7 @@ __all__ = [
   'Sampled',
   'along',
   'balanced',
+  'by_names',
   'causal_lm',
   'class_logits',
   'classification',
@@ -65,8 +68,8 @@ __all__ = [
   'embeddings',
   'forward_difference',
   'forward_mode',
-  'grpo',
   'frozen_below',
+  'grpo',
   'in_basis',
   'ipo',
   'kto',
@@ -84,6 +87,7 @@ __all__ = [
   'routed',
   'sgd',
   'simpo',
+  'towers',
   'two_point',
   'viewed',
   'watermark',

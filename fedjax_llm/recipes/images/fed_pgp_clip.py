@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import local, scopes, server
-from fedjax_llm.local import LocalOptimizer, by_names, distillation
+from fedjax_llm.local import LocalOptimizer, class_names, distillation
 from fedjax_llm.nodes import Context
 from fedjax_llm.recipes.composing import compose, refuse
 from fedjax_llm.recipes.images.scored import IMAGES, node_of
@@ -78,7 +78,7 @@ def fed_pgp_clip(
     raise Error(f'algorithm.rank is {rank}; it must be at least 1.')
   if known(temperature) and temperature <= 0:
     raise Error(f'algorithm.temperature is {temperature}; it must be above 0.')
-  seen = by_names.needed('fed_pgp_clip', loss)
+  seen = class_names.needed('fed_pgp_clip', loss)
 
   def wrap(key: Key, params: Params) -> Params:
     rows = node_of('fed_pgp_clip', params, Context, 'context').rows

@@ -96,7 +96,9 @@ def towers(
   return seen
 
 
-def by_names(seen: Seen, *, per_row: bool = False) -> ByNames:
+def by_names(
+  seen: Seen, *, plain: Loss | None = None, per_row: bool = False
+) -> ByNames:
   """Returns cross-entropy of the class of each image, by the names of classes.
 
       -log softmax(logits)_y,   logits = `scores(params.get('scores'), towers)`
@@ -105,6 +107,8 @@ def by_names(seen: Seen, *, per_row: bool = False) -> ByNames:
 
   Args:
     seen: the features of a batch (`towers`).
+    plain: the loss for parameters without a node at 'scores'; by default that
+      of the zero-shot classifier.
     per_row: one number a row, [B], instead of their sum.
 
   Returns:
@@ -121,10 +125,11 @@ def by_names(seen: Seen, *, per_row: bool = False) -> ByNames:
   """
 
   def loss(base: Base, params: Params, batch: Any, key: Key) -> LossSum:
-    del key  # no dropout
     node = params.get('scores') if isinstance(params, Mapping) else None
-    return summed(scores.scores(node, seen(base, params, batch)), batch,
-                  per_row=per_row)  # fmt: skip
+    if node is None and plain is not None:
+      return plain(base, params, batch, key)
+    logits = scores.scores(node, seen(base, params, batch))
+    return summed(logits, batch, per_row=per_row)
 
   return ByNames(loss, seen)
 
