@@ -26,10 +26,11 @@ K, S, B = 3, 2, 4
 SCALE = 4.0
 
 
-def base(num_classes=C):
+def base(num_classes=C, features=E):
   draw = np.random.default_rng(1).normal
   array = lambda *s: jnp.asarray(draw(size=s), jnp.float32)
-  parts = {'mix': array(D, E), 'eye': array(3, E), 'front': array(V, E)}
+  sides = {'mix': D, 'eye': 3, 'front': V}
+  parts = {name: array(side, features) for name, side in sides.items()}
   return {**parts, 'names': array(C + 3, D)[:num_classes]}
 
 
