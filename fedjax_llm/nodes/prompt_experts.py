@@ -14,7 +14,12 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Heads(NamedTuple):
-  """Four affine layers of an attention with H heads of size d / H."""
+  """Four affine layers of an attention with H heads of size d / H.
+
+  >>> one = jnp.ones((4, 2, 2))
+  >>> Heads(*[one, one[0]] * 3, jnp.ones((2, 2, 4)), jnp.ones(4)).out.shape
+  (2, 2, 4)
+  """
 
   query: Any  # [d, H, d / H]
   query_bias: Any  # [H, d / H]

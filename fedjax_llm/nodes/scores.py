@@ -22,7 +22,11 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Pictures(NamedTuple):
-  """Features of a batch of images in the space of the texts, not normalised."""
+  """Features of a batch of images in the space of the texts, not normalised.
+
+  >>> Pictures(jnp.ones((2, 4)), jnp.ones((2, 9, 4))).pooled.shape
+  (2, 4)
+  """
 
   pooled: Any  # [B, E], of whole images
   patches: Any = None  # [B, M, E], of M places of each image
@@ -35,6 +39,11 @@ class Towers(NamedTuple):
   rows [P, D], the same for all classes, or [C, P, D], rows for each class;
   `texts(None)` those of the zero-shot classifier. `images(rows)` returns
   `Pictures`, with prompt rows [P, V] of the image tower, or None.
+  `local.towers` makes them.
+
+  >>> towers = Towers(lambda rows: jnp.eye(3), None, 100.0)
+  >>> towers.texts(None).shape
+  (3, 3)
   """
 
   texts: Callable[[Any], jax.Array]
