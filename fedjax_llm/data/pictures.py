@@ -106,7 +106,9 @@ def checked(pixels: Any, where: str, ndim: int = 3) -> np.ndarray:
   pixels = np.asarray(pixels)
   if pixels.ndim != ndim:
     axes = ('M, ' if ndim == 4 else '') + 'H, W, C'
-    raise Error(f'{where}: its shape is {list(pixels.shape)}; [{axes}] is needed.')
+    raise Error(
+      f'{where}: its shape is {list(pixels.shape)}; [{axes}] is needed.'
+    )
   if pixels.dtype == np.uint8:
     return pixels
   if pixels.dtype.kind != 'f':
@@ -190,7 +192,7 @@ def shapes(num: int = 240, size: int = 8, seed: int = 0) -> list[Record]:
   for i in range(num):
     shape, style = SHAPES[i // 4 % 4], STYLES[i % 4]
     radius = rng.uniform(0.25, 0.4) * size
-    y, x = (grid - rng.uniform(0.4, 0.6, (2, 1)) * (size - 1))
+    y, x = grid - rng.uniform(0.4, 0.6, (2, 1)) * (size - 1)
     y, x = np.abs(y)[:, None], np.abs(x)[None]
     ink = {
       'cross': (np.minimum(x, y) <= size / 8) & (np.maximum(x, y) <= radius),
@@ -207,7 +209,5 @@ def shapes(num: int = 240, size: int = 8, seed: int = 0) -> list[Record]:
       picture = picture + rng.normal(0, 0.1, picture.shape)
     pixels = np.uint8(np.clip(picture, 0, 1) * 255)
     where = f'shapes[{i}]'
-    records.append(
-      Record(client=style, label=shape, image=pixels, where=where)
-    )
+    records.append(Record(client=style, label=shape, image=pixels, where=where))
   return records

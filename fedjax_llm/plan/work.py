@@ -233,9 +233,10 @@ def read(
 
   adapter = build('adapter', tokenizer=data.tokenizers.bytes())  # for shapes
   optimizer = build('local')
+  words = loaded.config.vocab_size, loaded.config
   public = None
   if conf.get('public'):
-    texts = batches_of(task, (1, 1, B, T), loaded.config)
+    texts = batches_of(task, (1, 1, B, T), *words)
     public = tree.take(texts, 0)
   profiles: Any = ()
   if conf.get('profiles'):
@@ -262,7 +263,7 @@ def read(
   newcomer = jax.eval_shape(algorithm.init_client, state.params)
 
   def filled(K: int, S: int, B: int, T: int) -> Any:
-    return batches_of(task, (K, S, B, T), loaded.config)
+    return batches_of(task, (K, S, B, T), *words)
 
   stacked = lambda x: jax.ShapeDtypeStruct((K, *x.shape), x.dtype)
   cohort = Cohort(
@@ -299,9 +300,14 @@ def read(
 
 
 def batches_of(
-  task: tasks.Task, shape: tuple[int, int, int, int], config: config_lib.Config
+  task: tasks.Task,
+  shape: tuple[int, int, int, int],
+  vocab_size: int,
+  config: config_lib.Config | None = None,
 ) -> Any:
   """Returns NumPy batches [K, S, B, ...] of artificial examples of length T.
+
+  `config` is that of a network of images, whose size the examples have.
 
   Raises:
     Error: the task has no artificial example.
@@ -315,7 +321,7 @@ def batches_of(
   more = {}
   if 'config' in builders.parameters(task.example):
     more['config'] = config
-  one = task.example(T, config.vocab_size, **more)
+  one = task.example(T, vocab_size, **more)
   step = batching.bounded(task.collate([one], T, 0)([[one]] * B))
   return jax.tree.map(lambda x: np.broadcast_to(x, (K, S, *x.shape)), step)
 

@@ -125,8 +125,7 @@ def load(
   of: Any = num_layers or 1 + max(known, default=0)
   num = lambda path: of(path) if callable(of) else of
   if vectors and any(
-    None not in rows and len(rows) < num(path)
-    for path, rows in layers.items()
+    None not in rows and len(rows) < num(path) for path, rows in layers.items()
   ):
     raise Error(f'{directory}: a DoRA of some layers only is not supported.')
   for path in sorted(layers):
