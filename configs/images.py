@@ -42,9 +42,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.population = dict(heldout_fraction=0.25)
   config.clients = dict(name='uniform', cohort_size=2 if smoke else 10)
   config.cohort = dict(num_steps=2 if smoke else 4, batch_size=8)
-  config.adapter = dict(name='lora', rank=4, targets=targets)
-  if head:
-    config.adapter.modules_to_save = head
+  config.adapter = dict(
+    name='lora', rank=4, targets=targets, modules_to_save=head
+  )
   config.algorithm = dict(name='fed_avg')
   config.local = dict(name='adamw', learning_rate=1e-3)
   config.evals = dict(every=2 if smoke else 5, per_client=8, buckets=())

@@ -89,7 +89,7 @@ def _npz(file: pathlib.Path, keys: dict[str, str]) -> Iterator[Record]:
         f'strings or integers [{len(pixels)}] are needed, one a picture.'
       )
   for i, picture in enumerate(pixels):
-    fields = {name: str(values[i]) for name, values in columns.items()}
+    fields: Any = {name: str(values[i]) for name, values in columns.items()}
     yield Record(**fields, image=picture, where=f'{file}[{i}]')
 
 
@@ -113,15 +113,15 @@ def checked(pixels: Any, where: str, ndim: int = 3) -> np.ndarray:
     return pixels
   if pixels.dtype.kind != 'f':
     raise Error(
-      f'{where}: its dtype is {pixels.dtype}; uint8 (0 to 255) or a float dtype '
-      '(0 to 1) is needed.'
+      f'{where}: its dtype is {pixels.dtype}; uint8 (0 to 255) or a float '
+      'dtype (0 to 1) is needed.'
     )
   pixels = pixels.astype(np.float32)
   low, high = pixels.min(initial=0), pixels.max(initial=0)
   if not (low >= 0 and high <= 1):
     raise Error(
-      f'{where}: its values go from {low:g} to {high:g}; floats from 0 to 1 are '
-      'needed, or uint8.'
+      f'{where}: its values go from {low:g} to {high:g}; floats from 0 to 1 '
+      'are needed, or uint8.'
     )
   return pixels
 
@@ -132,8 +132,8 @@ def _folder(
   unknown = [x for x in folders if x not in ('client', 'label', 'text')]
   if unknown or len(set(folders)) != len(folders):
     raise Error(
-      f'data.folders is {list(folders)}; its levels are client, label and text, '
-      'each at most once.'
+      f'data.folders is {list(folders)}; its levels are client, label and '
+      'text, each at most once.'
     )
   try:
     from PIL import Image
@@ -160,7 +160,7 @@ def _folder(
         f'{file} is {pixels.shape[0]} x {pixels.shape[1]}, and {first[0]} is '
         f'{first[1][0]} x {first[1][1]}: set data.size to scale them.'
       )
-    names = dict(zip(folders, file.relative_to(root).parts, strict=False))
+    names: Any = dict(zip(folders, file.relative_to(root).parts, strict=False))
     yield Record(**names, image=pixels, where=str(file))
 
 

@@ -297,8 +297,8 @@ def _check_image(loaded: LoadedModel, task: str) -> None:
   config = loaded.config
   if config.image is None and config.vision is None:
     raise Error(
-      f'{loaded.name} reads texts ({config.family}), and task.name={task} is of '
-      'images: take a ViT, DINOv2 or CLIP, or model.name=random_vit or '
+      f'{loaded.name} reads texts ({config.family}), and task.name={task} is '
+      'of images: take a ViT, DINOv2 or CLIP, or model.name=random_vit or '
       'random_clip.'
     )
 

@@ -91,8 +91,8 @@ class Task(NamedTuple):
     `metrics` names the unit that the loss counts.
 
   Further, `example(length, vocab_size) -> example` makes an artificial example
-  with a loss on every token, from which `plan` gets the shapes of a batch; where
-  it names `config`, it gets that of the network (the size of its images);
+  with a loss on every token, from which `plan` gets the shapes of a batch;
+  where it names `config`, it gets that of the network (the size of its images);
   `writes` is True if replies are generated from held-out texts; `head` names
   the modules that an adapter's file has to hold, and `peft_type` is PEFT's name
   of the task, None for one that PEFT has no name for.
@@ -109,7 +109,7 @@ class Task(NamedTuple):
   labels: Callable[[Sequence[Any]], tuple[str, ...] | None] = no_labels
   check: Callable[[LoadedModel], None] = any_model
   prepare: Callable[..., Population] | None = None
-  example: Callable[[int, int], Any] | None = None
+  example: Callable[..., Any] | None = None
   writes: bool = False
   head: tuple[str, ...] = ()
   peft_type: str | None = 'CAUSAL_LM'
@@ -256,8 +256,8 @@ def label_names(records: Sequence[Record]) -> tuple[str, ...]:
   for record in records:
     if record.label is None:
       raise Error(
-        f'{record.where or "record"}: this record has no label, so it cannot be '
-        'classified; give the source a label_key.'
+        f'{record.where or "record"}: this record has no label, so it cannot '
+        'be classified; give the source a label_key.'
       )
     labels.add(record.label)
   if len(labels) < 2:

@@ -63,9 +63,10 @@ def load(
 
   If the layers of a target differ in rank, they are padded with zeros to the
   largest rank, which does not change the result; layers that the config leaves
-  out get zeros. `num_layers` is that of the model, or a function of a
-  target's path; by default as many as any target has. PEFT may add an embedding or a head of the base to an adapter: it
-  is left out where `of_base(tensors)` is True. With a `template` (for example
+  out get zeros. `num_layers` is that of the model, or a function of a target's
+  path; by default as many as any target has. PEFT may add an embedding or a
+  head of the base to an adapter: it is left out where `of_base(tensors)` is
+  True. With a `template` (for example
   the result of `Adapter.init`, or its shapes) targets, layers and shapes must
   be those of the template.
 
@@ -123,7 +124,10 @@ def load(
   params: dict[str, Any] = {}
   known = [k for rows in layers.values() for k in rows if k is not None]
   of: Any = num_layers or 1 + max(known, default=0)
-  num = lambda path: of(path) if callable(of) else of
+
+  def num(path: Path) -> int:
+    return of(path) if callable(of) else of  # type: ignore
+
   if vectors and any(
     None not in rows and len(rows) < num(path) for path, rows in layers.items()
   ):
