@@ -5,6 +5,7 @@ Builders return a `LocalUpdate`, a `Loss` or a `LocalOptimizer`.
 
 from fedjax_llm.local import rewards as rewards
 from fedjax_llm.local import watermark as watermark
+from fedjax_llm.local.class_names import ByNames as ByNames
 from fedjax_llm.local.class_names import by_names as by_names
 from fedjax_llm.local.class_names import towers as towers
 from fedjax_llm.local.contrast import contrastive as contrastive
@@ -50,6 +51,7 @@ from fedjax_llm.local.zeroth_order import one_point as one_point
 from fedjax_llm.local.zeroth_order import two_point as two_point
 
 __all__ = [
+  'ByNames',
   'Counted',
   'LocalOptimizer',
   'Observed',
