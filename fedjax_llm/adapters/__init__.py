@@ -43,6 +43,7 @@ from fedjax_llm.adapters.low_rank.vera import vera as vera
 from fedjax_llm.adapters.prompts import context as context
 from fedjax_llm.adapters.prompts import domain_context as domain_context
 from fedjax_llm.adapters.prompts import feature_attention as feature_attention
+from fedjax_llm.adapters.prompts import gated_context as gated_context
 from fedjax_llm.adapters.prompts import generated_context as generated_context
 from fedjax_llm.adapters.prompts import generated_prompt as generated_prompt
 from fedjax_llm.adapters.prompts import p_tuning as p_tuning
@@ -72,6 +73,7 @@ __all__ = [
   'feature_gate',
   'federa',
   'florg',
+  'gated_context',
   'generated_context',
   'generated_prompt',
   'heads',
