@@ -255,7 +255,7 @@ def test_a_loss_of_pairs_is_its_term_of_the_networks_log_probabilities(name):
     table.append(one)
   want = getattr(ref, name)(table, **TERMS[name])
   np.testing.assert_allclose(sums.total, [*want, 0], rtol=1e-4, atol=1e-6)
-  assert sums.count.tolist() == [1, 1, 1, 0]
+  assert sums.count.tolist() == [1, 1, 1, 1, 0]
   better = {
     True: [r['c'] - r['rc'] > r['r'] - r['rr'] for r in table],
     False: [r['c'] / r['nc'] > r['r'] / r['nr'] for r in table],

@@ -189,8 +189,12 @@ def test_a_page_names_what_is_missing(board, small):
     '`fed_sa` on newsgroups, seed 0: No biases.',
     '`fed_sa` on doc2dial, seed 1: not run',
   ]
+  # Rows are of the seeds that all methods have.
+  assert board.page.seeds_of(suite, cells, 'doc2dial') == [0]
+  assert board.page.seeds_of(suite, cells, 'newsgroups') == [1]
   text = board.page.text('small', suite, cells, 'x.png')
-  assert '| `fed_sa` |  |' in text  # no rank
+  assert 'agencies, the clients; complete seeds: 0\n' in text
+  assert '+0.200 ± nan' in text
 
 
 def test_time_is_predicted_from_the_nearest_cells(board, small):

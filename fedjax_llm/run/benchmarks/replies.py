@@ -149,8 +149,7 @@ def writer(
 ) -> Callable[..., list[list[int]]]:
   """Returns `write(base, params, prompts, **more) -> replies`, all in tokens.
 
-  Prompts of like lengths share a batch; `settings` are those of
-  `models.generate`.
+  `settings` are those of `models.generate`.
   """
   template = built.conf['population'].get('template', 'chat')
   stops = ends(built.loaded, built.tokenizer, template)
@@ -158,21 +157,16 @@ def writer(
   def write(
     base: Any, params: Any, prompts: Sequence[list[int]], **more: Any
   ) -> list[list[int]]:
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    replies: list[list[int]] = [[] for _ in prompts]
-    done = models.generate(
+    return models.generate(
       built.loaded,
       base,
       params,
-      [prompts[i] for i in order],
+      prompts,
       eos_id=stops,
       batch_size=batch_size,
       **settings,
       **more,
     )
-    for i, reply in zip(order, done, strict=True):
-      replies[i] = reply
-    return replies
 
   return write
 
