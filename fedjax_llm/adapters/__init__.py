@@ -57,8 +57,8 @@ from fedjax_llm.adapters.selective import bitfit as bitfit
 from fedjax_llm.adapters.selective import heads as heads
 from fedjax_llm.adapters.selective import layers as layers
 from fedjax_llm.adapters.selective import norms as norms
-from fedjax_llm.adapters.within import within as within
 from fedjax_llm.adapters.swayed import swayed as swayed
+from fedjax_llm.adapters.within import within as within
 
 __all__ = [
   'bitfit',
