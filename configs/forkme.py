@@ -83,6 +83,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   )
   # Some clients train on other texts: config.poison = dict(name='backdoor')
 
+  # Data that change during the run, one class, topic or source after another:
+  # config.stages = dict(name='by_key', key='label', rounds=10)
+
   # The examples that a client trains on: `curriculum`, `quality`, `by_loss`,
   # `by_gradient`, `near_duplicates`, `fed_hds`. Without the section: all.
   # config.selection = dict(name='curriculum', rounds=10)

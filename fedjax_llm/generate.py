@@ -148,7 +148,7 @@ def _encode(text: str, tokenizer: Tokenizer, template: str | None) -> list[int]:
   if template is not None:
     record = Record(messages=({'role': 'user', 'content': text},))
     return data.text.prompt(record, tokenizer, template)
-  return data.text.with_start(tokenizer.encode(text), tokenizer)
+  return data.windows.with_start(tokenizer.encode(text), tokenizer)
 
 
 def _row(title: str, text: str, width: int) -> str:

@@ -94,6 +94,81 @@ def test_a_term_is_that_of_trl(name):
   np.testing.assert_allclose(slope, golden[name]['slopes'], rtol=2e-5)
 
 
+@functools.cache
+def trl():
+  with np.load(GOLDEN.with_name('trl_trainers.npz')) as file:
+    return dict(file)
+
+
+@pytest.mark.parametrize('name', ['dpo', 'ipo', 'kto'])
+def test_a_loss_and_its_gradient_are_those_of_trls_trainer(name):
+  golden = {
+    field.split('/')[1]: value
+    for field, value in trl().items()
+    if field.startswith(f'{name}/')
+  }
+  settings = {k: float(golden[k]) for k in ('beta',)}
+  if name == 'kto':
+    settings['undesirable_weight'] = float(golden['undesirable_weight'])
+  term = getattr(local, name)(**settings)
+  half = len(golden['mask']) // 2
+  sizes = jnp.asarray(golden['mask'].sum(1), jnp.float32)
+  first = jnp.asarray(golden['reference'].sum(1))
+  other = {
+    side: jnp.asarray(golden[side].sum(1))
+    for side in ('mismatched', 'reference_mismatched')
+    if side in golden
+  }
+
+  def loss(log_p):
+    total = jnp.sum(log_p * golden['mask'], 1)
+    sums = Scores(
+      *(total[:half], total[half:], first[:half], first[half:]),
+      *(sizes[:half], sizes[half:], jnp.ones(half)),
+      **other,
+    )
+    return jnp.mean(term.value(sums))
+
+  value, slope = jax.value_and_grad(loss)(jnp.asarray(golden['log_p']))
+  np.testing.assert_allclose(value, golden['loss'], rtol=1e-5)
+  np.testing.assert_allclose(slope, golden['slope'], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('reduction', ['grpo', 'bnpo', 'dr_grpo'])
+def test_grpos_loss_and_its_gradient_are_those_of_trl(reduction):
+  golden = {
+    field.split('/')[1]: jnp.asarray(value)
+    for field, value in trl().items()
+    if field.startswith(f'{reduction}/')
+  }
+  empty: Any = None
+  rollouts = Rollouts(
+    empty,
+    starts=empty,
+    reply=jnp.where(golden['mask'], 5, -1),
+    old=golden['old'],
+    reference=golden['reference'],
+    advantage=golden['advantage'],
+    reward=jnp.zeros(len(golden['mask'])),
+  )
+
+  def loss(log_p):
+    settings: Any = dict(clip=0.2, clip_high=0.28, reduction=reduction)
+    sums = clipped(log_p, rollouts, kl=0.04, **settings)
+    return sums.total / sums.count
+
+  value, slope = jax.value_and_grad(loss)(golden['log_p'])
+  np.testing.assert_allclose(value, golden['loss'], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(slope, golden['slope'], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('scale', ['group', 'batch', 'none'])
+def test_advantages_are_those_of_trl(scale):
+  value = advantages(jnp.asarray(trl()['reward']), 4, scale)
+  want = trl()[f'advantages/{scale}']
+  np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
   ('name', 'settings', 'message'),
   [

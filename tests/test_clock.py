@@ -1,5 +1,6 @@
 """Time: systems, samplers with a clock, and methods for late clients."""
 
+import math
 from typing import Any
 
 import jax
@@ -113,43 +114,121 @@ def test_steps_beyond_the_time_of_a_client_are_padding():
   )
 
 
-def literal(seconds, num_arrivals, rounds):
-  """The event loop in plain words: all clients train all the time.
+def opened(fleet, k, now):
+  """The first moment from `now` on in which a client is available."""
+  while not systems.available(fleet, now)[k]:
+    now = (math.floor(now / 3600) + 1) * 3600.0
+  return now
+
+
+def literal_buffer(fleet, num_arrivals, rounds):
+  """The event loop of a buffer in plain words: all clients train all the time.
 
   A client that arrives waits in the buffer until it is full; then all of it
-  starts again. Moments are taken one after another.
+  starts again, each when it is available. Moments are taken one after another,
+  arrivals before starts.
   """
-  finish = {k: s for k, s in enumerate(seconds)}
-  started = dict.fromkeys(finish, 0)
-  buffer, draws, now = [], [], 0.0
+  seconds = JOB.operations / fleet.operations
+  events = [(0.0, 1, k) for k in range(len(seconds))]
+  started, buffer, draws = {}, [], []
   while len(draws) < rounds:
-    k = min(finish, key=lambda k: (finish[k], k))
-    now = finish.pop(k)
+    now, kind, k = event = min(events)
+    events.remove(event)
+    if kind:  # a start
+      if (when := opened(fleet, k, now)) > now:
+        events.append((when, 1, k))
+        continue
+      started[k] = len(draws)
+      events.append((now + seconds[k], 0, k))
+      continue
     buffer.append(k)
     if len(buffer) == num_arrivals:
       draws.append((now, sorted((k, started[k]) for k in buffer)))
-      for k in buffer:
-        finish[k], started[k] = now + seconds[k], len(draws)
+      events += [(now, 1, k) for k in buffer]
       buffer = []
   return draws
 
 
-def test_buffered_rounds_are_those_of_an_event_loop():
-  seconds = (1.0, 1.5, 3.25, 7.1)
-  rounds: Any = buffered(
-    4, 2, system=system(*seconds), job=lambda: JOB, concurrency=4
-  )
-  for number, (now, rows) in enumerate(literal(seconds, 2, 12)):
+def literal_tiers(fleet, tiers, rounds):
+  """The event loop of tiers, all of whose clients train in every round."""
+  seconds = JOB.operations / fleet.operations
+  events = [(0.0, 1, tier) for tier in range(len(tiers))]
+  begun, draws = {}, []
+  while len(draws) < rounds:
+    now, kind, tier = event = min(events)
+    events.remove(event)
+    if not kind:  # an end
+      ids, version = begun.pop(tier)
+      draws.append((now, [(k, version) for k in ids]))
+      events.append((now, 1, tier))
+    elif (when := min(opened(fleet, k, now) for k in tiers[tier])) > now:
+      events.append((when, 1, tier))
+    else:
+      here = [k for k in tiers[tier] if systems.available(fleet, now)[k]]
+      begun[tier] = here, len(draws)
+      events.append((now + max(seconds[here]), 0, tier))
+  return draws
+
+
+def same_draws(rounds: Any, wanted):
+  for number, (now, rows) in enumerate(wanted):
     draw = rounds(number)
-    assert list(zip(draw.ids.tolist(), draw.started.tolist())) == rows
+    mine = zip(draw.ids.tolist(), draw.started.tolist())
+    assert [row for row in mine if row[0] >= 0] == rows
     assert rounds.clock(number)['clock/seconds'] == pytest.approx(now)
-  assert max(number - rounds(number).started.min() for number in range(12)) > 2
+
+
+SECONDS = (1.0, 1.5, 3.25, 7.1)
+# Days and nights: clients that train for hours and sleep in between.
+NIGHTS = system(
+  2000.0, 5000.0, 11000.0, 26000.0,
+  opens=np.array([0.0, 8.0, 20.0, 23.0]), hours=np.array([24.0, 6.0, 9.0, 2.0]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('fleet', [system(*SECONDS), NIGHTS])
+def test_buffered_rounds_are_those_of_an_event_loop(fleet):
+  def make() -> Any:
+    return buffered(4, 2, system=fleet, job=lambda: JOB, concurrency=4)
+
+  rounds = make()
+  same_draws(rounds, literal_buffer(fleet, 2, 40))
+  late = [number - rounds(number).started.min() for number in range(40)]
+  assert max(late) > 2
+  # While the slowest trains, three others arrive in its seconds at most this
+  # often, two a round.
+  seconds = JOB.operations / fleet.operations
+  others = sum(math.ceil(seconds[3] / seconds[k]) for k in range(3))
+  assert max(late) <= math.ceil(others / 2) + 1
   # Pure in the round: another one that is asked in another order agrees.
-  again: Any = buffered(
-    4, 2, system=system(*seconds), job=lambda: JOB, concurrency=4
-  )
+  again = make()
   jax.tree.map(np.testing.assert_array_equal, again(11), rounds(11))
   jax.tree.map(np.testing.assert_array_equal, again(3), rounds(3))
+
+
+@pytest.mark.parametrize('fleet', [system(*SECONDS), NIGHTS])
+def test_rounds_of_tiers_are_those_of_an_event_loop(fleet):
+  rounds = tiered(4, 2, system=fleet, job=lambda: JOB, num_tiers=2)
+  same_draws(rounds, literal_tiers(fleet, ([0, 1], [2, 3]), 40))
+
+
+def test_a_client_that_fills_its_deadline_exactly_is_in_time():
+  for num in range(1, 40):
+    # 0.1 + 0.2 > 0.3 in floating point.
+    job = JOB._replace(num_steps=num, down=0.0, up=0.0)
+    for part in range(1, num + 1):
+      one = system(1.2, latency=np.array([0.3]))
+      limit = 0.3 + 1.2 * part / num
+      rounds: Any = deadline(
+        1, 1, system=one, job=lambda job=job: job, seconds=limit, partial=True
+      )
+      assert rounds(0).steps.tolist() == [part]
+      assert rounds.clock(0)['clock/seconds'] <= limit
+  whole = deadline(
+    1, 1, system=system(0.2, latency=np.array([0.1])), seconds=0.3,
+    job=lambda: JOB._replace(down=0.0, up=0.0),
+  )  # fmt: skip
+  assert whole(0).ids.tolist() == [0]
 
 
 def test_nobody_is_late_where_all_are_equally_fast():

@@ -2,6 +2,7 @@
 
 sampling   round -> Draw
 valued     the same, by the values of an earlier run
+staged     the same, of clients with an example of the round's stage
 cohorts    Draw -> Cohort [K, S, B, T]
 store      private state of N clients
 system     devices and links of N clients
@@ -13,6 +14,7 @@ from fedjax_llm.clients import (
   cohorts,
   profiles,
   sampling,
+  staged,
   store,
   system,
   timed,
@@ -31,6 +33,7 @@ __all__ = [
   'cohorts',
   'profiles',
   'sampling',
+  'staged',
   'store',
   'system',
   'timed',

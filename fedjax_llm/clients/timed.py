@@ -14,6 +14,7 @@ All are pure in (seed, round): a resumed run sees the same draws. They are
 computed from round 0 on and kept, a few arrays [K] a round.
 """
 
+import bisect
 import heapq
 import math
 from collections.abc import Callable, Sequence
@@ -26,6 +27,10 @@ from fedjax_llm.clients.system import Job, System
 from fedjax_llm.types import Draw, Error
 
 __all__ = ['buffered', 'deadline', 'tiered']
+
+# A client whose work fills its deadline exactly is in time, whatever the
+# rounding of its seconds.
+_ROUNDING = 1e-9
 
 # Purposes of the random streams.
 _CHOSEN, _LOST, _JITTER, _JOB, _TIER = 311, 312, 313, 314, 315
@@ -163,12 +168,13 @@ def deadline(
     steps = np.full(len(ids), work.num_steps)
     if partial:
       free = np.maximum(limit - links, 0) / np.maximum(compute, 1e-300)
-      steps = np.minimum(np.floor(work.num_steps * free), work.num_steps)
-      steps = steps.astype(np.int64)
+      steps = np.floor(work.num_steps * free * (1 + _ROUNDING))
+      steps = np.minimum(steps, work.num_steps).astype(np.int64)
     compute = compute * steps / work.num_steps
     took = links + compute
     lost = draw(_LOST).random(num_clients)[ids] < dropout
-    lost |= (took > limit) | (steps < 1)
+    lost |= (took > limit * (1 + _ROUNDING)) | (steps < 1)
+    took = np.where(lost, took, np.minimum(took, limit))
     arrival = np.where(lost, np.inf, took)
     first = np.argsort(arrival, kind='stable')[:cohort_size]
     first = first[np.isfinite(arrival[first])]
@@ -262,9 +268,11 @@ def buffered(
     while len(arrived) < cohort_size:
       if not training or training[0][0] > now:
         joules += begin(now, number)
-      if not training:  # nobody is available: time goes on
-        now += _until(system, busy, now)
-        continue
+      if state['free']:  # nobody is available: time goes on
+        opening = now + _until(system, busy, now)
+        if not training or opening < training[0][0]:
+          now = opening
+          continue
       now, _, client, version, gone = heapq.heappop(training)
       state['free'] += 1
       if gone:
@@ -299,6 +307,8 @@ def tiered(
   of K of its clients on its own, each with the server's parameters of the
   moment in which it starts (`Draw.started`), so slow tiers are late and hold
   nobody up (the semi-synchronous form of Chai et al. 2021, arXiv 2010.05958).
+  Rounds that end at the moment in which a tier starts come before it. A tier of
+  which nobody is available waits, and starts from what the server has then.
 
   Args and errors as in `deadline`, and
     num_tiers: the number of tiers, each of at least K clients.
@@ -318,10 +328,12 @@ def tiered(
       f'clients.num_tiers is {num_tiers}: it is at least 1, and each tier '
       f'needs cohort_size={cohort_size} of the {num_clients} clients.'
     )
-  running: list[tuple[float, int, int, np.ndarray, np.ndarray]] = []
+  # By end: (end, tier, turn, start, ids, lost).
+  running: list[tuple[float, int, int, float, np.ndarray, np.ndarray]] = []
+  ends: list[float] = []  # of the rounds so far
   made: list = []  # the seconds and the tiers, once they are asked for
 
-  def begin(tier: int, turn: int, now: float, version: int):
+  def begin(tier: int, turn: int, now: float):
     rng = np.random.default_rng((seed, _TIER, tier, turn))
     seconds, tiers = made
     mine = tiers[tier]
@@ -332,11 +344,8 @@ def tiered(
     slower = np.exp(jitter * rng.standard_normal(len(ids)))
     lost = rng.random(len(ids)) < dropout
     end = now + float(np.max(seconds.total[ids] * slower))
-    heapq.heappush(running, (end, tier, turn, ids, lost))
-    versions[tier] = version
+    heapq.heappush(running, (end, tier, turn, now, ids, lost))
     return float(np.sum(system.watts[ids] * seconds.compute[ids] * slower))
-
-  versions: dict[int, int] = {}
 
   def step(number, now):
     joules = 0.0
@@ -344,14 +353,16 @@ def tiered(
       seconds = systems.duration(system, job())
       order = np.argsort(seconds.total, kind='stable')
       made[:] = [seconds, np.array_split(order, num_tiers)]
-      joules += sum(begin(t, 0, now, 0) for t in range(num_tiers))
+      joules += sum(begin(t, 0, now) for t in range(num_tiers))
     else:
       tier, turn = ended.pop()
-      joules += begin(tier, turn + 1, now, number)
-    end, tier, turn, ids, lost = heapq.heappop(running)
+      joules += begin(tier, turn + 1, now)
+    end, tier, turn, start, ids, lost = heapq.heappop(running)
     ended.append((tier, turn))
     draw = _draw(ids, cohort_size)
-    started = np.full(cohort_size, versions[tier], np.int32)
+    version = bisect.bisect_right(ends, start)
+    started = np.full(cohort_size, version, np.int32)
+    ends.append(end)
     reports = draw.reports.copy()
     reports[: len(ids)] &= ~lost
     return (
@@ -410,4 +421,5 @@ def _until(system: System, busy: set[int], now: float) -> float:
   """Returns the seconds until a client that is not busy is available."""
   free = np.ones(len(system.hours), bool)
   free[list(busy)] = False
-  return systems.wait(_of(system, np.flatnonzero(free)), now)
+  rest = np.flatnonzero(free)
+  return systems.wait(_of(system, rest), now) if len(rest) else math.inf

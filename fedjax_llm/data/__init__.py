@@ -5,6 +5,7 @@ partition assigns records to clients, and `build` returns a `Population`.
 """
 
 from fedjax_llm.data import (
+  alignment,
   collate,
   drift,
   encoding,
@@ -15,6 +16,7 @@ from fedjax_llm.data import (
   selection,
   skew,
   sources,
+  stages,
   text,
   tokenizers,
 )
@@ -31,7 +33,7 @@ from fedjax_llm.data.partition import (
 from fedjax_llm.data.population import build
 from fedjax_llm.data.sources import Record, hf, jsonl, packaged
 from fedjax_llm.data.text import TEMPLATES, Encoded, encode, prompt
-from fedjax_llm.data.tokenizers import Tokenizer, bytes, pretrained
+from fedjax_llm.data.tokenizers import Tokenizer, bytes, pairs, pretrained
 
 __all__ = [
   'Encoded',
@@ -41,7 +43,9 @@ __all__ = [
   'TEMPLATES',
   'Tokenizer',
   'build',
+  'alignment',
   'bytes',
+  'pairs',
   'collate',
   'dirichlet',
   'drift',
@@ -64,6 +68,7 @@ __all__ = [
   'skew',
   'selection',
   'sources',
+  'stages',
   'text',
   'tokenizers',
 ]

@@ -40,6 +40,14 @@ from fedjax_llm.nodes.prompt import Prefix as Prefix
 from fedjax_llm.nodes.prompt import Prompt as Prompt
 from fedjax_llm.nodes.protocol import is_node as is_node
 from fedjax_llm.nodes.scaled import Scaled as Scaled
+from fedjax_llm.nodes.scores import Context as Context
+from fedjax_llm.nodes.scores import Domains as Domains
+from fedjax_llm.nodes.scores import Generated as Generated
+from fedjax_llm.nodes.scores import Pictures as Pictures
+from fedjax_llm.nodes.scores import Reweighted as Reweighted
+from fedjax_llm.nodes.scores import Towers as Towers
+from fedjax_llm.nodes.scores import Transported as Transported
+from fedjax_llm.nodes.scores import Visual as Visual
 from fedjax_llm.nodes.tensor_train import TensorTrain as TensorTrain
 from fedjax_llm.nodes.tiers import Tiers as Tiers
 from fedjax_llm.nodes.vera import Vera as Vera

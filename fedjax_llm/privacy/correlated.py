@@ -51,6 +51,12 @@ def column(bands: int) -> float:
   return math.sqrt(sum(c * c for c in coefficients(bands)))
 
 
+def _saturated(x: jax.Array, dtype: Any) -> jax.Array:
+  """Returns an array in another dtype, cut to its finite numbers."""
+  most = float(jnp.finfo(dtype).max)
+  return jnp.clip(x, -most, most).astype(dtype)
+
+
 def correlated_mean(
   clip: float, noise_multiplier: float, denominator: float, bands: int
 ) -> StreamingAggregator:
@@ -101,8 +107,10 @@ def correlated_mean(
       noise = fresh - tree.weighted_sum(past, weight)
       noises.append(x + noise)
       pasts.append(jnp.concatenate([noise[None], past])[: bands - 1])
+    # An outcome that is not finite would undo the round and, with it, `past`:
+    # the noise of later rounds would not be C^-1 n any more.
     delta = tree.map_present(
-      lambda x, p: (x / denominator).astype(p.dtype),
+      lambda x, p: _saturated(x / denominator, p.dtype),
       jax.tree.unflatten(treedef, noises),
       params,
     )

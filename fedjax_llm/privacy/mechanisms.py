@@ -83,8 +83,17 @@ class Mechanism(NamedTuple):
     )
 
   def epsilon(self, num_rounds: int) -> float:
-    """Returns epsilon after a number of rounds, at the plan's delta."""
-    count = self.counts[min(num_rounds, len(self.counts) - 1)]
+    """Returns epsilon after a number of rounds, at the plan's delta.
+
+    Raises:
+      Error: a round outside of the plan, whose schedule is not counted.
+    """
+    if not 0 <= num_rounds < len(self.counts):
+      raise Error(
+        f'privacy: epsilon after {num_rounds} rounds is not known, as the '
+        f'schedule was counted for 0 to {len(self.counts) - 1} rounds.'
+      )
+    count = self.counts[num_rounds]
     if self.grid is not None:
       return accounting.skellam_epsilon(
         noise_multiplier=self.noise_multiplier,

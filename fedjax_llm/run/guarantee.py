@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedjax_llm import clients, privacy, uploads
+from fedjax_llm import clients, local, privacy, uploads
 from fedjax_llm.local import per_example
 from fedjax_llm.run import builders, clock
 from fedjax_llm.types import Codec, Error, FederatedAlgorithm
@@ -227,6 +227,12 @@ def _bands(conf: Mapping[str, Any], num_clients: int) -> int:
 
 
 def _by_example(plan: Any, parts: dict[str, Any], uses: Uses) -> Any:
+  if isinstance(parts['loss'], local.Sampled):
+    raise Error(
+      "privacy.mechanism is 'examples', and the clients of this task sample "
+      'replies outside of the gradient whose examples are clipped: take '
+      "another task.name, or another mechanism, such as 'central'."
+    )
   gradient = per_example.noisy(
     plan.clip,
     plan.noise_multiplier,

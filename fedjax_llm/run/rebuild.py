@@ -26,6 +26,7 @@ from fedjax_llm.run import (
   experiment,
   metrics,
   resume,
+  staged,
   tasks,
   texts,
   versions,
@@ -111,6 +112,9 @@ def _open(
   # The number and names of clients, and the names of classes, are in the texts.
   counts = client is not None or experiment.counts_clients(conf)
   records = build('data') if counts or conf.get('task') else []
+  if records:
+    more = lambda one: builders.build(one, SPEC.sections['data'])
+    records = staged.records(conf, records, more)
   labels = task.labels(records)
   loaded = texts.model(build, labels)
   adapter: Adapter = build('adapter', tokenizer=_tokenizer(conf, loaded))

@@ -208,6 +208,7 @@ SPEC = config.Spec(
     'partition.of': _PARTITIONS,
     'population': data.population.build,
     'poison': adversary.poisoning,
+    'stages': data.stages,
     'selection': data.selection,
     'system': clients.system,
     'clients': {
@@ -271,7 +272,7 @@ SPEC = config.Spec(
     'profiles': ('num_clients', 'seed'),
     'cohort': (
       *('examples', 'max_length', 'pad_id', 'seed', 'profiles'),
-      *('collate', 'length', 'rate', 'orders', 'mixed'),
+      *('collate', 'length', 'rate', 'orders', 'mixed', 'sizes'),
     ),
     'adapter': ('tokenizer',),
     'model': ('vocab_size', 'eos_ids', 'labels', 'place'),
@@ -292,11 +293,12 @@ SPEC = config.Spec(
     *('task', 'profiles', 'upload', 'download', 'adversary', 'aggregator'),
     *('server', 'local.schedule', 'server.schedule', 'evals.personal'),
     *('privacy', 'poison', 'public', 'system', 'memory', 'selection'),
+    'stages',
   ),
   # Old runs and runs without these sections record nothing of them.
   unrecorded=(
     *('adversary', 'download', 'poison', 'privacy', 'public', 'system'),
-    *('memory', 'selection'),
+    *('memory', 'selection', 'stages'),
   ),
   implied=implied,
 )
