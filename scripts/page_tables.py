@@ -90,7 +90,10 @@ def tables() -> dict[str, str]:
       wall.cells(), _results('memory/results/larger.json')['bytes']
     ),
     'methods': methods.markdown(_results('methods_comparison/results.json')),
-    **{f'tuning-{name}': peft.markdown(of) for name, of in peft.read().items()},
+    **{
+      f'tuning-{model}': peft.markdown(peft.read().get(model, {}))
+      for model in peft.MODELS
+    },
     'reproductions': reproductions(_results('reproductions/results.json')),
   }
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fedjax_llm import adapters, local, models, recipes, tree
+from fedjax_llm.clients import profiles
 from fedjax_llm.nodes import Dense
 from fedjax_llm.recipes.selective import raffm
 from fedjax_llm.types import (
@@ -213,5 +214,10 @@ def test_what_it_needs():
   )
   with pytest.raises(Error, match='needs the width of every client'):
     history('raffm', widths=None)
+  with pytest.raises(Error) as error:
+    profiles.widths((0.5, 1.5), num_clients=4)
+  assert str(error.value) == (
+    'profiles.choices is [0.5, 1.5]: widths are above 0 and at most 1.'
+  )
   with pytest.raises(Error, match='raffm brings its own scope'):
     recipes.raffm(loss, local.optimizer('sgd'), scope=None)
