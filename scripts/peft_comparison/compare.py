@@ -43,8 +43,8 @@ def name_of(kind: str) -> str:
 def rounds_within(total: float, each: float, rounds: int) -> int:
   """Returns the rounds of `each` bytes within `total`, at most 2 `rounds`.
 
-  >>> rounds_within(100, 30, 6), rounds_within(100, 1, 6), rounds_within(9, 30, 6)
-  (3, 12, 0)
+  >>> [rounds_within(100, each, 6) for each in (30, 1, 101)]
+  [3, 12, 0]
   """
   return min(int(total / each + 1e-9), LONGEST * rounds)
 
@@ -176,7 +176,7 @@ def compare(
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
   parser.add_argument('--out', type=pathlib.Path, help='cells and figure')
   parser.add_argument('--rounds', type=int, default=12, help='R at most')
   parser.add_argument('--budget', type=float, help='minutes for each model')
