@@ -66,7 +66,7 @@ def _of_run(args: argparse.Namespace) -> None:
   """Replies before and after a run, of what its newest checkpoint holds."""
   made = rebuild.open(args.workdir, client=args.client)
   loaded = made.loaded
-  if not loaded.config.causal:
+  if not loaded.config.writes:
     raise Error(f'--workdir {args.workdir}: this run trained no model of text.')
   tokenizer = data.tokenizers.bytes()
   if loaded.directory is not None:

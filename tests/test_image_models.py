@@ -103,6 +103,48 @@ def test_embedded_texts_equal_their_tokens():
   np.testing.assert_allclose(found[:, 0], data['text'], atol=1e-5)
 
 
+def projections(file, **changed):
+  rng = np.random.default_rng(3)
+  arrays = {
+    'text_kernel': rng.normal(size=(32, 5)),
+    'text_bias': rng.normal(size=5),
+    'image_kernel': rng.normal(size=(64, 5)),
+    'image_bias': rng.normal(size=5),
+    'logit_scale': np.float64(0.5),
+  }
+  np.savez(file, **{**arrays, **changed})
+  return arrays
+
+
+def test_joined_encoders_are_their_states_and_two_projections(tmp_path):
+  """MPNet and DINOv2, against the states that torch computed."""
+  texts = GOLDEN.parent / 'models' / 'mpnet'
+  arrays = projections(tmp_path / 'x.npz')
+  loaded = models.joined(texts, GOLDEN / 'dinov2', tmp_path / 'x.npz')
+  assert loaded.dual is not None
+  words, seen = np.load(texts / 'logits.npz'), golden('dinov2')[1]
+  lengths = words['lengths']
+  text = jax.jit(loaded.dual.text)
+  found = text(loaded.base, {}, words['tokens'], ends=lengths - 1)
+  mean = words['logits'].sum(1) / lengths[:, None]  # zeros behind the ends
+  want = mean @ arrays['text_kernel'] + arrays['text_bias']
+  close(found, want)
+  embedded = loaded.dual.embed(loaded.base, {}, words['tokens'])
+  found = text(loaded.base, {}, embedded=embedded, ends=lengths - 1)
+  close(found, want)
+  whole, local = jax.jit(loaded.dual.image)(loaded.base, {}, seen['pixels'])
+  first, patches = seen['states'][:, 0], seen['states'][:, 1:]
+  both = np.concatenate([first, patches.mean(1)], axis=-1)
+  close(whole, both @ arrays['image_kernel'] + arrays['image_bias'])
+  np.testing.assert_allclose(local.mean(1), whole, atol=1e-4)
+  for name, shape in (('text_bias', 4), ('image_kernel', (32, 5))):
+    projections(tmp_path / 'y.npz', **{name: np.zeros(shape)})
+    with pytest.raises(Error, match=f'y.npz has {name} '):
+      models.joined(texts, GOLDEN / 'dinov2', tmp_path / 'y.npz')
+  with pytest.raises(Error, match=r'model.image: .*mpnet is no network of im'):
+    models.joined(texts, texts, tmp_path / 'x.npz')
+
+
 # ----------------------------------------------------------------- prompts --
 
 
@@ -260,6 +302,7 @@ def test_what_is_written_is_what_transformers_wrote(tmp_path, name):
   }
   assert found.keys() == wanted.keys()
   for key, value in wanted.items():
+    assert found[key].shape == value.shape, key
     np.testing.assert_array_equal(found[key], value, err_msg=key)
 
 

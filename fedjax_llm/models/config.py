@@ -38,7 +38,7 @@ class Patches(NamedTuple):
   channels: int = 3
   bias: bool = True
   resized: bool = False  # positions are interpolated to pictures of other sizes
-  with_mean: bool = False  # a classifier also reads the mean of the patches
+  with_mean: bool = False  # the mean of the patches belongs to the features
   mean: tuple[float, ...] = (0.5, 0.5, 0.5)
   std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
@@ -118,6 +118,17 @@ class Config(NamedTuple):
   # and both are projected to `projection` features.
   vision: Any = None  # a `Config`
   projection: int = 0
+  projection_bias: bool = False
+  pooling: str = 'end'  # a text's state: 'end', or 'mean' of its tokens
+
+  @property
+  def reads_images(self) -> bool:
+    return self.image is not None or self.vision is not None
+
+  @property
+  def writes(self) -> bool:
+    """Returns True for a network that continues texts."""
+    return self.causal and not self.reads_images
 
   @property
   def rotary_dim(self) -> int:
@@ -167,13 +178,18 @@ def shapes(config: Config) -> dict[str, Any]:
   """
   c = config
   if c.vision is not None:
-    return {
+    seen = c.vision.hidden_size * (1 + c.vision.image.with_mean)
+    tree = {
       'text': shapes(tower(c, 'text')),
       'vision': shapes(tower(c, 'vision')),
       'text_projection': {'kernel': (c.hidden_size, c.projection)},
-      'visual_projection': {'kernel': (c.vision.hidden_size, c.projection)},
+      'visual_projection': {'kernel': (seen, c.projection)},
       'logit_scale': {'value': ()},
     }
+    for name in ('text_projection', 'visual_projection'):
+      if c.projection_bias:
+        tree[name]['bias'] = (c.projection,)
+    return tree
   width, inner = c.hidden_size, c.intermediate_size
   heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
 

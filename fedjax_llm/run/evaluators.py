@@ -22,6 +22,7 @@ from fedjax_llm.run import (
   auditing,
   benchmarks,
   builders,
+  client_models,
   inverting,
   newcomers,
   viewing,
@@ -114,6 +115,7 @@ EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {
   **builders.names(auditing),
   **builders.names(inverting),
   **builders.names(newcomers),
+  'client_models': client_models.personal,
 }
 
 
@@ -128,7 +130,8 @@ def check(sections: Sequence[Mapping[str, Any]]) -> None:
   fedjax_llm.types.Error: evals.evaluators[0].name: there is no 'likelihoods' \
 (the nearest is 'likelihood'; there are likelihood, by_stage, fused, \
 instance_mixed, recalled, choices, classes, code, generated, attack_success, \
-exposure, extraction, membership, inversion, newcomers); one's own is named \
+exposure, extraction, membership, inversion, newcomers, client_models); one's \
+own is named \
 'package.module:function'.
   """
   for i, section in enumerate(sections):

@@ -42,7 +42,7 @@ def to_checkpoint(
       raise Error(
         f'{name} also holds {"/".join(min(missing))}, which is missing.'
       )
-  return {name: np.ascontiguousarray(x) for name, x in written.items()}
+  return {name: np.asarray(x, order='C') for name, x in written.items()}
 
 
 def from_checkpoint(

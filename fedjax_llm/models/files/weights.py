@@ -351,7 +351,7 @@ def save(directory: str | os.PathLike, config: Config, base: Base) -> None:
         f'{tensor.name} has shape {list(weights[tensor.name].shape)}, but the '
         f'config asks for {list(tensor.shape)}.'
       )
-  weights = {n: np.ascontiguousarray(w) for n, w in weights.items()}
+  weights = {n: np.asarray(w, order='C') for n, w in weights.items()}
   dtype = str(next(iter(weights.values())).dtype)
   text = json.dumps({**fields, 'torch_dtype': dtype}, indent=2)
 

@@ -3,7 +3,9 @@
     t = W_t norm(text)[end of text]     v = W_v norm(image)[class]
     logits = exp(logit_scale) cos(v, t)
 
-Radford et al. 2021, arXiv 2103.00020 (CLIP). Functions of (params, inputs):
+Radford et al. 2021, arXiv 2103.00020 (CLIP). Towers of other families
+(`models.joined`) may read the mean of a text's states, and the state of the
+class with the mean of the patches. Functions of (params, inputs):
 adapters of a tower stand below `text` and `vision`, those of the projections
 and of the scale beside them.
 """
@@ -92,7 +94,7 @@ def ends_of(config: Config, tokens: Any) -> jax.Array:
       'text features need the place of the end of each text: this model has no '
       'eos_token_id, so pass ends=.'
     )
-  if config.eos_ids == (2,):
+  if config.family == 'clip' and config.eos_ids == (2,):
     return jnp.argmax(tokens, axis=-1)
   return jnp.argmax(tokens == config.eos_ids[0], axis=-1)
 
@@ -154,16 +156,23 @@ def build(
     else:
       embedded = jnp.asarray(embedded)
       embedded = embedded.reshape(*places.shape, embedded.shape[-1])
+    index = jnp.asarray(ends).reshape(-1, 1)
+    # Behind a causal text's end nothing is read.
+    real = np.ones_like(places) if own.causal else places <= index
     batch = Batch(
       np.zeros_like(places) if tokens is None else tokens,
       places >= 0,
-      np.ones_like(places),
+      real.astype(np.int32),
       places,
     )
     hidden = walk(base, params, batch, embedded=embedded)[0]
-    index = jnp.asarray(ends).reshape(-1, 1, 1)
-    last = jnp.take_along_axis(hidden, index, axis=1)[:, 0]
-    out = project(last, whole, rest, 'text_projection')
+    if config.pooling == 'mean':
+      here = (places <= index)[..., None]
+      state = jnp.where(here, hidden, 0).sum(1) / (index + 1)
+      state = state.astype(hidden.dtype)
+    else:
+      state = jnp.take_along_axis(hidden, index[..., None], axis=1)[:, 0]
+    out = project(state, whole, rest, 'text_projection')
     return out.reshape(*lead, out.shape[-1])
 
   def image(
@@ -178,6 +187,14 @@ def build(
     shape = jnp.shape(pixels)
     flat = jnp.asarray(pixels).reshape(-1, *shape[-3:])
     states, _ = see(base, params, flat, prompts=prompts, deep=deep)
+    if config.vision.image.with_mean:  # the mean of the local features is whole
+      first, local = states[:, :1], states[:, 1:]
+      pair = lambda x: jnp.concatenate(
+        [jnp.broadcast_to(first, x.shape), x], axis=-1
+      )
+      states = jnp.concatenate(
+        [pair(local.mean(1, keepdims=True)), pair(local)], axis=1
+      )
     out = project(states, whole, rest, 'visual_projection')
     out = out.reshape(*shape[:-3], *out.shape[1:])
     return out[..., 0, :], out[..., 1:, :]
