@@ -183,13 +183,14 @@ def main() -> None:
     )
     cell_of(method, seed).write_text(json.dumps(cell) + '\n')
     rest, spent = len(todo) - number - 1, time.monotonic() - began
-    need = rest * spent / (number + 1)
+    need = rest * took  # the first cell also compiles
     print(
       f'{method}, seed {seed}: {took:.0f} s; {rest} cells left, about '
       f'{need / 60:.0f} minutes',
       flush=True,
     )
-    if args.budget and rest and need > 60 * args.budget - spent and rounds > 1:
+    short = args.budget and need > 60 * args.budget - spent
+    if short and number and rounds > 1:
       rounds -= 1
       print(f'the budget allows {rounds} rounds a stage from here on')
   cells = read()
