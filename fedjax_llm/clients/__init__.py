@@ -12,8 +12,8 @@ profiles   capacities of N clients
 """
 
 from fedjax_llm.clients import (
-  compass,
   cohorts,
+  compass,
   profiles,
   sampling,
   store,
