@@ -57,6 +57,7 @@ from fedjax_llm.aggregators.robust_means import (
 )
 from fedjax_llm.aggregators.robust_means import norm_bounding as norm_bounding
 from fedjax_llm.aggregators.robust_pca import fedrpca as fedrpca
+from fedjax_llm.aggregators.staleness import all_together as all_together
 from fedjax_llm.aggregators.staleness import buffered_mean as buffered_mean
 from fedjax_llm.aggregators.staleness import (
   one_after_another as one_after_another,
@@ -66,6 +67,7 @@ from fedjax_llm.aggregators.trusted import fltrust as fltrust
 __all__ = [
   'as_stack',
   'bucketing',
+  'all_together',
   'buffered_mean',
   'centred_clipping',
   'control_variates',

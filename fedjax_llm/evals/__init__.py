@@ -8,6 +8,7 @@ from fedjax_llm.evals import agreement as agreement
 from fedjax_llm.evals import answers as answers
 from fedjax_llm.evals import audits as audits
 from fedjax_llm.evals import choosing as choosing
+from fedjax_llm.evals import continual as continual
 from fedjax_llm.evals import intervals as intervals
 from fedjax_llm.evals import inversion as inversion
 from fedjax_llm.evals import matching as matching
@@ -45,6 +46,7 @@ __all__ = [
   'agreement',
   'answers',
   'choosing',
+  'continual',
   'audits',
   'fuse',
   'in_turn',
