@@ -88,13 +88,17 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   )
   # Some clients train on other texts: config.poison = dict(name='backdoor')
 
+  # Data that change during the run, one class, topic or source after another:
+  # config.stages = dict(name='by_key', key='label', rounds=10)
+
   # The examples that a client trains on: `curriculum`, `quality`, `by_loss`,
   # `by_gradient`, `near_duplicates`, `fed_hds`. Without the section: all.
   # config.selection = dict(name='curriculum', rounds=10)
 
   # --------------------------------------------------------------- clients --
   # Devices and links, for the samplers with a simulated clock (`deadline`,
-  # `buffered`, `tiered`): dict(name='fleet', devices=('phone',)). None: none.
+  # `buffered`, `compass`, `tiered`): dict(name='fleet', devices=('phone',)).
+  # None: none.
   config.system = None
   # How a round's clients are drawn: `uniform`, `by_size`, `cyclic`, `full`.
   config.clients = dict(

@@ -63,7 +63,7 @@ def find(base: Base, targets: str | Sequence[str]) -> list[Path]:
     without = isinstance(target, str) and target.startswith('!')
     name = target[1:] if without else target
     if name == ALL_LINEAR:
-      hits = {p for p in paths if p[0] == 'layers'}
+      hits = {p for p in paths if 'layers' in p}
     else:
       matches = patterns.matcher(name, 'adapter.targets', within='(.*/)?({})')
       hits = {p for p in paths if matches('/'.join(p))}

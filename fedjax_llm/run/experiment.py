@@ -32,6 +32,7 @@ from fedjax_llm.run import (
   public,
   rates,
   selecting,
+  staged,
   tasks,
   texts,
   warm,
@@ -88,6 +89,7 @@ class Experiment(NamedTuple):
   near: Any  # the devices of this process
   width: int  # columns of the longest example
   public: Any = None  # batches [M, B, ...] for the server; None: there are none
+  stages: staged.Staged | None = None  # of the section of that name
   small: client_models.Groups | None = None  # the clients' own models
 
   @property
@@ -193,6 +195,8 @@ class Experiment(NamedTuple):
     shapes, share one compiled program.
     """
     also = [] if self.test.personal is None else [self.test.personal]
+    if self.stages is not None:
+      also = [*also, {'name': 'by_stage'}]
     return evaluators.build(
       [*self.test.evaluators, *also],
       built=self,
@@ -240,6 +244,7 @@ def checked(conf: Mapping[str, Any]) -> tuple[Settings, Evals]:
   evaluators.check(test.evaluators)
   guarantee.check(conf)
   memory.check(conf)
+  staged.check(conf)
   clock.check(builders.named(conf.get('clients')), bool(conf.get('system')))
   return settings, test
 
@@ -268,6 +273,10 @@ def build(
   # ------------------------------------------------------------- data, model --
   task = make('task') if conf.get('task') else tasks.causal_lm()
   records = make('data')
+  reading = None
+  if conf.get('stages'):
+    reading = staged.read(conf, records, SPEC.sections['data'])
+    records = reading.split.records
   labels = task.labels(records)
   mesh = near = None
   if max(jax.device_count(), settings.mesh_model) > 1:
@@ -289,6 +298,7 @@ def build(
     tokenizer=tokenizer,
     seed=seed,
     alter=alter,
+    encode=None if reading is None else reading.encode(task.encode),
   )
   digest = data.population.digest(population)
   hosts.agree('the texts', digest)
@@ -306,6 +316,10 @@ def build(
   population = selecting.prepared(
     selection, population, loaded, task, seed, width, tokenizer.pad_id
   )
+  stages = None
+  if reading is not None:
+    stages = staged.of(reading, population, settings.num_rounds, seed)
+    say(staged.describe(stages))
 
   # ---------------------------------------------------------------- adapter --
   adapter_key, round_key = jax.random.split(jax.random.key(seed))
@@ -358,17 +372,24 @@ def build(
   fleet = None
   if conf.get('system'):
     fleet = make('system', num_clients=len(sizes), seed=seed)
-  sampler = make(
-    'clients',
-    num_clients=len(sizes),
-    sizes=sizes,
-    seed=seed,
-    names=population.names,
-    system=fleet,
-    job=lambda: clock.job(
-      built.method(), built.initial, built.base, make_cohort
-    ),
-  )
+
+  def sampler_of(ids: Any) -> Sampler:  # of clients by their ids
+    return make(
+      'clients',
+      num_clients=len(ids),
+      sizes=[sizes[i] for i in ids],
+      seed=seed,
+      names=[population.names[i] for i in ids],
+      system=fleet,
+      job=lambda: clock.job(
+        built.method(), built.initial, built.base, make_cohort
+      ),
+    )
+
+  if stages is None or population.pooled:
+    sampler = sampler_of(range(len(sizes)))
+  else:
+    sampler = stages.sampler(sampler_of, len(sizes))
   if population.pooled:  # one client takes the steps of a cohort
     if fleet is not None:
       raise Error(
@@ -386,6 +407,15 @@ def build(
   if selection.scored is not None:
     cohort_conf['num_steps'] *= selection.scored.pool
   orders = None if selection.order is None else selection.order(owned)
+  passes, size_of = orders, None
+  if stages is not None:
+    if orders is not None:
+      raise Error(
+        f'selection.name={conf["selection"]["name"]} orders the examples of a '
+        'client, and so does the section stages: leave one of them out.'
+      )
+    passes = stages.pools.orders()
+    size_of = passes.kept
   packing = cohort_conf.get('packing', False)
   row = width
   if packing:
@@ -401,7 +431,8 @@ def build(
     collate=task.collate,
     length=task.length,
     rate=guarantee.example_rate(conf),
-    orders=orders,
+    orders=passes,
+    sizes=size_of,
     mixed=selection.scored is not None,
   )
   device_rows = 1 if near is None else near.shape[sharding.CLIENTS]
@@ -431,7 +462,9 @@ def build(
     profiles=carry,
     make_cohort=make_cohort,
     assemble=assemble,
-    selected=selecting.counts(population, orders, population.pooled),
+    selected=_counts(
+      selecting.counts(population, orders, population.pooled), stages
+    ),
     adapter=adapter,
     initial=initial,
     round_key=round_key,
@@ -439,9 +472,20 @@ def build(
     near=near,
     width=width,
     public=shared,
+    stages=stages,
     small=small,
   )
   return built
+
+
+def _counts(
+  selected: Callable[[Draw, int], dict[str, float]],
+  stages: staged.Staged | None,
+) -> Callable[[Draw, int], dict[str, float]]:
+  """Returns the metrics of a selection and the number of the stage."""
+  if stages is None:
+    return selected
+  return lambda draw, round: selected(draw, round) | stages.metrics(round)
 
 
 def save_adapter(
