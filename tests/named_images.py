@@ -16,7 +16,7 @@ import numpy as np
 from prompted import IDS, KEY, WEIGHT, f64, log_softmax, slope, watched
 
 from fedjax_llm import local, tree
-from fedjax_llm.local import by_names
+from fedjax_llm.local import class_names
 from fedjax_llm.nodes import Pictures, Towers
 from fedjax_llm.nodes.scores import unit
 from fedjax_llm.types import Cohort, Images
@@ -26,10 +26,11 @@ K, S, B = 3, 2, 4
 SCALE = 4.0
 
 
-def base(num_classes=C):
+def base(num_classes=C, features=E):
   draw = np.random.default_rng(1).normal
   array = lambda *s: jnp.asarray(draw(size=s), jnp.float32)
-  parts = {'mix': array(D, E), 'eye': array(3, E), 'front': array(V, E)}
+  sides = {'mix': D, 'eye': 3, 'front': V}
+  parts = {name: array(side, features) for name, side in sides.items()}
   return {**parts, 'names': array(C + 3, D)[:num_classes]}
 
 
@@ -57,7 +58,7 @@ def seen(base, params, batch):
   return Towers(texts, images, jnp.float32(SCALE))
 
 
-LOSS = by_names.by_names(seen)
+LOSS = class_names.by_names(seen)
 
 
 def batches(*lead, seed=4, labels=C):

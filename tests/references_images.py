@@ -63,3 +63,17 @@ def shares(f, query, temperature):
   d = d / temperature
   e = np.exp(d - d.max(1, keepdims=True))
   return e / e.sum(1, keepdims=True)
+
+
+def attention(q, experts, parts):
+  """pFedMoAP's gate: heads one by one, q [B, d] and experts [X, C, d]."""
+  wq, bq, wk, bk, wv, bv, wo, bo = parts
+  out = np.zeros((len(q), experts.shape[1], wo.shape[-1])) + bo
+  for h in range(wq.shape[1]):
+    queries, keys = q @ wq[:, h] + bq[h], experts @ wk[:, h] + bk[h]
+    near = 10 * np.einsum('bk,xck->bcx', queries, keys)
+    share = np.exp(near - near.max(-1, keepdims=True))
+    share = share / share.sum(-1, keepdims=True)
+    values = experts @ wv[:, h] + bv[h]
+    out = out + np.einsum('bcx,xck->bck', share, values) @ wo[h]
+  return out

@@ -1,6 +1,7 @@
 """Methods on a tiny CLIP: what a round of many clients compiles to."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,14 @@ from prompted import apart, close
 
 import fedjax_llm as fl
 from fedjax_llm import adapters, local, models, recipes
-from fedjax_llm.local import by_names
+from fedjax_llm.local import class_names
 from fedjax_llm.nodes import scores
 from fedjax_llm.types import Cohort, Images
 
 K, S, B, C, T, SIDE = 32, 1, 2, 3, 6, 8
-SIZES = dict(hidden_size=24, intermediate_size=40, num_layers=2, projection=20)
+SIZES: Any = dict(
+  hidden_size=24, intermediate_size=40, num_layers=2, projection=20
+)
 BEGIN, END = 7, 9
 
 
@@ -33,7 +36,7 @@ def clip():
 
 
 def loss_of(loaded):
-  return by_names.by_names(by_names.towers(loaded.dual, *names()))
+  return class_names.by_names(class_names.towers(loaded.dual, *names()))
 
 
 def cohort():
@@ -54,9 +57,8 @@ def test_32_clients_meet_both_towers_in_one_matmul_each(clip):
   state = algorithm.init(jax.random.key(1), params)
   one = algorithm.init_client(state.params)
   whole = cohort()._replace(states=fl.tree.broadcast(one, K))
-  text = (
-    jax.jit(algorithm.round).lower(state, whole, clip.base).compile().as_text()
-  )
+  lowered = jax.jit(algorithm.round).lower(state, whole, clip.base)
+  text: Any = lowered.compile().as_text()
   kernels = {
     tuple(sorted(x.shape[-2:]))
     for path, x in jax.tree.leaves_with_path(clip.base)
@@ -82,7 +84,7 @@ def test_32_clients_meet_both_towers_in_one_matmul_each(clip):
 
 def test_rows_stand_between_the_begin_and_the_name(clip):
   """A context of the embeddings of words is a text with these words."""
-  see = by_names.towers(clip.dual, *names())
+  see = class_names.towers(clip.dual, *names())
   batch = Images(np.zeros((1, SIDE, SIDE, 3), np.float32), None, None)
   tokens, ends = names()
   words = np.full((C, 2), 33, np.int32)

@@ -37,12 +37,14 @@ START = {
   'fed_clip': lambda: grown(adapters.feature_attention()),
   'fed_tpg': lambda: grown(adapters.generated_context(P, 2, 1)),
   'fed_apt': lambda: grown(adapters.domain_context(P, C, 0.5)),
+  'p_fed_moap': lambda: grown(adapters.gated_context(P, E, 1)),
 }
 SETTINGS = {
   'fed_otp': dict(mass=0.7),
   'fed_pgp_clip': dict(rank=2),
   'fed_pr': dict(ratio=0.7),
   'fed_apt': dict(num_clients=N),
+  'p_fed_moap': dict(num_clients=N, num_experts=2),
 }
 
 
@@ -346,6 +348,62 @@ def test_fed_apt_equals_a_float64_loop():
   apart(got, toy.logits(x, toy.texts(even(0)[0])), by=1e-2)
 
 
+# ---------------------------------------------------------------- pFedMoAP --
+
+
+def moap_loss(x, y, a, others):
+  rows, *gate = a
+  f, own = toy.length(toy.pooled(x)), toy.texts(rows)
+  alone = toy.SCALE * f @ own.T
+  if not len(others):
+    return toy.nll(alone, y)
+  experts = np.stack([own, *map(toy.texts, others)])
+  gated = ref.attention(f, experts, gate)
+  return toy.nll(alone / 2 + toy.SCALE * np.einsum('bd,bcd->bc', f, gated), y)
+
+
+def test_p_fed_moap_equals_a_float64_loop():
+  algorithm, seen = history('p_fed_moap')
+  start = seen[0][0].params
+  rows = f64(start['common']['scores'].rows)
+  gates = [[f64(x) for x in start['gate']] for _ in range(K)]
+  latest: list = []
+  for t in range(2):
+    ends = []
+    for k in range(K):
+      others = []
+      if t:  # the nearest of the two other clients
+        far = [((z - latest[k]) ** 2).sum() for z in latest]
+        far[k] = np.inf
+        others = [latest[int(np.argmin(far))]]
+      loss = functools.partial(moap_loss, others=others)
+      end = toy.trained(loss, k, [rows, *gates[k]])
+      gates[k] = end[1:]
+      ends.append(end[0])
+    latest, rows = ends, mean(ends)
+  state, states, info = seen[-1]
+  close(state.params['common']['scores'].rows, rows, atol=1e-4)
+  close(state.params['latest'][np.array(IDS)], np.stack(latest), atol=1e-4)
+  assert np.flatnonzero(state.params['known']).tolist() == sorted(IDS)
+  close(states.private['gate'].query[1], gates[1][0], atol=1e-4)
+  apart(gates[1][0], start['gate'].query, by=1e-4)
+  # One context up; down the average and, from the second time on, an expert.
+  size = 4 * P * D
+  assert info.bytes_up.sum(1).tolist() == [size] * K
+  down = [seen[t][2].bytes_down.sum(1).tolist() for t in (1, 2)]
+  assert down == [[size] * K, [2 * size] * K]
+  # Served: the latest own context with its gate and expert.
+  mine = jax.tree.map(lambda leaf: leaf[0], states)
+  node = algorithm.personal(
+    {**state.params, 'gate': mine.private['gate']}, mine
+  )['scores']
+  close(node.rows, latest[0], atol=1e-4)
+  assert node.present.tolist() == [1.0]
+  new = algorithm.personal(state.params, algorithm.init_client(state.params))
+  close(new['scores'].rows, rows, atol=1e-4)
+  assert new['scores'].present.tolist() == [0.0]
+
+
 # -------------------------------------------------------------- all of them --
 
 
@@ -382,6 +440,7 @@ def test_another_adapter_is_one_sentence(name):
     ('fed_otp', dict(temperature=-1.0), 'algorithm.temperature is -1.0'),
     ('fed_pgp_clip', dict(rank=0), 'algorithm.rank is 0'),
     ('fed_pr', dict(ratio=1.5), 'algorithm.ratio is 1.5'),
+    ('p_fed_moap', dict(num_clients=2, num_experts=1), 'num_experts is 1'),
   ],
 )
 def test_wrong_settings_are_refused(name, settings, text):

@@ -43,6 +43,7 @@ from fedjax_llm.adapters.low_rank.vera import vera as vera
 from fedjax_llm.adapters.prompts import context as context
 from fedjax_llm.adapters.prompts import domain_context as domain_context
 from fedjax_llm.adapters.prompts import feature_attention as feature_attention
+from fedjax_llm.adapters.prompts import gated_context as gated_context
 from fedjax_llm.adapters.prompts import generated_context as generated_context
 from fedjax_llm.adapters.prompts import generated_prompt as generated_prompt
 from fedjax_llm.adapters.prompts import p_tuning as p_tuning
@@ -56,6 +57,7 @@ from fedjax_llm.adapters.selective import bitfit as bitfit
 from fedjax_llm.adapters.selective import heads as heads
 from fedjax_llm.adapters.selective import layers as layers
 from fedjax_llm.adapters.selective import norms as norms
+from fedjax_llm.adapters.swayed import swayed as swayed
 from fedjax_llm.adapters.within import within as within
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
   'feature_gate',
   'federa',
   'florg',
+  'gated_context',
   'generated_context',
   'generated_prompt',
   'heads',

@@ -38,6 +38,8 @@ from fedjax_llm.nodes.pool import Choice as Choice
 from fedjax_llm.nodes.pool import Pool as Pool
 from fedjax_llm.nodes.prompt import Prefix as Prefix
 from fedjax_llm.nodes.prompt import Prompt as Prompt
+from fedjax_llm.nodes.prompt_experts import Heads as Heads
+from fedjax_llm.nodes.prompt_experts import PromptExperts as PromptExperts
 from fedjax_llm.nodes.protocol import is_node as is_node
 from fedjax_llm.nodes.scaled import Scaled as Scaled
 from fedjax_llm.nodes.scores import Context as Context
@@ -48,6 +50,7 @@ from fedjax_llm.nodes.scores import Reweighted as Reweighted
 from fedjax_llm.nodes.scores import Towers as Towers
 from fedjax_llm.nodes.scores import Transported as Transported
 from fedjax_llm.nodes.scores import Visual as Visual
+from fedjax_llm.nodes.swayed import Swayed as Swayed
 from fedjax_llm.nodes.tensor_train import TensorTrain as TensorTrain
 from fedjax_llm.nodes.tiers import Tiers as Tiers
 from fedjax_llm.nodes.vera import Vera as Vera

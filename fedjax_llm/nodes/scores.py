@@ -22,7 +22,11 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Pictures(NamedTuple):
-  """Features of a batch of images in the space of the texts, not normalised."""
+  """Features of a batch of images in the space of the texts, not normalised.
+
+  >>> Pictures(jnp.ones((2, 4)), jnp.ones((2, 9, 4))).pooled.shape
+  (2, 4)
+  """
 
   pooled: Any  # [B, E], of whole images
   patches: Any = None  # [B, M, E], of M places of each image
@@ -35,6 +39,11 @@ class Towers(NamedTuple):
   rows [P, D], the same for all classes, or [C, P, D], rows for each class;
   `texts(None)` those of the zero-shot classifier. `images(rows)` returns
   `Pictures`, with prompt rows [P, V] of the image tower, or None.
+  `local.towers` makes them.
+
+  >>> towers = Towers(lambda rows: jnp.eye(3), None, 100.0)
+  >>> towers.texts(None).shape
+  (3, 3)
   """
 
   texts: Callable[[Any], jax.Array]
@@ -45,8 +54,8 @@ class Towers(NamedTuple):
 def unit(x: jax.Array) -> jax.Array:
   """Returns x [..., E] divided by its norm, in float32.
 
-  >>> print(unit(jnp.array([3.0, 4.0])).round(2))
-  [0.6 0.8]
+  >>> (10 * unit(jnp.array([3.0, 4.0]))).round().tolist()
+  [6.0, 8.0]
   """
   x = x.astype(jnp.float32)
   return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-12)
@@ -108,9 +117,9 @@ class Visual(NamedTuple):
   Jia et al. 2022, arXiv 2203.12119 (VPT-shallow).
 
   >>> images = lambda rows: Pictures(jnp.ones((1, 2)) * rows.sum(0))
-  >>> towers = Towers(lambda rows: jnp.eye(2), images, 1.0)
-  >>> print(Visual(jnp.array([[3.0, 4.0]])).scores(towers).round(2))
-  [[0.6 0.8]]
+  >>> towers = Towers(lambda rows: jnp.eye(2), images, 10.0)
+  >>> Visual(jnp.array([[3.0, 4.0]])).scores(towers).round().tolist()
+  [[6.0, 8.0]]
   """
 
   rows: Any  # [P, V]
@@ -238,8 +247,8 @@ class Domains(NamedTuple):
   Su et al. 2024, arXiv 2211.07864 (FedAPT). The keys are random and frozen.
 
   >>> node = Domains(jnp.ones((2, 1, 3)), jnp.eye(2), jnp.ones((2, 1, 3)), 1.0)
-  >>> print(node.shares(jnp.array([[1.0, 0.0]])).round(2))
-  [[0.8 0.2]]
+  >>> (100 * node.shares(jnp.array([[1.0, 0.0]]))).round().tolist()
+  [[80.0, 20.0]]
   """
 
   meta: Any  # [C, P, D]

@@ -45,8 +45,8 @@ def partial_plan(
     Error: a mass, a temperature or a number of steps out of range.
 
   >>> plan = partial_plan(jnp.array([[1.0], [0.9], [-1.0]]), mass=0.6)
-  >>> print(plan[:, 0].round(2))  # 1/3 is the most a row can move
-  [0.33 0.27 0.  ]
+  >>> (100 * plan[:, 0]).round().tolist()  # 1/3 is the most a row can move
+  [33.0, 27.0, 0.0]
   """
   if isinstance(mass, float) and not 0 < mass <= 1:
     raise Error(f'partial_plan: mass={mass} must be above 0 and at most 1.')

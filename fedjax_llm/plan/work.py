@@ -20,6 +20,7 @@ from fedjax_llm.devices import sharding
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.models import families, quantised
 from fedjax_llm.models.files import load
+from fedjax_llm.nodes import Domains, Pictures, Reweighted, Towers
 from fedjax_llm.plan import published
 from fedjax_llm.run import (
   builders,
@@ -346,6 +347,8 @@ _no_loss = local.Observed(
 
 def _light(loss: Any) -> Any:
   """Returns a loss of the same kind that needs no network."""
+  if isinstance(loss, local.ByNames):
+    return local.ByNames(_nothing, _no_towers)
   if not isinstance(loss, local.Sampled):
     return _no_loss
 
@@ -354,6 +357,21 @@ def _light(loss: Any) -> Any:
     return jnp.zeros((tokens.shape[0], 1), jnp.int32)  # the token 0, no end
 
   return dataclasses.replace(loss, model=_no_network(1), sample=sample)
+
+
+def _no_towers(base: Any, params: Any, batch: Any) -> Towers:
+  """Returns features of zeros, of the sizes that the trained node has."""
+  del base
+  node = params['scores']
+  size = 1
+  if isinstance(node, Reweighted):
+    size = node.first.kernel.shape[0]
+  if isinstance(node, Domains):
+    size = node.query.shape[0]
+  one = lambda *lead: jnp.zeros((*lead, size))
+  return Towers(
+    lambda rows: one(1), lambda rows: Pictures(one(len(batch.label))), 1.0
+  )
 
 
 def _no_network(num_labels: int) -> Model:

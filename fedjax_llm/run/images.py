@@ -20,6 +20,7 @@ from fedjax_llm.types import Error, Example, Image, ImageWithText, Loss
 __all__ = ['contrastive', 'image_classification', 'zero_shot']
 
 TEMPLATE = 'a photo of a {}.'
+NAME = '{}.'  # behind a trained context
 
 
 class Texts(NamedTuple):
@@ -188,7 +189,8 @@ def zero_shot(
 
   The loss is that of `local.classification` on `local.zero_shot`. The texts of
   the classes are tokenized once; their features are computed in every step, by
-  a text tower that may have an adapter too.
+  a text tower that may have an adapter too. Adapters with a node at 'scores'
+  (`adapters.context`) classify by the names with what they train instead.
 
   Args:
     labels: the names of the classes; by default those of the records, sorted.
@@ -213,9 +215,11 @@ def zero_shot(
     texts_of(loaded, template)
 
   def loss(loaded: LoadedModel, *, per_row: bool = False) -> Loss:
-    texts = texts_of(loaded, template)
+    texts, names = texts_of(loaded, template), texts_of(loaded, NAME)
     model = local.zero_shot(loaded.dual, texts.tokens, texts.ends)
-    return local.classification(model, per_row=per_row)
+    seen = local.towers(loaded.dual, *names, *texts)
+    plain = local.classification(model, per_row=per_row)
+    return local.by_names(seen, plain=plain, per_row=per_row)
 
   return tasks.Task(
     loss,

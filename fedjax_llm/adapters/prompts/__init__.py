@@ -8,6 +8,7 @@ from fedjax_llm.adapters.prompts.classes import domain_context as domain_context
 from fedjax_llm.adapters.prompts.classes import (
   feature_attention as feature_attention,
 )
+from fedjax_llm.adapters.prompts.classes import gated_context as gated_context
 from fedjax_llm.adapters.prompts.classes import (
   generated_context as generated_context,
 )

@@ -12,6 +12,7 @@ from fedjax_llm.adapters.changes import fold, merge
 from fedjax_llm.adapters.prompts import draws
 from fedjax_llm.nodes.encoded import Affine
 from fedjax_llm.nodes.made import Attended
+from fedjax_llm.nodes.prompt_experts import Heads, PromptExperts
 from fedjax_llm.nodes.scores import (
   Context,
   Domains,
@@ -184,6 +185,57 @@ def domain_context(
       query=jnp.zeros((features(base), 0)),
       keys=jnp.zeros((0, length, width)),
       temperature=jnp.float32(temperature),
+    )
+    return {'scores': node}
+
+  return Adapter(start, merge, fold)
+
+
+def gated_context(length: int = 16, size: int = 128, heads: int = 8) -> Adapter:
+  """Returns a context with a gate to contexts of others, still without others.
+
+  Luo et al. 2025, arXiv 2410.10114 (pFedMoAP). `recipes.p_fed_moap` adds the
+  others. See `nodes.PromptExperts`. The layers start uniform in +-1 / sqrt(d).
+
+  Args:
+    length: P.
+    size: d of the gate, a divisor of the E features of the towers.
+    heads: H, a divisor of d.
+
+  Raises:
+    Error: a size below one, heads that do not divide the size; from `init`, a
+      size that does not divide E, a base without two towers.
+
+  >>> start = lambda: gated_context(2, 2, 1).init(
+  ...   jax.random.key(0), sizes(4, 3, 6))
+  >>> jax.eval_shape(start)['scores'].heads.query.shape
+  (2, 1, 2)
+  """
+  draws.at_least(length=length, size=size, heads=heads)
+  if size % heads:
+    raise Error(
+      f'adapter.heads is {heads}, which does not divide adapter.size={size}.'
+    )
+
+  def start(key: Key, base: Base):
+    common = features(base)
+    if common % size:
+      raise Error(
+        f'adapter.size is {size}, which does not divide the {common} features '
+        'of the towers.'
+      )
+    keys, each = jax.random.split(key, 9), size // heads
+    part = lambda i, *shape: draws.uniform(keys[i], shape, size**-0.5)
+    inner = (part(2 * i, size, heads, each) for i in range(3))
+    biases = (part(2 * i + 1, heads, each) for i in range(3))
+    layers = [x for pair in zip(inner, biases) for x in pair]
+    gate = Heads._make([*layers, part(6, heads, each, size), part(7, size)])
+    width = text_width(base)
+    node = PromptExperts(
+      rows=_normal(keys[8], _SPREAD, length, width),
+      others=jnp.zeros((0, length, width)),
+      present=jnp.zeros(0),
+      heads=gate,
     )
     return {'scores': node}
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import aggregators, server
-from fedjax_llm.local import LocalOptimizer, by_names
+from fedjax_llm.local import LocalOptimizer, class_names
 from fedjax_llm.nodes import Domains
 from fedjax_llm.recipes.composing import compose
 from fedjax_llm.recipes.images.scored import IMAGES, in_round, node_of
@@ -20,7 +20,7 @@ from fedjax_llm.types import FederatedAlgorithm, Key, Loss, LossSum, Params
 NEEDS = {
   'fed_apt': {
     **IMAGES,
-    'adapter': dict(name='domain_context', length=2, num_classes=3),
+    'adapter': dict(name='domain_context', length=2, num_classes=4),
   },
 }
 
@@ -49,15 +49,15 @@ def fed_apt(
     Error: a loss that is not of images and names of classes; from `init`, an
       adapter without a domain context.
 
-  >>> loss = by_names.by_names(None)
-  >>> method = fed_apt(loss, local.optimizer('sgd'), num_clients=3)
+  >>> from fedjax_llm import local
+  >>> method = fed_apt(None, local.optimizer('sgd'), num_clients=3)
   >>> node = Domains(jnp.ones((5, 2, 4)), jnp.ones((6, 0)),
   ...                jnp.ones((0, 2, 4)), jnp.float32(0.01))
   >>> state = method.init(jax.random.key(0), {'scores': node})
   >>> state.params['scores'].keys.shape, state.params['scores'].query.shape
   ((3, 2, 4), (6, 3))
   """
-  seen = by_names.needed('fed_apt', loss)
+  seen = class_names.needed('fed_apt', loss)
 
   def wrap(key: Key, params: Params) -> Params:
     node = node_of('fed_apt', params, Domains, 'domain_context')
@@ -78,7 +78,7 @@ def fed_apt(
       sums = loss(base, mine, batch, key)
       pooled = seen(base, params, batch).images(None).pooled
       whose = batch._replace(label=jnp.where(batch.label >= 0, client, -1))
-      domain = by_names.summed(node.nearness(pooled), whose)
+      domain = class_names.summed(node.nearness(pooled), whose)
       return sums._replace(total=sums.total + domain.total)
 
     return total

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import local
-from fedjax_llm.local import LocalOptimizer, by_names
+from fedjax_llm.local import LocalOptimizer, class_names
 from fedjax_llm.nodes import Reweighted, scores
 from fedjax_llm.recipes.composing import compose
 from fedjax_llm.recipes.images.scored import IMAGES, node_of
@@ -38,20 +38,20 @@ def fed_clip(
     Error: a loss that is not of images and names of classes; from `init`, an
       adapter without an attention to features.
 
-  >>> fed_clip(None, local.optimizer('sgd'))
+  >>> fed_clip(lambda *batch: None, local.optimizer('sgd'))
   Traceback (most recent call last):
-  fedjax_llm.types.Error: fed_clip compares images with names of classes: \
-task.name=zero_shot.
+  fedjax_llm.types.Error: fed_clip compares images with names of classes in a \
+loss of its own: it needs task.name=zero_shot, without micro batches.
   """
-  seen = by_names.needed('fed_clip', loss)
+  seen = class_names.needed('fed_clip', loss)
 
   def total(base, params, batch, key) -> LossSum:
     del key
     node, towers = params['scores'], seen(base, params, batch)
     names = towers.texts(None)
     pooled = node.weighted(towers.images(None).pooled)
-    hits = by_names.summed(scores.compared(towers, pooled, names), batch)
-    real = by_names.known_rows(batch)
+    hits = class_names.summed(scores.compared(towers, pooled, names), batch)
+    real = class_names.known_rows(batch)
     nats = matched(towers, pooled, names[jnp.maximum(batch.label, 0)], real)
     return LossSum(jnp.sum(nats), hits.count, hits.correct)
 

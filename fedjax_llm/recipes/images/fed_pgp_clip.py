@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import local, scopes, server
-from fedjax_llm.local import LocalOptimizer, by_names, distillation
+from fedjax_llm.local import LocalOptimizer, class_names, distillation
 from fedjax_llm.nodes import Context
 from fedjax_llm.recipes.composing import compose, refuse
 from fedjax_llm.recipes.images.scored import IMAGES, node_of
@@ -67,8 +67,7 @@ def fed_pgp_clip(
       0, a loss that is not of images and names of classes; from `init`, an
       adapter without a context.
 
-  >>> loss = by_names.by_names(None)
-  >>> method = fed_pgp_clip(loss, local.optimizer('sgd'), rank=2)
+  >>> method = fed_pgp_clip(None, local.optimizer('sgd'), rank=2)
   >>> params = {'scores': Context(jnp.ones((3, 8)))}
   >>> kept = method.init_client(method.init(jax.random.key(0), params).params)
   >>> kept.private['own'].left.shape, kept.private['own'].right.shape
@@ -79,7 +78,7 @@ def fed_pgp_clip(
     raise Error(f'algorithm.rank is {rank}; it must be at least 1.')
   if known(temperature) and temperature <= 0:
     raise Error(f'algorithm.temperature is {temperature}; it must be above 0.')
-  seen = by_names.needed('fed_pgp_clip', loss)
+  seen = class_names.needed('fed_pgp_clip', loss)
 
   def wrap(key: Key, params: Params) -> Params:
     rows = node_of('fed_pgp_clip', params, Context, 'context').rows

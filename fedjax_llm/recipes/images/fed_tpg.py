@@ -37,8 +37,9 @@ def fed_tpg(
   Raises:
     Error: from `init`, an adapter without a generated context.
 
+  >>> from fedjax_llm import local
   >>> method = fed_tpg(None, local.optimizer('sgd'))
-  >>> method.init(None, {'w': jnp.ones(2)})
+  >>> method.init(None, {'w': 1.0})
   Traceback (most recent call last):
     ...
   fedjax_llm.types.Error: fed_tpg needs adapter.name=generated_context.

@@ -7,8 +7,13 @@ from fedjax_llm import local
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.types import Context, Error, LocalUpdate, Loss, Params
 
-# Images with labels whose classes have names.
-IMAGES: dict[str, Any] = dict()
+# Drawn pictures, skewed over clients, whose classes have names.
+IMAGES: dict[str, Any] = dict(
+  task=dict(name='zero_shot', template='a drawing of a {}.'),
+  data=dict(name='shapes', num=240),
+  partition=dict(name='dirichlet', num_clients=10, alpha=0.3, min_size=6),
+  model=dict(name='random_clip'),
+)
 
 
 def node_of(name: str, params: Params, kind: Any, adapter: str) -> Any:

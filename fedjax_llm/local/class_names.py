@@ -96,7 +96,9 @@ def towers(
   return seen
 
 
-def by_names(seen: Seen, *, per_row: bool = False) -> ByNames:
+def by_names(
+  seen: Seen, *, plain: Loss | None = None, per_row: bool = False
+) -> ByNames:
   """Returns cross-entropy of the class of each image, by the names of classes.
 
       -log softmax(logits)_y,   logits = `scores(params.get('scores'), towers)`
@@ -105,6 +107,8 @@ def by_names(seen: Seen, *, per_row: bool = False) -> ByNames:
 
   Args:
     seen: the features of a batch (`towers`).
+    plain: the loss for parameters without a node at 'scores'; by default that
+      of the zero-shot classifier.
     per_row: one number a row, [B], instead of their sum.
 
   Returns:
@@ -113,6 +117,7 @@ def by_names(seen: Seen, *, per_row: bool = False) -> ByNames:
   >>> even = lambda base, params, batch: Towers(
   ...   lambda rows: jnp.ones((4, 2)), lambda rows: Pictures(jnp.ones((2, 2))),
   ...   1.0)
+  >>> from fedjax_llm.types import Images
   >>> batch = Images(None, jnp.array([3, -1]), jnp.array([True, True]))
   >>> sums = by_names(even)(None, {}, batch, None)
   >>> round(float(sums.total), 4), float(sums.count)  # log 4, one label
@@ -120,10 +125,11 @@ def by_names(seen: Seen, *, per_row: bool = False) -> ByNames:
   """
 
   def loss(base: Base, params: Params, batch: Any, key: Key) -> LossSum:
-    del key  # no dropout
     node = params.get('scores') if isinstance(params, Mapping) else None
-    return summed(scores.scores(node, seen(base, params, batch)), batch,
-                  per_row=per_row)  # fmt: skip
+    if node is None and plain is not None:
+      return plain(base, params, batch, key)
+    logits = scores.scores(node, seen(base, params, batch))
+    return summed(logits, batch, per_row=per_row)
 
   return ByNames(loss, seen)
 
@@ -131,6 +137,7 @@ def by_names(seen: Seen, *, per_row: bool = False) -> ByNames:
 def summed(logits: jax.Array, batch: Any, *, per_row: bool = False) -> LossSum:
   """Returns the cross-entropy of logits [B, C] of a batch of labelled images.
 
+  >>> from fedjax_llm.types import Images
   >>> batch = Images(None, jnp.array([1]), jnp.array([True]))
   >>> float(summed(jnp.array([[0.0, 1.0]]), batch).correct)
   1.0
@@ -150,6 +157,7 @@ def summed(logits: jax.Array, batch: Any, *, per_row: bool = False) -> LossSum:
 def known_rows(batch: Any) -> jax.Array:
   """Returns True for rows with an image and a label, [B].
 
+  >>> from fedjax_llm.types import Images
   >>> batch = Images(None, jnp.array([1, -1]), jnp.array([True, True]))
   >>> known_rows(batch).tolist()
   [True, False]
@@ -168,20 +176,21 @@ def without_scores(params: Params) -> Params:
   return {name: x for name, x in params.items() if name != 'scores'}
 
 
-def needed(name: str, loss: Any) -> Seen:
-  """Returns the towers of a method's loss.
+def needed(name: str, loss: Any) -> Any:
+  """Returns the towers of a method's loss; None for no loss at all.
 
   Raises:
     Error: the loss is not of images and names of classes.
 
-  >>> needed('fed_clip', None)
+  >>> needed('fed_clip', lambda *batch: None)
   Traceback (most recent call last):
-  fedjax_llm.types.Error: fed_clip compares images with names of classes: \
-task.name=zero_shot.
+  fedjax_llm.types.Error: fed_clip compares images with names of classes in a \
+loss of its own: it needs task.name=zero_shot, without micro batches.
   """
-  towers_of = getattr(loss, 'towers', None)
-  if towers_of is None:
+  seen = getattr(loss, 'towers', None)
+  if seen is None and loss is not None:
     raise Error(
-      f'{name} compares images with names of classes: task.name=zero_shot.'
+      f'{name} compares images with names of classes in a loss of its own: it '
+      'needs task.name=zero_shot, without micro batches.'
     )
-  return towers_of
+  return seen
