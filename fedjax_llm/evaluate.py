@@ -136,7 +136,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def _round(text: str) -> int | str:
-  return text if text == 'best' else int(text)
+  if text == 'best':
+    return text
+  if not text.isdecimal():
+    raise argparse.ArgumentTypeError(
+      f"{text!r} is no round; it must be 'best' or a whole number of 0 or more."
+    )
+  return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -200,8 +200,11 @@ def people():
     Pair(text([5, 6, 7, 8], 2), text([5, 6, 9], 2)),
     Pair(text([4, 8, 8], 1), text([4, 3, 2, 9, 9], 1)),
     Pair(text([2, 7, 6, 5, 4, 3], 3), text([2, 7, 6, 1], 3)),
+    Pair(text([3, 7, 2], 1), text([3, 1, 1], 1)),
   ]
-  return Population(('ann', 'bob'), (tuple(pairs[:2]), (pairs[2],)), ((), ()))
+  return Population(
+    ('ann', 'bob'), (tuple(pairs[:2]), tuple(pairs[2:])), ((), ())
+  )
 
 
 def test_references_are_those_of_the_start_and_not_of_the_base():
@@ -252,7 +255,7 @@ def test_a_loss_of_pairs_is_its_term_of_the_networks_log_probabilities(name):
     table.append(one)
   want = getattr(ref, name)(table, **TERMS[name])
   np.testing.assert_allclose(sums.total, [*want, 0], rtol=1e-4, atol=1e-6)
-  assert sums.count.tolist() == [1, 1, 1, 0]
+  assert sums.count.tolist() == [1, 1, 1, 1, 0]
   better = {
     True: [r['c'] - r['rc'] > r['r'] - r['rr'] for r in table],
     False: [r['c'] / r['nc'] > r['r'] / r['nr'] for r in table],
@@ -284,6 +287,26 @@ def test_a_loss_of_pairs_refuses_other_batches():
   loss = local.preference(tiny.loaded().model, local.kto())
   with pytest.raises(Error, match='needs replies to other prompts'):
     loss(tiny.base(), {}, batch, tiny.KEY)
+
+
+def test_a_single_held_out_pair_has_a_reply_to_train_on_beside_it():
+  everybody = people()
+  first, other = everybody.train[0]
+  alone = everybody._replace(
+    names=('ann',), train=((first,),), heldout=((other,),)
+  )
+  (ready,) = preferences.with_mismatched(tiny.loaded(), alone).train[0]
+  mine: Any = ready.mismatched
+  assert mine.tokens.tolist() == [5, 6, 8, 8]  # of `other`, not its own
+
+
+def test_a_client_of_a_single_pair_is_refused_by_kto():
+  alone = people()._replace(
+    names=('ann',), train=(people().train[0][:1],), heldout=((),)
+  )
+  message = '^task.name=kto compares .* set population.min_examples=2[.]$'
+  with pytest.raises(Error, match=message):
+    preferences.with_mismatched(tiny.loaded(), alone)
 
 
 def test_pairs_with_mismatched_replies_count_their_places():
@@ -561,6 +584,9 @@ def test_rules_read_the_answer_after_the_last_marker():
     ({'group_size': 1}, '^group_size is 1; a group needs 2 replies or more[.]'),
     ({'scale': 'std'}, "^scale is 'std'; it must be group, batch, none[.]$"),
     ({'num_iterations': 0}, '^num_iterations is 0; it must be at least 1[.]$'),
+    ({'clip': 1.0}, '^clip is 1.0; it must be above 0 and below 1[.]$'),
+    ({'clip_high': 0.0}, '^clip_high is 0.0; it must be above 0[.]$'),
+    ({'kl': -0.1}, '^kl is -0.1; it must be 0 or more, and finite[.]$'),
   ],
 )
 def test_a_wrong_setting_of_grpo_is_named(settings, message):

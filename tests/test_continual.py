@@ -191,6 +191,8 @@ def test_what_stages_exclude_and_what_trains_alone():
     check(privacy={'clip': 1.0})
   with pytest.raises(Error, match=r'clients.name=buffered has a clock'):
     check(clients={'name': 'buffered'})
+  with pytest.raises(Error, match=r'clients.name=with_root draws its root'):
+    check(clients={'name': 'with_root'})
   with pytest.raises(Error, match=r'evals.patience would end the run'):
     check(evals={'patience': 1})
   run = types.SimpleNamespace(conf={'stages': {'name': 'by_key'}})
@@ -327,6 +329,58 @@ def test_rounds_and_stages_must_agree(texts):
     build(texts, selection__name='curriculum', selection__rounds=2)
 
 
+def test_wrong_fields_of_further_sources_are_named(texts):
+  fields = dict(stages__name='domains', stages__key=..., stages__order=...)
+  for then, message in (
+    ("{'name':'jsonl','pth':'x'}", r'stages.then\[0\].pth: jsonl takes no'),
+    ("{'name':'jsonn'}", r"stages.then\[0\].name: there is no 'jsonn'"),
+  ):
+    with pytest.raises(Error, match=message):
+      build(texts, stages__then=f'({then},)', **fields)
+
+
+def test_clients_drift_in_every_round_with_a_window_of_dates(tmp_path):
+  """The cohorts that a run trains on hold the texts of the round's window."""
+  path, days = tmp_path / 'diary.jsonl', 24
+  path.write_text(
+    ''.join(
+      json.dumps({'client': 'ab'[day % 2], 'day': day, 'text': chr(65 + day)})
+      + '\n'
+      for day in range(days)
+    )
+  )
+  built = build(
+    path,
+    data__date_key='day',
+    algorithm__name='fed_avg',
+    partition__name='natural',
+    partition__num_clients=...,
+    stages__name='by_date',
+    stages__key=...,
+    stages__order=...,
+    stages__replay=...,
+    stages__periods=2,
+    stages__window=0.5,
+    population__heldout_fraction=0.1,
+    cohort__num_steps=12,
+    cohort__epochs=1,
+  )
+  assert built.stages is not None
+  assert built.stages.names == ('0 to 11', '12 to 23')
+  train_days = {int(own.tokens[1]) - 65 for part in built.owned for own in part}
+  for r in range(6):
+    draw, cohort = built.assemble(r)
+    batches = cohort.batches
+    days_now = {
+      int(x) - 65
+      for x in batches.tokens[..., 1][batches.segments[..., 1] > 0].tolist()
+    }
+    begin = 0.5 * r / 5 * days
+    window = {day for day in train_days if begin <= day < begin + days / 2}
+    assert days_now == window
+    assert built.selected(draw, r) == {'data/stage': 1 + r // 3}
+
+
 def test_domains_are_one_source_after_another(texts, tmp_path):
   """And the pooled baseline trains on the stage's examples only."""
   lines = texts.read_text().splitlines()
@@ -347,3 +401,13 @@ def test_domains_are_one_source_after_another(texts, tmp_path):
   sizes = [len(pools.of(0, r)) for r in (0, 3)]
   assert sizes[0] + sizes[1] - 1 == len(own)  # one example of replay
   assert built.population.report['num_records'] == 48
+  # A task may prepare held-out examples, such as pairs with a reference.
+  people = built.population
+  prepared = [[(k, i) for i, _ in enumerate(x)] for k, x in
+              enumerate(people.heldout)]  # fmt: skip
+  parts = built.stages.heldout(people._replace(heldout=prepared))
+  texts = built.stages.heldout(people)
+  for k, own in enumerate(parts):
+    assert sorted(x for one in own for x in one) == prepared[k]
+    for j, one in enumerate(own):
+      assert [people.heldout[k][i] for _, i in one] == texts[k][j]

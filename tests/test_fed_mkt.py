@@ -165,6 +165,7 @@ def test_a_client_that_does_not_count_teaches_nobody():
   assert info.reported.tolist() == (~broken).tolist()
   assert not np.asarray(states.local.flat)[1].any()
   assert not np.asarray(info.bytes_up)[1].any()
+  assert not np.asarray(info.bytes_down)[1].any()
   method, _ = program()
   state = method.init(tiny.KEY, {'w': jnp.asarray(world()[2][0])})
   states = tree.broadcast(method.init_client(state.params), K)
@@ -271,14 +272,20 @@ def test_what_it_has_no_use_for_is_refused(settings, words):
     recipes.fed_mkt(LOSS, local.optimizer('sgd'), model=MODEL, **parts)
 
 
-def test_groups_and_logits_that_are_not_there_are_refused():
+def test_groups_that_are_not_there_are_refused():
   with pytest.raises(Error, match='needs the group of each client'):
     ran(profiles=())
-  method = recipes.fed_mkt(
-    LOSS, tiny.sgd(), model=MODEL, public=world()[0][0], top_k=8
+
+
+def test_more_logits_than_tokens_are_all_of_them():
+  batch = tree.take(world()[0][0], 0)
+  params = {'w': jnp.asarray(world()[2][0])}
+  some, more = (knowledge.of(MODEL, (), params, batch, n) for n in (7, 9))
+  tiny.close(more.values[..., :7], some.values, rtol=0, atol=0)
+  assert (np.asarray(more.values[..., 7:]) == -np.inf).all()
+  near = knowledge.distilled
+  every = np.ones(B, bool)
+  one, other = (
+    near(MODEL, (), params, batch, x, every, HARD) for x in (some, more)
   )
-  state = method.init(tiny.KEY, {'w': jnp.asarray(world()[2][0])})
-  one = jax.tree.map(lambda x: x[:1], world()[4])
-  states = tree.broadcast(method.init_client(state.params), 1)
-  with pytest.raises(Error, match='top_k is 8, and a vocabulary has 7'):
-    method.round(state, one._replace(states=states), ())
+  tiny.close(one, other, rtol=1e-6)

@@ -363,7 +363,8 @@ def prefixed(model, decoder, base):
   """The prefix that is the keys and values of a soft prompt."""
   _, prompt = prompted(base)
   cache = decoder.begin(base, {'inputs': prompt}, 1, 8)
-  flat = lambda x: x[:, 0, :ROWS].reshape(len(x), ROWS, -1)
+  turn = lambda x: x[:, 0].swapaxes(1, 2)  # [L, S, KV, head_dim]
+  flat = lambda x: turn(x)[:, :ROWS].reshape(len(x), ROWS, -1)
   keys, values = flat(cache.keys), flat(cache.values)
   return {'layers': {'self_attn': {'prefix': nodes.Prefix(keys, values)}}}
 

@@ -230,7 +230,7 @@ def test_epsilon_beyond_the_plan_is_refused():
   plan = mechanisms.Mechanism(
     'local', 'client', 1.0, 2.0, 1e-3, None, 1, 'rdp', (0, 1)
   )
-  with pytest.raises(Error, match='after 2 rounds is not known.* 0 to 1 rou'):
+  with pytest.raises(Error, match=r'after 2 rounds is not known.* 0 to 1 rou'):
     plan.epsilon(2)
 
 
@@ -271,6 +271,23 @@ def test_the_bound_of_skellam_holds_for_exact_divergences():
     exact /= order - 1
     bound = accounting.skellam_divergence(order, shift, shift, variance)
     assert 0.25 * order * shift**2 / variance < exact <= bound
+
+
+@pytest.mark.parametrize('mean', [500.0, 1.7e7])
+def test_poisson_numbers_have_their_distribution(mean):
+  """At large means too, where that of float32 sums of logarithms fails."""
+  num = 20_000
+  drawn = jax.jit(lambda key: sent.poisson(key, mean, (num,)))(tiny.KEY)
+  drawn = np.asarray(drawn, np.float64)
+  assert abs(drawn.mean()) < 4.5 * math.sqrt(mean / num)
+  assert abs(drawn.var() / mean - 1) < 4.5 * math.sqrt(2 / num)
+  assert abs(stats.kurtosis(drawn)) < 4.5 * math.sqrt(24 / num)
+  step = 1 / math.sqrt(2 * math.pi * mean)  # the largest probability
+  distance = stats.kstest(drawn + mean, stats.poisson(mean).cdf).statistic
+  assert distance < 1.95 / math.sqrt(num) + step
+  if mean > 1e6:
+    other = jax.jit(lambda key: jax.random.poisson(key, mean, (num,)))(tiny.KEY)
+    assert stats.kurtosis(np.float64(other) - mean) > 1
 
 
 @functools.cache
@@ -467,7 +484,8 @@ def test_methods_that_pass_a_mechanism_by_are_refused(
 
 
 def test_sampled_replies_are_refused_with_the_reason():
-  sampled = local.Sampled(tiny.loaded().model, None, None, ())
+  unused: Any = None
+  sampled = local.Sampled(tiny.loaded().model, unused, unused, ())
   with pytest.raises(Error) as error:
     experiment.algorithm(
       conf('examples', 'fed_avg_grpo', privacy=SAMPLED),

@@ -57,6 +57,7 @@ from fedjax_llm.adapters.selective import bitfit as bitfit
 from fedjax_llm.adapters.selective import heads as heads
 from fedjax_llm.adapters.selective import layers as layers
 from fedjax_llm.adapters.selective import norms as norms
+from fedjax_llm.adapters.swayed import swayed as swayed
 from fedjax_llm.adapters.within import within as within
 
 __all__ = [

@@ -7,11 +7,14 @@ cohorts    Draw -> Cohort [K, S, B, T]
 store      private state of N clients
 system     devices and links of N clients
 timed      round -> Draw, by the simulated time of arrival
+compass    the same, with local steps dealt by measured speed
+attendance who is available, as time goes on
 profiles   capacities of N clients
 """
 
 from fedjax_llm.clients import (
   cohorts,
+  compass,
   profiles,
   sampling,
   staged,
@@ -30,6 +33,7 @@ from fedjax_llm.clients.sampling import (
 )
 
 __all__ = [
+  'compass',
   'cohorts',
   'profiles',
   'sampling',

@@ -37,11 +37,11 @@ def of(
 ) -> Knowledge:
   """Returns the mean loss of each text and its `num` largest logits a token.
 
-  Texts without a token to be learned have an infinite loss.
+  Texts without a token to be learned have an infinite loss. A vocabulary of
+  fewer tokens is filled up with logits of -inf.
 
   Raises:
-    Error: texts with classes, rows with fewer states than tokens, or more
-      logits than the vocabulary has.
+    Error: texts with classes, rows with fewer states than tokens.
 
   >>> model = Model(
   ...   hidden=lambda base, params, batch: jnp.ones((*batch.tokens.shape, 1)),
@@ -57,18 +57,16 @@ def of(
   def row(one):
     hidden, tokens, counted = one
     logits = _logits(model, base, params, hidden)
-    if num > logits.shape[-1]:
-      raise Error(
-        f'algorithm.top_k is {num}, and a vocabulary has {logits.shape[-1]} '
-        'tokens.'
-      )
     nats = -jnp.take_along_axis(
       jax.nn.log_softmax(logits), tokens[:, None], -1
     )[:, 0]
     number = jnp.sum(counted)
     mean = jnp.sum(jnp.where(counted, nats, 0)) / jnp.maximum(number, 1)
     mean = jnp.where(number > 0, mean, jnp.inf)
-    return (mean, *jax.lax.top_k(logits, num))
+    values, ids = jax.lax.top_k(logits, min(num, logits.shape[-1]))
+    more = ((0, 0), (0, num - ids.shape[-1]))
+    values = jnp.pad(values, more, constant_values=-jnp.inf)
+    return mean, values, jnp.pad(ids, more)
 
   return Knowledge(*jax.lax.map(row, (hidden, batch.tokens, counted(batch))))
 

@@ -50,6 +50,7 @@ from fedjax_llm.nodes.scores import Reweighted as Reweighted
 from fedjax_llm.nodes.scores import Towers as Towers
 from fedjax_llm.nodes.scores import Transported as Transported
 from fedjax_llm.nodes.scores import Visual as Visual
+from fedjax_llm.nodes.swayed import Swayed as Swayed
 from fedjax_llm.nodes.tensor_train import TensorTrain as TensorTrain
 from fedjax_llm.nodes.tiers import Tiers as Tiers
 from fedjax_llm.nodes.vera import Vera as Vera

@@ -22,6 +22,7 @@ from fedjax_llm.run import (
   auditing,
   benchmarks,
   builders,
+  client_models,
   inverting,
   newcomers,
   viewing,
@@ -77,7 +78,8 @@ def by_stage(
       'evals.evaluators: by_stage evaluates the stages of a run: it needs the '
       'section stages.'
     )
-  texts = [[one[:limit] for one in own] for own in stages.heldout]
+  heldout = stages.heldout(built.population)
+  texts = [[one[:limit] for one in own] for own in heldout]
   total = len(stages.names)
   together_by = [[x for own in texts for x in own[j]] for j in range(total)]
   apart_by = [one for own in texts for one in own] if private else []
@@ -113,6 +115,7 @@ EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {
   **builders.names(auditing),
   **builders.names(inverting),
   **builders.names(newcomers),
+  'client_models': client_models.personal,
 }
 
 
@@ -127,7 +130,8 @@ def check(sections: Sequence[Mapping[str, Any]]) -> None:
   fedjax_llm.types.Error: evals.evaluators[0].name: there is no 'likelihoods' \
 (the nearest is 'likelihood'; there are likelihood, by_stage, fused, \
 instance_mixed, recalled, choices, classes, code, generated, attack_success, \
-exposure, extraction, membership, inversion, newcomers); one's own is named \
+exposure, extraction, membership, inversion, newcomers, client_models); one's \
+own is named \
 'package.module:function'.
   """
   for i, section in enumerate(sections):

@@ -20,6 +20,8 @@ from fedjax_llm.models.network import prompts
 from fedjax_llm.run import (
   blocks,
   builders,
+  client_models,
+  client_texts,
   clock,
   config,
   evaluators,
@@ -88,10 +90,13 @@ class Experiment(NamedTuple):
   width: int  # columns of the longest example
   public: Any = None  # batches [M, B, ...] for the server; None: there are none
   stages: staged.Staged | None = None  # of the section of that name
+  small: client_models.Groups | None = None  # the clients' own models
 
   @property
   def base(self) -> Any:
-    return self.loaded.base
+    if self.small is None:
+      return self.loaded.base
+    return {**self.loaded.base, client_models.MODELS: self.small.bases}
 
   def method(
     self,
@@ -111,6 +116,7 @@ class Experiment(NamedTuple):
       profiles=self.profiles,
       num_layers=self.loaded.config.num_layers,
       public=self.public,
+      client_models=self.small and self.small.groups,
       block_size=block_size,
       widths=tuple(self.settings.widths),
       mesh=mesh,
@@ -269,9 +275,7 @@ def build(
   records = make('data')
   reading = None
   if conf.get('stages'):
-    source = SPEC.sections['data']
-    more = lambda section: builders.build(section, source)
-    reading = staged.read(conf, records, more)
+    reading = staged.read(conf, records, SPEC.sections['data'])
     records = reading.split.records
   labels = task.labels(records)
   mesh = near = None
@@ -282,6 +286,10 @@ def build(
   loaded = model or texts.model(make, labels, where)
   task.check(loaded)
   tokenizer = texts.tokenizer_of(loaded)
+  alter = poisoned.altering(conf) if conf.get('poison') else None
+  trained: dict[int, Any] = {}
+  if conf.get('client_models'):
+    alter = client_texts.watched(alter, trained)
   population = texts.population(
     make,
     task=task,
@@ -289,10 +297,9 @@ def build(
     labels=labels,
     tokenizer=tokenizer,
     seed=seed,
-    alter=poisoned.altering(conf) if conf.get('poison') else None,
+    alter=alter,
     encode=None if reading is None else reading.encode(task.encode),
   )
-  del records
   digest = data.population.digest(population)
   hosts.agree('the texts', digest)
   say(narration.describe(population))
@@ -328,8 +335,22 @@ def build(
     begin = {'start': initial} if takes else {}
     population = task.prepare(loaded, population, **begin)
 
-  shared = None
-  if conf.get('public'):
+  shared, small = None, None
+  if conf.get('client_models'):
+    small = client_models.build(
+      conf,
+      make,
+      settings=config.resolved(conf, SPEC)['population'],
+      task=task,
+      records=records,
+      population=population,
+      tokenizer=tokenizer,
+      key=jax.random.fold_in(adapter_key, 1),
+      seed=seed,
+      trained=trained,
+    )
+    shared, width = small.public, max(width, small.width)
+  elif conf.get('public'):
     shared = public.batches(
       make('public'),
       config.resolved(conf, SPEC)['population'],
@@ -342,7 +363,10 @@ def build(
     )
 
   # ---------------------------------------------------------------- clients --
+  del records
   names, owned = data.population.trainers(population)
+  if small is not None:
+    owned = small.owned
   cohort_conf = dict(conf['cohort'])
   sizes = [len(own) for own in population.train]
   fleet = None
@@ -378,6 +402,8 @@ def build(
   carry = None
   if conf.get('profiles'):
     carry = make('profiles', num_clients=len(owned), seed=seed)
+  if small is not None:
+    carry = {**(carry or {}), 'group': small.of_client}
   if selection.scored is not None:
     cohort_conf['num_steps'] *= selection.scored.pool
   orders = None if selection.order is None else selection.order(owned)
@@ -447,6 +473,7 @@ def build(
     width=width,
     public=shared,
     stages=stages,
+    small=small,
   )
   return built
 

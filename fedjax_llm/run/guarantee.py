@@ -198,7 +198,7 @@ def applied(
     rule = {
       'central': lambda: privacy.noisy_mean(1.0, 1.0, 1.0),
       'correlated': lambda: privacy.correlated_mean(
-        1.0, 1.0, 1.0, _bands(conf, num_clients)
+        1.0, 1.0, 1.0, _bands(conf, num_clients), stream=_stream(conf)
       ),
     }
     if kind in rule:
@@ -224,6 +224,17 @@ def applied(
 def _bands(conf: Mapping[str, Any], num_clients: int) -> int:
   size = conf['clients'].get('cohort_size') or num_clients
   return conf['privacy'].get('bands') or -(-num_clients // size)
+
+
+def _stream(conf: Mapping[str, Any]) -> Any:
+  """Returns a stream whose state has the shape of the run's; None: banded."""
+  matrix = conf['privacy'].get('matrix', 'banded')
+  if matrix == 'banded':
+    return None
+  if matrix == 'tree':
+    return privacy.streams.tree(conf['num_rounds'])
+  zeros = [0.0] * conf['privacy'].get('buffers', 3)
+  return privacy.streams.buffered(zeros, zeros, num_rounds=1)
 
 
 def _by_example(plan: Any, parts: dict[str, Any], uses: Uses) -> Any:

@@ -120,7 +120,12 @@ def newcomers(
 
     return jax.vmap(one)(ids, batches)
 
-  begun = algorithm.init(jax.random.key(0), built.initial).params
+  # The rounds donate the arrays of which they are made.
+  begun = jax.tree.map(
+    jnp.copy, algorithm.init(jax.random.key(0), built.initial).params
+  )
+
+  lonely: dict[str, Any] = {}
 
   def tested(base: Any, start: Params, num_steps: int, key: Any, name: str):
     def stack(places: np.ndarray) -> Params:
@@ -148,13 +153,15 @@ def newcomers(
 
   def evaluate(base, params, store, key) -> dict[str, Any]:
     del store  # they have no state
-    start, before = served(params), served(begun)
+    start = served(params)
     metrics: dict[str, Any] = {}
     for k in (0, *steps):
       metrics |= tested(base, start, k, key, f'steps_{k}')
-    for k in steps if alone else ():
-      metrics |= tested(base, before, k, key, f'alone_{k}')
-    return metrics
+    if alone and not lonely:  # the same in every round
+      before = served(begun)
+      for k in steps:
+        lonely.update(tested(base, before, k, key, f'alone_{k}'))
+    return metrics | lonely
 
   return evaluate
 

@@ -113,8 +113,7 @@ def _open(
   counts = client is not None or experiment.counts_clients(conf)
   records = build('data') if counts or conf.get('task') else []
   if records:
-    more = lambda one: builders.build(one, SPEC.sections['data'])
-    records = staged.records(conf, records, more)
+    records = staged.records(conf, records, SPEC.sections['data'])
   labels = task.labels(records)
   loaded = texts.model(build, labels)
   adapter: Adapter = build('adapter', tokenizer=_tokenizer(conf, loaded))

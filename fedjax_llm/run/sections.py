@@ -27,6 +27,7 @@ from fedjax_llm.devices import hosts
 from fedjax_llm.local import optimizers
 from fedjax_llm.run import (
   builders,
+  client_models,
   config,
   images,
   memory,
@@ -207,6 +208,7 @@ SPEC = config.Spec(
       'hub': data.named.hub,
     },
     'public': data.sources,
+    'client_models': client_models.client_models,
     'partition': {**_PARTITIONS, 'pooled': pooled},
     'partition.of': _PARTITIONS,
     'population': data.population.build,
@@ -218,6 +220,7 @@ SPEC = config.Spec(
       **builders.names(clients.sampling),
       'by_value': clients.valued.by_value,
       **builders.names(clients.timed),
+      'compass': clients.compass.compass,
     },
     'profiles': clients.profiles,
     'cohort': clients.cohorts.cohorts,
@@ -281,7 +284,7 @@ SPEC = config.Spec(
     'model': ('vocab_size', 'eos_ids', 'labels', 'place'),
     'algorithm': (
       *('loss', 'model', 'optimizer', 'num_clients', 'profiles'),
-      *('num_steps', 'public'),
+      *('num_steps', 'public', 'client_models'),
       *builders.parameters(parts),
     ),
     'adversary': ('num_clients',),
@@ -296,12 +299,12 @@ SPEC = config.Spec(
     *('task', 'profiles', 'upload', 'download', 'adversary', 'aggregator'),
     *('server', 'local.schedule', 'server.schedule', 'evals.personal'),
     *('privacy', 'poison', 'public', 'system', 'memory', 'selection'),
-    'stages',
+    *('stages', 'client_models'),
   ),
   # Old runs and runs without these sections record nothing of them.
   unrecorded=(
     *('adversary', 'download', 'poison', 'privacy', 'public', 'system'),
-    *('memory', 'selection', 'stages'),
+    *('memory', 'selection', 'stages', 'client_models'),
   ),
   implied=implied,
 )

@@ -44,18 +44,28 @@ class Reading(NamedTuple):
 
 
 class Staged(NamedTuple):
-  """The stages of a run.
-
-  `heldout[k][j]` are the held-out examples of client k in stage j.
-  """
+  """The stages of a run, and the stage of each held-out example."""
 
   names: tuple[str, ...]
   pools: clients.staged.Pools
-  heldout: Sequence[Sequence[Sequence[Any]]]  # [N][T]
+  tested: Sequence[np.ndarray]  # [N] arrays of stages, from 0
 
   @property
   def ends(self) -> tuple[int, ...]:
     return self.pools.ends
+
+  def heldout(self, population: Population) -> list[list[list[Any]]]:
+    """Returns the held-out examples of each client in each stage, [N][T].
+
+    They are those of a population as the task has prepared it.
+    """
+    return [
+      [
+        [x for x, stage in zip(own, of, strict=True) if stage == j]
+        for j in range(len(self.names))
+      ]
+      for own, of in zip(population.heldout, self.tested, strict=True)
+    ]
 
   def metrics(self, round: int) -> dict[str, int]:
     """Returns the number of the stage of a round; stages count from 1."""
@@ -98,6 +108,11 @@ sections out.
       f'stages: clients.name={name} has a clock, and clients without data of '
       'the stage are not there: take another sampler.'
     )
+  if name == 'with_root':
+    raise Error(
+      'stages: clients.name=with_root draws its root in every round, and '
+      'clients without data of the stage are not there: take another sampler.'
+    )
   if (conf.get('evals') or {}).get('patience') is not None:
     raise Error(
       'stages: evals.patience would end the run before its last stage: leave '
@@ -108,31 +123,35 @@ sections out.
 def records(
   conf: Mapping[str, Any],
   first: Sequence[Any],
-  make: Callable[[Mapping[str, Any]], Any],
+  sources: Any,
 ) -> Sequence[Any]:
   """Returns the records of all stages; those of `data` without the section.
 
   Args:
     conf: a checked config.
     first: the records of the section `data`.
-    make: builds a section of data.
+    sources: the builders of sections of data.
   """
   if not conf.get('stages'):
     return first
-  return read(conf, first, make).split.records
+  return read(conf, first, sources).split.records
 
 
 def read(
   conf: Mapping[str, Any],
   first: Sequence[Any],
-  make: Callable[[Mapping[str, Any]], Any],
+  sources: Any,
 ) -> Reading:
   """Returns the `Reading` of a config with a section `stages`.
 
   Args and errors as in `records` and the builders of `data.stages`.
   """
   plan = builders.build(conf['stages'], data.stages)
-  split = plan.split([first, *map(make, plan.sources)])
+  more = [
+    _source(section, f'stages.then[{i}]', sources)
+    for i, section in enumerate(plan.sources)
+  ]
+  split = plan.split([first, *more])
   place = {id(record): i for i, record in enumerate(split.records)}
   seen: dict[bytes, tuple[int, float]] = {}
 
@@ -151,6 +170,15 @@ def read(
     return encode_and_note
 
   return Reading(plan, split, noting, seen)
+
+
+def _source(section: Mapping[str, Any], label: str, sources: Any) -> Any:
+  """Returns the records of a section of data, checked under its own name."""
+  name = section.get('name')
+  builder = builders.resolve_builder(label, name, sources, f'{label}.name')
+  keywords = builders.keywords_of(section, sources)
+  builders.check(keywords, builder, (), lambda field: f'{label}.{field}')
+  return builder(**keywords)
 
 
 def of(
@@ -177,21 +205,15 @@ def of(
       f'{sum(each)} rounds (stages.rounds={plan.rounds}).'
     )
   _, owned = data.population.trainers(population)
-  stage = [
-    np.array([reading.seen[content(x)][0] for x in own]) for own in owned
+  of_each = lambda examples, i: [
+    np.array([reading.seen[content(x)][i] for x in own]) for own in examples
   ]
-  when = [np.array([reading.seen[content(x)][1] for x in own]) for own in owned]
-  heldout = [
-    [
-      [x for x in own if reading.seen[content(x)][0] == j]
-      for j in range(len(names))
-    ]
-    for own in population.heldout
-  ]
+  stage, when = of_each(owned, 0), of_each(owned, 1)
+  tested = of_each(population.heldout, 0)
   for j, name in enumerate(names):
     if not any((own == j).any() for own in stage):
       raise Error(f'stages: no client has an example of {name!r} to train on.')
-    if not any(own[j] for own in heldout):
+    if not any((own == j).any() for own in tested):
       raise Error(
         f'stages: no example of {name!r} is held out; '
         'population.heldout_fraction is the share of each client.'
@@ -205,7 +227,7 @@ def of(
     window=plan.window,
     seed=seed,
   )
-  return Staged(names, pools, heldout)
+  return Staged(names, pools, tested)
 
 
 def describe(stages: Staged) -> str:

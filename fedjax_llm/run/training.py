@@ -336,7 +336,7 @@ def train(args: config.Arguments) -> None:
     answers['after'] = answer(served, questions)
 
   # Dense changes have no place in an adapter's file: they go with the base.
-  base, final = built.adapter.fold(base, served)
+  base, final = built.adapter.fold(loaded.base, served)
   folded = jax.tree.structure(final) != jax.tree.structure(served)
   keep_base = folded or loaded.directory is None  # no model file holds it
   if keep_base:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import batching, checks, tree
+from fedjax_llm import batching, checks, scopes, tree
 from fedjax_llm.server import metrics
 from fedjax_llm.types import (
   Base,
@@ -25,6 +25,7 @@ from fedjax_llm.types import (
   Key,
   Params,
   ServerState,
+  Shared,
 )
 
 
@@ -232,7 +233,8 @@ def exchange(
         work=work,
         metrics={**trained, **more},
         bytes_up=up[:, None],
-        bytes_down=down[:, None],
+        # The answer comes after the uploads, to those who sent one.
+        bytes_down=jnp.where(cohort.valid, down, 0)[:, None],
         reports=None,
         places=work.turns * _places(cohort.batches),
       ),
@@ -258,20 +260,23 @@ def exchange(
   )
 
 
-def parameters(
-  member: Member, like: Params, state: ServerState, base: Base, kept: Kept
-) -> Params:
-  """Returns the parameters of one client of a member.
+def client_params(start: Params, kept: Kept) -> Params:
+  """Returns the parameters of one client.
 
   Args:
-    like: of a new client, for the shapes.
+    start: of a new client of its architecture.
     kept: `ClientState.local`.
+
+  >>> start = {'w': jnp.zeros(2)}
+  >>> flat = jnp.array([3.0, 4.0, 0.0])
+  >>> [client_params(start, Kept(took, flat))['w'].tolist()
+  ...  for took in (False, True)]
+  [[0.0, 0.0], [3.0, 4.0]]
   """
-  new = member.start(base, state)
   if not bool(kept.took):
-    return new
-  old = _unpacked(jnp.asarray(kept.flat), jax.eval_shape(member.trains, like))
-  return tree.merge(old, new)
+    return start
+  trained = tree.select(start, scopes.everything().labels(start), Shared)
+  return tree.merge(_unpacked(jnp.asarray(kept.flat), trained), start)
 
 
 def _groups(cohort: Cohort, num: int, who: str) -> jax.Array:

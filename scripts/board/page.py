@@ -47,12 +47,19 @@ def missing(suite: suites.Suite, cells: Mapping) -> list[str]:
   return result
 
 
+def seeds_of(suite: suites.Suite, cells: Mapping, task: str) -> list[int]:
+  """Returns the seeds with a score of every method that has any in a task."""
+  has = lambda m, seed: 'score' in cells.get((task, m, seed), {})
+  able = [m for m in suites.METHODS if any(has(m, s) for s in suite.seeds)]
+  return [s for s in suite.seeds if able and all(has(m, s) for m in able)]
+
+
 def over_seeds(
   suite: suites.Suite, cells: Mapping, task: str, method: str, field: str
 ) -> list[float]:
-  """Returns the values of all seeds, or [] where one is missing."""
-  of = [cells.get((task, method, seed), {}) for seed in suite.seeds]
-  values = [cell.get(field) for cell in of]
+  """Returns the values of a task's complete seeds, or [] without them."""
+  seeds = seeds_of(suite, cells, task)
+  values = [cells.get((task, method, s), {}).get(field) for s in seeds]
   return [] if any(v is None for v in values) else values  # type: ignore
 
 
@@ -149,7 +156,11 @@ def text(name: str, suite: suites.Suite, cells: Mapping, figure: str) -> str:
     f'`scripts/leaderboard --suite {name}`, {rounds} rounds a run, seeds '
     f'{seeds}, {dates[0]} to {dates[-1]}, {machines} (shared). Tasks:',
     '',
-    *(f'- {key}: {task.title}' for key, task in suite.tasks.items()),
+    *(
+      f'- {key}: {task.title}; complete seeds: '
+      f'{", ".join(map(str, seeds_of(suite, cells, key))) or "none"}'
+      for key, task in suite.tasks.items()
+    ),
     '',
     'Scores are means over clients on their own held-out texts, each with the '
     'model that it is served, then over seeds (smallest, largest). "Against '

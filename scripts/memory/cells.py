@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm import local, scopes, tree
+from fedjax_llm import adapters, local, scopes, tree
 from fedjax_llm.local.gradients import backprop
 from fedjax_llm.plan import modes, steps, work
 from fedjax_llm.recipes.split import cutting
 from fedjax_llm.recipes.two_models import emulators
+from fedjax_llm.recipes.zeroth_order import fed_kseed_base
 from fedjax_llm.run import config, costs, experiment
 from fedjax_llm.run.sections import SPEC
 from fedjax_llm.types import Gradient, LossSum, Shared
@@ -50,6 +51,8 @@ class Kind(NamedTuple):
   part: Callable[[Any, Any, int | None], Any] | None = None
   # params -> params of the whole network that is evaluated.
   serve: Callable[[Any], Any] = lambda params: params
+  # planned -> (a step of base, params, batch, key), in place of the gradient's
+  step: Callable[[Any], Callable[..., Any]] | None = None
   follows: str = ''  # the kind whose steps these are, so its curve is taken
 
 
@@ -101,6 +104,29 @@ def split_bytes(adapter: int, steps: int) -> int:
   return adapter + steps * places * (4 * WIDTH + 13)
 
 
+def in_product(planned: Any) -> Callable[..., Any]:
+  """Returns two points on whole weights, perturbed inside of their products.
+
+  Of ten steps the last: nine directions are those of the steps before.
+  """
+  nodes = jax.eval_shape(adapters.swayed().init, None, planned.base)
+  blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nodes)
+
+  def step(base, params, batch, key):
+    keys = jax.random.split(key, 10)
+
+    def value(size):
+      sizes = jnp.full(10, -1e-6).at[9].set(size)
+      every = fed_kseed_base.swayed(blank, keys, sizes, 10)
+      return planned.loss(base, every, batch, key).total
+
+    above = value(1e-3)
+    key, above = jax.lax.optimization_barrier((key, above))
+    return params, (above - value(-1e-3)) / 2e-3
+
+  return step
+
+
 SHAPE, WIDTH = (4, 512), 576  # of the peak; of SmolLM2-135M
 KINDS: dict[str, Kind] = {
   'inference': Kind(None, {}, sent=lambda adapter, steps: 0),
@@ -115,6 +141,12 @@ KINDS: dict[str, Kind] = {
     {},
     rates=(1e-4, 1e-3),
     sent=lambda adapter, steps: 4 * steps,
+  ),
+  'two points, whole weights': Kind(
+    None,
+    {},
+    sent=lambda adapter, steps: 8 * steps,
+    step=in_product,
   ),
   'split learning, client': Kind(
     backprop,
@@ -166,7 +198,9 @@ def peak(kind: Kind, shape: tuple[int, int], smoke: bool) -> dict[str, int]:
     **kind.fields,
   }
   planned = part_of(kind, conf_of(smoke, **fields), chunk=not smoke)
-  found = steps.peak('', planned, kind.gradient)
+  found = steps.peak(
+    '', planned, kind.gradient, kind.step and kind.step(planned)
+  )
   return {
     'base': found.base,
     'others': found.others,
@@ -208,7 +242,8 @@ def estimates(name: str, shape: tuple[int, int]) -> dict[str, int]:
       **kind.fields,
     }
     planned = part_of(kind, conf_of(False, **fields), model=name)
-    result[kind_name] = modes.estimate('', planned, kind.gradient).total
+    if kind.step is None:  # products by blocks are counted when compiled
+      result[kind_name] = modes.estimate('', planned, kind.gradient).total
   return result
 
 

@@ -92,7 +92,10 @@ def markdown(
       ]
     else:
       row += [f'as {cell["follows"]}' if 'follows' in cell else ''] + [''] * 5
-    row += [f'{sizes[name] / 1e9:.1f}' for sizes in larger.values()]
+    row += [
+      f'{sizes[name] / 1e9:.1f}' if name in sizes else ''
+      for sizes in larger.values()
+    ]
     lines.append('| ' + ' | '.join(row) + ' |')
   return '\n'.join(lines)
 

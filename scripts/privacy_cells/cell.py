@@ -9,7 +9,8 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from trust import cells  # beside this folder
+from privacy_cells import replies  # beside this file
+from trust import cells
 
 # An adapter, its method, and the rate of AdamW at the clients.
 TUNINGS = {
@@ -35,13 +36,7 @@ def get_config(arg: str) -> dict:
     seed=int(seed),
     block_size=8,
     checkpoint_every=int(rounds),
-    data=dict(
-      name='jsonl',
-      path=f'{cache}/chitchat/chitchat.jsonl.gz',
-      client_key='client',
-      prompt_key='instruction',
-      response_key='response',
-    ),
+    data=dict(name=replies.chitchat),
     partition=dict(name='natural'),
     population=dict(
       template='chat' if large else 'plain',

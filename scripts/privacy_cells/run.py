@@ -121,7 +121,7 @@ def cell(
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--out', type=pathlib.Path, help='cells, table, figure')
-  parser.add_argument('--rounds', type=int, default=12, help='of every run')
+  parser.add_argument('--rounds', type=int, default=4, help='of every run')
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--epsilons', nargs='+', default=['1', '3', '8', 'none'])
   parser.add_argument('--tunings', nargs='+', default=TUNINGS, choices=TUNINGS)

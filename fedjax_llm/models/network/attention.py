@@ -151,6 +151,7 @@ def attention(
   shared: int = 0,
   ahead: int = 0,
   distances: Any = None,
+  cached: bool = False,
 ) -> jax.Array:
   """Computes softmax(cap(scale * q k^T) + bias) v over the visible keys.
 
@@ -169,7 +170,8 @@ def attention(
 
   The first `shared` keys are prompt rows, visible to every text, with segment 0
   so that each query sees them once; the first `ahead` of them have no query, so
-  that S = ahead + T in self-attention.
+  that S = ahead + T in self-attention. `cached`: 'blocked' gets `k` and `v` as
+  a cache holds them, [B, KV, S, head_dim].
 
   `distances` [buckets, H] are scores that are added by the distance of the key
   (`buckets`).
@@ -183,8 +185,8 @@ def attention(
   same = {'window': window, 'causal': causal, 'scale': scale}
   if implementation == 'blocked':
     same = {**same, 'softcap': softcap, 'shared': shared}
-    same['distances'] = distances
-    return _blocked(q, k, v, queries, keys, block=block, ahead=ahead, **same)
+    same.update(distances=distances, block=block, ahead=ahead, cached=cached)
+    return _blocked(q, k, v, queries, keys, **same)
   if implementation == 'splash':
     if shared:
       raise Error(
@@ -204,36 +206,6 @@ def attention(
   )
 
 
-def plain(
-  q,
-  k,
-  v,
-  queries,
-  keys,
-  *,
-  window,
-  causal,
-  scale,
-  softcap,
-  shared=0,
-  distances=None,
-):
-  """Computes attention with all scores at once, [B, KV, T, H / KV, S]."""
-  groups = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-  scores = jnp.einsum(
-    'btkgd,bskd->bktgs', groups, k, preferred_element_type=jnp.float32
-  )
-  seen = visible(queries, keys, window, causal, shared)[:, None, :, None, :]
-  scores = softcapped(scores * scale, softcap)
-  if distances is not None:
-    bias = _of_distances(distances, queries, keys)  # [B, H, T, S]
-    bias = bias.reshape(bias.shape[0], k.shape[2], -1, *bias.shape[2:])
-    scores = scores + jnp.moveaxis(bias, 2, 3)
-  scores = jnp.where(seen, scores, MASKED)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum('bktgs,bskd->btkgd', weights, v).reshape(q.shape)
-
-
 def _heads_first(
   q,
   k,
@@ -248,7 +220,7 @@ def _heads_first(
   shared,
   distances,
 ):
-  """Computes `plain` for q [B, KV, G, T, D] and k, v [B, KV, S, D].
+  """Computes attention of q [B, KV, G, T, D] to k, v [B, KV, S, D].
 
   Divides by the sum of the weights after the product, so that the weights are
   the only T x S array that is written.
@@ -287,15 +259,26 @@ _again = functools.partial(
 
 
 def _blocked(
-  q, k, v, queries, keys, *, window, block, causal, shared, ahead, **settings
+  q,
+  k,
+  v,
+  queries,
+  keys,
+  *,
+  window,
+  block,
+  causal,
+  shared,
+  ahead,
+  cached=False,
+  **settings,
 ):
-  length, size, heads = q.shape[1], k.shape[1], k.shape[2]
+  if not cached:
+    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+  length, heads, size = q.shape[1], k.shape[1], k.shape[2]
   settings.update(window=window, causal=causal, shared=shared)
-  if length <= block and length < size - ahead:  # a cache is not transposed
-    return plain(q, k, v, queries, keys, **settings)
   attend = functools.partial(_heads_first, **settings)
   q = jnp.moveaxis(q.reshape(*q.shape[:2], heads, -1, q.shape[-1]), 1, 3)
-  k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
 
   def merged(out):
     out = jnp.moveaxis(out, 3, 1)

@@ -9,6 +9,7 @@ between layers (windows, rotations) are arrays that the scan walks.
 `build` returns the network as a `Model`, `decoder` as a `Decoder` with a cache.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,8 +31,8 @@ from fedjax_llm.types import Base, Batch, Error, Model, Params
 class Cache(NamedTuple):
   """Keys and values of the texts so far; slots of segment 0 are empty."""
 
-  keys: Any  # [L, B, S, KV, head_dim]
-  values: Any  # [L, B, S, KV, head_dim]
+  keys: Any  # [L, B, KV, S, head_dim], so that a head's keys lie together
+  values: Any  # [L, B, KV, S, head_dim]
   places: Places  # [B, S]
 
 
@@ -257,16 +258,25 @@ def _walk(config, implementation, dtype, remat, unroll):
       gate = blocks.child(layer.params, adapters.gates.NAME)
       x = y if gate is None else jnp.where(gate > 0, y, x)
       statistics = protocol.statistics_of(layer.params, seen)
-      return x, (None if cache is None else kv, statistics)
+      return x, kv, statistics
+
+    def step(x, layer):
+      x, _, statistics = body(x, layer)
+      return x, statistics
+
+    def step_cached(carry, layer):
+      # The stacks are carried: written in place, and never copied whole.
+      x, keys, values = carry
+      x, kv, statistics = body(x, layer._replace(keys=keys, values=values))
+      return (x, *kv), statistics
 
     xs = blocks.Layer(
       base['layers'],
       blocks.child(params, 'layers'),
       windows if mixed_windows else None,
       ropes if mixed_ropes else None,
-      None if cache is None else cache.keys,
-      None if cache is None else cache.values,
-      rows,
+      rows=rows,
+      number=None if cache is None else np.arange(config.num_layers),
     )
     if chosen_layers is not None:
       some = lambda tree: jax.tree.map(lambda leaf: leaf[chosen_layers], tree)
@@ -277,11 +287,15 @@ def _walk(config, implementation, dtype, remat, unroll):
         some(xs.angles),
       )
       num_frozen = sum(int(i) < num_frozen for i in chosen_layers)
-    if num_frozen:
-      x, (kv, statistics) = _above(body, remat, unroll, x, xs, num_frozen)
+    kv = None
+    if cache is not None:
+      carry = x, cache.keys, cache.values
+      (x, *kv), statistics = jax.lax.scan(step_cached, carry, xs, unroll=unroll)
+    elif num_frozen:
+      x, statistics = _above(step, remat, unroll, x, xs, num_frozen)
     else:
-      x, (kv, statistics) = jax.lax.scan(
-        _rematerialised(body, remat, unroll), x, xs, unroll=unroll
+      x, statistics = jax.lax.scan(
+        _rematerialised(step, remat, unroll), x, xs, unroll=unroll
       )
     if not ends:
       return x, kv, {}
@@ -435,10 +449,8 @@ def decoder(
   walk = _walk(config, 'blocked', compute_dtype, 'none', unroll)
 
   def empty(batch_size: int, slots: int) -> Cache:
-    shape = (config.num_layers, batch_size, slots)
-    heads = jnp.zeros(
-      (*shape, config.num_kv_heads, config.head_dim), compute_dtype
-    )
+    shape = (config.num_layers, batch_size, config.num_kv_heads, slots)
+    heads = jnp.zeros((*shape, config.head_dim), compute_dtype)
     nothing = jnp.zeros((batch_size, slots), jnp.int32)
     return Cache(heads, heads, Places(nothing, nothing))
 
@@ -475,9 +487,10 @@ def decoder(
     places = places._replace(positions=at)
     if front.prefix:
       node = params['layers']['self_attn']['prefix']
-      ends = jax.vmap(lambda one, like: one.before(like))(node, keys)
-      keys = keys.at[:, :, : front.prefix].set(ends[0])
-      values = values.at[:, :, : front.prefix].set(ends[1])
+      turn = functools.partial(jnp.swapaxes, axis1=2, axis2=3)
+      ends = jax.vmap(lambda one, like: one.before(like))(node, turn(keys))
+      keys = keys.at[:, :, :, : front.prefix].set(turn(ends[0]))
+      values = values.at[:, :, :, : front.prefix].set(turn(ends[1]))
     if front.rows:  # prompt rows see no text: they are computed once
       none = jnp.zeros((batch_size, 0), jnp.int32)
       batch = Batch(none, none > 0, none, none)

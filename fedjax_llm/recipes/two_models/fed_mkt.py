@@ -23,6 +23,7 @@ from fedjax_llm import local, scopes, server, tree
 from fedjax_llm.local import LocalOptimizer, knowledge
 from fedjax_llm.local.knowledge import Alignment, Knowledge
 from fedjax_llm.recipes.two_models import teaching
+from fedjax_llm.server.exchange import Centre, Member
 from fedjax_llm.types import (
   Base,
   Batch,
@@ -44,11 +45,14 @@ NEEDS = {
     public=dict(name='packaged', dataset='shakespeare_mini'),
     client_models=dict(
       models=(
-        dict(name='random', hidden_size=32, num_layers=1),
-        dict(name='random', hidden_size=16, num_layers=1, tokenizer='pairs'),
+        dict(hidden_size=32, name='random', num_layers=1),
+        dict(hidden_size=16, name='random', num_layers=1, tokenizer='pairs'),
       ),
     ),
     algorithm=dict(public_steps=2),
+    evals=dict(
+      evaluators=[dict(name='likelihood'), dict(name='client_models')]
+    ),
   ),
 }
 
@@ -170,7 +174,7 @@ the section public, such as public.name=packaged.
       'server/selected': teaching.share(best.loss < own, texts),
     }
 
-  centre = server.Centre(
+  centre = Centre(
     none=none,
     merge=lambda best, other: jax.vmap(knowledge.nearer)(best, other),
     learn=learn,
@@ -194,7 +198,7 @@ def _member(
   top_k: int,
   window: Callable[..., Any],
   teach: Callable[..., Any],
-) -> server.Member:
+) -> Member:
   """Returns the functions of a group; place None: the server's own model."""
   loss: Any = group.loss
   net: Any = group.model
@@ -237,7 +241,7 @@ def _member(
     bill = lambda x: teaching.num_bytes(window(x, number), top_k)
     return bill(group.public), bill(public)
 
-  return server.Member(
+  return Member(
     start=start,
     trains=lambda params: tree.select(params, labels(params), Shared),
     train=train,
