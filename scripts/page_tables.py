@@ -78,6 +78,7 @@ def tables() -> dict[str, str]:
   methods = _module('methods_comparison/tables.py')
   wall = _module('memory/tables.py')
   prompts = _module('vlm_comparison/tables.py')
+  peft = _module('peft_comparison/tables.py')
   aggregation = _results('benchmarks/aggregation.json')['rules']
   return {
     'benchmark': bench.overview(_results('benchmarks/results.json')['regimes']),
@@ -91,6 +92,10 @@ def tables() -> dict[str, str]:
     ),
     'methods': methods.markdown(_results('methods_comparison/results.json')),
     'prompts': prompts.markdown(_results('vlm_comparison/results.json')),
+    **{
+      f'tuning-{model}': peft.markdown(peft.read().get(model, {}))
+      for model in peft.MODELS
+    },
     'reproductions': reproductions(_results('reproductions/results.json')),
   }
 

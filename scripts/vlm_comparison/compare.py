@@ -66,6 +66,7 @@ def words(names):
   """Returns class names as padded texts, and the places of their ends."""
   tokenizer = fl.data.tokenizers.pretrained(str(cache() / 'all-MiniLM-L6-v2'))
   texts = [name.lower().replace('&', 'and') for name in names]
+  assert tokenizer.whole is not None
   rows = [tokenizer.whole(text, None, 32).tokens for text in texts]
   tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
   for i, row in enumerate(rows):
