@@ -41,7 +41,7 @@ def run(argv: list[str]) -> None:
     trusted=args.trust_code,
   )
   loaded = made.loaded
-  if not loaded.config.causal:
+  if not loaded.config.writes:
     raise Error(f'--workdir {args.workdir}: this run trained no model of text.')
   tokenizer = data.tokenizers.bytes()
   if loaded.directory is not None:

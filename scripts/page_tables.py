@@ -77,6 +77,7 @@ def tables() -> dict[str, str]:
   bench = _module('benchmarks/tables.py')
   methods = _module('methods_comparison/tables.py')
   wall = _module('memory/tables.py')
+  peft = _module('peft_comparison/tables.py')
   aggregation = _results('benchmarks/aggregation.json')['rules']
   return {
     'benchmark': bench.overview(_results('benchmarks/results.json')['regimes']),
@@ -89,6 +90,10 @@ def tables() -> dict[str, str]:
       wall.cells(), _results('memory/results/larger.json')['bytes']
     ),
     'methods': methods.markdown(_results('methods_comparison/results.json')),
+    **{
+      f'tuning-{model}': peft.markdown(peft.read().get(model, {}))
+      for model in peft.MODELS
+    },
     'reproductions': reproductions(_results('reproductions/results.json')),
   }
 

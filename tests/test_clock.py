@@ -1,5 +1,6 @@
 """Time: systems, samplers with a clock, and methods for late clients."""
 
+import math
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ import pytest
 from fedjax_llm import aggregators, clients, local, recipes, tree
 from fedjax_llm.aggregators import networks, staleness
 from fedjax_llm.clients import system as systems
+from fedjax_llm.clients.attendance import attendance
+from fedjax_llm.clients.compass import compass
 from fedjax_llm.clients.published import DEVICES, LINKS
 from fedjax_llm.clients.system import Job, System
 from fedjax_llm.clients.timed import buffered, deadline, tiered
@@ -113,43 +116,242 @@ def test_steps_beyond_the_time_of_a_client_are_padding():
   )
 
 
-def literal(seconds, num_arrivals, rounds):
-  """The event loop in plain words: all clients train all the time.
+def opened(fleet, k, now):
+  """The first moment from `now` on in which a client is available."""
+  while not systems.available(fleet, now)[k]:
+    now = (math.floor(now / 3600) + 1) * 3600.0
+  return now
+
+
+def literal_buffer(fleet, num_arrivals, rounds):
+  """The event loop of a buffer in plain words: all clients train all the time.
 
   A client that arrives waits in the buffer until it is full; then all of it
-  starts again. Moments are taken one after another.
+  starts again, each when it is available. Moments are taken one after another,
+  arrivals before starts.
   """
-  finish = {k: s for k, s in enumerate(seconds)}
-  started = dict.fromkeys(finish, 0)
-  buffer, draws, now = [], [], 0.0
+  seconds = JOB.operations / fleet.operations
+  events = [(0.0, 1, k) for k in range(len(seconds))]
+  started, buffer, draws = {}, [], []
   while len(draws) < rounds:
-    k = min(finish, key=lambda k: (finish[k], k))
-    now = finish.pop(k)
+    now, kind, k = event = min(events)
+    events.remove(event)
+    if kind:  # a start
+      if (when := opened(fleet, k, now)) > now:
+        events.append((when, 1, k))
+        continue
+      started[k] = len(draws)
+      events.append((now + seconds[k], 0, k))
+      continue
     buffer.append(k)
     if len(buffer) == num_arrivals:
       draws.append((now, sorted((k, started[k]) for k in buffer)))
-      for k in buffer:
-        finish[k], started[k] = now + seconds[k], len(draws)
+      events += [(now, 1, k) for k in buffer]
       buffer = []
   return draws
 
 
-def test_buffered_rounds_are_those_of_an_event_loop():
-  seconds = (1.0, 1.5, 3.25, 7.1)
-  rounds: Any = buffered(
-    4, 2, system=system(*seconds), job=lambda: JOB, concurrency=4
-  )
-  for number, (now, rows) in enumerate(literal(seconds, 2, 12)):
+def literal_tiers(fleet, tiers, rounds):
+  """The event loop of tiers, all of whose clients train in every round."""
+  seconds = JOB.operations / fleet.operations
+  events = [(0.0, 1, tier) for tier in range(len(tiers))]
+  begun, draws = {}, []
+  while len(draws) < rounds:
+    now, kind, tier = event = min(events)
+    events.remove(event)
+    if not kind:  # an end
+      ids, version = begun.pop(tier)
+      draws.append((now, [(k, version) for k in ids]))
+      events.append((now, 1, tier))
+    elif (when := min(opened(fleet, k, now) for k in tiers[tier])) > now:
+      events.append((when, 1, tier))
+    else:
+      here = [k for k in tiers[tier] if systems.available(fleet, now)[k]]
+      begun[tier] = here, len(draws)
+      events.append((now + max(seconds[here]), 0, tier))
+  return draws
+
+
+def same_draws(rounds: Any, wanted):
+  for number, (now, rows) in enumerate(wanted):
     draw = rounds(number)
-    assert list(zip(draw.ids.tolist(), draw.started.tolist())) == rows
+    mine = zip(draw.ids.tolist(), draw.started.tolist())
+    assert [row for row in mine if row[0] >= 0] == rows
     assert rounds.clock(number)['clock/seconds'] == pytest.approx(now)
-  assert max(number - rounds(number).started.min() for number in range(12)) > 2
+
+
+SECONDS = (1.0, 1.5, 3.25, 7.1)
+# Days and nights: clients that train for hours and sleep in between.
+NIGHTS = system(
+  2000.0, 5000.0, 11000.0, 26000.0,
+  opens=np.array([0.0, 8.0, 20.0, 23.0]), hours=np.array([24.0, 6.0, 9.0, 2.0]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('fleet', [system(*SECONDS), NIGHTS])
+def test_buffered_rounds_are_those_of_an_event_loop(fleet):
+  def make() -> Any:
+    return buffered(4, 2, system=fleet, job=lambda: JOB, concurrency=4)
+
+  rounds = make()
+  same_draws(rounds, literal_buffer(fleet, 2, 40))
+  late = [number - rounds(number).started.min() for number in range(40)]
+  assert max(late) > 2
+  # While the slowest trains, three others arrive in its seconds at most this
+  # often, two a round.
+  seconds = JOB.operations / fleet.operations
+  others = sum(math.ceil(seconds[3] / seconds[k]) for k in range(3))
+  assert max(late) <= math.ceil(others / 2) + 1
   # Pure in the round: another one that is asked in another order agrees.
-  again: Any = buffered(
-    4, 2, system=system(*seconds), job=lambda: JOB, concurrency=4
-  )
+  again = make()
   jax.tree.map(np.testing.assert_array_equal, again(11), rounds(11))
   jax.tree.map(np.testing.assert_array_equal, again(3), rounds(3))
+
+
+@pytest.mark.parametrize('fleet', [system(*SECONDS), NIGHTS])
+def test_rounds_of_tiers_are_those_of_an_event_loop(fleet):
+  rounds = tiered(4, 2, system=fleet, job=lambda: JOB, num_tiers=2)
+  same_draws(rounds, literal_tiers(fleet, ([0, 1], [2, 3]), 40))
+
+
+def test_attendance_is_that_of_the_hours_of_the_day():
+  rng = np.random.default_rng(0)
+  fleet = system(
+    *[1.0] * 40, opens=np.r_[0.0, rng.uniform(0, 24, 39)],
+    hours=np.r_[24.0, rng.uniform(0.5, 23, 39)],
+  )  # fmt: skip
+  present = attendance(fleet)
+  busy: list[int] = []
+  for now in np.sort(rng.uniform(0, 4 * systems.DAY, 300)):
+    present.advance(now)
+    here = systems.available(fleet, now)
+    here[busy] = False
+    assert present.num_idle() == here.sum()
+    if here.any() and len(busy) < 8:
+      busy.append(present.take(rng))
+      assert here[busy[-1]]
+    elif busy:
+      present.free(busy.pop(0))
+  assert present.following() > now
+  # All idle clients are drawn alike, although most tries meet nobody.
+  few = attendance(
+    system(*[1.0] * 999, opens=np.full(999, 5.0), hours=np.full(999, 1.0))
+    ._replace(hours=np.r_[24.0, 24.0, np.ones(997)])
+  )  # fmt: skip
+  counts = np.zeros(2)
+  for i in range(200):
+    client = few.take(np.random.default_rng(i))
+    counts[client] += 1
+    few.free(client)
+  assert counts.min() > 70
+
+
+def test_compass_deals_steps_so_that_clients_arrive_together():
+  """Worked by hand: 1, 2.5 and 7.3 seconds a step, 2 to 10 steps.
+
+  At 25 s client 1 joins the group of client 0, which ends at 30: 2 steps. At
+  73 s client 2 fits into none: the group in progress is over at 82 at most, its
+  fastest could be back at 92, so it gets floor(19 / 7.3) = 2 steps, until 87.6.
+  At 80 s clients 0 and 1 join it, with floor(7.6) and floor(7.6 / 2.5) steps.
+  """
+  job = JOB._replace(num_steps=10, down=0.0, up=0.0)
+  rounds: Any = compass(
+    3, system=system(10.0, 25.0, 73.0), job=lambda: job, min_steps=2
+  )
+  wanted = [  # seconds, {client: (started, steps)}
+    (10.0, {0: (0, 10)}), (20.0, {0: (1, 10)}), (25.0, {1: (0, 10)}),
+    (30.0, {0: (2, 10), 1: (3, 2)}), (40.0, {0: (4, 10), 1: (4, 4)}),
+    (50.0, {0: (5, 10), 1: (5, 4)}), (60.0, {0: (6, 10), 1: (6, 4)}),
+    (70.0, {0: (7, 10), 1: (7, 4)}), (73.0, {2: (0, 10)}),
+    (80.0, {0: (8, 10), 1: (8, 4)}),
+    (87.6, {0: (10, 7), 1: (10, 3), 2: (9, 2)}),
+    (97.6, {0: (11, 10), 1: (11, 4)}), (107.6, {0: (12, 10), 1: (12, 4)}),
+    (109.5, {2: (11, 3)}),
+  ]  # fmt: skip
+  for number, (now, rows) in enumerate(wanted):
+    draw = rounds(number)
+    columns = zip(draw.ids.tolist(), zip(draw.started, draw.steps))
+    assert {k: row for k, row in columns if k >= 0} == rows
+    assert rounds.clock(number)['clock/seconds'] == pytest.approx(now)
+  # All clients' computation so far: 2 watts.
+  assert rounds.clock(0)['clock/joules'] == pytest.approx(
+    2 * (10 + 25 + 73 + 10)
+  )
+  for fields, words in (
+    (dict(min_steps=11), 'clients.min_steps is 11'),
+    (dict(cohort_size=2), 'all 3 clients train all the time'),
+    (dict(latest_time_factor=0.5), 'latest_time_factor is 0.5'),
+    (dict(speed_momentum=0.0), 'speed_momentum is 0.0'),
+  ):
+    with pytest.raises(Error, match=words):
+      more: dict[str, Any] = fields
+      compass(3, system=system(1.0, 2.0, 3.0), job=lambda: job, **more)(0)
+  with pytest.raises(Error, match=r'set system\.hours=24'):
+    compass(4, system=NIGHTS, job=lambda: job)
+
+
+def test_compass_merges_the_late_with_the_next_group():
+  fleet = system(*[8.0] * 3, watts=np.zeros(3))
+  rounds: Any = compass(
+    3, system=fleet, job=lambda: JOB, jitter=0.8, latest_time_factor=1.1
+  )
+  jobs, rows, spread = [], [], 0
+  for number in range(200):
+    draw = rounds(number)
+    here = draw.ids >= 0
+    versions = draw.started[here]
+    assert (draw.steps[here] >= 1).all() and (draw.steps[here] <= 4).all()
+    assert (versions <= number).all()
+    jobs += list(zip(draw.ids[here].tolist(), versions.tolist()))
+    rows.append(int(here.sum()))
+    spread += int(len(set(versions.tolist())) > 1)
+  # A client trains one thing after another; the late are merged with others,
+  # that started later.
+  for client in range(3):
+    mine = [version for k, version in jobs if k == client]
+    assert mine == sorted(mine) and len(mine) > 50
+  assert set(rows) == {1, 2, 3} and spread > 5
+
+
+def test_fed_compass_mixes_a_group_at_once():
+  algorithm = recipes.fed_compass(loss, SGD, num_clients=6, alpha=0.6)
+  state, states = begun(algorithm)
+  step, now, versions = jax.jit(algorithm.round), START, [START]
+  started = [np.zeros(N, np.int32), np.array([0, 1, 1, 0], np.int32)]
+  for number, begin in enumerate(started):
+    share = 0.6 / np.sqrt(1.0 + number - begin) / 6
+    ends = [descent(versions[begin[k]], GOALS[k]) for k in range(N)]
+    now = (1 - share.sum()) * now + np.einsum('k,kab->ab', share, ends)
+    versions.append(now)
+    state, _, _ = step(state, cohort(started=begin, states=states))
+    np.testing.assert_allclose(w(state.params), now, rtol=2e-5)
+  # FedAsync, which mixes them in one after another, ends elsewhere.
+  one = aggregators.one_after_another(0.6)
+  apart = aggregators.all_together(1, 0.6)
+  begin = np.float32(START)
+  uploads = aggregators.received(begin, [begin + 1, begin + 2])
+  key = jax.random.key(0)
+  ends = [rule.aggregate(uploads, (), begin, key)[0] for rule in (one, apart)]
+  assert np.abs(ends[0].delta - ends[1].delta).max() > 0.1
+
+
+def test_a_client_that_fills_its_deadline_exactly_is_in_time():
+  for num in range(1, 40):
+    # 0.1 + 0.2 > 0.3 in floating point.
+    job = JOB._replace(num_steps=num, down=0.0, up=0.0)
+    for part in range(1, num + 1):
+      one = system(1.2, latency=np.array([0.3]))
+      limit = 0.3 + 1.2 * part / num
+      rounds: Any = deadline(
+        1, 1, system=one, job=lambda job=job: job, seconds=limit, partial=True
+      )
+      assert rounds(0).steps.tolist() == [part]
+      assert rounds.clock(0)['clock/seconds'] <= limit
+  whole = deadline(
+    1, 1, system=system(0.2, latency=np.array([0.1])), seconds=0.3,
+    job=lambda: JOB._replace(down=0.0, up=0.0),
+  )  # fmt: skip
+  assert whole(0).ids.tolist() == [0]
 
 
 def test_nobody_is_late_where_all_are_equally_fast():

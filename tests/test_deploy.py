@@ -90,10 +90,17 @@ def test_messages_that_do_not_fit_are_one_sentence(tmp_path):
   ):
     with pytest.raises(Error, match=words):
       wire.unpack(arrays, tree_, network)
+  staged = dict(
+    stages__name='by_key', stages__key='client', stages__rounds=1,
+    stages__order="(('ann','bob','cyd'),('dan','eve','fay'))",
+    partition__name='iid',
+    partition__num_clients=3, population__heldout_fraction=0.3,
+  )  # fmt: skip
   budgets = dict(profiles__name='budgets', profiles__choices='(99,)')
   for name, words, more in (
     ('fed_buff', 'keeps versions for late clients', {}),
     ('fed_pipe', 'plans between rounds', budgets),
+    ('fed_avg', 'decides in which rounds a client has data', staged),
     ('fed_avg', 'sums messages before', dict(upload__name='count_sketch')),
     (
       'fed_avg',
@@ -191,3 +198,79 @@ def test_both_apps_of_flower_end_at_the_adapter_of_the_simulation(tmp_path):
   served = site.algorithm.personal(state.params, None)
   tiny.close(served, made.params, 1e-5, 1e-6)
   assert (tmp_path / 'served' / 'adapter' / 'adapter_config.json').exists()
+
+
+# -------------------------------------------------------------------- flare --
+
+
+def test_a_missing_flare_is_one_sentence(monkeypatch):
+  from fedjax_llm.deploy import nvflare
+
+  monkeypatch.setattr(nvflare, '_FLModel', None)
+  for build in (nvflare.Executor, nvflare.Controller):
+    with pytest.raises(Error, match=r'FLARE is not installed: pip install'):
+      build('configs/tiny.py')
+  with pytest.raises(Error, match=r'FLARE is not installed: pip install'):
+    nvflare.job('configs/tiny.py', sites=['site-1'])
+
+
+def test_a_job_of_flare_ends_at_the_adapter_of_the_simulation(tmp_path):
+  pytest.importorskip('nvflare')
+  from nvflare.apis.fl_constant import ReservedKey  # pyright: ignore
+  from nvflare.apis.fl_context import FLContext  # pyright: ignore
+  from nvflare.apis.signal import Signal  # pyright: ignore
+  from nvflare.app_common.abstract.fl_model import FLModel  # pyright: ignore
+  from nvflare.app_common.decomposers import (  # pyright: ignore
+    numpy_decomposers,
+  )
+  from nvflare.app_common.utils.fl_model_utils import (  # pyright: ignore
+    FLModelUtils,
+  )
+  from nvflare.fuel.utils import fobs  # pyright: ignore
+  from nvflare.private.fed.utils.fed_utils import (  # pyright: ignore
+    nvflare_fobs_initialize,
+  )
+
+  from fedjax_llm.deploy import nvflare
+
+  nvflare_fobs_initialize()
+  numpy_decomposers.register()
+  sites = ['site-1', 'site-2']
+  words, fields = command(tmp_path, 'scaffold')
+  config = f'{runs.ROOT}/configs/tiny.py:smoke'
+  executors = {
+    name: nvflare.Executor(config, ' '.join(fields), sites) for name in sites
+  }
+
+  def asked(name, message):
+    """Passes a message and its reply through FLARE's bytes."""
+    context = FLContext()
+    context.set_prop(ReservedKey.IDENTITY_NAME, name, private=False)
+    sent = fobs.loads(fobs.dumps(FLModelUtils.to_shareable(message)))
+    reply = executors[name].execute('train', sent, context, Signal())
+    return FLModelUtils.from_shareable(fobs.loads(fobs.dumps(reply)))
+
+  class InProcess(nvflare.Controller):
+    def send_model(self, *, data, targets, callback, **more):
+      callback(asked(targets[0], data))
+
+    def get_num_standing_tasks(self):
+      return 0
+
+  server = InProcess(config, ' '.join(fields), sites, str(tmp_path / 'served'))
+  server.run()
+  runs.done(train, words)
+  made = rebuild.open(str(tmp_path / 'run'), trusted=True)
+  served = opened(fields).algorithm.personal(server.state.params, None)
+  tiny.close(served, made.params, 1e-5, 1e-6)
+  assert (tmp_path / 'served' / 'adapter' / 'adapter_config.json').exists()
+  with pytest.raises(Error, match='client 3, which site-2 serves'):
+    asked('site-1', FLModel(params={}, meta={'client': 3}))
+  # The job's files name the classes and their settings.
+  job = nvflare.job(config, 'num_rounds=2', sites=sites, seconds=60)
+  job.export_job(str(tmp_path))
+  files = list((tmp_path / 'federated_tuning').rglob('config_fed_*.json'))
+  texts = [path.read_text() for path in files]
+  assert any('fedjax_llm.deploy.nvflare.Controller' in x for x in texts)
+  assert any('fedjax_llm.deploy.nvflare.Executor' in x for x in texts)
+  assert not list(tmp_path.rglob('custom/*'))

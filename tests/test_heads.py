@@ -173,7 +173,7 @@ OWN_WEIGHTS = {
   *('nearest_mixing', 'norm_bounding', 'product_krum'),
   'product_geometric_median',
   'fedrpca',
-  *('fltrust', 'in_products', 'one_after_another'),
+  *('fltrust', 'in_products', 'one_after_another', 'all_together'),
 }
 
 

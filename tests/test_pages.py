@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / 'fedjax_llm'
 FOLDERS = (
   *('', 'colabs', 'configs', 'scripts', 'scripts/board', 'scripts/timing'),
+  'scripts/continual_runs',
 )
 PAGES = sorted(
   [

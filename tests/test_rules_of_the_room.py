@@ -276,6 +276,7 @@ def test_a_rule_tells_the_weights_that_it_uses(name):
   builder, settings = RULES[name]
   chosen = ('krum', 'foolsgold', 'geometric_median', 'product_krum')
   chosen += ('product_geometric_median', 'fltrust', 'one_after_another')
+  chosen += ('all_together',)
   if builder in chosen or name in ('norm_weighted:0', 'norm_weighted:2'):
     assert got[3] == 0 and abs(got.sum() - 1) < 1e-6
     return

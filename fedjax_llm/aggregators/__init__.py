@@ -43,6 +43,9 @@ from fedjax_llm.aggregators.replaying import (
   on_coefficients as on_coefficients,
 )
 from fedjax_llm.aggregators.replaying import replaying as replaying
+from fedjax_llm.aggregators.riders import (
+  without_free_riders as without_free_riders,
+)
 from fedjax_llm.aggregators.robust import krum as krum
 from fedjax_llm.aggregators.robust import median as median
 from fedjax_llm.aggregators.robust import trimmed_mean as trimmed_mean
@@ -54,6 +57,7 @@ from fedjax_llm.aggregators.robust_means import (
 )
 from fedjax_llm.aggregators.robust_means import norm_bounding as norm_bounding
 from fedjax_llm.aggregators.robust_pca import fedrpca as fedrpca
+from fedjax_llm.aggregators.staleness import all_together as all_together
 from fedjax_llm.aggregators.staleness import buffered_mean as buffered_mean
 from fedjax_llm.aggregators.staleness import (
   one_after_another as one_after_another,
@@ -63,6 +67,7 @@ from fedjax_llm.aggregators.trusted import fltrust as fltrust
 __all__ = [
   'as_stack',
   'bucketing',
+  'all_together',
   'buffered_mean',
   'centred_clipping',
   'control_variates',
@@ -99,5 +104,6 @@ __all__ = [
   'replication',
   'trimmed_mean',
   'uniform_mean',
+  'without_free_riders',
   'zero_padding',
 ]

@@ -4,6 +4,8 @@ Builders return a `StreamingAggregator` or an `Aggregator`; both read
 `Uploads.staleness`, the rounds since a client started.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -156,6 +158,54 @@ def one_after_another(
     later = jnp.append(kept[1:], 1.0)  # what the clients after it leave
     share = mix[order] * later
     return jnp.zeros_like(share).at[order].set(share)
+
+  return _mixed(weights)
+
+
+def all_together(
+  num_clients: int = 1,
+  alpha: float = 0.9,
+  staleness: str = 'polynomial',
+  exponent: float = 0.5,
+  after: int = 4,
+) -> Aggregator:
+  """Returns FedCompass's rule: the clients of a round are mixed in at once.
+
+      p <- (1 - sum_k a_k) p + sum_k a_k p_k,   a_k = alpha s(tau_k) / N
+
+  Li et al. 2023 (arXiv 2309.14675), where p_k are the client's whole parameters
+  at its end. A client counts the same whoever arrives with it: the rest of the
+  weight stays with the server, which `one_after_another` divides.
+
+  Args and errors as in `discount`, and
+    num_clients: N, of the federation.
+    alpha: above 0 and at most 1.
+
+  >>> uploads = Uploads(
+  ...   jnp.array([2.0, 2.0]), jnp.zeros(2), None, jnp.ones(2),
+  ...   jnp.ones(2, bool), jnp.array([0, 1]), staleness=jnp.array([0, 3]))
+  >>> rule = all_together(4, alpha=1.0)
+  >>> rule.aggregate(uploads, (), jnp.float32(0), None)[0].delta.item()
+  0.75
+  """
+  check(staleness, exponent, after)
+  if num_clients < 1:
+    raise Error(f'num_clients is {num_clients}: it must be at least 1.')
+  if known(alpha) and not 0 < alpha <= 1:
+    raise Error(f'alpha is {alpha}: it must be above 0 and at most 1.')
+
+  def weights(uploads: Uploads) -> jax.Array:
+    here = counted(uploads)
+    late = uploads.staleness
+    late = jnp.zeros(here.shape, jnp.int32) if late is None else late
+    mix = alpha * discount(late, staleness, exponent, after) / num_clients
+    return jnp.where(here, mix, 0)
+
+  return _mixed(weights)
+
+
+def _mixed(weights: Callable[[Uploads], jax.Array]) -> Aggregator:
+  """Returns the rule p <- (1 - sum_k c_k) p + sum_k c_k p_k of shares c [K]."""
 
   def aggregate(uploads, state, params, key):
     del key

@@ -14,6 +14,7 @@ All are pure in (seed, round): a resumed run sees the same draws. They are
 computed from round 0 on and kept, a few arrays [K] a round.
 """
 
+import bisect
 import heapq
 import math
 from collections.abc import Callable, Sequence
@@ -22,10 +23,15 @@ from typing import NamedTuple
 import numpy as np
 
 from fedjax_llm.clients import system as systems
+from fedjax_llm.clients.attendance import attendance
 from fedjax_llm.clients.system import Job, System
 from fedjax_llm.types import Draw, Error
 
 __all__ = ['buffered', 'deadline', 'tiered']
+
+# A client whose work fills its deadline exactly is in time, whatever the
+# rounding of its seconds.
+ROUNDING = 1e-9
 
 # Purposes of the random streams.
 _CHOSEN, _LOST, _JITTER, _JOB, _TIER = 311, 312, 313, 314, 315
@@ -55,7 +61,7 @@ class _Round(NamedTuple):
   lost: int
 
 
-def _sequence(step: Callable[[int, float], tuple[Draw, float, float, int]]):
+def sequence(step: Callable[[int, float], tuple[Draw, float, float, int]]):
   """Returns a `Timed` of rounds that are computed one after another.
 
   `step(round, now) -> (draw, end, joules of this round, lost)`.
@@ -137,7 +143,7 @@ def deadline(
   0.405
   """
   del sizes
-  _check(num_clients, cohort_size, dropout, jitter, seed)
+  check(num_clients, cohort_size, dropout, jitter, seed)
   if seconds is not None and not seconds > 0:
     raise Error(f'clients.seconds is {seconds}: a deadline is above 0.')
   if not 1 <= over_selection < math.inf:
@@ -163,12 +169,13 @@ def deadline(
     steps = np.full(len(ids), work.num_steps)
     if partial:
       free = np.maximum(limit - links, 0) / np.maximum(compute, 1e-300)
-      steps = np.minimum(np.floor(work.num_steps * free), work.num_steps)
-      steps = steps.astype(np.int64)
+      steps = np.floor(work.num_steps * free * (1 + ROUNDING))
+      steps = np.minimum(steps, work.num_steps).astype(np.int64)
     compute = compute * steps / work.num_steps
     took = links + compute
     lost = draw(_LOST).random(num_clients)[ids] < dropout
-    lost |= (took > limit) | (steps < 1)
+    lost |= (took > limit * (1 + ROUNDING)) | (steps < 1)
+    took = np.where(lost, took, np.minimum(took, limit))
     arrival = np.where(lost, np.inf, took)
     first = np.argsort(arrival, kind='stable')[:cohort_size]
     first = first[np.isfinite(arrival[first])]
@@ -177,7 +184,7 @@ def deadline(
     else:  # waits for all, but not beyond the deadline
       end = min(limit, float(took.max()))
     kept = first[np.argsort(ids[first])]
-    drawn = _draw(ids[kept], cohort_size)
+    drawn = padded(ids[kept], cohort_size)
     if partial:
       rows = np.zeros(cohort_size, np.int32)
       rows[: len(kept)] = steps[kept]
@@ -185,7 +192,7 @@ def deadline(
     joules = float(np.sum(system.watts[ids] * compute))
     return drawn, now + end, joules, len(ids) - len(kept)
 
-  return _sequence(step)
+  return sequence(step)
 
 
 def buffered(
@@ -222,7 +229,7 @@ def buffered(
   [0, 1, 0, 2]
   """
   del sizes
-  _check(num_clients, cohort_size, dropout, jitter, seed)
+  check(num_clients, cohort_size, dropout, jitter, seed)
   if concurrency is None:
     concurrency = min(2 * cohort_size, num_clients)
   if not 1 <= concurrency <= num_clients:
@@ -231,53 +238,57 @@ def buffered(
       f'{num_clients} clients.'
     )
   training: list[tuple[float, int, int, int, bool]] = []  # a heap, by arrival
-  busy: set[int] = set()  # they train, or wait in the buffer
+  at_hand = attendance(system)  # busy: they train, or wait in the buffer
   state = {'job': 0, 'free': concurrency}
-  parts: list[systems.Seconds] = []  # of every client, once it is asked for
+  # Seconds and joules of every client's round, once they are asked for.
+  parts: list[np.ndarray] = []
 
   def begin(now: float, version: int) -> float:
     """Starts a client in every free place that finds one; returns joules."""
     joules = 0.0
-    while state['free']:
+    at_hand.advance(now)
+    while state['free'] and at_hand.num_idle():
       rng = np.random.default_rng((seed, _JOB, state['job']))
-      client = _idle(system, busy, now, rng)
-      if client is None:
-        break
+      client = at_hand.take(rng)
       slower = math.exp(jitter * rng.standard_normal())
       lost = bool(rng.random() < dropout)
-      took = float(parts[0].total[client]) * slower
-      joules += float(system.watts[client] * parts[0].compute[client]) * slower
+      took = float(parts[0][client]) * slower
+      joules += float(parts[1][client]) * slower
       heapq.heappush(
         training, (now + took, state['job'], client, version, lost)
       )
-      busy.add(client)
       state['job'] += 1
       state['free'] -= 1
     return joules
 
   def step(number, now):
-    parts[:] = parts or [systems.duration(system, job())]
+    if not parts:
+      seconds = systems.duration(system, job())
+      parts[:] = [seconds.total, system.watts * seconds.compute]
     arrived: list[tuple[int, int]] = []
     joules, lost = 0.0, 0
     while len(arrived) < cohort_size:
       if not training or training[0][0] > now:
         joules += begin(now, number)
-      if not training:  # nobody is available: time goes on
-        now += _until(system, busy, now)
-        continue
+      if state['free']:  # nobody is available: time goes on
+        following = at_hand.following()
+        if not training or following < training[0][0]:
+          now = following
+          continue
       now, _, client, version, gone = heapq.heappop(training)
       state['free'] += 1
       if gone:
-        busy.discard(client)
+        at_hand.free(client)
         lost += 1
       else:
         arrived.append((client, version))
-    busy.difference_update(client for client, _ in arrived)
+    for client, _ in arrived:
+      at_hand.free(client)
     ids, started = np.array(sorted(arrived), np.int64).T
-    made = _draw(ids, cohort_size)
+    made = padded(ids, cohort_size)
     return made._replace(started=started.astype(np.int32)), now, joules, lost
 
-  return _sequence(step)
+  return sequence(step)
 
 
 def tiered(
@@ -299,6 +310,8 @@ def tiered(
   of K of its clients on its own, each with the server's parameters of the
   moment in which it starts (`Draw.started`), so slow tiers are late and hold
   nobody up (the semi-synchronous form of Chai et al. 2021, arXiv 2010.05958).
+  Rounds that end at the moment in which a tier starts come before it. A tier of
+  which nobody is available waits, and starts from what the server has then.
 
   Args and errors as in `deadline`, and
     num_tiers: the number of tiers, each of at least K clients.
@@ -312,16 +325,18 @@ def tiered(
   True
   """
   del sizes
-  _check(num_clients, cohort_size, dropout, jitter, seed)
+  check(num_clients, cohort_size, dropout, jitter, seed)
   if not 1 <= num_tiers <= num_clients // cohort_size:
     raise Error(
       f'clients.num_tiers is {num_tiers}: it is at least 1, and each tier '
       f'needs cohort_size={cohort_size} of the {num_clients} clients.'
     )
-  running: list[tuple[float, int, int, np.ndarray, np.ndarray]] = []
+  # By end: (end, tier, turn, start, ids, lost).
+  running: list[tuple[float, int, int, float, np.ndarray, np.ndarray]] = []
+  ends: list[float] = []  # of the rounds so far
   made: list = []  # the seconds and the tiers, once they are asked for
 
-  def begin(tier: int, turn: int, now: float, version: int):
+  def begin(tier: int, turn: int, now: float):
     rng = np.random.default_rng((seed, _TIER, tier, turn))
     seconds, tiers = made
     mine = tiers[tier]
@@ -332,11 +347,8 @@ def tiered(
     slower = np.exp(jitter * rng.standard_normal(len(ids)))
     lost = rng.random(len(ids)) < dropout
     end = now + float(np.max(seconds.total[ids] * slower))
-    heapq.heappush(running, (end, tier, turn, ids, lost))
-    versions[tier] = version
+    heapq.heappush(running, (end, tier, turn, now, ids, lost))
     return float(np.sum(system.watts[ids] * seconds.compute[ids] * slower))
-
-  versions: dict[int, int] = {}
 
   def step(number, now):
     joules = 0.0
@@ -344,14 +356,16 @@ def tiered(
       seconds = systems.duration(system, job())
       order = np.argsort(seconds.total, kind='stable')
       made[:] = [seconds, np.array_split(order, num_tiers)]
-      joules += sum(begin(t, 0, now, 0) for t in range(num_tiers))
+      joules += sum(begin(t, 0, now) for t in range(num_tiers))
     else:
       tier, turn = ended.pop()
-      joules += begin(tier, turn + 1, now, number)
-    end, tier, turn, ids, lost = heapq.heappop(running)
+      joules += begin(tier, turn + 1, now)
+    end, tier, turn, start, ids, lost = heapq.heappop(running)
     ended.append((tier, turn))
-    draw = _draw(ids, cohort_size)
-    started = np.full(cohort_size, versions[tier], np.int32)
+    draw = padded(ids, cohort_size)
+    version = bisect.bisect_right(ends, start)
+    started = np.full(cohort_size, version, np.int32)
+    ends.append(end)
     reports = draw.reports.copy()
     reports[: len(ids)] &= ~lost
     return (
@@ -360,13 +374,13 @@ def tiered(
     )  # fmt: skip
 
   ended: list[tuple[int, int]] = []
-  return _sequence(step)
+  return sequence(step)
 
 
 # ------------------------------------------------------------------- parts --
 
 
-def _check(num_clients, cohort_size, dropout, jitter, seed) -> None:
+def check(num_clients, cohort_size, dropout, jitter, seed) -> None:
   if cohort_size < 1 or num_clients < cohort_size:
     raise Error(
       f'cohort_size is {cohort_size}: it is at least 1 and at most the '
@@ -382,7 +396,7 @@ def _check(num_clients, cohort_size, dropout, jitter, seed) -> None:
     raise Error(f'seed is {seed}: it is a whole number of at least 0.')
 
 
-def _draw(ids: np.ndarray, cohort_size: int) -> Draw:
+def padded(ids: np.ndarray, cohort_size: int) -> Draw:
   """Returns a draw of ids in ascending order, padded to K rows."""
   rows = np.full(cohort_size, -1, np.int32)
   rows[: len(ids)] = ids
@@ -391,23 +405,3 @@ def _draw(ids: np.ndarray, cohort_size: int) -> Draw:
 
 def _of(system: System, ids: np.ndarray) -> System:
   return System(*(column[ids] for column in system))
-
-
-def _idle(system, busy: set[int], now: float, rng) -> int | None:
-  """Returns a random client that is available and not busy; None: nobody."""
-  num = len(system.hours)
-  for client in rng.integers(num, size=16):  # mostly one of the first few
-    one = int(client)
-    if one not in busy and systems.available(_of(system, client[None]), now)[0]:
-      return one
-  free = systems.available(system, now)
-  free[list(busy)] = False
-  can = np.flatnonzero(free)
-  return int(can[rng.integers(len(can))]) if len(can) else None
-
-
-def _until(system: System, busy: set[int], now: float) -> float:
-  """Returns the seconds until a client that is not busy is available."""
-  free = np.ones(len(system.hours), bool)
-  free[list(busy)] = False
-  return systems.wait(_of(system, np.flatnonzero(free)), now)

@@ -18,17 +18,13 @@ client a node. Private state of clients stays on their node, in Flower's
 context.
 """
 
-import pathlib
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from fedjax_llm.adapters import peft
-from fedjax_llm.deploy import halves
-from fedjax_llm.run import experiment
+from fedjax_llm.deploy import halves, serving
 from fedjax_llm.types import ClientState, Error
 
 
@@ -42,19 +38,6 @@ def _flwr() -> Any:
       'Flower is not installed: pip install "fedjax_llm[flower]".'
     ) from None
   return flwr
-
-
-_SITES: dict[tuple[str, ...], halves.Site] = {}  # of this process
-
-
-def _site(settings: Mapping[str, Any]) -> halves.Site:
-  """Returns the site of an app's run config, built once a process."""
-  if 'config' not in settings:
-    raise Error("the app's run config has no field config: FILE or FILE:ARG.")
-  key = (str(settings['config']), *shlex.split(str(settings.get('fields', ''))))
-  if key not in _SITES:
-    _SITES[key] = halves.open(*key)
-  return _SITES[key]
 
 
 def _record(arrays: Mapping[str, np.ndarray]) -> Any:
@@ -81,7 +64,7 @@ def client_app() -> Any:
 
   @app.query()
   def query(message, context):
-    site = _site(context.run_config)
+    site = serving.site(context.run_config)
     first = int(context.node_config.get('partition-id', 0))
     step = int(context.node_config.get('num-partitions', 1))
     mine = list(range(first, len(site.names), step))
@@ -90,7 +73,7 @@ def client_app() -> Any:
 
   @app.train()
   def train(message, context):
-    site = _site(context.run_config)
+    site = serving.site(context.run_config)
     client = int(message.content['client']['number'])
     name, kept = f'client-{client}', None
     if name in context.state:
@@ -140,14 +123,13 @@ def run(grid: Any, settings: Mapping[str, Any]) -> Any:
   """
   flwr = _flwr()
   Message, records = flwr.app.Message, flwr.app.RecordDict
-  site = _site(settings)
-  if 'workdir' in settings:  # before any round
-    _check_adapter(site)
-  node_of = _nodes(grid, site)
-  state, rounds = site.start, site.built.settings.num_rounds
-  for number in range(rounds):
-    draw = site.built.sampler(number)
-    asked = _record(halves.instruct(site, state))
+  site = serving.site(settings)
+  node_of: dict[int, int] = {}
+
+  def ask(number, message, clients):
+    if not node_of:
+      node_of.update(_nodes(grid, site))
+    asked = _record(message)
     messages = [
       Message(
         records(
@@ -157,30 +139,18 @@ def run(grid: Any, settings: Mapping[str, Any]) -> Any:
         message_type=flwr.app.MessageType.TRAIN,
         group_id=str(number),
       )
-      for i in draw.ids[draw.reports].tolist()
+      for i in clients
     ]
-    by_id = {}
     pushed = list(grid.push_messages(messages))
-    for one, sent in zip(messages, pushed):
-      by_id[sent] = int(one.content['client']['number'])
-    replies, losses = {}, []
+    by_id = dict(zip(pushed, clients))
     for reply in _pulled(grid, pushed):
       if reply.has_error():
         print(f'round {number + 1}: a client failed: {reply.error.reason}')
         continue
       client = by_id[reply.metadata.reply_to_message_id]
-      replies[client] = _arrays(reply.content['upload'])
-      losses.append(float(reply.content['metrics'].get('local/loss', np.nan)))
-    state = halves.collect(site, state, replies)
-    loss = np.mean(losses) if losses else float('nan')
-    print(
-      f'round {number + 1}/{rounds}: {len(replies)} of {len(messages)} clients '
-      f'reported, loss {loss:.4f}',
-      flush=True,
-    )
-  if 'workdir' in settings:
-    _save(site, state, pathlib.Path(str(settings['workdir'])) / 'adapter')
-  return state
+      yield client, _arrays(reply.content['upload']), reply.content['metrics']
+
+  return serving.run(site, ask, str(settings.get('workdir', '')))
 
 
 # ------------------------------------------------------------------- parts --
@@ -244,28 +214,3 @@ def _restored(site: halves.Site, arrays: dict[str, np.ndarray]) -> ClientState:
   return jax.tree.unflatten(
     structure, [arrays[str(i)] for i in range(len(leaves))]
   )
-
-
-def _check_adapter(site: halves.Site) -> None:
-  """Raises `Error` if the served parameters have no form in PEFT."""
-  served = site.algorithm.personal(site.start.params, None)
-  _, final = site.built.adapter.fold(site.built.base, served)
-  if reason := peft.refusal(final, site.built.loaded.config):
-    raise Error(f'workdir: the result would be no PEFT adapter: {reason}')
-
-
-def _save(site: halves.Site, state: Any, folder: pathlib.Path) -> None:
-  """Writes the served adapter as a PEFT directory."""
-  built = site.built
-  served = site.algorithm.personal(state.params, None)
-  base, final = built.adapter.fold(built.base, served)
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  experiment.save_adapter(
-    folder,
-    jax.device_get(final),
-    built.loaded._replace(base=base),
-    built.task,
-    base_model=built.loaded.name,
-    peft_fields=built.adapter.peft,
-  )
-  print(f'adapter: {folder}', flush=True)

@@ -16,7 +16,7 @@ from fedjax_llm.run import costs, rates
 from fedjax_llm.types import Draw, Error, FederatedAlgorithm
 
 # The samplers with a clock.
-TIMED = ('buffered', 'deadline', 'tiered')
+TIMED = ('buffered', 'compass', 'deadline', 'tiered')
 
 
 def check(name: Any, has_system: bool) -> None:

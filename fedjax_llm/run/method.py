@@ -61,17 +61,18 @@ def algorithm(
   profiles: Mapping[str, Any] | None = None,
   num_layers: int | None = None,
   public: Any = None,
+  client_models: Any = None,
   **others: Any,
 ) -> FederatedAlgorithm:
   """Builds the recipe of a config with the parts that the config names.
 
   `loss` and `model` may be None where the result only reads a trained state.
   `num_layers` is L of the model (`memory.spared`), `public` batches of the
-  section of that name.
+  section of that name, `client_models` the groups of that section.
 
   Raises:
-    Error: a part is refused; the section `public` with a method that has no use
-      of it.
+    Error: a part is refused; the section `public` or `client_models` with a
+      method that has no use of it.
   """
   make = functools.partial(make_part, conf)
   parts = ('upload', 'download', 'aggregator', 'server')
@@ -85,6 +86,13 @@ def algorithm(
       f'public: algorithm.name={name} does not train its server on public '
       'texts: leave the section public out.'
     )
+  if conf.get('client_models') and (
+    'client_models' not in builders.parameters(recipe)
+  ):
+    raise Error(
+      f'client_models: the clients of algorithm.name={name} have the model of '
+      'the section model: leave the section client_models out.'
+    )
   if builders.open_ended(recipe):  # one's own, which hands its parts on
     recipe = builders.onward(recipe, sections.parts)
   if conf.get('adversary'):
@@ -97,6 +105,7 @@ def algorithm(
     num_steps=conf['cohort']['num_steps'],
     profiles=profiles,
     public=public,
+    client_models=client_models,
     fold=adapter.fold,
     **others,
     **{part: make(part) for part in parts if conf.get(part)},

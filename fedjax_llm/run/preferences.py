@@ -170,6 +170,7 @@ def _task(term: Term) -> tasks.Task:
   """Returns the task of a preference loss."""
 
   def check(loaded: LoadedModel) -> None:
+    tasks.of_texts(loaded)
     if not loaded.config.causal:
       raise Error(
         f'{loaded.name} is an encoder ({loaded.config.family}): preferences '

@@ -46,3 +46,55 @@ def table(cells: Sequence[Mapping[str, Any]]) -> str:
       row.append(text)
     lines.append(f'| {defence} | {" | ".join(row)} |')
   return '\n'.join(lines)
+
+
+def audited(
+  models: Mapping[str, Sequence[Mapping[str, Any]]],
+  runs: Sequence[Mapping[str, Any]],
+  inversion: Sequence[Mapping[str, Any]],
+) -> str:
+  """Returns the tables of `scripts/audit` as Markdown.
+
+  Args:
+    models: the figures of the models of each kind.
+    runs: the audits in one run.
+    inversion: at most one record of recovered tokens.
+  """
+  names = dict.fromkeys(
+    name
+    for each in models.values()
+    for x in each
+    for name in x
+    if name != 'seconds' and not name.startswith('_')
+  )
+  lines = [
+    f'| attack | {" | ".join(models)} |',
+    '|---' * (len(models) + 1) + '|',
+  ]
+  for name in sorted(names):
+    row = [
+      spelled([x[name] for x in each if name in x])
+      if any(name in x for x in each)
+      else ''
+      for each in models.values()
+    ]
+    lines.append(f'| {name} | {" | ".join(row)} |')
+  claims = dict.fromkeys(x['claim'] for x in runs)
+  lines += [
+    '',
+    '| noise of | right guesses | lower bound of epsilon |',
+    '|---|---|---|',
+  ]
+  for claim in sorted(claims, key=lambda c: c or 1e9):
+    some = [x for x in runs if x['claim'] == claim]
+    right = ', '.join(f'{x["correct"]} of {x["made"]}' for x in some)
+    bounds = ', '.join(f'{x["bound"]:.2f}' for x in some)
+    kind = 'none' if claim is None else f'epsilon {claim:g}'
+    lines.append(f'| {kind} | {right} | {bounds} |')
+  for x in inversion:
+    lines += [
+      '',
+      f'Tokens of a text recovered from one gradient: {x["recall"]:.0%}; '
+      f'recovered tokens that are in the text: {x["precision"]:.0%}.',
+    ]
+  return '\n'.join(lines)

@@ -25,6 +25,7 @@ class Layer(NamedTuple):
   angles: Any  # in the scan: (frequencies, factor); in a block: (cos, sin)
   keys: Any = None  # of the cache, with `values`: the stacks of all layers
   values: Any = None
+  rows: Any = None  # [P, D]: they replace the first P rows before the layer
   number: Any = None  # of the layer, in these stacks
 
 
@@ -39,6 +40,7 @@ class Context(NamedTuple):
   keys: Places  # of the keys, [B, S]
   slot: Any = 0  # of the cache, where the first token is written
   shared: int = 0  # number of keys in front that every text sees
+  distances: Any = None  # [buckets, H]: scores of distances
 
 
 def block(
@@ -77,8 +79,10 @@ def block(
     x = x + norm(y, 'attention_output_norm')
     y = mlp(norm(x, 'post_attention_layernorm'))
     return x + norm(y, 'mlp_output_norm'), kv
-  x = x + y
-  return x + mlp(norm(x, 'post_attention_layernorm')), kv
+  scaled = lambda y, name: layers.scaled(y, w.get(name), p.get(name))
+  x = x + scaled(y, 'attention_scale')
+  y = mlp(norm(x, 'post_attention_layernorm'))
+  return x + scaled(y, 'mlp_scale'), kv
 
 
 def _attention(
@@ -136,6 +140,7 @@ def _attention(
     scale=config.score_scale,
     softcap=config.score_cap,
     implementation=implementation,
+    distances=context.distances,
     cached=cached,
   )
   y = y.reshape(*y.shape[:2], -1)

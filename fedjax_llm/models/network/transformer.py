@@ -105,17 +105,23 @@ def _above(body, remat: str, unroll: int, x, xs: blocks.Layer, num_frozen: int):
   return x, jax.tree.map(join, first, second)
 
 
-def _embed(config: Config, base, params, batch: Batch, dtype, num_rows=0):
+def _embed(
+  config: Config, base, params, batch: Batch, dtype, num_rows=0, embedded=None
+):
   """Embeds tokens, positions and types, [B, T, D].
 
-  The first `num_rows` tokens are the rows of the adapter's prompt.
+  The first `num_rows` tokens are the rows of the adapter's prompt. `embedded`
+  [B, T, D] stands in place of the rows of the table of tokens.
   """
 
   def rows(index, name):
     return layers.embed(index, base[name], blocks.child(params, name), dtype)
 
-  tokens = batch.tokens[:, num_rows:] if num_rows else batch.tokens
-  x = rows(tokens, 'embed_tokens')
+  if embedded is None:
+    tokens = batch.tokens[:, num_rows:] if num_rows else batch.tokens
+    x = rows(tokens, 'embed_tokens')
+  else:
+    x = embedded.astype(dtype)
   if num_rows:
     x = jnp.concatenate([params['inputs'].before(x), x], axis=1)
   if config.embedding_scale != 1:
@@ -177,12 +183,16 @@ def _walk(config, implementation, dtype, remat, unroll):
     chosen_layers=None,
     x=None,
     ends=True,
+    embedded=None,
+    rows=None,
   ):
     """Returns hidden states [B, T, D], keys and values, node statistics.
 
     `chosen_layers` are the numbers of the layers to compute, None for all; `x`
     are states to start from in place of the embeddings; the last norm is left
     out, and prompt rows are kept, where the part does not end the network.
+    `embedded` [B, T, D] are token embeddings in place of the batch's tokens,
+    and `rows` [L, P, D] replace the first P states before every layer.
     """
     num_frozen, params = frozen.unmarked(params)
     base, params = adapters.overlay(base, params)
@@ -212,13 +222,18 @@ def _walk(config, implementation, dtype, remat, unroll):
       batch, queries = prompts.whole(config, front, batch, with_rows)
     keys = prompts.before(front, queries) if cache is None else cache.places
     if x is None:
-      x = _embed(config, base, params, batch, dtype, num_rows)
+      x = _embed(config, base, params, batch, dtype, num_rows, embedded)
 
     def angles(table):
       return rope.rope_angles(batch.positions, *table)
 
     common = None if mixed_ropes or ropes is None else angles(ropes)
     context = blocks.Context(queries, keys, slot, front.length)
+    if config.relative_buckets:
+      leaf = blocks.child(params, 'embed_distances')
+      table = base['embed_distances']
+      table = layers.changed(table, leaf, 'embedding', 'embedding')
+      context = context._replace(distances=table)
     real = batch.segments > 0
     if num_rows:
       real &= np.arange(real.shape[-1]) >= num_rows
@@ -233,6 +248,11 @@ def _walk(config, implementation, dtype, remat, unroll):
         window=layer.window if mixed_windows else windows,
         angles=angles(layer.angles) if mixed_ropes else common,
       )
+      if layer.rows is not None:
+        first = jnp.broadcast_to(
+          layer.rows.astype(x.dtype), (len(x), *layer.rows.shape[-2:])
+        )
+        x = jnp.concatenate([first, x[:, first.shape[1] :]], axis=1)
       seen = protocol.Record(real, {}) if record else None
       y, kv = blocks.block(config, implementation, x, layer, context, seen)
       gate = blocks.child(layer.params, adapters.gates.NAME)
@@ -255,6 +275,7 @@ def _walk(config, implementation, dtype, remat, unroll):
       blocks.child(params, 'layers'),
       windows if mixed_windows else None,
       ropes if mixed_ropes else None,
+      rows=rows,
       number=None if cache is None else np.arange(config.num_layers),
     )
     if chosen_layers is not None:
@@ -291,8 +312,12 @@ def _walk(config, implementation, dtype, remat, unroll):
   return walk
 
 
-def _head(config: Config, base, params, x, dtype):
-  """Computes logits [..., V] (a classifier: [..., labels]) from [..., D]."""
+def head(config: Config, base, params, x, dtype):
+  """Computes logits [..., V] (a classifier: [..., labels]) from [..., D].
+
+  Raises:
+    Error: the network has no head.
+  """
 
   def linear(x, name, **settings):
     return layers.linear(x, base[name], blocks.child(params, name), **settings)
@@ -304,7 +329,8 @@ def _head(config: Config, base, params, x, dtype):
     )
   act = layers.ACTIVATIONS.get(config.head_activation)
   if config.head == 'classifier':
-    x = linear(x, 'pooler')
+    if 'pooler' in base:
+      x = linear(x, 'pooler')
     return linear(act(x) if act else x, 'classifier', out_dtype=dtype)
   if config.head == 'masked_lm':
     x = linear(x, 'head_dense')
@@ -318,6 +344,32 @@ def _head(config: Config, base, params, x, dtype):
     leaf = {'kernel': None if rows is None else rows.T, 'bias': bias}
   logits = layers.linear(x, w, leaf, out_dtype=dtype)
   return layers.softcapped(logits, config.logit_cap)
+
+
+def walker(
+  config: Config,
+  *,
+  remat: str = 'none',
+  unroll: int = 1,
+  compute_dtype: Any = jnp.float32,
+  attention: str = 'auto',
+) -> Callable[..., Any]:
+  """Returns the scan over layers of a network, with the settings of `build`.
+
+  `walk(base, params, batch, *, x=None, embedded=None, rows=None) -> (states [B,
+  T, D], keys and values, statistics)`: `x` [B, T, D] are the states below the
+  first layer, `embedded` [B, T, D] the embeddings of the tokens, and `rows` [L,
+  P, D] replace the first P states before every layer.
+  """
+  way = choose(
+    attention,
+    softcap=config.score_cap,
+    distances=config.relative_buckets > 0,
+    mixed_windows=len(set(config.windows)) > 1,
+    compute_dtype=compute_dtype,
+  )
+  _rematerialised(blocks.block, remat, unroll)  # raises for a wrong name
+  return _walk(config, way, compute_dtype, remat, unroll)
 
 
 def build(
@@ -344,14 +396,13 @@ def build(
   >>> loaded.model.logits(loaded.base, {}, hidden).shape
   (1, 4, 32)
   """
-  way = choose(
-    attention,
-    softcap=config.score_cap,
-    mixed_windows=len(set(config.windows)) > 1,
+  walk = walker(
+    config,
+    remat=remat,
+    unroll=unroll,
     compute_dtype=compute_dtype,
+    attention=attention,
   )
-  walk = _walk(config, way, compute_dtype, remat, unroll)
-  _rematerialised(blocks.block, remat, unroll)  # raises for a wrong name
 
   def hidden(base: Base, params: Params, batch: Batch) -> jax.Array:
     return walk(base, params, batch)[0]
@@ -359,7 +410,7 @@ def build(
   def logits(base: Base, params: Params, hidden: jax.Array) -> jax.Array:
     base, params = adapters.overlay(base, params)
     hidden = hidden.astype(compute_dtype)
-    return _head(config, base, params, hidden, logits_dtype)
+    return head(config, base, params, hidden, logits_dtype)
 
   def hidden_with_statistics(base: Base, params: Params, batch: Batch):
     hidden, _, statistics = walk(base, params, batch, record=True)

@@ -102,7 +102,7 @@ def check(title: str, num_resamples: int, **least: int | None) -> None:
 
 
 def check_writes(built: Any, name: str) -> None:
-  if not built.task.writes or not built.loaded.config.causal:
+  if not built.task.writes or not built.loaded.config.writes:
     raise Error(
       f'evals.evaluators: {name} needs a task with a causal network that '
       f'writes replies; {built.loaded.name} of this config does not.'
