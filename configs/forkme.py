@@ -65,6 +65,11 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   # Texts on which the server itself trains, for methods that do so; a source
   # as in `data`.
   config.public = None
+  # Clients with models of their own (algorithm fed_mkt), a section as `model`
+  # for each group of them. E.g.
+  #   dict(models=[dict(name='pretrained', path='small'), dict(name='random')],
+  #        shares=[0.8, 0.2])
+  config.client_models = None
 
   # Assigns records to clients: `natural` (the data's own clients), `iid`,
   # `dirichlet` (label skew), `quantity` (sizes), `one_label`. E.g.
@@ -82,6 +87,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     max_clients=6 if smoke else None,
   )
   # Some clients train on other texts: config.poison = dict(name='backdoor')
+
+  # Data that change during the run, one class, topic or source after another:
+  # config.stages = dict(name='by_key', key='label', rounds=10)
 
   # The examples that a client trains on: `curriculum`, `quality`, `by_loss`,
   # `by_gradient`, `near_duplicates`, `fed_hds`. Without the section: all.

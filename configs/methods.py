@@ -53,7 +53,7 @@ def get_config(arg: str = 'fed_avg') -> ml_collections.ConfigDict:
 
   for section, fields in recipes.NEEDS[name].items():
     stands: Any = config.get(section)
-    if 'name' not in fields:  # the section is kept, with these fields changed
+    if 'name' not in fields and stands is not None:  # kept, with these fields
       stands.update(fields)
     elif section == 'adapter':
       builder = getattr(adapters, fields['name'])

@@ -41,7 +41,7 @@ def run(argv: list[str]) -> None:
     trusted=args.trust_code,
   )
   loaded = made.loaded
-  if not loaded.config.causal:
+  if not loaded.config.writes:
     raise Error(f'--workdir {args.workdir}: this run trained no model of text.')
   tokenizer = data.tokenizers.bytes()
   if loaded.directory is not None:
@@ -136,7 +136,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def _round(text: str) -> int | str:
-  return text if text == 'best' else int(text)
+  if text == 'best':
+    return text
+  if not text.isdecimal():
+    raise argparse.ArgumentTypeError(
+      f"{text!r} is no round; it must be 'best' or a whole number of 0 or more."
+    )
+  return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -146,7 +146,7 @@ def _merged(
 def _hand_on_ends(folder: pathlib.Path, made: rebuild.Made) -> None:
   """Writes the tokens that end replies, for models with a chat template."""
   loaded, template = made.loaded, made.config['population'].get('template')
-  if loaded.directory is None or not loaded.config.causal:
+  if loaded.directory is None or not loaded.config.writes:
     return
   if template in ('chat', None):
     try:

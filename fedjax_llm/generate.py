@@ -66,7 +66,7 @@ def _of_run(args: argparse.Namespace) -> None:
   """Replies before and after a run, of what its newest checkpoint holds."""
   made = rebuild.open(args.workdir, client=args.client)
   loaded = made.loaded
-  if not loaded.config.causal:
+  if not loaded.config.writes:
     raise Error(f'--workdir {args.workdir}: this run trained no model of text.')
   tokenizer = data.tokenizers.bytes()
   if loaded.directory is not None:
@@ -148,7 +148,7 @@ def _encode(text: str, tokenizer: Tokenizer, template: str | None) -> list[int]:
   if template is not None:
     record = Record(messages=({'role': 'user', 'content': text},))
     return data.text.prompt(record, tokenizer, template)
-  return data.text.with_start(tokenizer.encode(text), tokenizer)
+  return data.windows.with_start(tokenizer.encode(text), tokenizer)
 
 
 def _row(title: str, text: str, width: int) -> str:

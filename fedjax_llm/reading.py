@@ -104,6 +104,10 @@ _FETCHED = {
   'chitchat.jsonl.gz': 'fetch_chitchat',
   'bbcnews.jsonl.gz': 'fetch_bbcnews',
   'recommendation.jsonl': 'make_application_data',
+  **{
+    f'{name}.jsonl.gz': 'fetch_tasks'
+    for name in ('newsgroups', 'reuters_r8', 'reuters_r52', 'doc2dial')
+  },
 }
 
 

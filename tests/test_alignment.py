@@ -94,6 +94,81 @@ def test_a_term_is_that_of_trl(name):
   np.testing.assert_allclose(slope, golden[name]['slopes'], rtol=2e-5)
 
 
+@functools.cache
+def trl():
+  with np.load(GOLDEN.with_name('trl_trainers.npz')) as file:
+    return dict(file)
+
+
+@pytest.mark.parametrize('name', ['dpo', 'ipo', 'kto'])
+def test_a_loss_and_its_gradient_are_those_of_trls_trainer(name):
+  golden = {
+    field.split('/')[1]: value
+    for field, value in trl().items()
+    if field.startswith(f'{name}/')
+  }
+  settings = {k: float(golden[k]) for k in ('beta',)}
+  if name == 'kto':
+    settings['undesirable_weight'] = float(golden['undesirable_weight'])
+  term = getattr(local, name)(**settings)
+  half = len(golden['mask']) // 2
+  sizes = jnp.asarray(golden['mask'].sum(1), jnp.float32)
+  first = jnp.asarray(golden['reference'].sum(1))
+  other = {
+    side: jnp.asarray(golden[side].sum(1))
+    for side in ('mismatched', 'reference_mismatched')
+    if side in golden
+  }
+
+  def loss(log_p):
+    total = jnp.sum(log_p * golden['mask'], 1)
+    sums = Scores(
+      *(total[:half], total[half:], first[:half], first[half:]),
+      *(sizes[:half], sizes[half:], jnp.ones(half)),
+      **other,
+    )
+    return jnp.mean(term.value(sums))
+
+  value, slope = jax.value_and_grad(loss)(jnp.asarray(golden['log_p']))
+  np.testing.assert_allclose(value, golden['loss'], rtol=1e-5)
+  np.testing.assert_allclose(slope, golden['slope'], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('reduction', ['grpo', 'bnpo', 'dr_grpo'])
+def test_grpos_loss_and_its_gradient_are_those_of_trl(reduction):
+  golden = {
+    field.split('/')[1]: jnp.asarray(value)
+    for field, value in trl().items()
+    if field.startswith(f'{reduction}/')
+  }
+  empty: Any = None
+  rollouts = Rollouts(
+    empty,
+    starts=empty,
+    reply=jnp.where(golden['mask'], 5, -1),
+    old=golden['old'],
+    reference=golden['reference'],
+    advantage=golden['advantage'],
+    reward=jnp.zeros(len(golden['mask'])),
+  )
+
+  def loss(log_p):
+    settings: Any = dict(clip=0.2, clip_high=0.28, reduction=reduction)
+    sums = clipped(log_p, rollouts, kl=0.04, **settings)
+    return sums.total / sums.count
+
+  value, slope = jax.value_and_grad(loss)(golden['log_p'])
+  np.testing.assert_allclose(value, golden['loss'], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(slope, golden['slope'], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('scale', ['group', 'batch', 'none'])
+def test_advantages_are_those_of_trl(scale):
+  value = advantages(jnp.asarray(trl()['reward']), 4, scale)
+  want = trl()[f'advantages/{scale}']
+  np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
   ('name', 'settings', 'message'),
   [
@@ -125,8 +200,11 @@ def people():
     Pair(text([5, 6, 7, 8], 2), text([5, 6, 9], 2)),
     Pair(text([4, 8, 8], 1), text([4, 3, 2, 9, 9], 1)),
     Pair(text([2, 7, 6, 5, 4, 3], 3), text([2, 7, 6, 1], 3)),
+    Pair(text([3, 7, 2], 1), text([3, 1, 1], 1)),
   ]
-  return Population(('ann', 'bob'), (tuple(pairs[:2]), (pairs[2],)), ((), ()))
+  return Population(
+    ('ann', 'bob'), (tuple(pairs[:2]), tuple(pairs[2:])), ((), ())
+  )
 
 
 def test_references_are_those_of_the_start_and_not_of_the_base():
@@ -177,7 +255,7 @@ def test_a_loss_of_pairs_is_its_term_of_the_networks_log_probabilities(name):
     table.append(one)
   want = getattr(ref, name)(table, **TERMS[name])
   np.testing.assert_allclose(sums.total, [*want, 0], rtol=1e-4, atol=1e-6)
-  assert sums.count.tolist() == [1, 1, 1, 0]
+  assert sums.count.tolist() == [1, 1, 1, 1, 0]
   better = {
     True: [r['c'] - r['rc'] > r['r'] - r['rr'] for r in table],
     False: [r['c'] / r['nc'] > r['r'] / r['nr'] for r in table],
@@ -209,6 +287,26 @@ def test_a_loss_of_pairs_refuses_other_batches():
   loss = local.preference(tiny.loaded().model, local.kto())
   with pytest.raises(Error, match='needs replies to other prompts'):
     loss(tiny.base(), {}, batch, tiny.KEY)
+
+
+def test_a_single_held_out_pair_has_a_reply_to_train_on_beside_it():
+  everybody = people()
+  first, other = everybody.train[0]
+  alone = everybody._replace(
+    names=('ann',), train=((first,),), heldout=((other,),)
+  )
+  (ready,) = preferences.with_mismatched(tiny.loaded(), alone).train[0]
+  mine: Any = ready.mismatched
+  assert mine.tokens.tolist() == [5, 6, 8, 8]  # of `other`, not its own
+
+
+def test_a_client_of_a_single_pair_is_refused_by_kto():
+  alone = people()._replace(
+    names=('ann',), train=(people().train[0][:1],), heldout=((),)
+  )
+  message = '^task.name=kto compares .* set population.min_examples=2[.]$'
+  with pytest.raises(Error, match=message):
+    preferences.with_mismatched(tiny.loaded(), alone)
 
 
 def test_pairs_with_mismatched_replies_count_their_places():
@@ -486,6 +584,9 @@ def test_rules_read_the_answer_after_the_last_marker():
     ({'group_size': 1}, '^group_size is 1; a group needs 2 replies or more[.]'),
     ({'scale': 'std'}, "^scale is 'std'; it must be group, batch, none[.]$"),
     ({'num_iterations': 0}, '^num_iterations is 0; it must be at least 1[.]$'),
+    ({'clip': 1.0}, '^clip is 1.0; it must be above 0 and below 1[.]$'),
+    ({'clip_high': 0.0}, '^clip_high is 0.0; it must be above 0[.]$'),
+    ({'kl': -0.1}, '^kl is -0.1; it must be 0 or more, and finite[.]$'),
   ],
 )
 def test_a_wrong_setting_of_grpo_is_named(settings, message):

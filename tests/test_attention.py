@@ -49,8 +49,27 @@ def formula(q, k, v, places, window, cap, causal):
   return out
 
 
+def plain(q, k, v, queries, keys, *, window, causal, scale, softcap):
+  """Attention with all scores at once, whose gradient is that of JAX."""
+  groups = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+  scores = jnp.einsum('btkgd,bskd->bktgs', groups, k) * scale
+  scores = attention_lib.softcapped(scores, softcap)
+  seen = attention_lib.visible(queries, keys, window, causal)
+  weights = jax.nn.softmax(
+    jnp.where(seen[:, None, :, None, :], scores, attention_lib.MASKED)
+  )
+  return jnp.einsum('bktgs,bskd->btkgd', weights, v).reshape(q.shape)
+
+
+def cached(q, k, v, *places, **settings):
+  """The blocked form with keys and values as a cache holds them."""
+  k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+  return attention(q, k, v, *places, block=16, cached=True, **settings)
+
+
 WAYS = {
-  'plain': attention_lib.plain,
+  'plain': plain,
+  'cached': cached,
   'xla': functools.partial(attention, implementation='xla'),
   'blocked': functools.partial(attention, implementation='blocked', block=16),
   'splash': functools.partial(attention_lib.splash, interpret=True),

@@ -26,6 +26,7 @@ from fedjax_llm.evals import (
   sandbox,
 )
 from fedjax_llm.run import benchmarks, evaluators, tasks
+from fedjax_llm.run.benchmarks import multiple_choice, replies
 from fedjax_llm.types import Batch, Error, Population
 
 GOLDEN = json.loads(
@@ -308,6 +309,15 @@ def direct(question, choice):
   return sum(log_p[t - 1, tokens[t]] for t in range(start, len(tokens)))
 
 
+def test_half_a_character_in_a_problem_is_named(tmp_path):
+  row = {'prompt': 'x\ud800', 'test': 'y', 'entry_point': 'z'}
+  path = tmp_path / 'code.jsonl'
+  path.write_text(json.dumps(row))
+  message = r":1: 'prompt' holds half a character [(]a lone surrogate[)]: "
+  with pytest.raises(Error, match=message):
+    programs.read(str(path))
+
+
 def test_choices_are_taken_by_log_likelihood(tmp_path):
   items = [
     {'q': 'What is 2+2?', 'c': ['4', 'four!', 'x'], 'a': 0, 'who': 'ann'},
@@ -340,7 +350,7 @@ def test_choices_are_taken_by_log_likelihood(tmp_path):
     for x in read
   ]
   flat = [row for some in rows for row in some]
-  score = benchmarks._likelihoods(RUN, flat, 4)
+  score = multiple_choice.likelihoods(RUN, flat, 4)
   want = [direct(x.question, choice) for x in read for choice in x.choices]
   np.testing.assert_allclose(
     score(flat, RUN.loaded.base, params()), want, rtol=1e-5
@@ -358,7 +368,7 @@ def test_replies_of_a_batch_are_those_of_one_by_one():
   told = evaluated(
     'generated', score='chrf', title='arith', max_new_tokens=3, num_resamples=50
   )
-  asked = benchmarks._heldout(RUN, None, 64)
+  asked = replies.heldout(RUN, None, 64)
   assert [(one.reference, one.client) for one in asked] == [
     *(('2', 'ann'), ('4', 'ann'), ('6', 'bob'), ('Ho', 'eve')),
   ]
@@ -389,7 +399,7 @@ def test_clients_with_models_of_their_own_answer_with_them(tmp_path):
     gather=lambda ids: jax.tree.map(lambda x: jnp.asarray(x)[None], other),
   )
   start = ditto.init(jax.random.key(0), params()).params
-  asked = benchmarks._heldout(RUN, None, 64)[2]
+  asked = replies.heldout(RUN, None, 64)[2]
   base, own = RUN.adapter.fold(RUN.loaded.base, ditto.personal(start, other))
   (reply,) = models.generate(
     *(RUN.loaded, base, own, [asked.prompt]),
@@ -519,6 +529,11 @@ def test_an_item_that_does_not_fit_is_one_sentence(tmp_path, row, message):
     ),
     ('generated', {'title': 'a/b'}, r"title is 'a/b'; it must be a word[.]$"),
     ('generated', {'limit': 0}, r'limit is 0; it must be above 0[.]$'),
+    (
+      'generated',
+      {'max_new_tokens': 10**6},
+      r'generated: max_new_tokens is 1000000; it must be below the \d+ posi',
+    ),
   ],
 )
 def test_a_wrong_setting_of_an_evaluator_is_one_sentence(

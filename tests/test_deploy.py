@@ -90,10 +90,17 @@ def test_messages_that_do_not_fit_are_one_sentence(tmp_path):
   ):
     with pytest.raises(Error, match=words):
       wire.unpack(arrays, tree_, network)
+  staged = dict(
+    stages__name='by_key', stages__key='client', stages__rounds=1,
+    stages__order="(('ann','bob','cyd'),('dan','eve','fay'))",
+    partition__name='iid',
+    partition__num_clients=3, population__heldout_fraction=0.3,
+  )  # fmt: skip
   budgets = dict(profiles__name='budgets', profiles__choices='(99,)')
   for name, words, more in (
     ('fed_buff', 'keeps versions for late clients', {}),
     ('fed_pipe', 'plans between rounds', budgets),
+    ('fed_avg', 'decides in which rounds a client has data', staged),
     ('fed_avg', 'sums messages before', dict(upload__name='count_sketch')),
     (
       'fed_avg',

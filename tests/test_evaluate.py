@@ -9,7 +9,8 @@ import runs
 
 from fedjax_llm import adapters, data, evaluate, models, train
 from fedjax_llm.evals import choosing
-from fedjax_llm.run import benchmarks, harness, provenance, rebuild
+from fedjax_llm.run import harness, provenance, rebuild
+from fedjax_llm.run.benchmarks import multiple_choice
 from fedjax_llm.types import Error
 
 TASK = """
@@ -66,7 +67,7 @@ def test_a_start_with_other_versions_is_noted_behind_the_first(monkeypatch):
   [
     (['--tasks', ','], '--tasks is empty: name a task of lm-eval or a file'),
     (['--tasks', 'x', '--limit', '0'], '--limit is 0; it must be at least 1.'),
-    (['--tasks', 'x', '--round', 'y'], 'argument --round: invalid _round'),
+    (['--tasks', 'x', '--round', 'y'], "argument --round: 'y' is no round; it"),
   ],
 )
 def test_a_wrong_command_is_one_sentence(words, message):
@@ -115,7 +116,7 @@ def test_a_local_task_of_lm_eval_has_the_choices_of_the_evaluator(
   ]
   flat = [row for some in rows for row in some]
   built = SimpleNamespace(loaded=made.loaded, tokenizer=spell)
-  values = iter(benchmarks._likelihoods(built, flat, 4)(flat, base, params))
+  values = iter(multiple_choice.likelihoods(built, flat, 4)(flat, base, params))
   scores = choosing.chosen(items, [[next(values) for _ in x] for x in rows])
   metrics = scores.combine(scores.statistics.sum(0))
   ours = [float(metrics[name]) for name in ('accuracy', 'accuracy_norm')]

@@ -346,6 +346,36 @@ def test_a_turn_that_is_too_long_loses_its_left(make):
   assert len(last.tokens) == 60 and int(sum(last.loss_mask)) == 2
 
 
+@pytest.mark.parametrize('template', ['chat', 'vicuna', 'alpaca'])
+def test_a_turn_longer_than_a_row_is_never_cut_inside_a_header(make, template):
+  first, second = 'be kind and brief ' * 3, 'why is the sky blue ' * 3
+  record = read(
+    {'role': 'system', 'content': first.strip()},
+    user(second.strip()),
+    reply('light'),
+  )
+  tokenizer = make(tiny_tokenizers.CHATML)
+  names = {number: name for name, number in tokenizer.special.items()}
+  spell = lambda ids: ''.join(
+    names[i] if i in names else tokenizer.decode([i]) for i in map(int, ids)
+  )
+  whole = data.prompt(record, tokenizer, template)
+  text_, starts = spell(whole), []
+  inside = set()
+  for content in (first.strip(), second.strip()):
+    starts.append(text_.index(content))
+    inside |= set(range(starts[-1], starts[-1] + len(content)))
+  shortest = len(tokenizer.encode(text_[max(inside) + 1 :])) + 4
+  begins = set()
+  for length in range(shortest, len(whole)):
+    ids = data.prompt(record, tokenizer, template, length)
+    assert len(ids) <= length
+    assert ids == whole[len(whole) - len(ids) :]
+    begins.add(len(text_) - len(spell(ids)))
+  assert begins <= inside and starts[1] in begins
+  assert min(begins) < starts[1] < max(begins)
+
+
 def test_what_is_cut_is_told_with_its_share_and_the_field():
   record = lambda i, size: Record(
     client=f'c{i}', prompt='a' * size, response=f'yes {i}'

@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import named_images
 import numpy as np
 import pytest
 import tiny
 
 from fedjax_llm import adapters, local, models, recipes, server, tree, uploads
+from fedjax_llm.adapters.prompts import classes
 from fedjax_llm.run import builders, config, experiment, sections
 from fedjax_llm.types import Error, LossSum
 
@@ -20,7 +22,8 @@ METHODS = runpy.run_path(str(PATH))
 each = pytest.mark.parametrize('name', METHODS['NAMES'])
 # Their loss is of the network: its statistics, logits or states.
 TOLD_BY_NETWORKS = (
-  *('fed_amole', 'fed_biot', 'fed_dat', 'fed_pgp', 'offsite_tuning'),
+  *('fed_amole', 'fed_biot', 'fed_dat', 'fed_l2p', 'fed_mkt', 'fed_pgp'),
+  'offsite_tuning',
 )
 
 
@@ -87,7 +90,12 @@ def small(name):
   conf = parsed(f'{name}:smoke')
   task = conf.get('task') or {'name': 'causal_lm'}
   labels = task['name'] == 'classification'
+  images = task['name'] == 'zero_shot'
   loaded = network(labels, conf['model'].get('num_layers', 2))
+  base = loaded.base
+  if images:  # a toy of two towers
+    sizes = classes.sizes(named_images.D, named_images.V, 8)
+    base = {**named_images.base(features=8), **sizes}
   if conf['adapter'].get('targets') == 'all-linear':
     conf['adapter']['targets'] = ('q_proj',)
   make = lambda section, **more: builders.build(
@@ -100,6 +108,8 @@ def small(name):
   loss = sum_of_squares
   if name in TOLD_BY_NETWORKS:
     loss = local.causal_lm(loaded.model)
+  if images:
+    loss = named_images.LOSS
   if task['name'] == 'grpo':
     rule = local.rewards.ended()
     sample = models.sampler(loaded, max_new_tokens=3, stops=(1, 2, 3))
@@ -117,12 +127,14 @@ def small(name):
   if labels:
     label = np.array([[[0, -1]], [[1, 0]], [[-1, 1]]], np.int32)
     batches = batches._replace(label=label)
+  if images:
+    batches = named_images.batches(3, 1)
   ids = np.array([4, 0, 3], np.int32)
   cohort = tiny.cohort(batches=batches, ids=ids)._replace(
     valid=np.array([True, False, True]),
     profiles=jax.tree.map(lambda x: np.asarray(x)[ids], profiles or ()),
   )
-  return algorithm, adapter.init(tiny.KEY, loaded.base), cohort, loaded.base
+  return algorithm, adapter.init(tiny.KEY, base), cohort, base
 
 
 def watched(upload):

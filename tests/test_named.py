@@ -263,6 +263,18 @@ def test_the_program_shows_packaged_sets_and_files(tmp_path, capsys):
     (['shakespeare_mini', '--partition', 'ii'], "there is no 'ii'; there are"),
     (['shakespeare_mini', '--partition', 'iid'], 'iid needs num_clients=...'),
     (
+      ['shakespeare_mini', '--partition', 'alpha=x'],
+      "--partition: 'alpha=x' is a setting; name the partition before it, as",
+    ),
+    (
+      ['shakespeare_mini', '--partition', 'dirichlet', 'alpha=x'],
+      "--partition: alpha of dirichlet is 'x'; it must be a number.",
+    ),
+    (
+      ['shakespeare_mini', '--partition', 'iid', 'num_clients=2.5'],
+      'num_clients of iid is 2.5; it must be an integer.',
+    ),
+    (
       ['shakespeare_mini', '--partition', 'iid', 'clients=3'],
       "iid has no 'clients'; it has num_clients",
     ),

@@ -20,7 +20,10 @@ from fedjax_llm.run.sections import SPEC
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / 'fedjax_llm'
-FOLDERS = ('', 'colabs', 'configs', 'scripts', 'scripts/timing')
+FOLDERS = (
+  *('', 'colabs', 'configs', 'scripts', 'scripts/board', 'scripts/timing'),
+  'scripts/continual_runs',
+)
 PAGES = sorted(
   [
     *(page for folder in FOLDERS for page in (ROOT / folder).glob('*.md')),

@@ -202,6 +202,8 @@ def test_published_shapes_hold_the_published_numbers_of_parameters():
     'HuggingFaceTB/SmolLM2-135M': 134_515_008,
     'HuggingFaceTB/SmolLM2-360M': 361_821_120,
     'HuggingFaceTB/SmolLM2-1.7B': 1_711_376_384,
+    'meta-llama/Llama-2-7b-hf': 6_738_415_616,
+    'mistralai/Mistral-7B-v0.3': 7_248_023_552,
     'Qwen/Qwen2.5-0.5B': 494_032_768,
     'Qwen/Qwen2.5-1.5B': 1_543_714_304,
     'Qwen/Qwen2.5-7B': 7_615_616_512,

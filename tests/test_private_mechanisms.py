@@ -13,7 +13,15 @@ import tiny
 import toy
 from scipy import stats
 
-from fedjax_llm import adapters, aggregators, clients, privacy, recipes, uploads
+from fedjax_llm import (
+  adapters,
+  aggregators,
+  clients,
+  local,
+  privacy,
+  recipes,
+  uploads,
+)
 from fedjax_llm.local import per_example
 from fedjax_llm.nodes import LowRank
 from fedjax_llm.privacy import accounting, correlated, mechanisms, sent
@@ -203,6 +211,29 @@ def test_correlated_noise_is_white_after_its_matrix():
   toy.close(noise(plain), noise(one))
 
 
+def test_no_round_of_correlated_noise_is_undone():
+  """A sum beyond float16 stays finite, so the noises before are kept."""
+  rule = privacy.correlated_mean(1.0, 1e6, 1.0, 2)
+  params = {'w': jnp.zeros(8, jnp.float16)}
+  state = rule.init(params, tiny.KEY)
+  result, state = rule.finalize(rule.zero(params), state, params, tiny.KEY)
+  delta = np.asarray(result.delta['w'])
+  noise = np.asarray(state.past['w'][0])
+  assert (np.abs(noise) > 65504).any() and np.isfinite(delta).all()
+  np.testing.assert_array_equal(
+    delta, np.clip(noise, -65504, 65504).astype(np.float16)
+  )
+
+
+def test_epsilon_beyond_the_plan_is_refused():
+  """The schedule of later rounds may have more turns of a client."""
+  plan = mechanisms.Mechanism(
+    'local', 'client', 1.0, 2.0, 1e-3, None, 1, 'rdp', (0, 1)
+  )
+  with pytest.raises(Error, match=r'after 2 rounds is not known.* 0 to 1 rou'):
+    plan.epsilon(2)
+
+
 def test_separated_turns_cost_their_root():
   """Every pattern of turns at least b apart, with the worst signs."""
   bands, num = 3, 7
@@ -240,6 +271,23 @@ def test_the_bound_of_skellam_holds_for_exact_divergences():
     exact /= order - 1
     bound = accounting.skellam_divergence(order, shift, shift, variance)
     assert 0.25 * order * shift**2 / variance < exact <= bound
+
+
+@pytest.mark.parametrize('mean', [500.0, 1.7e7])
+def test_poisson_numbers_have_their_distribution(mean):
+  """At large means too, where that of float32 sums of logarithms fails."""
+  num = 20_000
+  drawn = jax.jit(lambda key: sent.poisson(key, mean, (num,)))(tiny.KEY)
+  drawn = np.asarray(drawn, np.float64)
+  assert abs(drawn.mean()) < 4.5 * math.sqrt(mean / num)
+  assert abs(drawn.var() / mean - 1) < 4.5 * math.sqrt(2 / num)
+  assert abs(stats.kurtosis(drawn)) < 4.5 * math.sqrt(24 / num)
+  step = 1 / math.sqrt(2 * math.pi * mean)  # the largest probability
+  distance = stats.kstest(drawn + mean, stats.poisson(mean).cdf).statistic
+  assert distance < 1.95 / math.sqrt(num) + step
+  if mean > 1e6:
+    other = jax.jit(lambda key: jax.random.poisson(key, mean, (num,)))(tiny.KEY)
+    assert stats.kurtosis(np.float64(other) - mean) > 1
 
 
 @functools.cache
@@ -433,6 +481,22 @@ def test_methods_that_pass_a_mechanism_by_are_refused(
   more: Any = SAMPLED if mechanism == 'examples' else ()
   with pytest.raises(Error, match=sentence):
     traced(built(mechanism, name, privacy=more))
+
+
+def test_sampled_replies_are_refused_with_the_reason():
+  unused: Any = None
+  sampled = local.Sampled(tiny.loaded().model, unused, unused, ())
+  with pytest.raises(Error) as error:
+    experiment.algorithm(
+      conf('examples', 'fed_avg_grpo', privacy=SAMPLED),
+      loss=sampled, model=tiny.loaded().model, adapter=adapters.lora(rank=2),
+      num_clients=9,
+    )  # fmt: skip
+  assert str(error.value) == (
+    "privacy.mechanism is 'examples', and the clients of this task sample "
+    'replies outside of the gradient whose examples are clipped: take another '
+    "task.name, or another mechanism, such as 'central'."
+  )
 
 
 def test_runs_of_a_sweep_with_privacy_train_one_by_one():

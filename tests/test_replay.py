@@ -1,5 +1,6 @@
 """Rounds again as they were, without a client, and what clients were worth."""
 
+import functools
 import itertools
 import json
 import pathlib
@@ -12,7 +13,7 @@ import pytest
 import toy
 
 from fedjax_llm import aggregators, recipes, replay, server, train, tree
-from fedjax_llm.replay import values
+from fedjax_llm.replay import forgetting, values
 from fedjax_llm.types import Error
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -288,9 +289,30 @@ def test_what_differs_from_the_record_is_named(finished, tmp_path, capsys):
   assert out.count('exact') == 4 and '16 subsets of 4 clients' in out
 
 
+def test_a_client_is_forgotten_by_name(finished, capsys, monkeypatch):
+  """The program of all ways; without those that `test_forgetting.py` tests."""
+  only = functools.partial(forgetting.compared, ways=())
+  monkeypatch.setattr(forgetting, 'compared', only)
+  moment = replay.before(str(finished), 1, trusted=True)
+  draw, _ = moment.people()
+  client = moment.built.names[int(draw.ids[0])]
+  before = everything(finished)
+  words = ['--round', 1, '--forget', client]
+  status, out, err = told(capsys, finished, *words)
+  assert status == 0, err
+  assert f'forgetting {client} after round 1:' in out
+  rows = {x.split()[0]: x.split()[1:] for x in out.splitlines()[-2:]}
+  assert set(rows) == {'trained', 'retrained'}
+  trained, gold = ([float(x) for x in rows[way]] for way in rows)
+  assert gold[2] == 0 < trained[2]
+  assert trained[0] < gold[0]  # the loss on the texts of the client
+  assert everything(finished) == before
+
+
 @pytest.mark.parametrize(
   'arguments, sentence',
   [
+    (['--round', 1, '--forget', 'MACBETHH'], 'is none of the'),
     (['--round', 9], 'metrics.jsonl tells of rounds 1 to 5'),
     (['--round', 0], 'metrics.jsonl tells of rounds 1 to 5'),
     (['--round', 5, '--values', 'shaply'], 'shapley, leave_one_out'),

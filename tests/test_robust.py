@@ -488,3 +488,39 @@ def test_a_run_without_attacks_records_no_section():
 
 def _only(spec):
   return spec._replace(sections={'adversary': spec.sections['adversary']})
+
+
+def test_free_riders_are_left_out_by_the_spread_of_their_updates():
+  """Zeros and noise; `norm_bounding` keeps the one, the mean both."""
+  uploads = sent(centre=0.0, num=K)
+  rng = np.random.default_rng(3)
+  riders = {2: 0.0, 6: 12.0}
+  update = {k: np.copy(v) for k, v in uploads.update.items()}
+  for row, std in riders.items():
+    for k, v in update.items():
+      update[k][row] = std * rng.normal(size=v[row].shape)
+  uploads = uploads._replace(update=update)
+  spread = flat(update).std(1)
+  middle = np.median(spread)
+  z = 0.6745 * (spread - middle) / np.median(np.abs(spread - middle))
+  keep = np.abs(z) <= 3.5
+  assert (~keep).nonzero()[0].tolist() == [6]
+  rule = aggregators.without_free_riders(threshold=2.0)
+  keep = np.abs(z) <= 2.0
+  assert not keep[list(riders)].any() and keep.sum() >= K - 3
+  weight = np.where(keep, uploads.weight, 0.0)
+  got = rule.aggregate(uploads, (), PARAMS, KEY)[0].delta
+  want = np.average(flat(update), 0, weight)
+  np.testing.assert_allclose(flat_one(got), want, atol=1e-5)
+  bounded = aggregators.as_stack(aggregators.norm_bounding(bound=2.0))
+  state = bounded.init(PARAMS, KEY)
+  other = bounded.aggregate(uploads, state, PARAMS, KEY)[0].delta
+  assert np.abs(flat_one(other) - want).max() > 0.05
+  with pytest.raises(Error, match='threshold=0 must be above 0'):
+    aggregators.without_free_riders(threshold=0)
+
+
+def flat_one(tree):
+  return np.concatenate(
+    [np.ravel(np.float64(x)) for x in jax.tree.leaves(tree)]
+  )

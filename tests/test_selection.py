@@ -245,6 +245,24 @@ def test_clients_of_value_are_drawn_more_often(tmp_path):
   )
 
 
+def test_the_best_values_are_drawn_at_any_temperature(tmp_path):
+  """exp(z / tau) would be infinite, or zero for all but one client."""
+  file = tmp_path / 'values.json'
+  values = {f'c{i}': float(i) for i in range(5)}
+  file.write_text(json.dumps({'values': values}))
+  draw = lambda tau, size, **more: valued.by_value(
+    5, size, path=str(file), temperature=tau, names=list(values), **more
+  )
+  for tau in (1e-3, 1e-320):
+    for number in range(20):
+      assert draw(tau, 3)(number).ids.tolist() == [2, 3, 4]
+  # The cohort has its three clients where some have no examples; those never.
+  sizes = [9, 9, 0, 9, 9]
+  assert draw(1e-3, 3, sizes=sizes)(0).ids.tolist() == [1, 3, 4]
+  for number in range(20):
+    assert draw(1.0, 4, sizes=sizes)(number).ids.tolist() == [0, 1, 3, 4]
+
+
 def test_wrong_selections_are_refused():
   cases = {
     'selection.pool is 1; it must be at least 2.': lambda: selection.by_loss(1),

@@ -95,7 +95,8 @@ def test_a_prefix_learns_as_the_keys_and_values_of_text_in_front(world):
       {**base, 'embed_tokens': {'embedding': table}},
       {}, text, decoder.empty(1, len(FRONT)), 0,
     )  # fmt: skip
-    flat = lambda x: x[:, 0].reshape(len(x), len(FRONT), -1)
+    turn = lambda x: x[:, 0].swapaxes(1, 2)  # [L, S, KV, head_dim]
+    flat = lambda x: turn(x).reshape(len(x), len(FRONT), -1)
     return nodes.Prefix(flat(cache.keys), flat(cache.values))
 
   rows = base['embed_tokens']['embedding'][FRONT]

@@ -14,7 +14,15 @@ import pytest
 import references_split as reference
 import tiny
 
-from fedjax_llm import adapters, aggregators, local, models, recipes, tree
+from fedjax_llm import (
+  adapters,
+  aggregators,
+  local,
+  models,
+  recipes,
+  tree,
+  uploads,
+)
 from fedjax_llm.adapters import halves
 from fedjax_llm.local.gradients import mean_loss
 from fedjax_llm.models.network import transformer
@@ -276,6 +284,7 @@ def test_rules_of_the_round_act_on_the_clients_part():
 
 PRIVATE = aggregators.mean()
 PRIVATE = PRIVATE._replace(traits=PRIVATE.traits._replace(private='x'))
+NOISED = uploads.identity()._replace(private=True)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +296,8 @@ PRIVATE = PRIVATE._replace(traits=PRIVATE.traits._replace(private='x'))
     (dict(mesh=object()), 'not built for several devices'),
     (dict(history=2), 'leave history out'),
     (dict(aggregator=PRIVATE), 'neither clipped nor noised'),
+    (dict(upload=NOISED), 'neither clipped nor noised'),
+    (dict(upload=NOISED._replace(additive=True)), 'neither clipped nor noised'),
   ],
 )
 def test_settings_that_split_learning_has_not_are_refused(settings, words):
@@ -525,4 +536,33 @@ def test_public_texts_are_refused_where_nobody_learns_from_them():
   ):
     experiment.algorithm(
       conf, loss=None, model=None, adapter=adapters.lora(), num_clients=3
+    )
+
+
+@pytest.mark.parametrize(
+  'mechanism, fields',
+  [
+    ('local', {}),
+    ('examples', {'privacy.example_rate': 0.1}),
+  ],
+)
+def test_privacy_is_refused_when_the_method_is_built(mechanism, fields):
+  conf = method_config(
+    'split_lora',
+    **{
+      'privacy.mechanism': mechanism,
+      'privacy.noise_multiplier': 1.0,
+      'privacy.clip': 1.0,
+      'privacy.delta': 1e-5,
+      'cohort.weight_by': 'uniform',
+      **fields,
+    },
+  )
+  with pytest.raises(Error, match='neither clipped nor noised'):
+    experiment.algorithm(
+      conf,
+      loss=toy_loss,
+      model=None,
+      adapter=adapters.lora(),
+      num_clients=12,
     )

@@ -1,12 +1,16 @@
 """A watermark is found where it was trained, and nowhere else."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
+from fedjax_llm import local
 from fedjax_llm.local import watermark
-from fedjax_llm.types import Error, LossSum
+from fedjax_llm.types import Context, Error, LossSum, Masks
 
 SECRET = watermark.mark(seed=7, num_bits=48, at='b')
 SIZE = 600
@@ -85,3 +89,47 @@ def test_what_holds_no_mark_is_refused():
     watermark.watermarked(loss, SECRET, strength=0.0)
   with pytest.raises(Error, match='num_bits=0 must be at least 1'):
     watermark.mark(seed=0, num_bits=0)
+
+
+def test_every_client_has_a_mark_of_its_own():
+  """It is in no other message, and not in that of a free rider."""
+  build = lambda loss: local.sgd(loss, local.optimizer('sgd', 0.1))
+  marks: Any = dict(seed=5, num_bits=24, at='b')
+  update = watermark.marked_clients(
+    build, loss, **marks, strength=40.0, margin=0.3
+  )
+  rng = np.random.default_rng(1)
+  start = {'b': jnp.float32(0.3 * rng.normal(size=SIZE))}
+  goals = jnp.float32(0.3 * rng.normal(size=(3, 60, SIZE)))
+  ids, masks = (
+    np.array([4, 0, 7], np.int32),
+    Masks(None, {'b': jnp.bool_(True)}),
+  )
+
+  @jax.jit
+  def sent(goals):
+    one = lambda client, goal: update.run(
+      None, start, update.init(start), goal, masks,
+      Context(client=client, key=tiny.KEY),
+    )  # fmt: skip
+    return jax.vmap(one)(ids, goals).update
+
+  moves = sent(goals)
+  ends = [{'b': start['b'] + moves['b'][row]} for row in range(3)]
+  z = [
+    [
+      watermark.verify(end, watermark.client_mark(client=k, **marks)).z
+      for k in ids
+    ]
+    for end in ends
+  ]
+  for i, row in enumerate(z):
+    assert row[i] == pytest.approx(24**0.5)
+    assert all(abs(x) < 3.5 for j, x in enumerate(row) if j != i)
+  rider = watermark.verify(start, watermark.client_mark(client=4, **marks))
+  assert abs(rider.z) < 3
+  # The mean keeps the marks of all three: 72 bits in 600 parameters.
+  served = {'b': start['b'] + moves['b'].mean(0)}
+  for k in ids:
+    mark = watermark.client_mark(client=k, **marks)
+    assert watermark.verify(served, mark).z > 3.2

@@ -25,6 +25,7 @@ from fedjax_llm.local.one_way import one_way
 from fedjax_llm.local.seeded import fresh
 from fedjax_llm.nodes import LowRank, Seeded, directions
 from fedjax_llm.recipes.zeroth_order import decomfl, fwdllm
+from fedjax_llm.replay import forgetting
 from fedjax_llm.types import Cohort, Context, Error, LossSum, Masks
 
 KEY = tiny.KEY
@@ -130,6 +131,27 @@ def test_the_variance_grows_with_the_dimension_as_in_closed_form():
     for name in ('forward_mode', 'one_point')
   )
   assert one > exact + (ref.value(W, np.zeros(D), HESSIAN) / MU) ** 2
+
+
+def test_two_points_have_a_variance_that_grows_like_the_dimension():
+  """(P + 1) |g|^2 in P dimensions, with the gradient as the mean."""
+  keys = jax.random.split(KEY, 4096)
+  for size in (4, 16, 64):
+    w = jnp.linspace(0.5, 1.5, size)  # the gradient of |w|^2 / 2
+
+    def half(base, params, batch, key):
+      return LossSum(0.5 * jnp.sum(params['w'] ** 2), *jnp.ones(2))
+
+    gradient = local.along(local.two_point(1e-2))
+    one = lambda key, half=half, at={'w': w}, gradient=gradient: gradient(
+      half, None, at, at, None, key
+    )[0]['w']
+    draws = np.asarray(jax.jit(jax.vmap(one))(keys), np.float64)
+    g = np.asarray(w, np.float64)
+    spread = draws.std(0) / np.sqrt(len(draws))
+    assert (np.abs(draws.mean(0) - g) < 5 * spread).all()
+    variance = ((draws - g) ** 2).sum(1).mean()
+    assert variance == pytest.approx((size + 1) * g @ g, rel=0.1)
 
 
 def test_central_differences_and_forward_mode_are_exact_on_a_quadratic():
@@ -351,6 +373,27 @@ def test_fed_kseed_sends_a_histogram_of_seeds_in_under_18_kb():
   up, down = infos[0].bytes_up.sum(1), infos[0].bytes_down.sum(1)
   assert up.tolist() == [8 * len(set(p)) for p in places]
   assert down.tolist() == [4 * POOL] * K and (up + down).max() < 18000
+
+
+def test_fed_kseed_forgets_a_client_by_its_histograms():
+  """Its terms leave the sum of all rounds; the seeds stay those of the pool."""
+  method = recipes.fed_kseed(loss, sgd(SLOW), eps=MU)
+  cohorts = [cohort(num_steps=STEPS, seed=seed) for seed in (0, 1)]
+  start = method.init(jax.random.key(2**31 + 5), PARAMS)
+  rounds = forgetting.Rounds(method, start, cohorts, None)
+  got = forgetting.subtracted(rounds, IDS[1]).params
+  train, aggregate = forgetting._halves(method, 'this test')
+  state, own, blank = start, 0.0, method.init_client(start.params)
+  for one in cohorts:
+    one = one._replace(states=tree.broadcast(blank, K))
+    sent, _, _ = train(state, one, None)
+    share = one.weight[1] / one.weight.sum()
+    own = own + share * np.float64(sent.update.coefficients[1])
+    state, _ = aggregate(state, sent, None)
+  want = np.float64(state.params.coefficients) - own
+  assert np.abs(own).max() > 1e-3
+  np.testing.assert_allclose(got.coefficients, want, atol=1e-6)
+  assert int(got.seed) == int(start.params.seed)
 
 
 def test_fed_kseed_pro_draws_large_slopes_more_often():

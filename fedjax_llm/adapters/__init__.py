@@ -40,28 +40,41 @@ from fedjax_llm.adapters.low_rank.tensor_train import (
   tensor_train as tensor_train,
 )
 from fedjax_llm.adapters.low_rank.vera import vera as vera
+from fedjax_llm.adapters.prompts import context as context
+from fedjax_llm.adapters.prompts import domain_context as domain_context
+from fedjax_llm.adapters.prompts import feature_attention as feature_attention
+from fedjax_llm.adapters.prompts import gated_context as gated_context
+from fedjax_llm.adapters.prompts import generated_context as generated_context
 from fedjax_llm.adapters.prompts import generated_prompt as generated_prompt
 from fedjax_llm.adapters.prompts import p_tuning as p_tuning
 from fedjax_llm.adapters.prompts import prefix as prefix
 from fedjax_llm.adapters.prompts import projected_prompt as projected_prompt
 from fedjax_llm.adapters.prompts import prompt_pool as prompt_pool
 from fedjax_llm.adapters.prompts import soft_prompt as soft_prompt
+from fedjax_llm.adapters.prompts import visual_prompt as visual_prompt
 from fedjax_llm.adapters.scaling import ia3 as ia3
 from fedjax_llm.adapters.selective import bitfit as bitfit
 from fedjax_llm.adapters.selective import heads as heads
 from fedjax_llm.adapters.selective import layers as layers
 from fedjax_llm.adapters.selective import norms as norms
+from fedjax_llm.adapters.swayed import swayed as swayed
+from fedjax_llm.adapters.within import within as within
 
 __all__ = [
   'bitfit',
   'bottleneck',
   'compacter',
+  'context',
   'dense',
+  'domain_context',
   'dora',
   'factorised',
+  'feature_attention',
   'feature_gate',
   'federa',
   'florg',
+  'gated_context',
+  'generated_context',
   'generated_prompt',
   'heads',
   'hyper_adapter',
@@ -79,6 +92,8 @@ __all__ = [
   'rslora',
   'sfed_lora',
   'soft_prompt',
+  'swayed',
   'tensor_train',
   'vera',
+  'visual_prompt',
 ]

@@ -282,6 +282,8 @@ def beside(base: Mapping[str, Any], name: str) -> tuple[int, ...] | None:
   """
   if name == 'inputs' and 'embed_tokens' in base:
     return tuple(base['embed_tokens']['embedding'].shape[1:])
+  if name == 'inputs' and 'embed_class' in base:
+    return tuple(base['embed_class']['embedding'].shape[1:])
   if name == 'prefix' and 'k_proj' in base:
     *lead, _, features = base['k_proj']['kernel'].shape
     return (*lead, features)

@@ -43,6 +43,9 @@ from fedjax_llm.aggregators.replaying import (
   on_coefficients as on_coefficients,
 )
 from fedjax_llm.aggregators.replaying import replaying as replaying
+from fedjax_llm.aggregators.riders import (
+  without_free_riders as without_free_riders,
+)
 from fedjax_llm.aggregators.robust import krum as krum
 from fedjax_llm.aggregators.robust import median as median
 from fedjax_llm.aggregators.robust import trimmed_mean as trimmed_mean
@@ -101,5 +104,6 @@ __all__ = [
   'replication',
   'trimmed_mean',
   'uniform_mean',
+  'without_free_riders',
   'zero_padding',
 ]

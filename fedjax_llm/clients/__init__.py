@@ -2,6 +2,7 @@
 
 sampling   round -> Draw
 valued     the same, by the values of an earlier run
+staged     the same, of clients with an example of the round's stage
 cohorts    Draw -> Cohort [K, S, B, T]
 store      private state of N clients
 system     devices and links of N clients
@@ -16,6 +17,7 @@ from fedjax_llm.clients import (
   compass,
   profiles,
   sampling,
+  staged,
   store,
   system,
   timed,
@@ -35,6 +37,7 @@ __all__ = [
   'cohorts',
   'profiles',
   'sampling',
+  'staged',
   'store',
   'system',
   'timed',

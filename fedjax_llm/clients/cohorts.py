@@ -43,6 +43,7 @@ def cohorts(
   length: Callable[[Any], int] = batching.length,
   orders: Any = None,
   mixed: bool = False,
+  sizes: Callable[[int, int], int] | None = None,
 ) -> Callable[[Draw, int], Cohort]:
   """Returns a function `(draw, round) -> Cohort` of NumPy arrays.
 
@@ -89,6 +90,7 @@ def cohorts(
     orders: the examples of each pass (`data.selection`); by default all of
       them, in a random order.
     mixed: a step may hold any of the client's rows, as rows are chosen later.
+    sizes: `(client, round) -> int`, n_k of a round; None: of all examples.
 
   Raises:
     Error: a number below 1, an unknown `weight_by`, a client without an
@@ -175,7 +177,8 @@ def cohorts(
     batches = _bounded(batches, limits)
     weight = np.zeros(len(ids), np.float32)
     if weight_by == 'examples':
-      weight[valid] = [len(examples[i]) for i in ids[valid]]
+      size = sizes or (lambda client, round: len(examples[client]))
+      weight[valid] = [size(int(i), int(round)) for i in ids[valid]]
     elif weight_by == 'tokens':
       weight[valid] = _learned(batches)[valid]
     else:

@@ -104,6 +104,28 @@ def weighted(
   return _sampler(choose, len(size), cohort_size, availability, dropout, seed)
 
 
+def weighted_by_logs(
+  logs: np.ndarray,
+  cohort_size: int,
+  availability: float,
+  dropout: float,
+  seed: int,
+) -> Sampler:
+  """Returns `weighted` for sizes exp(logs), which need not be representable.
+
+  A log of minus infinity is the size 0.
+  """
+
+  def choose(round, available):
+    u = _numbers(seed, _CHOSEN, round, len(logs))
+    can = np.flatnonzero(available & (logs > -np.inf))
+    with np.errstate(divide='ignore'):  # u = 0 arrives first
+      arrival = np.log(-np.log1p(-u[can])) - logs[can]
+    return can[np.argsort(arrival, kind='stable')[:cohort_size]]
+
+  return _sampler(choose, len(logs), cohort_size, availability, dropout, seed)
+
+
 def uniform(
   num_clients: int,
   cohort_size: int,

@@ -5,16 +5,19 @@ partition assigns records to clients, and `build` returns a `Population`.
 """
 
 from fedjax_llm.data import (
+  alignment,
   collate,
   drift,
   encoding,
   named,
   partition,
+  pictures,
   population,
   preferences,
   selection,
   skew,
   sources,
+  stages,
   text,
   tokenizers,
 )
@@ -31,7 +34,7 @@ from fedjax_llm.data.partition import (
 from fedjax_llm.data.population import build
 from fedjax_llm.data.sources import Record, hf, jsonl, packaged
 from fedjax_llm.data.text import TEMPLATES, Encoded, encode, prompt
-from fedjax_llm.data.tokenizers import Tokenizer, bytes, pretrained
+from fedjax_llm.data.tokenizers import Tokenizer, bytes, pairs, pretrained
 
 __all__ = [
   'Encoded',
@@ -41,7 +44,9 @@ __all__ = [
   'TEMPLATES',
   'Tokenizer',
   'build',
+  'alignment',
   'bytes',
+  'pairs',
   'collate',
   'dirichlet',
   'drift',
@@ -56,6 +61,7 @@ __all__ = [
   'one_label',
   'packaged',
   'partition',
+  'pictures',
   'population',
   'preferences',
   'pretrained',
@@ -64,6 +70,7 @@ __all__ = [
   'skew',
   'selection',
   'sources',
+  'stages',
   'text',
   'tokenizers',
 ]

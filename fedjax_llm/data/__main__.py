@@ -131,6 +131,11 @@ def dealt(
     if records[0].client is None:
       return 'these records have no clients: choose a --partition', None
     rule = 'natural'
+  if '=' in rule:
+    raise Error(
+      f'--partition: {rule!r} is a setting; name the partition before it, as '
+      f'in --partition dirichlet {rule}.'
+    )
   if rule not in PARTITIONS:
     raise Error(
       f'--partition: there is no {rule!r}; there are {", ".join(PARTITIONS)}.'
@@ -142,6 +147,12 @@ def dealt(
       raise Error(
         f'--partition: {rule} has no {field!r}; it has '
         f'{", ".join(known) or "no settings"}.'
+      )
+    kind, value = known[field].annotation, settings[field]
+    if kind in (int, float) and not isinstance(value, int | kind):
+      article = 'an integer' if kind is int else 'a number'
+      raise Error(
+        f'--partition: {field} of {rule} is {value!r}; it must be {article}.'
       )
   missing = [
     name

@@ -134,7 +134,7 @@ def time_drift(num_clients: int, drift: float = 1.0) -> Partition:
           'date of each record; give the source a date_key.'
         )
       dates.append(record.date)
-    when = _times(dates)
+    when = times(dates)
     order = sorted(shuffled(records, seed, 'time_drift'), key=when.__getitem__)
     sizes = parts(len(records), np.ones(num_clients))
     names = assign(order, sizes.tolist())
@@ -151,7 +151,12 @@ def time_drift(num_clients: int, drift: float = 1.0) -> Partition:
   return partition
 
 
-def _times(dates: Sequence[str]) -> list[Any]:
+def times(dates: Sequence[str]) -> list[Any]:
+  """Returns dates as numbers where all are numbers, else as text.
+
+  >>> times(['10', '9'])
+  [10.0, 9.0]
+  """
   try:
     return [float(date) for date in dates]
   except ValueError:

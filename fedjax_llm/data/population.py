@@ -41,7 +41,7 @@ def build(
   max_length: int = 256,
   long_replies: str = 'drop',
   heldout_fraction: float = 0.1,
-  new_clients: float = 0,
+  new_clients: float | Sequence[str] = 0,
   min_examples: int = 1,
   max_clients: int | None = None,
   labels: Sequence[str] | None = None,
@@ -58,7 +58,8 @@ def build(
   `heldout_fraction` is held out: at least one of two or more, never all. Copies
   of a text stay together, and an example that equals a training example of any
   client is not held out. (A client with one long text holds out some of its
-  chunks.) `new_clients` clients (a number below 1 is a fraction) never train.
+  chunks.) `new_clients` clients (a number below 1 is a fraction, and names are
+  those of clients) never train.
   Clients with fewer than `min_examples` usable examples are left out;
   `max_clients` limits the number of clients, new ones included. With `labels`
   the examples are classified: the default is then `encoding.labelled`, and each
@@ -331,7 +332,7 @@ def digest(population: Population) -> str:
 
 def _check(
   heldout_fraction: float,
-  new_clients: float,
+  new_clients: float | Sequence[str],
   min_examples: int,
   max_clients: int | None,
 ) -> None:
@@ -340,8 +341,9 @@ def _check(
       f'heldout_fraction is {heldout_fraction}, but must be at least 0 and '
       'below 1.'
     )
-  if not 0 <= new_clients < 2**31 or (
-    new_clients > 1 and new_clients != int(new_clients)
+  if isinstance(new_clients, int | float) and (
+    not 0 <= new_clients < 2**31
+    or (new_clients > 1 and new_clients != int(new_clients))
   ):
     raise Error(
       f'new_clients is {new_clients}, but must be a number of clients, or a '
@@ -353,8 +355,22 @@ def _check(
     raise Error(f'max_clients is {max_clients}, but must be at least 1.')
 
 
-def _new(names: list[str], new_clients: float, seed: int) -> tuple[str, ...]:
+def _new(
+  names: list[str], new_clients: float | Sequence[str], seed: int
+) -> tuple[str, ...]:
   """Returns the names of the clients that never train, sorted."""
+  if not isinstance(new_clients, int | float):
+    some = [new_clients] if isinstance(new_clients, str) else new_clients
+    if absent := sorted(set(some) - set(names)):
+      raise Error(
+        f'new_clients names {absent[0]!r}, which is none of the {len(names)} '
+        'clients with usable examples.'
+      )
+    if len(set(some)) == len(names):
+      raise Error(
+        'new_clients names all clients, and one must be left to train.'
+      )
+    return tuple(sorted(set(some)))
   count = int(new_clients)
   if 0 < new_clients < 1:
     count = max(1, round(new_clients * len(names)))

@@ -5,14 +5,13 @@ The tokens before a reply in training are exactly the tokens from which that
 reply is generated later (`prompt`).
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedjax_llm.data import chat as chat_lib
-from fedjax_llm.data import tokenizers
+from fedjax_llm.data import tokenizers, windows
 from fedjax_llm.data.chat import Piece as Piece
 from fedjax_llm.data.chat import Template as Template
 from fedjax_llm.data.chat import chat as chat
@@ -112,12 +111,17 @@ def encode_counted(
   if record.text is not None:
     return Encoded(_chunks(record.text, tokenizer, max_length))
   parts, rewritten = [], 0
-  for dialogue in _dialogues(record, _messages(record), tokenizer, template):
+  messages, cut = _messages(record), long_replies == 'cut'
+  for dialogue in _dialogues(record, messages, tokenizer, template):
     rewritten += sum(piece.rewritten for piece in dialogue)
-    ids, spans, turns = _lay(dialogue, tokenizer)
-    keep = _start(ids, tokenizer)
-    cut = long_replies == 'cut'
-    parts.append(_windows(ids, spans, turns, keep, max_length, cut))
+    ids, spans, turns = windows.lay(dialogue, tokenizer)
+    keep = windows.kept_start(ids, tokenizer)
+    own = []
+    if len(ids) > max_length:
+      own = windows.contents(dialogue, messages, tokenizer)
+    borders = windows.Borders(turns, own)
+    part = windows.windows(ids, spans, borders, keep, max_length, cut)
+    parts.append(Encoded(*part))
   return Encoded(
     [example for part in parts for example in part.examples],
     *(sum(counts) for counts in zip(*(part[1:5] for part in parts))),
@@ -201,18 +205,21 @@ def prompt(
   [257, 50, 43, 50, 10]
   """
   if record.text is not None:
-    ids, turns = tokenizer.encode(record.text), []
-    ids = with_start(ids[: min(32, max(1, len(ids) // 2))], tokenizer)
+    ids, turns, own = tokenizer.encode(record.text), [], []
+    ids = windows.with_start(ids[: min(32, max(1, len(ids) // 2))], tokenizer)
   else:
     messages = list(_messages(record))
     if messages[-1]['role'] != 'assistant':
       messages.append({'role': 'assistant', 'content': 'x'})  # a placeholder
     dialogue = _dialogues(record, messages, tokenizer, template)[-1]
-    ids, _, turns = _lay(dialogue[:-1], tokenizer)
+    ids, _, turns = windows.lay(dialogue[:-1], tokenizer)
+    own = windows.contents(dialogue[:-1], messages, tokenizer)
   if max_length is not None and len(ids) > max_length:
-    keep = _start(ids, tokenizer)[: max_length - 1]
+    keep = windows.kept_start(ids, tokenizer)[: max_length - 1]
     start = len(ids) - max_length + len(keep)
-    ids = keep + ids[_turn(turns, start, len(ids)) :]
+    ids = (
+      keep + ids[windows.border(windows.Borders(turns, own), start, len(ids)) :]
+    )
   return ids
 
 
@@ -253,140 +260,21 @@ def _template(template: str | Template) -> Template:
   return TEMPLATES[template]()
 
 
-def with_start(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-  """Returns the ids after the tokens that the tokenizer puts before a text.
-
-  >>> from fedjax_llm.data import tokenizers
-  >>> with_start([104, 105], tokenizers.bytes())
-  [257, 104, 105]
-  """
-  start = tokenizers.start(tokenizer)
-  return ids if ids[: len(start)] == start else start + ids
-
-
-def _start(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-  """Returns the tokens kept in front of these ids when they are cut left."""
-  start = tokenizers.start(tokenizer)
-  return start if ids[: len(start)] == start else []
-
-
-def _lay(
-  dialogue: Sequence[Piece], tokenizer: Tokenizer
-) -> tuple[list[int], list[tuple[int, int]], list[int]]:
-  """Returns the token ids of all pieces, learned spans, and starts of turns.
-
-  The starts are those of the turns that follow a reply.
-
-  A tokenizer may encode a piece differently at the start of a text (a leading
-  space), so the tokens of a piece are those that it adds to the text before it;
-  only if it would change the tokens of that text is it encoded alone.
-  """
-  ids: list[int] = []
-  spans, turns, replied = [], [], False
-  text, done = '', []  # the text and its ids since the last end token
-  for piece in dialogue:
-    whole = tokenizer.encode(text + piece.text)
-    if whole[: len(done)] == done:
-      new = whole[len(done) :]
-      text, done = text + piece.text, whole
-    else:
-      new = tokenizer.encode(piece.text)
-      text, done = piece.text, new
-    if piece.end:
-      new = [*new, tokenizer.eos_id]
-      text, done = '', []
-    before = len(ids)
-    ids = ids + new if ids else with_start(new, tokenizer)
-    if piece.learned:
-      # A bos before a first reply is not part of the reply.
-      spans.append((before or len(ids) - len(new), len(ids)))
-    if replied:  # the space after the reply belongs to the turn before
-      blank = lambda i: tokenizer.decode([i]).isspace()
-      turns.append(before + len(list(itertools.takewhile(blank, new))))
-    replied = piece.learned or piece.end
-  return ids, spans, turns
-
-
-def _turn(turns: Sequence[int], start: int, end: int) -> int:
-  """Returns the first start of a turn in [start, end), or `start` if none is.
-
-  >>> _turn([4, 9, 15], 6, 12), _turn([4, 15], 6, 12)
-  (9, 6)
-  """
-  return next((turn for turn in turns if start <= turn < end), start)
-
-
-def _example(
-  tokens: Sequence[int], spans: Sequence[tuple[int, int]]
-) -> Example:
-  mask = np.zeros(len(tokens), bool)
-  for start, end in spans:
-    mask[start:end] = True
-  mask[:1] = False  # the first token cannot be predicted
-  return Example(np.asarray(tokens, np.int32), mask)
-
-
 def _chunks(text: str, tokenizer: Tokenizer, max_length: int) -> list[Example]:
   """Splits a plain text into rows, each with the tokenizer's start tokens."""
   if not text.strip():
     return []
   start = tokenizers.start(tokenizer)
-  ids = [*with_start(tokenizer.encode(text), tokenizer), tokenizer.eos_id]
-  rows = [_example(ids[:max_length], [(0, max_length)])]
+  ids = [
+    *windows.with_start(tokenizer.encode(text), tokenizer),
+    tokenizer.eos_id,
+  ]
+  rows = [windows.example(ids[:max_length], [(0, max_length)])]
   lead = start[: max_length - 1]
   # A later row repeats the last token of the row before it, if there is room.
   repeats = 1 if len(lead) + 2 <= max_length else 0
   room = max_length - len(lead) - repeats
   for first in range(max_length, len(ids), room):
     row = [*lead, *ids[first - repeats : first + room]]
-    rows.append(_example(row, [(len(lead) + repeats, len(row))]))
+    rows.append(windows.example(row, [(len(lead) + repeats, len(row))]))
   return rows
-
-
-def _windows(
-  ids: list[int],
-  spans: list[tuple[int, int]],
-  turns: list[int],
-  keep: list[int],
-  max_length: int,
-  cut: bool,
-) -> Encoded:
-  """Builds examples in which each reply is learned exactly once.
-
-  Windows are cut from the last reply to the first. A window begins with a turn,
-  unless the prompt of its last reply alone is too long. `keep` (the bos) stays
-  in front of a truncated prompt.
-  """
-  examples = []
-  truncated = left_out = num_cut = 0
-  rest = list(spans)
-  while rest:
-    first, end = rest[-1]
-    # Earlier tokens are cut, but a reply keeps one token before it.
-    start = max(0, end - max_length)
-    lead: list[int] = []
-    if start:
-      lead, start = keep, _turn(turns, end - max_length + len(keep), first)
-    needs = start + (1 if start and not lead else 0)
-    if first < needs:
-      rest.pop()
-      if not cut:
-        left_out += 1
-        continue
-      num_cut += 1
-      start = max(0, first - max_length // 2)
-      start = _turn(turns, start, first) if start else 0
-      lead = keep if start else []
-      room = max_length - len(lead)
-      covered, end = [(first, min(end, start + room))], start + room
-    else:
-      covered = [span for span in rest if span[0] >= needs]
-      rest = rest[: len(rest) - len(covered)]
-    shift = len(lead) - start
-    examples.append(
-      _example(
-        lead + ids[start:end], [(a + shift, b + shift) for a, b in covered]
-      )
-    )
-    truncated += start > 0
-  return Encoded(examples[::-1], truncated, left_out, num_cut)

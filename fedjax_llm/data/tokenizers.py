@@ -1,6 +1,7 @@
 """Tokenizers: builders return functions between texts and token ids.
 
-`bytes` uses UTF-8 bytes, `pretrained` the files of a Hugging Face tokenizer.
+`bytes` uses UTF-8 bytes, `pairs` joins some of them, `pretrained` reads the
+files of a Hugging Face tokenizer.
 """
 
 import builtins
@@ -8,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from fedjax_llm.data import pieces as token_pieces
 from fedjax_llm.data import tokenizer_files
 
 
@@ -53,6 +55,8 @@ class Tokenizer(NamedTuple):
   # all ids put before a text, if there are more than `bos_id`
   begin: tuple[int, ...] = ()
   special: Mapping[str, int] = {}
+  # ids -> the bytes that each token stands for; a space in front belongs to it
+  pieces: Callable[[Sequence[int]], list[builtins.bytes]] | None = None
 
 
 def start(tokenizer: Tokenizer) -> list[int]:
@@ -112,7 +116,56 @@ def bytes() -> Tokenizer:
     pad_id=256,
     chat=chat,
     whole=whole,
+    pieces=lambda ids: [builtins.bytes([i] if i < 256 else []) for i in ids],
   )
+
+
+def pairs() -> Tokenizer:
+  """Returns the tokenizer of bytes with 32 frequent pairs of letters as well.
+
+  Needs no file. A text is read from left to right, a pair where there is one.
+  Runs with several models use it to have two tokenizers (`client_models`).
+
+  >>> tokenizer = pairs()
+  >>> tokenizer.encode('then'), tokenizer.decode([259, 261])
+  ([259, 267], 'thin')
+  >>> len(tokenizer.encode('then')), tokenizer.vocab_size
+  (2, 291)
+  """
+  inner = bytes()
+  both = [_PAIRS[i : i + 2].encode() for i in range(0, len(_PAIRS), 2)]
+  ids = {pair: 259 + i for i, pair in enumerate(both)}
+
+  def joined(letters: Sequence[int]) -> list[int]:
+    result, at = [], 0
+    while at < len(letters):
+      two = letters[at : at + 2]
+      pair = ids.get(builtins.bytes(two)) if max(two) < 256 else None
+      result.append(letters[at] if pair is None else pair)
+      at += 1 if pair is None else 2
+    return result
+
+  def decode(tokens):
+    letters: list[int] = []
+    for token in tokens:
+      letters += both[token - 259] if token >= 259 else [int(token)]
+    return inner.decode(letters)
+
+  def pieces(tokens):
+    assert inner.pieces is not None
+    return [both[i - 259] if i >= 259 else inner.pieces([i])[0] for i in tokens]
+
+  return inner._replace(
+    name='pairs',
+    encode=lambda text: joined(inner.encode(text)),
+    decode=decode,
+    vocab_size=259 + len(both),
+    whole=None,
+    pieces=pieces,
+  )
+
+
+_PAIRS = 'thheinerreanonatenndtiesorteofedisitalarsttontngsehaasouioleveco'
 
 
 def pretrained(path: str) -> Tokenizer:
@@ -180,4 +233,5 @@ def pretrained(path: str) -> Tokenizer:
     whole=whole,
     begin=begin if len(begin) > 1 else (),
     special=loaded.special,
+    pieces=lambda ids: token_pieces.of(tokenizer, ids),
   )

@@ -89,6 +89,11 @@ def open(path: str, *fields: str, say: Callable[[str], None] = print) -> Site:
       f'clients.name={conf["clients"]["name"]} simulates who arrives when, and '
       'a network does not: take another sampler.'
     )
+  if built.stages is not None:
+    raise Error(
+      f'stages.name={conf["stages"]["name"]} decides in which rounds a client '
+      'has data, and over a network the clients do: leave the section out.'
+    )
   newcomer = algorithm.init_client(start.params)
   one = built.make_cohort(Draw(np.zeros(1, np.int32), np.ones(1, bool)), 0)
   one = one._replace(states=tree.broadcast(newcomer, 1))

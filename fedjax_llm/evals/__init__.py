@@ -8,8 +8,10 @@ from fedjax_llm.evals import agreement as agreement
 from fedjax_llm.evals import answers as answers
 from fedjax_llm.evals import audits as audits
 from fedjax_llm.evals import choosing as choosing
+from fedjax_llm.evals import continual as continual
 from fedjax_llm.evals import intervals as intervals
 from fedjax_llm.evals import inversion as inversion
+from fedjax_llm.evals import matching as matching
 from fedjax_llm.evals import overlap as overlap
 from fedjax_llm.evals import programs as programs
 from fedjax_llm.evals import sandbox as sandbox
@@ -44,6 +46,7 @@ __all__ = [
   'agreement',
   'answers',
   'choosing',
+  'continual',
   'audits',
   'fuse',
   'in_turn',
@@ -51,6 +54,7 @@ __all__ = [
   'instance_weights',
   'intervals',
   'inversion',
+  'matching',
   'likelihood',
   'loop',
   'overlap',

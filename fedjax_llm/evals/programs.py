@@ -10,7 +10,7 @@ from fedjax_llm.data import files
 from fedjax_llm.evals import sandbox
 from fedjax_llm.evals.answers import pass_at_k
 from fedjax_llm.evals.intervals import Scores, joined, means
-from fedjax_llm.reading import short
+from fedjax_llm.reading import is_unicode, short
 from fedjax_llm.types import Error
 
 # Where a completion goes on with something else, as in HumanEval's evaluation.
@@ -57,6 +57,11 @@ def read(path: str, client_key: str | None = None) -> list[Problem]:
         if not isinstance(row[key], str):
           raise Error(
             f'{where}: {key!r} is {short(row[key])}, but must be a string.'
+          )
+        if not is_unicode(row[key]):
+          raise Error(
+            f'{where}: {key!r} holds half a character (a lone surrogate): '
+            f'{short(row[key])}.'
           )
       client = None if client_key is None else row[client_key]
       fields = {key: row[key] for key in keys}

@@ -5,6 +5,11 @@ Builders return a `LocalUpdate`, a `Loss` or a `LocalOptimizer`.
 
 from fedjax_llm.local import rewards as rewards
 from fedjax_llm.local import watermark as watermark
+from fedjax_llm.local.class_names import ByNames as ByNames
+from fedjax_llm.local.class_names import by_names as by_names
+from fedjax_llm.local.class_names import towers as towers
+from fedjax_llm.local.contrast import contrastive as contrastive
+from fedjax_llm.local.contrast import zero_shot as zero_shot
 from fedjax_llm.local.dropout import dropout as dropout
 from fedjax_llm.local.dual import viewed as viewed
 from fedjax_llm.local.grpo import Sampled as Sampled
@@ -46,6 +51,7 @@ from fedjax_llm.local.zeroth_order import one_point as one_point
 from fedjax_llm.local.zeroth_order import two_point as two_point
 
 __all__ = [
+  'ByNames',
   'Counted',
   'LocalOptimizer',
   'Observed',
@@ -53,17 +59,19 @@ __all__ = [
   'Sampled',
   'along',
   'balanced',
+  'by_names',
   'causal_lm',
   'class_logits',
   'classification',
+  'contrastive',
   'counted',
   'dpo',
   'dropout',
   'embeddings',
   'forward_difference',
   'forward_mode',
-  'grpo',
   'frozen_below',
+  'grpo',
   'in_basis',
   'ipo',
   'kto',
@@ -81,8 +89,10 @@ __all__ = [
   'routed',
   'sgd',
   'simpo',
+  'towers',
   'two_point',
   'viewed',
   'watermark',
   'weight_importance',
+  'zero_shot',
 ]

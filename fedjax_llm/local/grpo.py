@@ -6,6 +6,7 @@ a rule, and takes its steps on the clipped loss.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +28,7 @@ from fedjax_llm.types import (
   LossSum,
   Model,
   Params,
+  known,
 )
 
 Scale = Literal['group', 'batch', 'none']
@@ -308,6 +310,12 @@ def grpo(
     raise Error(f'group_size is {group_size}; a group needs 2 replies or more.')
   if num_iterations < 1:
     raise Error(f'num_iterations is {num_iterations}; it must be at least 1.')
+  if known(clip) and not 0 < clip < 1:
+    raise Error(f'clip is {clip}; it must be above 0 and below 1.')
+  if clip_high is not None and known(clip_high) and not clip_high > 0:
+    raise Error(f'clip_high is {clip_high}; it must be above 0.')
+  if known(kl) and not 0 <= kl < math.inf:
+    raise Error(f'kl is {kl}; it must be 0 or more, and finite.')
   for name, value, allowed in (
     ('scale', scale, ('group', 'batch', 'none')),
     ('reduction', reduction, ('grpo', 'bnpo', 'dr_grpo')),

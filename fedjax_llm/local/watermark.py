@@ -11,14 +11,14 @@ arXiv 2109.13236).
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedjax_llm import tree
-from fedjax_llm.types import Error, Loss, LossSum, Params
+from fedjax_llm.types import Error, LocalUpdate, Loss, LossSum, Params
 
 
 class Mark(NamedTuple):
@@ -28,8 +28,8 @@ class Mark(NamedTuple):
   (8,)
   """
 
-  seed: int
-  bits: np.ndarray  # [N] float32, -1 or 1
+  seed: Any  # an integer; a key [] of `client_mark`
+  bits: Any  # [N] float32, -1 or 1
   at: str  # a part of the names of the marked leaves; '': all
 
 
@@ -64,6 +64,77 @@ def mark(*, seed: int, num_bits: int = 64, at: str = '') -> Mark:
   return Mark(seed, (2 * draw - 1).astype(np.float32), at)
 
 
+def client_mark(
+  *, seed: int, client: Any, num_bits: int = 32, at: str = ''
+) -> Mark:
+  """Returns the mark of one client of many, by its id, which may be traced.
+
+  Marks of two clients are independent. Of M clients' marks in a mean each keeps
+  its bits where M N is far below the number of marked parameters (FedIPR: Li et
+  al. 2022, arXiv 2109.13236, section 4).
+
+  Args:
+    seed: the secret of whoever deals the marks.
+    client: an id.
+    num_bits: N, of each client.
+    at: as in `mark`.
+
+  Raises:
+    Error: no bits.
+
+  >>> client_mark(seed=3, client=jnp.int32(5), num_bits=4).bits.shape
+  (4,)
+  """
+  if num_bits < 1:
+    raise Error(f'client_mark: num_bits={num_bits} must be at least 1.')
+  own = jax.random.fold_in(jax.random.key(seed), client)
+  bits, directions = jax.random.split(own)
+  return Mark(directions, jax.random.rademacher(bits, (num_bits,), float), at)
+
+
+def marked_clients(
+  build: Callable[[Loss], LocalUpdate],
+  loss: Loss,
+  *,
+  seed: int,
+  num_bits: int = 32,
+  at: str = '',
+  strength: float = 0.1,
+  margin: float = 0.1,
+) -> LocalUpdate:
+  """Returns local training in which each client embeds a mark of its own.
+
+  The marks are those of `client_mark`, the loss that of `watermarked`. A
+  message without its client's mark is that of a free rider; a model that
+  leaked is that of the clients whose marks `verify` finds.
+
+  Args:
+    build: from a loss to local training, such as `lambda loss: sgd(loss, ...)`.
+    loss: of the task.
+    seed, num_bits, at: of `client_mark`.
+    strength, margin: of `watermarked`.
+
+  Raises:
+    Error: as `client_mark` and `watermarked`.
+
+  >>> from fedjax_llm import local
+  >>> update = marked_clients(
+  ...   lambda loss: local.sgd(loss, local.optimizer('sgd', 0.1)),
+  ...   lambda *args: LossSum(0.0, 1.0, 0.0), seed=1)
+  >>> update.init({'w': jnp.zeros(99)}) is not None
+  True
+  """
+
+  def run(base, start, state, batches, masks, context):
+    secret = client_mark(
+      seed=seed, client=context.client, num_bits=num_bits, at=at
+    )
+    own = watermarked(loss, secret, strength=strength, margin=margin)
+    return build(own).run(base, start, state, batches, masks, context)
+
+  return build(loss)._replace(run=run)
+
+
 def read(params: Params, secret: Mark) -> jax.Array:
   """Returns E w, [N] float32: a number for every bit, of its sign.
 
@@ -88,9 +159,12 @@ def read(params: Params, secret: Mark) -> jax.Array:
       f'watermark: the leaves with {secret.at!r} in their names have {size} '
       f'parameters, which do not hold {num} bits.'
     )
+  whole = secret.seed
+  if not jnp.issubdtype(jnp.asarray(whole).dtype, jax.dtypes.prng_key):
+    whole = jax.random.key(whole)
   total = jnp.zeros(num)
   for i, leaf in enumerate(leaves.values()):
-    key = jax.random.fold_in(jax.random.key(secret.seed), i)
+    key = jax.random.fold_in(whole, i)
     rows = jax.random.normal(key, (num, leaf.size))
     flat = leaf.astype(jnp.float32).ravel()
     total += jnp.matmul(rows, flat, precision=jax.lax.Precision.HIGHEST)
@@ -136,6 +210,6 @@ def verify(params: Params, secret: Mark) -> Verified:
   >>> abs(verify({'w': jnp.arange(500.0) - 250}, secret).z) < 3  # unmarked
   True
   """
-  numbers = np.asarray(read(params, secret))
-  num, matched = len(numbers), int(np.sum(numbers * secret.bits > 0))
+  numbers, bits = np.asarray(read(params, secret)), np.asarray(secret.bits)
+  num, matched = len(numbers), int(np.sum(numbers * bits > 0))
   return Verified(matched, (2 * matched - num) / math.sqrt(num))

@@ -7,6 +7,12 @@ adapters have the same names too:
     layers/  input_layernorm, self_attn/{q,k,v,o}_proj, self_attn/{q,k}_norm,
              post_attention_layernorm, mlp/{gate,up,down}_proj, ...
     norm, head_dense, head_norm, lm_head    or    pooler, classifier
+
+A network of images has `embed_patches` and `embed_class` in place of
+`embed_tokens`, and `attention_scale` and `mlp_scale` in layers with a layer
+scale. A dual encoder has two such trees:
+
+    text/..., vision/..., text_projection, visual_projection, logit_scale
 """
 
 import math
@@ -18,6 +24,27 @@ import jax.numpy as jnp
 from fedjax_llm.models.network import rope as rope_lib
 from fedjax_llm.models.network.rope import Rope
 from fedjax_llm.types import Base, Key
+
+
+class Patches(NamedTuple):
+  """How a network of images cuts pictures [H, W, C] into patches.
+
+  A picture becomes (H / patch) (W / patch) rows behind the row of its class.
+  Pixels x in 0..1 enter as (x - mean) / std, channel by channel.
+  """
+
+  size: int  # H = W of the learned positions
+  patch: int
+  channels: int = 3
+  bias: bool = True
+  resized: bool = False  # positions are interpolated to pictures of other sizes
+  with_mean: bool = False  # the mean of the patches belongs to the features
+  mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+  std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+  @property
+  def count(self) -> int:
+    return (self.size // self.patch) ** 2
 
 
 class Config(NamedTuple):
@@ -65,6 +92,9 @@ class Config(NamedTuple):
   qkv_bias: bool = False
   output_bias: bool = False
   mlp_bias: bool = False
+  layer_scale: bool = False  # the outputs of both modules times a vector
+  # Buckets of distances, each with a learned score a head; 0: there are none.
+  relative_buckets: int = 0
   # Embedding.
   embedding_scale: float = 1.0
   num_learned_positions: int = 0  # rows of the table; 0: there is none
@@ -82,10 +112,54 @@ class Config(NamedTuple):
   bos_id: int | None = None
   eos_ids: tuple[int, ...] = ()
   pad_id: int | None = None
+  # Images.
+  image: Patches | None = None  # None: a network of texts
+  # A dual encoder: these fields describe its text tower, `vision` the other,
+  # and both are projected to `projection` features.
+  vision: Any = None  # a `Config`
+  projection: int = 0
+  projection_bias: bool = False
+  pooling: str = 'end'  # a text's state: 'end', or 'mean' of its tokens
+
+  @property
+  def reads_images(self) -> bool:
+    return self.image is not None or self.vision is not None
+
+  @property
+  def writes(self) -> bool:
+    """Returns True for a network that continues texts."""
+    return self.causal and not self.reads_images
 
   @property
   def rotary_dim(self) -> int:
     return int(self.head_dim * self.partial_rotary)
+
+
+TOWERS = ('text', 'vision')
+
+
+def tower(config: Config, name: str) -> Config:
+  """Returns the `Config` of one tower of a dual encoder.
+
+  >>> from fedjax_llm import models
+  >>> tower(models.random_clip().config, 'vision').image.patch
+  4
+  """
+  if name == 'vision':
+    return config.vision
+  return config._replace(vision=None, projection=0, head='none', labels=())
+
+
+def num_layers(config: Config, path: tuple[str, ...]) -> int:
+  """Returns L of the stacked layers in which a path of the base lies.
+
+  >>> from fedjax_llm import models
+  >>> num_layers(models.random().config, ('layers', 'mlp', 'up_proj'))
+  2
+  """
+  if config.vision is not None and path[0] in TOWERS:
+    return tower(config, path[0]).num_layers
+  return config.num_layers
 
 
 def longest_text(config: Config) -> int:
@@ -103,6 +177,19 @@ def shapes(config: Config) -> dict[str, Any]:
   {'scale': (64,)}
   """
   c = config
+  if c.vision is not None:
+    seen = c.vision.hidden_size * (1 + c.vision.image.with_mean)
+    tree = {
+      'text': shapes(tower(c, 'text')),
+      'vision': shapes(tower(c, 'vision')),
+      'text_projection': {'kernel': (c.hidden_size, c.projection)},
+      'visual_projection': {'kernel': (seen, c.projection)},
+      'logit_scale': {'value': ()},
+    }
+    for name in ('text_projection', 'visual_projection'):
+      if c.projection_bias:
+        tree[name]['bias'] = (c.projection,)
+    return tree
   width, inner = c.hidden_size, c.intermediate_size
   heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
 
@@ -130,13 +217,23 @@ def shapes(config: Config) -> dict[str, Any]:
     mlp['gate_proj'] = matrix(width, inner, c.mlp_bias, n)
   norms = NORMS_OF[c.residual]
   tree: dict[str, Any] = {
-    'embed_tokens': {'embedding': (c.vocab_size, width)},
     'layers': {
       'self_attn': attention,
       'mlp': mlp,
       **{name: norm(width, n) for name in norms},
     },
   }
+  if c.layer_scale:
+    for name in ('attention_scale', 'mlp_scale'):
+      tree['layers'][name] = {'gain': (n, width)}
+  if c.relative_buckets:
+    tree['embed_distances'] = {'embedding': (c.relative_buckets, c.num_heads)}
+  if c.image is None:
+    tree['embed_tokens'] = {'embedding': (c.vocab_size, width)}
+  else:
+    size = c.image.channels * c.image.patch**2
+    tree['embed_patches'] = matrix(size, width, c.image.bias)
+    tree['embed_class'] = {'embedding': (1, width)}
   if c.num_learned_positions:
     tree['embed_positions'] = {'embedding': (c.num_learned_positions, width)}
   if c.num_token_types:
@@ -165,6 +262,9 @@ def _head_shapes(c: Config, norm, matrix) -> dict[str, Any]:
   width = c.hidden_size
   if c.head == 'none':
     return {}
+  if c.head == 'classifier' and c.image is not None:
+    inputs = width * (1 + c.image.with_mean)
+    return {'classifier': matrix(inputs, len(c.labels), True)}
   if c.head == 'classifier':
     return {
       'pooler': matrix(width, width, True),
@@ -200,6 +300,10 @@ def init(config: Config, key: Key, dtype: Any = jnp.float32) -> Base:
 
   def leaf(index, path, shape):
     kind = path[-1].key
+    if kind == 'value':  # of logit_scale: log(1 / 0.07), as in CLIP
+      return jnp.asarray(math.log(1 / 0.07), dtype)
+    if kind == 'gain':
+      return jnp.ones(shape, dtype)
     if kind == 'scale' and config.norm != 'rms_plus_one':
       return jnp.ones(shape, dtype)
     if kind in ('scale', 'bias'):

@@ -67,7 +67,7 @@ def leaf(path: Sequence[str], value: jax.Array, kind: str | None) -> Any:
   >>> leaf(('layers', 'norm', 'scale'), jnp.ones(3), 'int8').dtype
   dtype('float32')
   """
-  if kind is None or path[0] != 'layers' or path[-1] != 'kernel':
+  if kind is None or 'layers' not in path or path[-1] != 'kernel':
     return value
   try:
     return quantise(value, kind)

@@ -71,7 +71,15 @@ class Attended(NamedTuple):
   FROZEN = ('context',)
 
   def plain(self) -> Prompt:
-    rows = [x for x in (self.context, self.client) if x is not None]
+    return Prompt(self.made(None))
+
+  def made(self, context: Any, present: Any = None) -> jax.Array:
+    """Returns the prompt of further frozen rows, [P, D].
+
+    `context` [E, F] stand beside `self.context` and `self.client`; it may be
+    None, and `present` [E] masks rows of it out of the attention.
+    """
+    rows = [x for x in (context, self.context, self.client) if x is not None]
     of_q, of_c, of_x = self.norms
     queries = _normed(self.queries, of_q)
     context = _normed(jnp.concatenate(rows), of_c)
@@ -82,14 +90,18 @@ class Attended(NamedTuple):
         (queries, self.query), (context, self.key), (context, self.value)
       )
     )  # fmt: skip
-    weights = jax.nn.softmax(
-      jnp.einsum('hpk,hck->hpc', q, k) * q.shape[-1] ** -0.5
-    )
+    near = jnp.einsum('hpk,hck->hpc', q, k) * q.shape[-1] ** -0.5
+    if present is not None:
+      seen = jnp.pad(
+        present, (0, len(context) - len(present)), constant_values=True
+      )
+      near = jnp.where(seen, near, -1e9)
+    weights = jax.nn.softmax(near)
     x = jnp.einsum('hpc,hck->phk', weights, v)
     x = self.out(x.reshape(len(x), -1))
     a, b = jnp.split(self.inner(_normed(x, of_x)), 2, axis=-1)
     gated = a * jax.nn.gelu(b, approximate=False)
-    return Prompt(x + self.last(gated))
+    return x + self.last(gated)
 
 
 def _normed(x: jax.Array, norm: Affine) -> jax.Array:

@@ -42,6 +42,7 @@ where the last two have `length() -> P` and `before(x)` instead of `act`, and
     params['layers']['mlp']['parallel']     x is the input of the whole module
     params['layers']['self_attn']['parallel']     and y its output
     params['generator']                     a node for many places
+    params['scores']                        of a dual encoder: `nodes.scores`
 
 Nodes that are computed from other parameters have one of these methods instead:
 
@@ -63,10 +64,12 @@ from fedjax_llm.types import Error
 # Names of a module's main weight, which a leaf without a name changes.
 MAIN = ('kernel', 'scale', 'embedding')
 # Places of a network that are no weights.
-BESIDE = ('input', 'output', 'inputs', 'prefix', 'parallel')
+BESIDE = ('input', 'output', 'inputs', 'prefix', 'parallel', 'scores')
 GENERATOR = 'generator'  # the place of a node that makes others
 
-_METHODS = ('act', 'factors', 'replacement', 'before', 'plain', 'generate')
+_METHODS = (
+  *('act', 'factors', 'replacement', 'before', 'plain', 'generate', 'scores'),
+)
 
 
 class Peft(NamedTuple):

@@ -24,6 +24,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -31,7 +32,7 @@ from fedjax_llm.clients.system import Job
 from fedjax_llm.plan import abstract, clocks, modes, probe, steps, work
 from fedjax_llm.run import blocks, command, config, costs, metrics, workdir
 from fedjax_llm.run.sections import SPEC
-from fedjax_llm.types import Error
+from fedjax_llm.types import Error, Images
 
 _UNITS = {'': 1, 'K': 10**3, 'M': 10**6, 'G': 10**9, 'T': 10**12}
 
@@ -102,10 +103,7 @@ def run(argv: Sequence[str]) -> str:
     ('parameters of the adapter', f'{count(state.params):,}'),
     ('', ''),
     ('clients a round', f'{sizes.clients * rows} of one cohort'),
-    (
-      'a client',
-      f'{sizes.steps} steps of {sizes.batch} x {sizes.tokens} tokens',
-    ),
+    ('a client', f'{sizes.steps} steps of {_rows(planned)}'),
     ('block_size', f'{sizes.block} in {sizes.num_blocks} blocks'),
     ('', ''),
     ('base', human(base)),
@@ -194,6 +192,14 @@ def run(argv: Sequence[str]) -> str:
     lines += ['', *_advice(conf, read, need, limit, knobs)]
   lines += _on_mesh(args, planned, read, share)
   return '\n'.join(lines)
+
+
+def _rows(planned: Any) -> str:
+  """Returns the contents of one step, as text."""
+  sizes = planned.sizes
+  if isinstance(planned.cohort.batches, Images):
+    return f'{sizes.batch} images'
+  return f'{sizes.batch} x {sizes.tokens} tokens'
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,6 +21,20 @@ _LLAMA3: dict[str, Any] = {
     'original_max_position_embeddings': 8192,
   },
 }
+_LLAMA2: dict[str, Any] = {
+  'model_type': 'llama',
+  'architectures': ['LlamaForCausalLM'],
+  'max_position_embeddings': 4096,
+  'rms_norm_eps': 1e-5,
+}
+_MISTRAL: dict[str, Any] = {
+  'model_type': 'mistral',
+  'architectures': ['MistralForCausalLM'],
+  'max_position_embeddings': 32768,
+  'rms_norm_eps': 1e-5,
+  'rope_theta': 1000000.0,
+  'sliding_window': None,
+}
 _SMOL: dict[str, Any] = {
   'model_type': 'llama',
   'architectures': ['LlamaForCausalLM'],
@@ -61,6 +75,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
   ),
   'meta-llama/Llama-3.1-8B': _sizes(_LLAMA3, 4096, 14336, 32, 32, 8),
   'meta-llama/Llama-3.1-70B': _sizes(_LLAMA3, 8192, 28672, 80, 64, 8),
+  'meta-llama/Llama-2-7b-hf': _sizes(
+    _LLAMA2, 4096, 11008, 32, 32, 32, vocab_size=32000
+  ),
+  'mistralai/Mistral-7B-v0.3': _sizes(
+    _MISTRAL, 4096, 14336, 32, 32, 8, vocab_size=32768
+  ),
   'HuggingFaceTB/SmolLM2-135M': _sizes(_SMOL, 576, 1536, 30, 9, 3),
   'HuggingFaceTB/SmolLM2-360M': _sizes(_SMOL, 960, 2560, 32, 15, 5),
   'HuggingFaceTB/SmolLM2-1.7B': _sizes(_SMOL, 2048, 8192, 24, 32, 32),

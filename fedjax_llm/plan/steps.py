@@ -72,9 +72,17 @@ def shapes(planned: work.Work) -> tuple[Any, ...]:
   return planned.base, planned.initial, batch, key
 
 
-def peak(name: str, planned: work.Work, gradient: Gradient | None) -> Peak:
-  """Returns the memory of a step of one client of a round of shapes."""
-  step = jax.jit(client_step(planned.loss, gradient), donate_argnums=1)
+def peak(
+  name: str,
+  planned: work.Work,
+  gradient: Gradient | None,
+  step: Callable[..., Any] | None = None,
+) -> Peak:
+  """Returns the memory of a step of one client of a round of shapes.
+
+  `step(base, params, batch, key)` is another step than that of the gradient.
+  """
+  step = jax.jit(step or client_step(planned.loss, gradient), donate_argnums=1)
   found = step.lower(*shapes(planned)).compile()
   sizes: Any = found.memory_analysis()
   base = costs.num_bytes(planned.base)

@@ -20,6 +20,7 @@ from fedjax_llm.devices import sharding
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.models import families, quantised
 from fedjax_llm.models.files import load
+from fedjax_llm.nodes import Domains, Pictures, Reweighted, Towers
 from fedjax_llm.plan import published
 from fedjax_llm.run import (
   builders,
@@ -233,9 +234,10 @@ def read(
 
   adapter = build('adapter', tokenizer=data.tokenizers.bytes())  # for shapes
   optimizer = build('local')
+  words = loaded.config.vocab_size, loaded.config
   public = None
   if conf.get('public'):
-    texts = batches_of(task, (1, 1, B, T), loaded.config.vocab_size)
+    texts = batches_of(task, (1, 1, B, T), *words)
     public = tree.take(texts, 0)
   profiles: Any = ()
   if conf.get('profiles'):
@@ -262,7 +264,7 @@ def read(
   newcomer = jax.eval_shape(algorithm.init_client, state.params)
 
   def filled(K: int, S: int, B: int, T: int) -> Any:
-    return batches_of(task, (K, S, B, T), loaded.config.vocab_size)
+    return batches_of(task, (K, S, B, T), *words)
 
   stacked = lambda x: jax.ShapeDtypeStruct((K, *x.shape), x.dtype)
   cohort = Cohort(
@@ -299,9 +301,14 @@ def read(
 
 
 def batches_of(
-  task: tasks.Task, shape: tuple[int, int, int, int], vocab_size: int
+  task: tasks.Task,
+  shape: tuple[int, int, int, int],
+  vocab_size: int,
+  config: config_lib.Config | None = None,
 ) -> Any:
   """Returns NumPy batches [K, S, B, ...] of artificial examples of length T.
+
+  `config` is that of a network of images, whose size the examples have.
 
   Raises:
     Error: the task has no artificial example.
@@ -312,7 +319,10 @@ def batches_of(
       'task.name: this task has no `example(length, vocab_size)`, so the '
       'shapes of its batches are not known before a run.'
     )
-  one = task.example(T, vocab_size)
+  more = {}
+  if 'config' in builders.parameters(task.example):
+    more['config'] = config
+  one = task.example(T, vocab_size, **more)
   step = batching.bounded(task.collate([one], T, 0)([[one]] * B))
   return jax.tree.map(lambda x: np.broadcast_to(x, (K, S, *x.shape)), step)
 
@@ -337,6 +347,8 @@ _no_loss = local.Observed(
 
 def _light(loss: Any) -> Any:
   """Returns a loss of the same kind that needs no network."""
+  if isinstance(loss, local.ByNames):
+    return local.ByNames(_nothing, _no_towers)
   if not isinstance(loss, local.Sampled):
     return _no_loss
 
@@ -347,14 +359,34 @@ def _light(loss: Any) -> Any:
   return dataclasses.replace(loss, model=_no_network(1), sample=sample)
 
 
+def _no_towers(base: Any, params: Any, batch: Any) -> Towers:
+  """Returns features of zeros, of the sizes that the trained node has."""
+  del base
+  node = params['scores']
+  size = 1
+  if isinstance(node, Reweighted):
+    size = node.first.kernel.shape[0]
+  if isinstance(node, Domains):
+    size = node.query.shape[0]
+  one = lambda *lead: jnp.zeros((*lead, size))
+  return Towers(
+    lambda rows: one(1), lambda rows: Pictures(one(len(batch.label))), 1.0
+  )
+
+
 def _no_network(num_labels: int) -> Model:
   """Returns a network that computes zeros, for methods that ask one."""
   zeros = lambda x, size: jnp.zeros((*jnp.shape(x)[:-1], size))
+
+  def places(batch):  # one state a token, or one a picture
+    text = getattr(batch, 'tokens', None)
+    return (batch.label if text is None else text)[..., None]
+
   return Model(
-    hidden=lambda base, params, batch: zeros(batch.tokens[..., None], 1),
+    hidden=lambda base, params, batch: zeros(places(batch), 1),
     logits=lambda base, params, hidden: zeros(hidden, max(num_labels, 1)),
     layers=lambda base, params, batch, numbers, hidden=None, *, ends=True: (
-      zeros(batch.tokens[..., None], 1)
+      zeros(places(batch), 1)
     ),
   )
 

@@ -5,7 +5,7 @@ correlated   the same with noise that cancels in part over rounds, a rule
 sent         noise in every message, and in a secure sum: codecs
 accounting   epsilon of a number of rounds, the noise for a target
 audit        a lower bound on epsilon from one run with canaries
-plan         the section `privacy` of a config: all of it, checked together
+streams      the noise of 'correlated' over rounds: banded, BLT, tree
 plan         the plan of central noise: all of it, checked together
 mechanisms   the plans of the others
 section      the section `privacy` of a config
@@ -22,6 +22,7 @@ from fedjax_llm.privacy import (
   mechanisms,
   plan,
   sent,
+  streams,
 )
 from fedjax_llm.privacy.clipping import noisy_mean
 from fedjax_llm.privacy.correlated import correlated_mean
@@ -36,6 +37,7 @@ __all__ = [
   'mechanisms',
   'plan',
   'sent',
+  'streams',
   'client_level',
   'correlated_mean',
   'noisy_mean',

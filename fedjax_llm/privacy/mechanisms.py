@@ -11,7 +11,7 @@ Each returns a `Mechanism`.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from fedjax_llm.privacy import accounting, correlated, plan
+from fedjax_llm.privacy import accounting, correlated, plan, streams
 from fedjax_llm.types import Error, StreamingAggregator
 
 _SEED = (
@@ -73,18 +73,46 @@ class Mechanism(NamedTuple):
   microbatch: int | None = None
   least: int | None = None
   grid: float | None = None
+  matrix: str | None = None  # None: banded
+  buffers: int | None = None
+  separation: int | None = None
+
+  def stream(self) -> streams.Stream | None:
+    """Returns the stream of noise; None: banded, or none."""
+    if self.matrix is None:
+      return None
+    return streams.named(
+      self.matrix,
+      buffers=self.buffers or 1,
+      num_rounds=len(self.counts) - 1,
+      separation=self.separation or 1,
+      turns=self.counts[-1],
+    )
 
   def rule(self) -> StreamingAggregator | None:
     """Returns the rule of the run; None where any rule will do."""
-    if self.bands is None:
+    if self.mechanism != 'correlated':
       return None
     return correlated.correlated_mean(
-      self.clip, self.noise_multiplier, self.denominator, self.bands
+      self.clip,
+      self.noise_multiplier,
+      self.denominator,
+      self.bands or 1,
+      stream=self.stream(),
     )
 
   def epsilon(self, num_rounds: int) -> float:
-    """Returns epsilon after a number of rounds, at the plan's delta."""
-    count = self.counts[min(num_rounds, len(self.counts) - 1)]
+    """Returns epsilon after a number of rounds, at the plan's delta.
+
+    Raises:
+      Error: a round outside of the plan, whose schedule is not counted.
+    """
+    if not 0 <= num_rounds < len(self.counts):
+      raise Error(
+        f'privacy: epsilon after {num_rounds} rounds is not known, as the '
+        f'schedule was counted for 0 to {len(self.counts) - 1} rounds.'
+      )
+    count = self.counts[num_rounds]
     if self.grid is not None:
       return accounting.skellam_epsilon(
         noise_multiplier=self.noise_multiplier,
@@ -120,10 +148,20 @@ class Mechanism(NamedTuple):
     """Checks that a rule's state goes on with the noise of this plan.
 
     Raises:
-      Error: it has another noise multiplier.
+      Error: it has another noise multiplier, or another matrix.
     """
-    if self.bands is not None:
-      plan.check_noise(state, self.noise_multiplier)
+    if self.mechanism != 'correlated':
+      return
+    plan.check_noise(state, self.noise_multiplier)
+    if (stream := self.stream()) is not None:
+      has = float(state.more[1]) if state.more else None
+      if has is None or abs(has - stream.sensitivity) > 1e-5 * has:
+        raise Error(
+          f'this run began with a matrix of sensitivity {has}, and '
+          f'privacy.matrix={self.matrix!r} now has {stream.sensitivity:.6g}: '
+          'it is that of all rounds, so keep num_rounds and the section '
+          'clients.'
+        )
 
 
 def _planned(
@@ -189,6 +227,8 @@ def correlated_level(
   noise_multiplier: float | None = None,
   accountant: str = 'rdp',
   bands: int | None = None,
+  matrix: str = 'banded',
+  buffers: int = 3,
   separation: int = 1,
   cohort_size: int = 1,
   turns: Sequence[int] = (0, 1),
@@ -197,13 +237,16 @@ def correlated_level(
 
   Args:
     clip, delta, epsilon, noise_multiplier, accountant: as in `client_level`.
-    bands: b; None: the separation.
+    bands: b of matrix='banded'; None: the separation.
+    matrix: 'banded', 'blt' or 'tree' (`streams.named`).
+    buffers: of matrix='blt'.
     separation: the rounds between two turns of a client, at least.
     cohort_size: the denominator.
     turns: the most turns of a client in 0, 1, ..., T rounds.
 
   Raises:
-    Error: more bands than the separation, or as `client_level`.
+    Error: more bands than the separation, bands of another matrix, or as
+      `client_level`.
 
   >>> correlated_level(clip=1.0, delta=1e-5, noise_multiplier=1.0, bands=3,
   ...                  separation=2)
@@ -211,6 +254,19 @@ def correlated_level(
   fedjax_llm.types.Error: privacy.bands is 3, and a client takes part again \
 after 2 rounds: bands must be at most 2.
   """
+  if matrix != 'banded':
+    if bands is not None:
+      raise Error(
+        f'privacy.bands is {bands}, and privacy.matrix={matrix!r} has no bands.'
+      )
+    planned = _planned(
+      'correlated', turns, epsilon, noise_multiplier, delta,
+      clip=clip, unit='client', accountant=accountant, matrix=matrix,
+      buffers=buffers if matrix == 'blt' else None, separation=separation,
+      denominator=float(cohort_size),
+    )  # fmt: skip
+    planned.stream()  # raises for numbers out of range
+    return planned
   bands = separation if bands is None else bands
   if bands > separation:
     raise Error(

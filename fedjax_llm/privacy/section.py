@@ -34,6 +34,8 @@ def section(
   clip_rate: float = 0.2,
   count_noise: float | None = None,
   bands: int | None = None,
+  matrix: Literal['banded', 'blt', 'tree'] = 'banded',
+  buffers: int = 3,
   example_rate: float | None = None,
   clipping: str = 'abadi',
   microbatch: int | None = None,
@@ -59,7 +61,7 @@ def section(
     noise_multiplier: z; alone, epsilon is counted.
     accountant: 'rdp' or 'pld'.
     adaptive, quantile, clip_rate, count_noise: of 'central'.
-    bands: of 'correlated'.
+    bands, matrix, buffers: of 'correlated'.
     example_rate, clipping, microbatch: of 'examples'.
     least, grid: of 'distributed'.
     rate, num_clients, cohort_size, num_rounds, separation, turns,
@@ -85,7 +87,8 @@ such field.
   defaults = inspect.signature(section).parameters
   for name in (
     *('accountant', 'adaptive', 'quantile', 'clip_rate', 'count_noise'),
-    *('bands', 'example_rate', 'clipping', 'microbatch', 'least', 'grid'),
+    *('bands', 'matrix', 'buffers', 'example_rate', 'clipping', 'microbatch'),
+    *('least', 'grid'),
   ):
     if name not in takes and fields[name] != defaults[name].default:
       raise Error(

@@ -4,6 +4,7 @@
 privacy: the sum of a secure sum is private, a single message is not.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,63 @@ def noised(inner: Codec, clip: float, noise_multiplier: float) -> Codec:
   return inner._replace(encode=encode, private=True)
 
 
+def poisson(key: Any, mean: float, shape: tuple[int, ...]) -> jax.Array:
+  """Returns Poisson numbers less their mean, a whole number, int32.
+
+  `jax.random.poisson` accepts a number k by k log m - m - log k!, which float32
+  does not resolve at large means: at 1.7e7 its variance is an eighth too large
+  and its excess kurtosis 2. Here the sampler is the same (PTRS: Hörmann 1993,
+  Insurance: Mathematics and Economics 12), and with d = k - m and x = d / m
+
+      log P(k) = -m ((1 + x) log(1 + x) - x) - log(2 pi k) / 2 - 1 / (12 k)
+
+  whose parts are small.
+
+  >>> drawn = poisson(jax.random.key(0), 1e6, (4000,))
+  >>> bool(abs(drawn.std() / 1000 - 1) < 0.05)
+  True
+  """
+  if mean < 1000:
+    drawn = jax.random.poisson(key, mean, shape, jnp.int32)
+    return drawn - int(mean)
+  m = jnp.float32(mean)
+  b = 0.931 + 2.53 * math.sqrt(mean)
+  a = -0.059 + 0.02483 * b
+  spread, most = 1.1239 + 1.1328 / (b - 3.4), 0.9277 - 3.6224 / (b - 2)
+
+  def log_mass(d):
+    x = d / m
+    series = x * x * (
+      1 / 2 - x * (1 / 6 - x * (1 / 12 - x * (1 / 20 - x * (1 / 30 - x / 42))))
+    )  # fmt: skip
+    safe = jnp.maximum(x, -0.99)
+    whole = (1 + safe) * jnp.log1p(safe) - safe
+    k = jnp.maximum(m + d, 1.0)
+    part = jnp.where(jnp.abs(x) < 0.05, series, whole)
+    return -m * part - jnp.log(2 * jnp.pi * k) / 2 - 1 / (12 * k)
+
+  def again(carry):
+    _, done, _ = carry
+    return ~jnp.all(done)
+
+  def draw(carry):
+    drawn, done, key = carry
+    key, first, second = jax.random.split(key, 3)
+    u = jax.random.uniform(first, shape) - 0.5
+    v = jnp.maximum(jax.random.uniform(second, shape), 1e-30)
+    inside = jnp.maximum(0.5 - jnp.abs(u), 1e-7)
+    d = jnp.floor((2 * a / inside + b) * u + 0.43)
+    quick = (inside >= 0.07) & (v <= most)
+    never = (m + d < 0) | ((inside < 0.013) & (v > inside))
+    ratio = jnp.log(v * spread / (a / inside**2 + b))
+    fine = quick | (~never & (ratio <= log_mass(d)))
+    drawn = jnp.where(done | ~fine, drawn, d)
+    return drawn, done | fine, key
+
+  begin = jnp.zeros(shape), jnp.zeros(shape, bool), key
+  return jax.lax.while_loop(again, draw, begin)[0].astype(jnp.int32)
+
+
 def skellam(
   clip: float,
   noise_multiplier: float,
@@ -111,11 +169,10 @@ def skellam(
     numbers = []
     for x, key in zip(leaves, _keys(context, leaves)):
       up, down = jax.random.split(key)
-      mean = variance / (2 * least)
       whole = jnp.trunc(x * scale).astype(jnp.int32)
       if variance:
-        whole += jax.random.poisson(up, mean, x.shape, jnp.int32)
-        whole -= jax.random.poisson(down, mean, x.shape, jnp.int32)
+        mean = float(math.ceil(variance / (2 * least)))
+        whole += poisson(up, mean, x.shape) - poisson(down, mean, x.shape)
       numbers.append(whole.astype(jnp.uint32))
     return masked(jax.tree.unflatten(treedef, numbers), context), state
 

@@ -143,8 +143,12 @@ def subtracted(rounds: Rounds, client: int) -> ServerState:
   state = _walk(rounds, use)
   if added is None:
     return state
+
   # A residual that later rounds have added has no part before its first round.
-  take = lambda p, d: (p - d).astype(p.dtype)
+  def take(p, d):  # whole numbers, such as the seed of a pool, stay
+    whole = not jnp.issubdtype(p.dtype, jnp.floating)
+    return p if whole else (p - d).astype(p.dtype)
+
   return state._replace(params=jax.tree.map(take, state.params, added))
 
 

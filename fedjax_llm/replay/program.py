@@ -28,6 +28,7 @@ from fedjax_llm.run import (
   narration,
   rates,
   rebuild,
+  staged,
   workdir,
 )
 from fedjax_llm.types import Cohort, Draw, Error
@@ -56,6 +57,7 @@ def _run(args: argparse.Namespace) -> None:
   print(_whence(moment))
   examine, rates_of = built.examiner(moment.algorithm), built.rates()
   tested = any(x.startswith('evals/') for x in moment.record)
+  earlier = metrics.read(str(pathlib.Path(args.workdir) / 'metrics.jsonl'))
 
   def replayed(cohort: Cohort, test: bool) -> dict[str, Any]:
     state, states, info = play(moment, cohort)
@@ -63,10 +65,12 @@ def _run(args: argparse.Namespace) -> None:
       metrics.summarise(info), info, draw, built.names, moment.round
     )
     moment.store.scatter(draw.ids, info.reported, states)
+    record |= built.selected(draw, moment.round - 1)
     record |= rates_of(moment.round, rates.num_steps(cohort.batches))
     if test:
       served = state.params
       record |= examine(built.base, served, moment.store, built.round_key)
+      record |= staged.tracker(built.stages, earlier)(moment.round, record)
     return json.loads(metrics.line(moment.round, record))
 
   # First without the client, while its private state is that before the round.

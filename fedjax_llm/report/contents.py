@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fedjax_llm.report import curves, spreads, tables
+from fedjax_llm.report import continual, curves, newcomers, spreads, tables
 from fedjax_llm.report.drawing import Picture
 from fedjax_llm.report.runs import Run
 from fedjax_llm.report.tables import Samples, Table
@@ -38,6 +38,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
       'their own, each is tested with its own.',
       curves.losses(runs),
     ),
+    *_stages(runs),
     Section(
       'clients',
       'Clients',
@@ -47,6 +48,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
         spreads.sizes(runs),
         spreads.loss_by_size(runs),
         *tables.worst(runs),
+        *newcomers.table(runs),
       ],
     ),
     Section(
@@ -81,6 +83,15 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     ),
     Section('config', 'Config', '', [tables.configs(runs)]),
   ]
+
+
+def _stages(runs: Sequence[Run]) -> list[Section]:
+  """Returns the section of runs in stages, where there are any."""
+  items = continual.items(runs)
+  if not items:
+    return []
+  intro = 'The texts of every stage, tested before training and at each end.'
+  return [Section('stages', 'Stages', intro, items)]
 
 
 def _devices(runs: Sequence[Run]) -> list[Item]:

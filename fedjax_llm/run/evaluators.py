@@ -22,7 +22,9 @@ from fedjax_llm.run import (
   auditing,
   benchmarks,
   builders,
+  client_models,
   inverting,
+  newcomers,
   viewing,
 )
 from fedjax_llm.types import Error, Evaluator, FederatedAlgorithm, Loss
@@ -58,6 +60,39 @@ def likelihood(
   )
 
 
+def by_stage(
+  loss: Loss,
+  built: Any,
+  algorithm: FederatedAlgorithm,
+  *,
+  private: bool = False,
+  together: Callable[..., Any] | None = None,
+) -> Evaluator:
+  """Returns the evaluator of each stage of a run: `evals.continual`.
+
+  Runs with a section `stages` have it without listing it.
+  """
+  stages, limit = built.stages, built.test.per_client
+  if stages is None:
+    raise Error(
+      'evals.evaluators: by_stage evaluates the stages of a run: it needs the '
+      'section stages.'
+    )
+  heldout = stages.heldout(built.population)
+  texts = [[one[:limit] for one in own] for own in heldout]
+  total = len(stages.names)
+  together_by = [[x for own in texts for x in own[j]] for j in range(total)]
+  apart_by = [one for own in texts for one in own] if private else []
+  return evals.continual.by_stage(
+    loss,
+    algorithm,
+    groups=built.rows(together_by),
+    names=stages.names,
+    owned=built.rows(apart_by) if private else (),
+    together=together,
+  )
+
+
 def _through(name: str) -> Callable[..., Evaluator]:
   """Returns the builder of a view's evaluator, with the view's keywords."""
 
@@ -74,10 +109,13 @@ def _through(name: str) -> Callable[..., Evaluator]:
 # The names that a config may list.
 EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {
   'likelihood': likelihood,
+  'by_stage': by_stage,
   **{name: _through(name) for name in evals.views.__all__},
   **builders.names(benchmarks),
   **builders.names(auditing),
   **builders.names(inverting),
+  **builders.names(newcomers),
+  'client_models': client_models.personal,
 }
 
 
@@ -90,9 +128,10 @@ def check(sections: Sequence[Mapping[str, Any]]) -> None:
   >>> check([{'name': 'likelihoods'}])
   Traceback (most recent call last):
   fedjax_llm.types.Error: evals.evaluators[0].name: there is no 'likelihoods' \
-(the nearest is 'likelihood'; there are likelihood, fused, instance_mixed, \
-recalled, choices, classes, code, generated, attack_success, exposure, \
-extraction, membership, inversion); one's own is named \
+(the nearest is 'likelihood'; there are likelihood, by_stage, fused, \
+instance_mixed, recalled, choices, classes, code, generated, attack_success, \
+exposure, extraction, membership, inversion, newcomers, client_models); one's \
+own is named \
 'package.module:function'.
   """
   for i, section in enumerate(sections):

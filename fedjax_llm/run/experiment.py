@@ -20,6 +20,8 @@ from fedjax_llm.models.network import prompts
 from fedjax_llm.run import (
   blocks,
   builders,
+  client_models,
+  client_texts,
   clock,
   config,
   evaluators,
@@ -30,6 +32,7 @@ from fedjax_llm.run import (
   public,
   rates,
   selecting,
+  staged,
   tasks,
   texts,
   warm,
@@ -86,10 +89,14 @@ class Experiment(NamedTuple):
   near: Any  # the devices of this process
   width: int  # columns of the longest example
   public: Any = None  # batches [M, B, ...] for the server; None: there are none
+  stages: staged.Staged | None = None  # of the section of that name
+  small: client_models.Groups | None = None  # the clients' own models
 
   @property
   def base(self) -> Any:
-    return self.loaded.base
+    if self.small is None:
+      return self.loaded.base
+    return {**self.loaded.base, client_models.MODELS: self.small.bases}
 
   def method(
     self,
@@ -109,6 +116,7 @@ class Experiment(NamedTuple):
       profiles=self.profiles,
       num_layers=self.loaded.config.num_layers,
       public=self.public,
+      client_models=self.small and self.small.groups,
       block_size=block_size,
       widths=tuple(self.settings.widths),
       mesh=mesh,
@@ -187,6 +195,8 @@ class Experiment(NamedTuple):
     shapes, share one compiled program.
     """
     also = [] if self.test.personal is None else [self.test.personal]
+    if self.stages is not None:
+      also = [*also, {'name': 'by_stage'}]
     return evaluators.build(
       [*self.test.evaluators, *also],
       built=self,
@@ -234,6 +244,7 @@ def checked(conf: Mapping[str, Any]) -> tuple[Settings, Evals]:
   evaluators.check(test.evaluators)
   guarantee.check(conf)
   memory.check(conf)
+  staged.check(conf)
   clock.check(builders.named(conf.get('clients')), bool(conf.get('system')))
   return settings, test
 
@@ -262,6 +273,10 @@ def build(
   # ------------------------------------------------------------- data, model --
   task = make('task') if conf.get('task') else tasks.causal_lm()
   records = make('data')
+  reading = None
+  if conf.get('stages'):
+    reading = staged.read(conf, records, SPEC.sections['data'])
+    records = reading.split.records
   labels = task.labels(records)
   mesh = near = None
   if max(jax.device_count(), settings.mesh_model) > 1:
@@ -271,6 +286,10 @@ def build(
   loaded = model or texts.model(make, labels, where)
   task.check(loaded)
   tokenizer = texts.tokenizer_of(loaded)
+  alter = poisoned.altering(conf) if conf.get('poison') else None
+  trained: dict[int, Any] = {}
+  if conf.get('client_models'):
+    alter = client_texts.watched(alter, trained)
   population = texts.population(
     make,
     task=task,
@@ -278,9 +297,9 @@ def build(
     labels=labels,
     tokenizer=tokenizer,
     seed=seed,
-    alter=poisoned.altering(conf) if conf.get('poison') else None,
+    alter=alter,
+    encode=None if reading is None else reading.encode(task.encode),
   )
-  del records
   digest = data.population.digest(population)
   hosts.agree('the texts', digest)
   say(narration.describe(population))
@@ -297,6 +316,10 @@ def build(
   population = selecting.prepared(
     selection, population, loaded, task, seed, width, tokenizer.pad_id
   )
+  stages = None
+  if reading is not None:
+    stages = staged.of(reading, population, settings.num_rounds, seed)
+    say(staged.describe(stages))
 
   # ---------------------------------------------------------------- adapter --
   adapter_key, round_key = jax.random.split(jax.random.key(seed))
@@ -306,14 +329,33 @@ def build(
   initial = sharding.fetched(adapter.init(adapter_key, loaded.base))
   initial = warm.start(initial, conf['adapter'].get('path'), loaded)
   complete(initial, loaded.base, task.head)  # raises if not exportable
-  prompts.check(loaded.config, prompts.front(initial), width)
+  prompts.check(
+    loaded.config,
+    prompts.front(initial),
+    width,
+    remedy='; lower adapter.length or population.max_length',
+  )
   if task.prepare is not None:
     takes = 'start' in builders.parameters(task.prepare)
     begin = {'start': initial} if takes else {}
     population = task.prepare(loaded, population, **begin)
 
-  shared = None
-  if conf.get('public'):
+  shared, small = None, None
+  if conf.get('client_models'):
+    small = client_models.build(
+      conf,
+      make,
+      settings=config.resolved(conf, SPEC)['population'],
+      task=task,
+      records=records,
+      population=population,
+      tokenizer=tokenizer,
+      key=jax.random.fold_in(adapter_key, 1),
+      seed=seed,
+      trained=trained,
+    )
+    shared, width = small.public, max(width, small.width)
+  elif conf.get('public'):
     shared = public.batches(
       make('public'),
       config.resolved(conf, SPEC)['population'],
@@ -326,23 +368,33 @@ def build(
     )
 
   # ---------------------------------------------------------------- clients --
+  del records
   names, owned = data.population.trainers(population)
+  if small is not None:
+    owned = small.owned
   cohort_conf = dict(conf['cohort'])
   sizes = [len(own) for own in population.train]
   fleet = None
   if conf.get('system'):
     fleet = make('system', num_clients=len(sizes), seed=seed)
-  sampler = make(
-    'clients',
-    num_clients=len(sizes),
-    sizes=sizes,
-    seed=seed,
-    names=population.names,
-    system=fleet,
-    job=lambda: clock.job(
-      built.method(), built.initial, built.base, make_cohort
-    ),
-  )
+
+  def sampler_of(ids: Any) -> Sampler:  # of clients by their ids
+    return make(
+      'clients',
+      num_clients=len(ids),
+      sizes=[sizes[i] for i in ids],
+      seed=seed,
+      names=[population.names[i] for i in ids],
+      system=fleet,
+      job=lambda: clock.job(
+        built.method(), built.initial, built.base, make_cohort
+      ),
+    )
+
+  if stages is None or population.pooled:
+    sampler = sampler_of(range(len(sizes)))
+  else:
+    sampler = stages.sampler(sampler_of, len(sizes))
   if population.pooled:  # one client takes the steps of a cohort
     if fleet is not None:
       raise Error(
@@ -355,9 +407,20 @@ def build(
   carry = None
   if conf.get('profiles'):
     carry = make('profiles', num_clients=len(owned), seed=seed)
+  if small is not None:
+    carry = {**(carry or {}), 'group': small.of_client}
   if selection.scored is not None:
     cohort_conf['num_steps'] *= selection.scored.pool
   orders = None if selection.order is None else selection.order(owned)
+  passes, size_of = orders, None
+  if stages is not None:
+    if orders is not None:
+      raise Error(
+        f'selection.name={conf["selection"]["name"]} orders the examples of a '
+        'client, and so does the section stages: leave one of them out.'
+      )
+    passes = stages.pools.orders()
+    size_of = passes.kept
   packing = cohort_conf.get('packing', False)
   row = width
   if packing:
@@ -373,7 +436,8 @@ def build(
     collate=task.collate,
     length=task.length,
     rate=guarantee.example_rate(conf),
-    orders=orders,
+    orders=passes,
+    sizes=size_of,
     mixed=selection.scored is not None,
   )
   device_rows = 1 if near is None else near.shape[sharding.CLIENTS]
@@ -403,7 +467,9 @@ def build(
     profiles=carry,
     make_cohort=make_cohort,
     assemble=assemble,
-    selected=selecting.counts(population, orders, population.pooled),
+    selected=_counts(
+      selecting.counts(population, orders, population.pooled), stages
+    ),
     adapter=adapter,
     initial=initial,
     round_key=round_key,
@@ -411,8 +477,20 @@ def build(
     near=near,
     width=width,
     public=shared,
+    stages=stages,
+    small=small,
   )
   return built
+
+
+def _counts(
+  selected: Callable[[Draw, int], dict[str, float]],
+  stages: staged.Staged | None,
+) -> Callable[[Draw, int], dict[str, float]]:
+  """Returns the metrics of a selection and the number of the stage."""
+  if stages is None:
+    return selected
+  return lambda draw, round: selected(draw, round) | stages.metrics(round)
 
 
 def save_adapter(

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedjax_llm import clients, privacy, uploads
+from fedjax_llm import clients, local, privacy, uploads
 from fedjax_llm.local import per_example
 from fedjax_llm.run import builders, clock
 from fedjax_llm.types import Codec, Error, FederatedAlgorithm
@@ -198,7 +198,7 @@ def applied(
     rule = {
       'central': lambda: privacy.noisy_mean(1.0, 1.0, 1.0),
       'correlated': lambda: privacy.correlated_mean(
-        1.0, 1.0, 1.0, _bands(conf, num_clients)
+        1.0, 1.0, 1.0, _bands(conf, num_clients), stream=_stream(conf)
       ),
     }
     if kind in rule:
@@ -226,7 +226,24 @@ def _bands(conf: Mapping[str, Any], num_clients: int) -> int:
   return conf['privacy'].get('bands') or -(-num_clients // size)
 
 
+def _stream(conf: Mapping[str, Any]) -> Any:
+  """Returns a stream whose state has the shape of the run's; None: banded."""
+  matrix = conf['privacy'].get('matrix', 'banded')
+  if matrix == 'banded':
+    return None
+  if matrix == 'tree':
+    return privacy.streams.tree(conf['num_rounds'])
+  zeros = [0.0] * conf['privacy'].get('buffers', 3)
+  return privacy.streams.buffered(zeros, zeros, num_rounds=1)
+
+
 def _by_example(plan: Any, parts: dict[str, Any], uses: Uses) -> Any:
+  if isinstance(parts['loss'], local.Sampled):
+    raise Error(
+      "privacy.mechanism is 'examples', and the clients of this task sample "
+      'replies outside of the gradient whose examples are clipped: take '
+      "another task.name, or another mechanism, such as 'central'."
+    )
   gradient = per_example.noisy(
     plan.clip,
     plan.noise_multiplier,

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from fedjax_llm import local, models
+from fedjax_llm import local, models, recipes
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.run import (
   builders,
@@ -61,17 +61,18 @@ def algorithm(
   profiles: Mapping[str, Any] | None = None,
   num_layers: int | None = None,
   public: Any = None,
+  client_models: Any = None,
   **others: Any,
 ) -> FederatedAlgorithm:
   """Builds the recipe of a config with the parts that the config names.
 
   `loss` and `model` may be None where the result only reads a trained state.
   `num_layers` is L of the model (`memory.spared`), `public` batches of the
-  section of that name.
+  section of that name, `client_models` the groups of that section.
 
   Raises:
-    Error: a part is refused; the section `public` with a method that has no use
-      of it.
+    Error: a part is refused; the section `public` or `client_models` with a
+      method that has no use of it.
   """
   make = functools.partial(make_part, conf)
   parts = ('upload', 'download', 'aggregator', 'server')
@@ -85,6 +86,14 @@ def algorithm(
       f'public: algorithm.name={name} does not train its server on public '
       'texts: leave the section public out.'
     )
+  if conf.get('client_models') and (
+    'client_models' not in builders.parameters(recipe)
+  ):
+    raise Error(
+      f'client_models: the clients of algorithm.name={name} have the model of '
+      'the section model: leave the section client_models out.'
+    )
+  _check_swayed(conf, name)
   if builders.open_ended(recipe):  # one's own, which hands its parts on
     recipe = builders.onward(recipe, sections.parts)
   if conf.get('adversary'):
@@ -97,6 +106,7 @@ def algorithm(
     num_steps=conf['cohort']['num_steps'],
     profiles=profiles,
     public=public,
+    client_models=client_models,
     fold=adapter.fold,
     **others,
     **{part: make(part) for part in parts if conf.get(part)},
@@ -114,6 +124,18 @@ def algorithm(
   if private is None:
     return result
   return guarantee.watched(result, name, guarantee.mechanism(conf), private)
+
+
+def _check_swayed(conf: Mapping[str, Any], name: Any) -> None:
+  """Raises `Error` for an adapter of which the method trains nothing."""
+  if builders.named(conf.get('adapter')) != 'swayed':
+    return
+  needs = recipes.NEEDS.get(name) if isinstance(name, str) else None
+  if needs is not None and builders.named(needs.get('adapter')) != 'swayed':
+    raise Error(
+      f'adapter.name=swayed has no parameter that algorithm.name={name} '
+      'trains: use algorithm.name=fed_kseed_base, or another adapter.'
+    )
 
 
 def recipe_of(conf: Mapping[str, Any]) -> Callable[..., FederatedAlgorithm]:

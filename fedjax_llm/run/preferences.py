@@ -105,10 +105,16 @@ def _side(record: Record, reply: str, how: encoding.Encoding) -> data.Encoded:
   return encoding.texts(whole, how)
 
 
-def mismatched(own: Sequence[Pair], width: int) -> tuple[Pair, ...]:
+def mismatched(
+  own: Sequence[Pair], width: int, others: Sequence[Pair] = ()
+) -> tuple[Pair, ...]:
   """Returns a client's pairs, each with the preferred reply of its next one.
 
-  The last pair gets that of the first. Texts are cut to `width` tokens.
+  The last pair gets that of the first; a single pair gets that of the first of
+  `others`, further pairs of the client. Texts are cut to `width` tokens.
+
+  Raises:
+    Error: a single pair, and no others.
 
   >>> text = lambda *tokens: Example(
   ...   np.array(tokens), np.arange(len(tokens)) > 0)
@@ -116,9 +122,15 @@ def mismatched(own: Sequence[Pair], width: int) -> tuple[Pair, ...]:
   >>> [pair.mismatched.tokens.tolist() for pair in mismatched(two, 8)]
   [[1, 2], [2, 1]]
   """
+  order = list(own) if len(own) > 1 else [*own, *others[:1]]
+  if own and len(order) == 1:
+    raise Error(
+      'task.name=kto compares a reply with that of another pair of its client, '
+      'and a client has one pair: set population.min_examples=2.'
+    )
   result = []
   for i, pair in enumerate(own):
-    first, other = pair.chosen, own[(i + 1) % len(own)].chosen
+    first, other = pair.chosen, order[(i + 1) % len(order)].chosen
     cut = int(np.argmax(first.loss_mask))
     reply = other.tokens[int(np.argmax(other.loss_mask)) :]
     tokens = np.concatenate([first.tokens[:cut], reply])[:width]
@@ -131,15 +143,26 @@ def mismatched(own: Sequence[Pair], width: int) -> tuple[Pair, ...]:
 def with_mismatched(
   loaded: LoadedModel, population: Population, *, start: Params | None = None
 ) -> Population:
-  """Adds mismatched replies to pairs, and the references of all replies."""
-  parts = (population.train, population.heldout, population.new)
+  """Adds mismatched replies to pairs, and the references of all replies.
+
+  Raises:
+    Error: a client has a single pair in all.
+  """
+  people = population
+  parts = (people.train, people.heldout, people.new)
   width = max(
     batching.length(pair) for part in parts for own in part for pair in own
   )
+  none = [()] * len(people.new)
   train, heldout, new = (
-    tuple(mismatched(own, width) for own in part) for part in parts
+    tuple(mismatched(own, width, others) for own, others in zip(*sides))
+    for sides in (
+      (people.train, people.heldout),
+      (people.heldout, people.train),
+      (people.new, none),
+    )
   )
-  population = population._replace(train=train, heldout=heldout, new=new)
+  population = people._replace(train=train, heldout=heldout, new=new)
   return tasks.with_references(loaded, population, start=start)
 
 
@@ -147,6 +170,7 @@ def _task(term: Term) -> tasks.Task:
   """Returns the task of a preference loss."""
 
   def check(loaded: LoadedModel) -> None:
+    tasks.of_texts(loaded)
     if not loaded.config.causal:
       raise Error(
         f'{loaded.name} is an encoder ({loaded.config.family}): preferences '
@@ -160,7 +184,7 @@ def _task(term: Term) -> tasks.Task:
     tokens = (np.arange(length) * 7919 % vocab_size).astype(np.int32)
     text = Example(tokens, np.arange(length) > 0)
     pair = Pair(text, text)
-    return mismatched([pair], length)[0] if term.mismatched else pair
+    return mismatched([pair] * 2, length)[0] if term.mismatched else pair
 
   prepare = with_mismatched if term.mismatched else tasks.with_references
   return tasks.Task(

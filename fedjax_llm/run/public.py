@@ -1,6 +1,7 @@
 """The section `public` of a config: texts on which the server itself trains.
 
-`batches` returns them in the form of a client's steps.
+`batches` returns them in the form of a client's steps, `in_common` in the
+tokens of several tokenizers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 
 from fedjax_llm import clients, data
 from fedjax_llm.run import tasks
-from fedjax_llm.types import Error
+from fedjax_llm.types import Batch, Error
 
 MOST = 64  # batches: they are constants of the compiled round
 
@@ -75,3 +76,58 @@ def batches(
     length=task.length,
   )
   return jax.tree.map(np.asarray, group.batches)
+
+
+def in_common(
+  records: Sequence[data.Record],
+  settings: Mapping[str, Any],
+  tokenizers: Sequence[data.tokenizers.Tokenizer],
+  *,
+  task: tasks.Task,
+  batch_size: int,
+  seed: int,
+) -> list[Batch]:
+  """Returns the same public texts in the tokens of each tokenizer.
+
+  [M, B, T] for each, with T that of its longest text; at most `MOST`
+  batches. A text counts where every tokenizer makes one example of the
+  whole of it.
+
+  Raises:
+    Error: there are no records, or no text that all tokenizers can hold.
+  """
+  if not records:
+    raise Error('public: the source has no text.')
+  limit = settings.get('max_length', 256)
+  template = settings.get('template', 'chat')
+  long = settings.get('long_replies', 'drop')
+  hows = [data.Encoding(x, template, limit, long) for x in tokenizers]
+  rows: list[list[Any]] = []
+  for i in np.random.default_rng(seed).permutation(len(records)):
+    if len(rows) >= MOST * batch_size:
+      break
+    each = [task.encode(records[i], how) for how in hows]
+    if all(len(one.examples) == 1 and not _is_cut(one) for one in each):
+      rows.append([one.examples[0] for one in each])
+  if not rows:
+    raise Error(
+      f'public: none of the {len(records)} texts has at most {limit} tokens in '
+      f'all {len(tokenizers)} tokenizers: raise population.max_length.'
+    )
+  rows = rows[: max(len(rows) // batch_size, 1) * batch_size]
+  result = []
+  for i, one in enumerate(tokenizers):
+    examples = [row[i] for row in rows]
+    width = -(-max(map(task.length, examples)) // 8) * 8
+    filled = [[x] for x in examples] + [[]] * (-len(examples) % batch_size)
+    batch = task.collate(examples, width, one.pad_id)(filled)
+    shape = lambda x: np.asarray(x).reshape(-1, batch_size, *x.shape[1:])
+    result.append(jax.tree.map(shape, batch)._replace(bound=None))
+  return result
+
+
+def _is_cut(encoded: data.Encoded) -> bool:
+  """Returns True if a part of a record is in none of its examples."""
+  return bool(
+    encoded.texts_cut or encoded.replies_cut or encoded.prompts_truncated
+  )

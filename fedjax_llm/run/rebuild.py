@@ -26,6 +26,7 @@ from fedjax_llm.run import (
   experiment,
   metrics,
   resume,
+  staged,
   tasks,
   texts,
   versions,
@@ -111,6 +112,8 @@ def _open(
   # The number and names of clients, and the names of classes, are in the texts.
   counts = client is not None or experiment.counts_clients(conf)
   records = build('data') if counts or conf.get('task') else []
+  if records:
+    records = staged.records(conf, records, SPEC.sections['data'])
   labels = task.labels(records)
   loaded = texts.model(build, labels)
   adapter: Adapter = build('adapter', tokenizer=_tokenizer(conf, loaded))

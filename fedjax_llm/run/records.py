@@ -11,7 +11,7 @@ from fedjax_llm import reading
 from fedjax_llm.types import Error
 
 _SCALARS = ('local/', 'time/', 'uploads/', 'downloads/', 'server/')
-_NAMED = ('clients', 'accuracies')  # one number a client, by name
+_NAMED = ('clients', 'accuracies', 'losses')  # numbers by name
 _TESTS = ('loss', 'perplexity', 'accuracy', 'untrained')
 
 

@@ -27,7 +27,9 @@ from fedjax_llm.devices import hosts
 from fedjax_llm.local import optimizers
 from fedjax_llm.run import (
   builders,
+  client_models,
   config,
+  images,
   memory,
   preferences,
   rates,
@@ -197,17 +199,21 @@ SPEC = config.Spec(
       **builders.names(tasks),
       **builders.names(preferences),
       **builders.names(rewarded),
+      **builders.names(images),
     },
     'data': {
       **builders.names(data.sources),
       **builders.names(data.preferences),
+      **builders.names(data.pictures),
       'hub': data.named.hub,
     },
     'public': data.sources,
+    'client_models': client_models.client_models,
     'partition': {**_PARTITIONS, 'pooled': pooled},
     'partition.of': _PARTITIONS,
     'population': data.population.build,
     'poison': adversary.poisoning,
+    'stages': data.stages,
     'selection': data.selection,
     'system': clients.system,
     'clients': {
@@ -272,13 +278,13 @@ SPEC = config.Spec(
     'profiles': ('num_clients', 'seed'),
     'cohort': (
       *('examples', 'max_length', 'pad_id', 'seed', 'profiles'),
-      *('collate', 'length', 'rate', 'orders', 'mixed'),
+      *('collate', 'length', 'rate', 'orders', 'mixed', 'sizes'),
     ),
     'adapter': ('tokenizer',),
     'model': ('vocab_size', 'eos_ids', 'labels', 'place'),
     'algorithm': (
       *('loss', 'model', 'optimizer', 'num_clients', 'profiles'),
-      *('num_steps', 'public'),
+      *('num_steps', 'public', 'client_models'),
       *builders.parameters(parts),
     ),
     'adversary': ('num_clients',),
@@ -293,11 +299,12 @@ SPEC = config.Spec(
     *('task', 'profiles', 'upload', 'download', 'adversary', 'aggregator'),
     *('server', 'local.schedule', 'server.schedule', 'evals.personal'),
     *('privacy', 'poison', 'public', 'system', 'memory', 'selection'),
+    *('stages', 'client_models'),
   ),
   # Old runs and runs without these sections record nothing of them.
   unrecorded=(
     *('adversary', 'download', 'poison', 'privacy', 'public', 'system'),
-    *('memory', 'selection'),
+    *('memory', 'selection', 'stages', 'client_models'),
   ),
   implied=implied,
 )

@@ -46,6 +46,23 @@ def no_labels(records: Sequence[Record]) -> None:
   del records
 
 
+def of_texts(loaded: LoadedModel) -> None:
+  """Raises `Error` for a network of images, in a task of texts.
+
+  >>> from fedjax_llm import models
+  >>> of_texts(models.random_vit())
+  Traceback (most recent call last):
+  fedjax_llm.types.Error: random-vit-0 reads images (vit), and this task is of \
+texts: set task.name to image_classification, zero_shot or contrastive.
+  """
+  if loaded.config.reads_images:
+    raise Error(
+      f'{loaded.name} reads images ({loaded.config.family}), and this task is '
+      'of texts: set task.name to image_classification, zero_shot or '
+      'contrastive.'
+    )
+
+
 def any_model(loaded: LoadedModel) -> None:
   """Accepts every model: the default `Task.check`."""
   del loaded
@@ -75,9 +92,10 @@ class Task(NamedTuple):
 
   Further, `example(length, vocab_size) -> example` makes an artificial example
   with a loss on every token, from which `plan` gets the shapes of a batch;
+  where it names `config`, it gets that of the network (the size of its images);
   `writes` is True if replies are generated from held-out texts; `head` names
   the modules that an adapter's file has to hold, and `peft_type` is PEFT's name
-  of the task.
+  of the task, None for one that PEFT has no name for.
 
   >>> Task(loss=lambda loaded, per_row=False: None).metrics.unit
   'token'
@@ -91,16 +109,17 @@ class Task(NamedTuple):
   labels: Callable[[Sequence[Any]], tuple[str, ...] | None] = no_labels
   check: Callable[[LoadedModel], None] = any_model
   prepare: Callable[..., Population] | None = None
-  example: Callable[[int, int], Any] | None = None
+  example: Callable[..., Any] | None = None
   writes: bool = False
   head: tuple[str, ...] = ()
-  peft_type: str = 'CAUSAL_LM'
+  peft_type: str | None = 'CAUSAL_LM'
 
 
 def causal_lm() -> Task:
   """Returns the task of next-token prediction: `local.causal_lm` on texts."""
 
   def check(loaded: LoadedModel) -> None:
+    of_texts(loaded)
     if not loaded.config.causal:
       raise Error(
         f'{loaded.name} is an encoder ({loaded.config.family}): its tokens see '
@@ -136,6 +155,7 @@ def classification(labels: Sequence[str] | None = None) -> Task:
     return tuple(labels) if labels is not None else label_names(records)
 
   def check(loaded: LoadedModel) -> None:
+    of_texts(loaded)
     if loaded.config.head != 'classifier':
       raise Error(
         f'{loaded.name} has no classifier: task.name=classification needs an '
@@ -236,8 +256,8 @@ def label_names(records: Sequence[Record]) -> tuple[str, ...]:
   for record in records:
     if record.label is None:
       raise Error(
-        f'{record.where or "record"}: this text has no label, so it cannot be '
-        'classified; give the source a label_key.'
+        f'{record.where or "record"}: this record has no label, so it cannot '
+        'be classified; give the source a label_key.'
       )
     labels.add(record.label)
   if len(labels) < 2:

@@ -47,10 +47,12 @@ def population(
   tokenizer: data.tokenizers.Tokenizer,
   seed: int,
   alter: Any = None,
+  encode: Any = None,
 ) -> Population:
   """Returns the clients with their encoded texts.
 
-  `alter` changes the records of some clients: see `data.population.build`.
+  `alter` changes the records of some clients: see `data.population.build`;
+  `encode` takes the place of the task's encoder.
   """
   return make(
     'population',
@@ -59,6 +61,6 @@ def population(
     partition=make('partition'),
     labels=labels,
     seed=seed,
-    encode=task.encode,
+    encode=encode or task.encode,
     alter=alter,
   )

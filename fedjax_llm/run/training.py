@@ -31,6 +31,7 @@ from fedjax_llm.run import (
   provenance,
   rates,
   resume,
+  staged,
   stalls,
   workdir,
 )
@@ -153,7 +154,7 @@ def train(args: config.Arguments) -> None:
   judge_of = functools.partial(
     best.judge, by=test.best_by, patience=test.patience, keep=test.keep_best
   )
-  judge = judge_of()
+  judge, of_stages = judge_of(), staged.tracker(built.stages)
   if first:
     unit = built.task.metrics.unit
     sizes = data.population.sizes(population)
@@ -180,6 +181,7 @@ def train(args: config.Arguments) -> None:
     )
     earlier = metrics.read(str(room.path / 'metrics.jsonl'))
     judge = judge_of(earlier)
+    of_stages = staged.tracker(built.stages, earlier, room.path)
 
   def save(number: int) -> None:
     room.check()
@@ -192,6 +194,7 @@ def train(args: config.Arguments) -> None:
     if tests:
       ready = time.monotonic()
       values = examine(base, state.params, kept, built.round_key)
+      values |= of_stages(0, values)
       values['time/setup'] = ready - began
       values['time/evals'] = time.monotonic() - ready
       judge.note(0, values)
@@ -253,9 +256,11 @@ def train(args: config.Arguments) -> None:
       states = exchange.rows_to_first(sharding.held(states), sharing)
       store.scatter(ids, info.reported, states)
       last = number == num_rounds
-      if tests and (number % test.every == 0 or last):
+      of_stage = built.stages is not None and number in built.stages.ends
+      if tests and (number % test.every == 0 or last or of_stage):
         served = sharding.here(state.params, mesh)
         values |= examine(base, served, kept, built.round_key)
+        values |= of_stages(number, values)
       speed = values['local/tokens'] / (trained - began)
       values |= rates_of(number, rates.num_steps(cohort.batches))
       values |= {
@@ -284,6 +289,8 @@ def train(args: config.Arguments) -> None:
         saving = time.monotonic() - since
       score, more = best.score(values), pace.words(values, waits)
       bar.update(number, values['local/loss'], speed, score, more)
+      if note := staged.sentence(built.stages, number, values):
+        bar.write(note)
       if trace:
         bar.write(profiling.note(room.path / profiling.FOLDER))
       if ending:
@@ -329,7 +336,7 @@ def train(args: config.Arguments) -> None:
     answers['after'] = answer(served, questions)
 
   # Dense changes have no place in an adapter's file: they go with the base.
-  base, final = built.adapter.fold(base, served)
+  base, final = built.adapter.fold(loaded.base, served)
   folded = jax.tree.structure(final) != jax.tree.structure(served)
   keep_base = folded or loaded.directory is None  # no model file holds it
   if keep_base:

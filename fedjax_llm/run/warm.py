@@ -19,6 +19,7 @@ import numpy as np
 from fedjax_llm import models
 from fedjax_llm.adapters import peft, picked
 from fedjax_llm.models import LoadedModel, families, tenants
+from fedjax_llm.models import config as config_lib
 from fedjax_llm.nodes import LowRank, is_node
 from fedjax_llm.run import builders
 from fedjax_llm.types import Error, Params
@@ -250,7 +251,9 @@ def load_adapter(directory: pathlib.Path, loaded: LoadedModel) -> Params:
     fused=lambda path: families.fused_rows(loaded.config, path),
     from_tensors=lambda tensors: _saved_whole(tensors, loaded),
     of_base=lambda tensors: _is_of_base(tensors, loaded),
-    num_layers=loaded.config.num_layers,
+    num_layers=functools.partial(config_lib.num_layers, loaded.config)
+    if loaded.dual is not None
+    else loaded.config.num_layers,
     network=loaded.config,
   )
   tenants.check(loaded.base, params, str(directory))

@@ -4,6 +4,7 @@ Builders return a `FederatedAlgorithm` or a server optimizer.
 """
 
 from fedjax_llm.server.algorithm import fed_opt as fed_opt
+from fedjax_llm.server.exchange import exchange as exchange
 from fedjax_llm.server.lens import on_part as on_part
 from fedjax_llm.server.optimizers import adamw as adamw
 from fedjax_llm.server.optimizers import fed_adagrad as fed_adagrad

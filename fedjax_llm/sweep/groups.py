@@ -163,6 +163,8 @@ def _why_not(member: Member) -> str | None:
   """Returns the reason why runs must train one after another, or None."""
   if member.run.conf.get('privacy'):
     return 'privacy counts with the clients and the budget of each run'
+  if member.run.conf.get('stages'):
+    return 'each is evaluated at the ends of its stages'
   algorithm = member.built.method(conf=member.run.conf)
   name = member.run.conf['algorithm']['name']
   if algorithm.plan is not None:

@@ -15,6 +15,15 @@ def cells(folder: pathlib.Path = FOLDER) -> dict[str, Any]:
   return dict(sorted(some.items(), key=lambda x: x[1]['peak']['total']))
 
 
+def equal(cell: Mapping[str, Any]) -> list[list[float]]:
+  """Returns the part of a curve that is of equal work.
+
+  >>> equal({'curve': [[0, 4.0], [6, 3.5], [9, 3.0]], 'equal': 2})
+  [[0, 4.0], [6, 3.5]]
+  """
+  return cell['curve'][: cell.get('equal')]
+
+
 def target(results: Mapping[str, Any]) -> float:
   """Returns the loss halfway from the start to the end of backpropagation.
 
@@ -25,34 +34,44 @@ def target(results: Mapping[str, Any]) -> float:
   return (curve[0][1] + curve[-1][1]) / 2
 
 
-def steps_to(cell: Mapping[str, Any], loss: float) -> int | None:
+def lowest(results: Mapping[str, Any], name: str = 'two points') -> float:
+  """Returns the least loss that a kind was seen at.
+
+  >>> lowest({'two points': {'curve': [[0, 4.0], [6, 3.5], [9, 3.6]]}})
+  3.5
+  """
+  return min(loss for _, loss in results[name]['curve'])
+
+
+def steps_to(cell: Mapping[str, Any], loss: float) -> str:
   """Returns the steps after which a cell was first seen at a loss or below.
 
   >>> cell = {'curve': [[0, 4.0], [6, 3.4]], 'passes_a_step': 3.0}
   >>> steps_to(cell, 3.5), steps_to(cell, 3.0)
-  (2, None)
+  ('2', 'not in 2')
   """
   for passes, value in cell['curve']:
     if value <= loss:
-      return round(passes / cell['passes_a_step'])
-  return None
+      return str(round(passes / cell['passes_a_step']))
+  return f'not in {round(passes / cell["passes_a_step"])}'
 
 
 def markdown(
   results: Mapping[str, Any], larger: Mapping[str, Mapping[str, int]]
 ) -> str:
   """Returns the table: memory, bytes, loss at equal forward passes, seconds."""
-  goal = target(results)
+  goals = [lowest(results), target(results)]
   by_size = lambda name: max(larger[name].values())
   larger = {name: larger[name] for name in sorted(larger, key=by_size)}
   names = [name.split('/')[-1] for name in larger]
   head = [
     'step', 'peak, MB', 'x inference', 'activations, MB', 'up a round',
     'passes a step', 's a step', 'steps', 'held-out loss',
-    f'steps to {goal:.3f}', *(f'{name}, GB' for name in names),
+    *(f'steps to {goal:.3f}' for goal in goals),
+    *(f'{name}, GB' for name in names),
   ]  # fmt: skip
   lines = ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
-  first = min(cell['peak']['total'] for cell in results.values())
+  first = results['inference']['peak']['total']
   for name, cell in results.items():
     peak = cell['peak']
     row = [
@@ -63,17 +82,20 @@ def markdown(
       _size(cell['bytes_up']),
     ]
     if 'curve' in cell:
-      reached = steps_to(cell, goal)
+      curve = equal(cell)
       row += [
         f'{cell["passes_a_step"]:.2f}',
         f'{cell["seconds_a_step"]:.2f}',
-        str(cell['steps']),
-        f'{cell["curve"][0][1]:.3f} → {cell["curve"][-1][1]:.3f}',
-        f'not in {cell["steps"]}' if reached is None else str(reached),
+        str(round(curve[-1][0] / cell['passes_a_step'])),
+        f'{curve[0][1]:.3f} → {curve[-1][1]:.3f}',
+        *(steps_to(cell, goal) for goal in goals),
       ]
     else:
-      row += [''] * 5
-    row += [f'{sizes[name] / 1e9:.1f}' for sizes in larger.values()]
+      row += [f'as {cell["follows"]}' if 'follows' in cell else ''] + [''] * 5
+    row += [
+      f'{sizes[name] / 1e9:.1f}' if name in sizes else ''
+      for sizes in larger.values()
+    ]
     lines.append('| ' + ' | '.join(row) + ' |')
   return '\n'.join(lines)
 
@@ -97,12 +119,18 @@ def figure(results: Mapping[str, Any], path: pathlib.Path) -> None:
   from fedjax_llm.report import drawing
 
   drawn, axes = pyplot.subplots(figsize=(6, 3.6), dpi=100, layout='constrained')
-  trained = {name: cell for name, cell in results.items() if 'curve' in cell}
+  trained = {
+    name: cell
+    if 'curve' in cell
+    else cell | {'curve': results[cell['follows']]['curve']}
+    for name, cell in results.items()
+    if 'curve' in cell or 'follows' in cell
+  }
   marks = 'osD^vP'
   for number, (name, cell) in enumerate(trained.items()):
     axes.plot(
       [cell['peak']['total'] / 1e6],
-      [cell['curve'][-1][1]],
+      [equal(cell)[-1][1]],
       color=drawing.COLOURS[number],
       marker=marks[number % len(marks)],
       linestyle='none',

@@ -9,7 +9,8 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from reproductions import base  # beside this folder
+from privacy_cells import replies  # beside this file
+from trust import cells
 
 # An adapter, its method, and the rate of AdamW at the clients.
 TUNINGS = {
@@ -19,7 +20,7 @@ TUNINGS = {
   'bitfit': (dict(name='norms'), 'fed_avg', 5e-3),
   'prompt': (dict(name='soft_prompt', length=8), 'fed_prompt', 2e-2),
 }
-CLIENTS, RATE, ROWS = 100, 0.2, 56  # a sample exceeds the rows by 1e-14
+CLIENTS, RATE, ROWS = 500, 0.04, 56  # a sample exceeds the rows by 3e-12
 DELTA, CLIP = 1e-3, 0.5
 
 
@@ -35,31 +36,26 @@ def get_config(arg: str) -> dict:
     seed=int(seed),
     block_size=8,
     checkpoint_every=int(rounds),
-    data=dict(
-      name='jsonl',
-      path=f'{cache}/chitchat/chitchat.jsonl.gz',
-      client_key='client',
-      prompt_key='instruction',
-      response_key='response',
-    ),
+    data=dict(name=replies.chitchat),
     partition=dict(name='natural'),
     population=dict(
       template='chat' if large else 'plain',
       max_length=length,
-      min_examples=40 if large else 20,
+      min_examples=20,
+      long_replies='cut',
       max_clients=CLIENTS,
       new_clients=0,
     ),
     clients=dict(name='poisson', cohort_size=ROWS, rate=RATE),
-    cohort=dict(num_steps=4, batch_size=2, weight_by='uniform'),
+    cohort=dict(num_steps=4, batch_size=1, weight_by='uniform'),
     model=dict(name='pretrained', path=f'{cache}/SmolLM2-135M-Instruct'),
     adapter=adapter,
     algorithm=dict(name=method),
     local=dict(name='adamw', learning_rate=rate),
-    evals=dict(every=1000, per_client=2, samples=0, buckets=(64,)),
+    evals=dict(every=1000, per_client=1, samples=0, buckets=(64,)),
   )
   if not large:  # a decoder of 1.0 million parameters on bytes
-    config['model'] = dict(name=base.network if smoke else base.pretrained)
+    config['model'] = dict(name=cells.random if smoke else cells.small)
   if smoke:
     config['data'] = dict(name='packaged')
     config['population'] |= dict(max_clients=8, min_examples=2)

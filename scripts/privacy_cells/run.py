@@ -1,52 +1,117 @@
 """Trains the cells that are missing, then prints and draws all of them."""
 
 import argparse
+import functools
 import json
 import pathlib
 import platform
+import tempfile
 import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 import tables  # beside this file
 
-from fedjax_llm import train
+from fedjax_llm import evals, tree
+from fedjax_llm.run import config, experiment, guarantee
+from fedjax_llm.run.sections import SPEC
+from fedjax_llm.types import FederatedAlgorithm
 
 HERE = pathlib.Path(__file__).parent
-ROOT = HERE.parents[1]
 TUNINGS = ('lora', 'ffa', 'bitfit', 'prompt')
 
 
+def _conf(words: str) -> Any:
+  argv = ['--config', f'{HERE}/cell.py:{words}', '--workdir', 'unused']
+  return config.parse(argv, SPEC).config
+
+
+class Room(NamedTuple):
+  """What the cells of one tuning and one seed share."""
+
+  built: experiment.Experiment
+  mean: FederatedAlgorithm  # without privacy
+  examine: Callable[[Any], float]  # parameters -> held-out loss
+
+
+@functools.cache
+def _programs(model: str, tuning: str) -> tuple[Any, Any]:
+  """Returns the programs of a tuning: training and evaluation."""
+  built = _built(model, tuning, 0)
+  by_row = built.task.loss(built.loaded, per_row=True)
+  train = built.method().train
+  assert train is not None
+  return jax.jit(train), evals.likelihood(by_row)
+
+
+@functools.cache
+def _built(model: str, tuning: str, seed: int) -> experiment.Experiment:
+  return experiment.build(_conf(f'{model}:{tuning}:none:{seed}:1'))
+
+
+@functools.cache
+def room(model: str, tuning: str, seed: int) -> Room:
+  """Returns the room of a tuning and a seed."""
+  built = _built(model, tuning, seed)
+  mean, (_, likelihood) = built.method(), _programs(model, tuning)
+  groups = built.tests().heldout
+
+  def examine(params):
+    served = mean.personal(params, None)
+    report = likelihood(built.base, served, groups, built.round_key)
+    return report.metrics['evals/heldout/client_mean']
+
+  return Room(built, mean, examine)
+
+
+@functools.cache
+def _before(model: str, tuning: str, seed: int) -> float:
+  built, _, examine = room(model, tuning, seed)
+  return examine(built.initial)
+
+
 def cell(
-  workdir: pathlib.Path, model: str, tuning: str, epsilon: str, seed: int,
-  rounds: int,
-) -> dict:  # fmt: skip
-  """Returns the numbers of one run, which is trained if it is not finished."""
-  words = f'{model}:{tuning}:{epsilon}:{seed}:{rounds}'
+  model: str, tuning: str, epsilon: str, seed: int, rounds: int
+) -> dict[str, Any]:
+  """Trains one run and returns its numbers.
+
+  A round is its two halves: all epsilons share the program of the first, and
+  the second clips, adds and noises. Rows without a client are cut.
+  """
   began = time.monotonic()
-  if train.main(
-    ['--config', f'{HERE}/cell.py:{words}', '--workdir', str(workdir)]
-  ):
-    raise SystemExit(f'{workdir}: the run failed.')
-  text = (workdir / 'metrics.jsonl').read_text().splitlines()
-  records = [json.loads(line) for line in text]
-  if records[-1]['round'] < rounds:
-    raise SystemExit('stopped; the same command goes on from there')
-  mean = lambda record: record['evals/heldout/client_mean']
-  plan = {}
-  if epsilon != 'none':
-    plan = json.loads((workdir / 'privacy.json').read_text())
+  conf = _conf(f'{model}:{tuning}:{epsilon}:{seed}:{rounds}')
+  built, mean, examine = room(model, tuning, seed)
+  before = _before(model, tuning, seed)
+  method = built.method(conf=conf)
+  plan = guarantee.of(conf, len(built.owned))
+  train, aggregate = _programs(model, tuning)[0], jax.jit(method.aggregate)
+  state = method.init(built.round_key, built.initial)
+  of_mean = mean.init(built.round_key, built.initial).aggregator
+  newcomer = mean.init_client(built.initial)
+  for number in range(rounds):
+    cohort = built.assemble(number)[1]
+    there = -(-max(int(np.sum(cohort.valid)), 1) // 16) * 16
+    rows = np.argsort(~np.asarray(cohort.valid), kind='stable')[:there]
+    cohort = jax.tree.map(lambda x, rows=rows: x[rows], cohort)
+    cohort = cohort._replace(states=tree.broadcast(newcomer, len(rows)))
+    sent, _, _ = train(state._replace(aggregator=of_mean), cohort, built.base)
+    state, _ = aggregate(state, sent, built.base)
   return {
     'model': model,
     'tuning': tuning,
     'epsilon': epsilon,
     'seed': seed,
     'rounds': rounds,
-    'before': mean(records[0]),
-    'after': mean(records[-1]),
-    'spent': plan.get('epsilon'),
-    'delta': plan.get('delta'),
-    'noise_multiplier': plan.get('noise_multiplier'),
-    'clip': plan.get('clip'),
-    'bytes_up': sum(r['uploads/bytes'] for r in records[1:]),
+    'clients': len(built.owned),
+    'trained': sum(x.size for x in jax.tree.leaves(sent.update)) // len(rows),
+    'before': before,
+    'after': examine(state.params),
+    'spent': plan and plan.epsilon(rounds),
+    'delta': plan and plan.delta,
+    'noise_multiplier': plan and plan.noise_multiplier,
+    'clip': plan and plan.clip,
     'seconds': round(time.monotonic() - began, 1),
     'machine': platform.machine(),
     'python': platform.python_version(),
@@ -55,9 +120,8 @@ def cell(
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--workdir', type=pathlib.Path)
   parser.add_argument('--out', type=pathlib.Path, help='cells, table, figure')
-  parser.add_argument('--rounds', type=int, default=12, help='of every run')
+  parser.add_argument('--rounds', type=int, default=4, help='of every run')
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--epsilons', nargs='+', default=['1', '3', '8', 'none'])
   parser.add_argument('--tunings', nargs='+', default=TUNINGS, choices=TUNINGS)
@@ -71,8 +135,8 @@ def main() -> None:
   parser.add_argument('--smoke', action='store_true', help='a random model')
   args = parser.parse_args()
   model = 'smoke' if args.smoke else 'small' if args.small else 'smollm2'
-  workdir = args.workdir or ROOT / 'runs' / f'privacy_utility_{model}'
-  out = args.out or (workdir if args.smoke else HERE) / model
+  where = pathlib.Path(tempfile.mkdtemp()) if args.smoke else HERE
+  out = args.out or where / model
   cells = out / 'cells'
   cells.mkdir(parents=True, exist_ok=True)
   began, left = time.monotonic(), 0
@@ -91,7 +155,7 @@ def main() -> None:
       left += 1
       continue
     print(f'\n== {number}/{len(order)}: {name}', flush=True)
-    result = cell(workdir / name, model, tuning, epsilon, seed, args.rounds)
+    result = cell(model, tuning, epsilon, seed, args.rounds)
     path.write_text(json.dumps(result, indent=1) + '\n')
   known = tables.read(cells)
   table = tables.markdown(known, args.epsilons)

@@ -6,15 +6,20 @@ data: every round has it, it never attacks, and `fltrust` trusts it. All cells
 of a seed have the same texts, draws and malicious clients.
 """
 
+import functools
 import json
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from reproductions import base as bases
 
-from fedjax_llm import models, train
+from fedjax_llm import evals, models, tree
+from fedjax_llm.run import builders, config, experiment
+from fedjax_llm.run import evaluators as run_evaluators
+from fedjax_llm.run.sections import SPEC
 
 ROOT = pathlib.Path(__file__).parents[2]
 CLIENTS, COHORT = 20, 10  # in all, and of a round
@@ -86,28 +91,27 @@ def malicious(fraction: float, seed: int) -> list[int]:
   return sorted(order[: round(fraction * CLIENTS)].tolist())
 
 
-def run(
-  workdir: pathlib.Path,
-  attack: str,
-  defence: str,
-  fraction: float,
-  seed: int,
-  *,
-  rounds: int,
-  smoke: bool,
-) -> dict[str, Any]:
-  """Trains one cell, or goes on with it, and returns its figures."""
-  bad = malicious(fraction, seed)
-  rules = defences(int(np.ceil(fraction * COHORT)))
-  evaluators: list[dict[str, Any]] = [{'name': 'likelihood'}]
-  sections = {
-    name: {**section, 'clients': bad}
-    for name, section in ATTACKS[attack].items()
-  }
-  if attack == 'none':
-    bad = []
-  if sections.get('poison', {}).get('name') == 'backdoor':
-    evaluators.append({'name': 'attack_success', 'num_texts': 32})
+class Room(NamedTuple):
+  """The experiment of one seed and one poison, which many cells share."""
+
+  built: experiment.Experiment
+  examine: Callable[..., Mapping[str, Any]]
+  loss_before: float
+
+
+@functools.cache
+def _programs(smoke: bool) -> tuple[Any, Any, Any]:
+  """Returns what all rooms compile once: training, loss and likelihood."""
+  built = _built(0, 1, {}, smoke)
+  by_row = built.task.loss(built.loaded, per_row=True)
+  mean = built.method()
+  assert mean.train is not None
+  return jax.jit(mean.train), by_row, evals.likelihood(by_row)
+
+
+def _conf(
+  seed: int, rounds: int, sections: Mapping[str, Any], smoke: bool
+) -> Any:
   fields = {
     'seed': seed,
     'num_rounds': rounds,
@@ -119,25 +123,107 @@ def run(
       'new_clients': 0,
     },
     'clients': {'name': 'with_root', 'cohort_size': COHORT, 'root': [0]},
-    'cohort': {'num_steps': 4, 'batch_size': 4, 'weight_by': 'uniform'},
+    'cohort': {'num_steps': 4, 'batch_size': 2, 'weight_by': 'uniform'},
     'model': {'name': f'trust.cells:{"random" if smoke else "small"}'},
     'adapter': {'name': 'lora', 'rank': 4, 'targets': 'all-linear'},
     'local': {'name': 'adamw', 'learning_rate': 5e-3},
-    'aggregator': dict(rules[defence]),
-    'evals.every': rounds,
-    'evals.per_client': 4,
-    'evals.samples': 0,
-    'evals.evaluators': evaluators,
+    'aggregator': {'name': 'uniform_mean'},
+    'evals.per_client': 2,
     **sections,
   }
-  words = ['--config', str(ROOT / 'configs/tiny.py'), '--workdir', str(workdir)]
+  words = ['--config', str(ROOT / 'configs/tiny.py'), '--workdir', 'unused']
   words += [f'--config.{name}={value!r}' for name, value in fields.items()]
-  if train.main(words):
-    raise SystemExit(f'{attack} against {defence}: {workdir} did not train.')
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  first, last = json.loads(lines[0]), json.loads(lines[-1])
-  if last['round'] != rounds:
-    raise SystemExit(f'{workdir} was stopped; the same command goes on.')
+  return config.parse(words, SPEC).config
+
+
+@functools.cache
+def _model(smoke: bool) -> models.LoadedModel:
+  return (random if smoke else small)(0, ())
+
+
+def _built(
+  seed: int, rounds: int, sections: Mapping[str, Any], smoke: bool
+) -> experiment.Experiment:
+  conf = _conf(seed, rounds, sections, smoke)
+  quiet = lambda _: None
+  return experiment.build(conf, quiet, model=_model(smoke))
+
+
+@functools.lru_cache(maxsize=16)
+def room(seed: int, poison: str, smoke: bool) -> Room:
+  """Returns the room of a seed and a section `poison`, as JSON."""
+  section = json.loads(poison)
+  sections = {'poison': section} if section else {}
+  built = _built(seed, 1, sections, smoke)
+  _, by_row, likelihood = _programs(smoke)
+  method = built.method()
+  evaluators: list[dict[str, Any]] = [{'name': 'likelihood'}]
+  if section.get('name') == 'backdoor':
+    evaluators.append({'name': 'attack_success', 'num_texts': 32})
+  examine = run_evaluators.build(
+    evaluators,
+    built=built,
+    algorithm=method,
+    tests=built.tests(),
+    private=False,
+    loss=by_row,
+    model=built.loaded.model,
+    together=likelihood,
+  )
+  examine = functools.partial(examine, built.base)
+  before = examine(built.initial, None, built.round_key)
+  return Room(built, examine, before['evals/heldout/loss'])
+
+
+def run(
+  attack: str,
+  defence: str,
+  fraction: float,
+  seed: int,
+  *,
+  rounds: int,
+  smoke: bool,
+) -> dict[str, Any]:
+  """Trains one cell and returns its figures.
+
+  A round is its two halves: the program of the first is that of all cells, and
+  the adversary and the rule act between them, as in `server.fed_opt`.
+  """
+  bad = [] if attack == 'none' else malicious(fraction, seed)
+  rules = defences(int(np.ceil(fraction * COHORT)))
+  sections = {
+    name: {**section, 'clients': bad}
+    for name, section in ATTACKS[attack].items()
+  }
+  built, examine, before = room(
+    seed, json.dumps(sections.pop('poison', {})), smoke
+  )
+  train = _programs(smoke)[0]
+  mean = built.method()
+  method = built.method(
+    conf=_conf(seed, rounds, {'aggregator': dict(rules[defence])}, smoke)
+  )
+  adversary = lambda uploads, key: uploads
+  if sections:
+    adversary = jax.jit(
+      builders.build(
+        sections['adversary'],
+        SPEC.sections['adversary'],
+        num_clients=CLIENTS,
+      )
+    )
+  aggregate = jax.jit(method.aggregate)
+  state = method.init(built.round_key, built.initial)
+  of_mean = mean.init(built.round_key, built.initial).aggregator
+  states = tree.broadcast(mean.init_client(built.initial), COHORT)
+  for number in range(rounds):
+    cohort = built.assemble(number)[1]._replace(states=states)
+    uploads, _, _ = train(
+      state._replace(aggregator=of_mean), cohort, built.base
+    )
+    key = jax.random.fold_in(jax.random.fold_in(state.key, number), 2)
+    state, _ = aggregate(state, adversary(uploads, key), built.base)
+  last = examine(state.params, None, built.round_key)
   figures = {
     'attack': attack,
     'defence': defence,
@@ -145,7 +231,7 @@ def run(
     'seed': seed,
     'rounds': rounds,
     'attackers': bad,
-    'loss_before': first['evals/heldout/loss'],
+    'loss_before': before,
     'loss': last['evals/heldout/loss'],
   }
   for name in ('success', 'unprompted'):

@@ -5,6 +5,29 @@ from typing import Any
 
 from fedjax_llm.sweep.table import interval
 
+# The most that a kind may cost a round: counted operations, time.
+LIMITS = {
+  'client-level': (1.05, 1.15),
+  'example-level': (None, 2.0),
+  'secure sum': (None, 1.3),
+}
+
+
+def costs(results: Mapping[str, Any]) -> str:
+  """Returns the ratios of `scripts/privacy_costs` to a plain round."""
+  lines = [
+    '| kind | operations | limit | time | limit | ms a round |',
+    '|---|---|---|---|---|---|',
+  ]
+  for name, row in results['kinds'].items():
+    limits = LIMITS.get(name, (None, None))
+    first, second = (f'{limit:.2f}' if limit else '' for limit in limits)
+    lines.append(
+      f'| {name} | {row["operations_ratio"]:.4f} | {first} | '
+      f'{row["time_ratio"]:.2f} | {second} | {row["milliseconds"]:.0f} |'
+    )
+  return '\n'.join(lines)
+
 
 def spelled(values: Sequence[float]) -> str:
   """Returns the mean with half of its 95 % interval over seeds."""
@@ -45,4 +68,48 @@ def table(cells: Sequence[Mapping[str, Any]]) -> str:
         text += f'; success {spelled([x["success"] for x in some])}'
       row.append(text)
     lines.append(f'| {defence} | {" | ".join(row)} |')
+  return '\n'.join(lines)
+
+
+def audited(summary: Mapping[str, Any]) -> str:
+  """Returns the tables of `scripts/audit` as Markdown."""
+  models, runs = summary['models'], summary['runs']
+  inversion = summary['inversion']
+  names = dict.fromkeys(
+    name
+    for each in models.values()
+    for x in each
+    for name in x
+    if name != 'seconds' and not name.startswith('_')
+  )
+  lines = [
+    f'| attack | {" | ".join(models)} |',
+    '|---' * (len(models) + 1) + '|',
+  ]
+  for name in sorted(names):
+    row = [
+      spelled([x[name] for x in each if name in x])
+      if any(name in x for x in each)
+      else ''
+      for each in models.values()
+    ]
+    lines.append(f'| {name} | {" | ".join(row)} |')
+  claims = dict.fromkeys(x['claim'] for x in runs)
+  lines += [
+    '',
+    '| noise of | right guesses | lower bound of epsilon |',
+    '|---|---|---|',
+  ]
+  for claim in sorted(claims, key=lambda c: c or 1e9):
+    some = [x for x in runs if x['claim'] == claim]
+    right = ', '.join(f'{x["correct"]} of {x["made"]}' for x in some)
+    bounds = ', '.join(f'{x["bound"]:.2f}' for x in some)
+    kind = 'none' if claim is None else f'epsilon {claim:g}'
+    lines.append(f'| {kind} | {right} | {bounds} |')
+  for x in inversion:
+    lines += [
+      '',
+      f'Tokens of a text recovered from one gradient: {x["recall"]:.0%}; '
+      f'recovered tokens that are in the text: {x["precision"]:.0%}.',
+    ]
   return '\n'.join(lines)

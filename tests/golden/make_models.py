@@ -96,6 +96,7 @@ DISTILBERT = dict(
   max_position_embeddings=32,
   pad_token_id=0,
 )
+MPNET = dict(ROBERTA, pad_token_id=1)
 CLASSES = {'id2label': {0: 'sad', 1: 'neutral', 2: 'glad'}}
 
 MODELS = {
@@ -216,6 +217,8 @@ MODELS = {
     'DistilBertForSequenceClassification',
     dict(DISTILBERT, **CLASSES),
   ),
+  'mpnet': ('MPNetModel', dict(MPNET)),
+  'mpnet_masked_lm': ('MPNetForMaskedLM', dict(MPNET)),
 }
 
 
@@ -227,7 +230,7 @@ def randomise(model, generator):
       if parameter.ndim == 1 and name.endswith('weight'):  # of a norm
         one = 0 if 'Gemma' in type(model).__name__ else 1  # 1 + weight there
         parameter.copy_(one + 0.3 * noise)
-      elif parameter.ndim == 1:
+      elif parameter.ndim < 2:
         parameter.copy_(0.3 * noise)
       else:
         parameter.copy_(noise / parameter.shape[1] ** 0.5)

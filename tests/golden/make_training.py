@@ -86,7 +86,7 @@ def loss(model, architecture: str, data, kind: str):
     return None
   if kind == 'packed':
     segments, offset = here['segments'], 0
-    if architecture.startswith('Roberta'):
+    if architecture.startswith(('Roberta', 'MPNet')):
       offset = model.config.pad_token_id + 1
     inputs['position_ids'] = here['positions'] + offset
     inputs['attention_mask'] = None

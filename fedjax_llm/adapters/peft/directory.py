@@ -110,7 +110,7 @@ def save(
   fused: Fused = lambda path: None,
   to_tensors: ToTensors | None = None,
   base_model: str,
-  task_type: str = 'CAUSAL_LM',
+  task_type: str | None = 'CAUSAL_LM',
   use_rslora: bool = False,
   lora_dropout: float = 0.0,
   network: Any = None,
@@ -271,6 +271,8 @@ def nodes_of(params: Any, path: Path = ()) -> Iterator[tuple[Path, LowRank]]:
 
 # Last names that several modules of one network share.
 _COMMON = {'dense', 'c_proj', 'out_proj'}
+# First names of the towers of a dual encoder, which share their last names.
+_TOWERS = {'text_model', 'vision_model'}
 
 
 def _target_modules(names: Iterable[str]) -> list[str] | str:
@@ -279,8 +281,10 @@ def _target_modules(names: Iterable[str]) -> list[str] | str:
   >>> _target_modules(['h.0.attn.c_proj', 'h.1.attn.c_proj'])
   'h\\\\.\\\\d+\\\\.attn\\\\.c_proj'
   """
+  names = list(names)
   ends = sorted({name.split('.')[-1] for name in names})
-  if not _COMMON & set(ends):
+  towers = _TOWERS & {name.split('.')[0] for name in names}
+  if not _COMMON & set(ends) and not towers:
     return ends
   digits = re.compile(r'\\\.\d+\\\.')
   return '|'.join(

@@ -140,6 +140,8 @@ def refusal(
   """
   for path, form in sorted(made.items()):
     where = '/'.join(path)
+    if form.kind != 'IA3' and path[0] not in ('inputs', 'layers', 'generator'):
+      return f'{where}: PEFT has no prompts of a part of a network.'
     if form.kind == 'IA3' and path[-1] not in ('input', 'output'):
       return (
         f'{where}: PEFT scales inputs and outputs only: put (IA)3 at '

@@ -7,7 +7,7 @@ import collections
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -49,7 +49,7 @@ def load(
   fused: Fused = lambda path: None,
   from_tensors: FromTensors | None = None,
   of_base: OfBase | None = None,
-  num_layers: int | None = None,
+  num_layers: int | Callable[[Path], int] | None = None,
   template: Params | None = None,
   network: Any = None,
 ) -> Params:
@@ -63,9 +63,10 @@ def load(
 
   If the layers of a target differ in rank, they are padded with zeros to the
   largest rank, which does not change the result; layers that the config leaves
-  out get zeros. `num_layers` is that of the model, by default as many as any
-  target has. PEFT may add an embedding or a head of the base to an adapter: it
-  is left out where `of_base(tensors)` is True. With a `template` (for example
+  out get zeros. `num_layers` is that of the model, or a function of a target's
+  path; by default as many as any target has. PEFT may add an embedding or a
+  head of the base to an adapter: it is left out where `of_base(tensors)` is
+  True. With a `template` (for example
   the result of `Adapter.init`, or its shapes) targets, layers and shapes must
   be those of the template.
 
@@ -85,7 +86,7 @@ def load(
       file=directory / WEIGHTS,
       path_of=path_of,
       fused=fused,
-      num_layers=num_layers,
+      num_layers=None if callable(num_layers) else num_layers,
       network=network,
     )
     return peft_whole.put(
@@ -122,16 +123,20 @@ def load(
   layers = _split(layers, fused, wanted)
   params: dict[str, Any] = {}
   known = [k for rows in layers.values() for k in rows if k is not None]
-  num = num_layers or 1 + max(known, default=0)
+  of: Any = num_layers or 1 + max(known, default=0)
+
+  def num(path: Path) -> int:
+    return of(path) if callable(of) else of  # type: ignore
+
   if vectors and any(
-    None not in rows and len(rows) < num for rows in layers.values()
+    None not in rows and len(rows) < num(path) for path, rows in layers.items()
   ):
     raise Error(f'{directory}: a DoRA of some layers only is not supported.')
   for path in sorted(layers):
     node = params
     for name in path[:-1]:
       node = node.setdefault(name, {})
-    node[path[-1]] = _stack(layers[path], path, num, config, directory)
+    node[path[-1]] = _stack(layers[path], path, num(path), config, directory)
   if template is not None:
     _check_template(params, bare, directory)
     peft_whole.check(whole, wanted_whole, directory)

@@ -66,13 +66,13 @@ def named(whole: Leaves, to_tensors: ToTensors | None) -> dict[str, np.ndarray]:
   return dict(to_tensors(wide))
 
 
-def modules(tensors: Iterable[str], task_type: str) -> list[str]:
+def modules(tensors: Iterable[str], task_type: str | None) -> list[str]:
   """Returns the module names for PEFT's `modules_to_save`.
 
   >>> modules(['classifier.dense.bias', 'bert.pooler.dense.bias'], 'SEQ_CLS')
   ['bert.pooler.dense', 'classifier']
   """
-  heads = _HEADS.get(task_type, ())
+  heads = _HEADS.get(task_type or '', ())
   names = {name.rpartition('.')[0] for name in tensors}
   first = lambda name: name.partition('.')[0]
   return sorted({first(n) if first(n) in heads else n for n in names})

@@ -3,6 +3,16 @@
 They change no weight, so nothing of them can be merged or folded.
 """
 
+from fedjax_llm.adapters.prompts.classes import context as context
+from fedjax_llm.adapters.prompts.classes import domain_context as domain_context
+from fedjax_llm.adapters.prompts.classes import (
+  feature_attention as feature_attention,
+)
+from fedjax_llm.adapters.prompts.classes import gated_context as gated_context
+from fedjax_llm.adapters.prompts.classes import (
+  generated_context as generated_context,
+)
+from fedjax_llm.adapters.prompts.classes import visual_prompt as visual_prompt
 from fedjax_llm.adapters.prompts.encoded import p_tuning as p_tuning
 from fedjax_llm.adapters.prompts.made import (
   generated_prompt as generated_prompt,

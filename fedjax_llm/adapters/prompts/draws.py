@@ -21,6 +21,19 @@ def at_least(**sizes: int) -> None:
       raise Error(f'adapter.{name} is {size}; it must be at least 1.')
 
 
+def width(base: Base) -> int:
+  """Returns D, the size of the rows in front of which a prompt stands.
+
+  Raises:
+    Error: the base embeds neither tokens nor patches.
+
+  >>> width({'embed_class': {'embedding': jnp.ones((1, 4))}})
+  4
+  """
+  pictures = base.get('embed_class', {}).get('embedding')
+  return (embedding(base) if pictures is None else pictures).shape[-1]
+
+
 def embedding(base: Base) -> Any:
   """Returns the table of tokens of the base, [V, D].
 

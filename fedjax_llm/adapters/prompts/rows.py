@@ -61,10 +61,11 @@ def soft_prompt(
     )
 
   def start(key: Key, base: Base) -> Params:
-    table = draws.embedding(base)
     if init == 'random':
-      rows = draws.uniform(key, (length, table.shape[1]), 0.5)
-    elif init == 'vocabulary':
+      rows = draws.uniform(key, (length, draws.width(base)), 0.5)
+      return {'inputs': Prompt(rows)}
+    table = draws.embedding(base)
+    if init == 'vocabulary':
       tokens = jax.random.randint(key, (length,), 0, table.shape[0])
       rows = table[tokens].astype(jnp.float32)
     else:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedjax_llm import reading
 from fedjax_llm.models.config import Config
-from fedjax_llm.models.families import ropes, schema
+from fedjax_llm.models.families import images, ropes, schema
 from fedjax_llm.models.families.names import FAMILIES, family
 from fedjax_llm.models.families.tables import Family
 from fedjax_llm.models.network import layers
@@ -75,6 +75,8 @@ def read_config(
   raw = reading.read(file, schema.CONFIG)
   for field in ('rope_parameters', 'rope_scaling'):
     ropes.check(raw.get(field) or {}, f'{file}: {field}')
+  for field in ('text_config', 'vision_config'):
+    reading.check(raw.get(field) or {}, schema.CONFIG, f'{file}: {field}')
   kind = raw.get('model_type')
   named = raw.get('architectures') or []
   supported = {name: k for k, f in FAMILIES.items() for name in f.heads}
@@ -93,13 +95,14 @@ def read_config(
     text = ' '.join(str(error).split()).rstrip('.')
     raise Error(f'{file} is not a valid {kind} config: {text}.') from error
   try:
-    return from_hf(hf, raw, labels=labels)
+    config = from_hf(hf, raw, labels=labels)
   except Error as error:
     raise Error(f'{file}: {error}') from error
   except Exception as error:  # for values that the schema allows
     raise Error(
       f'{file} does not fit together: {type(error).__name__}: {error}'
     ) from error
+  return images.normalised(file.parent, config)
 
 
 def _what_it_is(directory: pathlib.Path) -> str:
@@ -135,6 +138,28 @@ def from_hf(
       f'{", ".join(FAMILIES)}.'
     )
   kind = FAMILIES[hf.model_type]
+  _check_switches(hf, raw, kind)
+  if kind.whole is not None:
+    return _whole(hf, raw, kind, labels)
+  head = _head(hf, kind, labels)
+  token = lambda name: getattr(hf, f'{name}_token_id', None)
+  eos = token('eos')
+  fields = {
+    **_common(hf, kind),
+    'head': head,
+    'bos_id': token('bos'),
+    'eos_ids': () if eos is None else tuple(eos if _is_list(eos) else [eos]),
+    'pad_id': token('pad'),
+    **kind.read(hf, head),
+  }
+  if labels is not None:
+    fields['labels'] = tuple(labels)
+  config = Config(family=hf.model_type, **fields)
+  _check(config, kind)
+  return config
+
+
+def _check_switches(hf: Any, raw: Mapping[str, Any], kind: Family) -> None:
   for field, allowed in _ONLY.items():
     value = raw.get(field, getattr(hf, field, None))
     if value is None or value in allowed or field in kind.handled:
@@ -143,21 +168,31 @@ def from_hf(
       f'{field}={value!r} is not supported; supported: '
       f'{", ".join(map(repr, (None, *allowed)))}.'
     )
-  head = _head(hf, kind, labels)
-  eos = hf.eos_token_id
-  fields = {
-    **_common(hf, kind),
-    'head': head,
-    'bos_id': hf.bos_token_id,
-    'eos_ids': () if eos is None else tuple(eos if _is_list(eos) else [eos]),
-    'pad_id': hf.pad_token_id,
-    **kind.read(hf, head),
-  }
-  if labels is not None:
-    fields['labels'] = tuple(labels)
-  config = Config(family=hf.model_type, **fields)
-  _check(config, kind)
-  return config
+
+
+def _whole(
+  hf: Any,
+  raw: Mapping[str, Any],
+  kind: Family,
+  labels: Sequence[str] | None,
+) -> Config:
+  """Reads a family with two towers; the classes may be in its file."""
+  for name in ('text_config', 'vision_config'):
+    own = getattr(hf, name)
+    try:
+      _check_switches(own, raw.get(name) or {}, kind)
+    except Error as error:
+      raise Error(f'{name}: {error}') from error
+  if labels is None and 'id2label' in raw:
+    labels = [str(hf.id2label[i]) for i in range(hf.num_labels)]
+  _check_labels(labels or ())
+  assert kind.whole is not None
+  return kind.whole(hf, labels)
+
+
+def _check_labels(labels: Sequence[str]) -> None:
+  if len(set(labels)) != len(labels):
+    raise Error(f'labels={list(labels)} must name each class once.')
 
 
 def _head(hf: Any, kind: Family, labels: Sequence[str] | None) -> str:
@@ -169,7 +204,8 @@ def _head(hf: Any, kind: Family, labels: Sequence[str] | None) -> str:
       f'labels={list(labels)} asks for a classifier, which a '
       f'{hf.model_type} model does not have here.'
     )
-  if len(set(labels)) != len(labels) or len(labels) < 1:
+  _check_labels(labels)
+  if len(labels) < 1:
     raise Error(f'labels={list(labels)} must name each class once.')
   return 'classifier'
 
@@ -181,12 +217,13 @@ def _common(hf: Any, kind: Family) -> dict[str, Any]:
     if theirs is None or ours in ('rope_theta', 'partial_rotary'):
       continue
     values[ours] = getattr(hf, theirs, None)
-  values['tied'] = bool(values['tied'])
+  values['tied'] = bool(values.get('tied'))
   if 'norm_eps' in values:
     values['norm_eps'] = float(values['norm_eps'])
   width, heads = values['hidden_size'], values['num_heads']
   if values.get('num_kv_heads') is None:
     values['num_kv_heads'] = heads
+  values.setdefault('intermediate_size', 0)  # where the family reads it
   if values.get('head_dim') is None:
     if width % heads:
       raise Error(
@@ -245,17 +282,18 @@ def to_hf(config: Config) -> dict[str, Any]:
   for ours, theirs in kind.fields.items():
     if theirs is not None and ours != 'rope_theta':
       values[theirs] = getattr(c, ours)
-  theta = kind.fields['rope_theta']
+  theta = kind.fields.get('rope_theta')
   if theta is not None:
     values[theta] = c.rope.theta
     values['rope_scaling'] = ropes.write(c.rope)
   eos = list(c.eos_ids)
-  values |= {
-    'bos_token_id': c.bos_id,
-    'eos_token_id': eos[0] if len(eos) == 1 else eos or None,
-    'pad_token_id': c.pad_id,
-    **kind.write(c),
-  }
+  if c.image is None and c.vision is None:
+    values |= {
+      'bos_token_id': c.bos_id,
+      'eos_token_id': eos[0] if len(eos) == 1 else eos or None,
+      'pad_token_id': c.pad_id,
+    }
+  values |= kind.write(c)
   _check_written(config, values)
   return values
 
@@ -273,6 +311,7 @@ def _check_written(config: Config, values: Mapping[str, Any]) -> None:
   if rest.get('rope_scaling'):  # transformers changes its arguments
     rest['rope_scaling'] = dict(rest['rope_scaling'])
   again = from_hf(_auto_config().for_model(config.family, **rest), values)
+  again = images.like(again, config)  # they have a file of their own
   if again != config:
     differ = [
       name

@@ -11,6 +11,7 @@ from fedjax_llm.models.families.tables import (
   layer_modules,
 )
 from fedjax_llm.models.network.rope import Rope
+from fedjax_llm.types import Error
 
 SHAPE = {
   'norm': 'layer',
@@ -203,4 +204,63 @@ DISTILBERT = Family(
   },
   prefix='distilbert.',
   unread=r'(distilbert\.)?embeddings\.position_ids|vocab_.*',
+)
+
+# ------------------------------------------------------------------- mpnet --
+
+
+def _read_mpnet(hf, head):
+  if hf.relative_attention_num_buckets != 32:  # transformers computes with 32
+    raise Error(
+      f'relative_attention_num_buckets={hf.relative_attention_num_buckets} is '
+      'not supported; supported: 32.'
+    )
+  return {
+    **SHAPE,
+    'num_learned_positions': hf.max_position_embeddings,
+    'first_position': hf.pad_token_id + 1,
+    'relative_buckets': hf.relative_attention_num_buckets,
+    **_read_head(hf, head, 'gelu', 'tanh'),
+  }
+
+
+MPNET = Family(
+  {
+    'MPNetModel': 'none',
+    'MPNetForMaskedLM': 'masked_lm',
+    'MPNetForSequenceClassification': 'classifier',
+  },
+  (
+    *(m for m in _body('mpnet') if m.path != ('embed_types',)),
+    Module(
+      ('embed_distances',), 'mpnet.encoder.relative_attention_bias', 'embedding'
+    ),
+    *layer_modules(
+      'mpnet.encoder.layer',
+      {
+        **{
+          f'self_attn/{x}_proj': (f'attention.attn.{x}', 'linear')
+          for x in 'qkvo'
+        },
+        'post_attention_layernorm': ('attention.LayerNorm', 'norm'),
+        'mlp/up_proj': ('intermediate.dense', 'linear'),
+        'mlp/down_proj': ('output.dense', 'linear'),
+        'post_mlp_layernorm': ('output.LayerNorm', 'norm'),
+      },
+    ),
+    Module(('head_dense',), 'lm_head.dense', 'linear'),
+    Module(('head_norm',), 'lm_head.layer_norm', 'norm'),
+    Module(('lm_head',), 'lm_head.decoder', 'weight'),
+    Module(('lm_head',), 'lm_head', 'bias'),
+    Module(('pooler',), 'classifier.dense', 'linear'),
+    Module(('classifier',), 'classifier.out_proj', 'linear'),
+  ),
+  _read_mpnet,
+  lambda c: {
+    'relative_attention_num_buckets': c.relative_buckets,
+    **_write_labels(c),
+  },
+  fields=_FIELDS,
+  prefix='mpnet.',
+  unread=r'(mpnet\.)?(embeddings\.position_ids|pooler\..*)|lm_head\..*',
 )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fedjax_llm.models.config import Config
+from fedjax_llm.models.config import Config, num_layers
 from fedjax_llm.models.families.names import OWN, ours, put, tensors
 from fedjax_llm.models.families.tables import Path
 from fedjax_llm.types import Error
@@ -42,7 +42,7 @@ def to_checkpoint(
       raise Error(
         f'{name} also holds {"/".join(min(missing))}, which is missing.'
       )
-  return {name: np.ascontiguousarray(x) for name, x in written.items()}
+  return {name: np.asarray(x, order='C') for name, x in written.items()}
 
 
 def from_checkpoint(
@@ -74,8 +74,9 @@ def from_checkpoint(
     if None in layers:
       leaves[path] = layers[None]
       continue
-    missing = [i for i in range(config.num_layers) if i not in layers]
+    num = num_layers(config, path)
+    missing = [i for i in range(num) if i not in layers]
     if missing:
       raise Error(f'{"/".join(path)} is missing in the layers {missing}.')
-    leaves[path] = np.stack([layers[i] for i in range(config.num_layers)])
+    leaves[path] = np.stack([layers[i] for i in range(num)])
   return leaves

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.models.config import Config
-from fedjax_llm.models.families import encoders, gemma, gpt, llama
+from fedjax_llm.models.families import encoders, gemma, gpt, images, llama
 from fedjax_llm.models.families.tables import LEAVES, Family, Module, Path
 from fedjax_llm.types import Error
 
@@ -33,6 +33,10 @@ FAMILIES: Mapping[str, Family] = {
   'bert': encoders.BERT,
   'roberta': encoders.ROBERTA,
   'distilbert': encoders.DISTILBERT,
+  'mpnet': encoders.MPNET,
+  'vit': images.VIT,
+  'dinov2': images.DINOV2,
+  'clip': images.CLIP,
 }
 
 # The family of a user's own network: tensors have the names of its base.
@@ -109,8 +113,8 @@ def our_paths(name: str, config: Config) -> tuple[tuple[Path, ...], int | None]:
   for module in modules(config):
     by_name.setdefault(module.name, []).append(module.path)
   for theirs, paths in by_name.items():
-    stacked = paths[0][0] == 'layers'
-    for layer in range(config.num_layers) if stacked else (None,):
+    stacked, num = 'layers' in paths[0], config_lib.num_layers(config, paths[0])
+    for layer in range(num) if stacked else (None,):
       if theirs.format(layer) == name:
         return tuple(paths), layer
   raise Error(
@@ -168,6 +172,7 @@ class Tensor(NamedTuple):
   transpose: bool  # torch stores matrices as (out, in), the base as (in, out)
   shape: tuple[int, ...]  # in the checkpoint
   rows: Any = None
+  flat: Any = None  # its shape as a matrix, where the checkpoint has more axes
 
 
 def tensors(config: Config) -> Iterator[Tensor]:
@@ -175,7 +180,8 @@ def tensors(config: Config) -> Iterator[Tensor]:
   tree = config_lib.shapes(config)
   for module in modules(config):
     node = _node(tree, module.path)
-    stacked = module.path[0] == 'layers'
+    stacked = 'layers' in module.path
+    num = config_lib.num_layers(config, module.path)
     fused = fused_rows(config, module.path)
     for ours, theirs in LEAVES[module.kind]:
       if ours not in node:
@@ -185,19 +191,30 @@ def tensors(config: Config) -> Iterator[Tensor]:
         shape = (*shape[:-1], fused[1])
       transpose = ours == 'kernel' and module.kind != 'conv1d'
       shape = shape[::-1] if transpose else shape
-      for layer in range(config.num_layers) if stacked else (None,):
+      flat = None
+      if ours == 'kernel' and module.kind == 'conv':
+        image = (config.vision or config).image
+        assert image is not None
+        sides = (image.channels, image.patch, image.patch)
+        flat, shape = shape, (shape[0], *sides)
+      elif module.kind in ('rows', 'vector'):
+        flat, shape = shape, (1, *shape)[2 * (module.kind == 'vector') :]
+      for layer in range(num) if stacked else (None,):
         yield Tensor(
-          f'{module.name.format(layer)}.{theirs}',
+          module.name.format(layer) + (f'.{theirs}' if theirs else ''),
           (*module.path, ours),
           layer,
           transpose,
           shape,
           None if fused is None else fused[0],
+          flat,
         )
 
 
 def ours(tensor: Tensor, value: np.ndarray) -> np.ndarray:
   """Returns our leaf (of one layer) from the checkpoint's tensor."""
+  if tensor.flat is not None:
+    value = value.reshape(tensor.flat)
   value = value.T if tensor.transpose else value
   return value if tensor.rows is None else value[..., tensor.rows]
 
@@ -205,7 +222,10 @@ def ours(tensor: Tensor, value: np.ndarray) -> np.ndarray:
 def put(tensor: Tensor, leaf: np.ndarray, weights: dict[str, np.ndarray]):
   """Writes our leaf (of one layer) into the checkpoint's tensors."""
   if tensor.rows is None:
-    weights[tensor.name] = leaf.T if tensor.transpose else leaf
+    leaf = leaf.T if tensor.transpose else leaf
+    if tensor.flat is not None:
+      leaf = leaf.reshape(tensor.shape)
+    weights[tensor.name] = leaf
     return
   if tensor.name not in weights:
     weights[tensor.name] = np.zeros(tensor.shape, leaf.dtype)

@@ -25,13 +25,24 @@ CONFIG: reading.Schema = {
       *('vocab_size', 'hidden_size', 'n_embd', 'dim', 'hidden_dim', 'ffn_dim'),
       *('intermediate_size', 'num_attention_heads', 'n_head', 'n_heads'),
       *('max_position_embeddings', 'n_positions', 'word_embed_proj_dim'),
-      'type_vocab_size',
+      *('type_vocab_size', 'relative_attention_num_buckets'),
+      *('num_channels', 'projection_dim'),
     ),
     _COUNT,
   ),
   **dict.fromkeys(('num_hidden_layers', 'n_layer', 'n_layers'), _LAYERS),
   **dict.fromkeys(('num_key_value_heads', 'head_dim', 'n_inner'), _MAYBE_COUNT),
   'original_max_position_embeddings': _MAYBE_COUNT,
+  # Images; some checkpoints have a pair of sizes, which is refused by name.
+  **dict.fromkeys(
+    ('image_size', 'patch_size'),
+    reading.either(_COUNT, reading.listed(_COUNT, most=2)),
+  ),
+  'mlp_ratio': reading.number(above=0),
+  **dict.fromkeys(
+    ('text_config', 'vision_config'),
+    reading.optional(reading.mapped(reading.anything())),
+  ),
   # Numbers of the blocks.
   **dict.fromkeys(
     ('rms_norm_eps', 'layer_norm_eps', 'layer_norm_epsilon'), _EPSILON
@@ -53,6 +64,7 @@ CONFIG: reading.Schema = {
       *('tie_word_embeddings', 'attention_bias', 'mlp_bias'),
       *('use_sliding_window', 'use_parallel_residual', 'is_decoder'),
       *('is_encoder_decoder', 'add_cross_attention', 'qk_layernorm'),
+      *('qkv_bias', 'use_swiglu_ffn'),
     ),
     _SWITCH,
   ),

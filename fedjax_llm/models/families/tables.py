@@ -34,6 +34,13 @@ LEAVES = {
   'embedding': (('embedding', 'weight'),),
   'weight': (('kernel', 'weight'),),
   'bias': (('bias', 'bias'),),
+  # Of images: a convolution over patches, (out, channels, patch, patch); tables
+  # of rows, (1, rows, width), or one row, (width,); layer scales; one number.
+  'conv': (('kernel', 'weight'), ('bias', 'bias')),
+  'rows': (('embedding', ''),),
+  'vector': (('embedding', ''),),
+  'gain': (('gain', 'lambda1'),),
+  'scalar': (('value', ''),),
 }
 
 # Our field and theirs. A family replaces the names that differ, and sets fields
@@ -72,6 +79,8 @@ class Family(NamedTuple):
   prefix: str = 'model.'  # of the body; checkpoints of the body alone lack it
   spellings: tuple[tuple[str, str], ...] = ()  # (pattern, older name)
   unread: str = r'.*rotary_emb\.inv_freq'  # names of tensors that are ignored
+  # Reads the whole `Config` of a family with two towers: (hf, labels).
+  whole: Callable[[Any, Any], Config] | None = None
 
 
 def layer_modules(

@@ -20,7 +20,8 @@ from fedjax_llm.models.config import Config
 from fedjax_llm.models.files.weights import Place as Place
 from fedjax_llm.models.files.weights import read_base as read_base
 from fedjax_llm.models.files.weights import save as save
-from fedjax_llm.models.network import transformer
+from fedjax_llm.models.network import dual, transformer, vision
+from fedjax_llm.models.network.dual import Dual
 from fedjax_llm.models.network.transformer import Decoder
 from fedjax_llm.types import Base, Error, Model
 
@@ -41,6 +42,7 @@ class LoadedModel(NamedTuple):
   base: Base
   name: str  # as requested; an exported adapter names it as its base
   directory: pathlib.Path | None = None  # config and tokenizer; None if random
+  dual: Dual | None = None  # both towers of a dual encoder
 
 
 def assemble(
@@ -61,14 +63,21 @@ def assemble(
   dtype = _dtype(compute_dtype, 'compute_dtype', 'auto')
   if unroll < 1:
     raise Error(f'model.unroll is {unroll}, but must be at least 1.')
-  model = transformer.build(
-    config,
-    remat=remat,
-    unroll=unroll,
-    compute_dtype=dtype,
-    logits_dtype=_dtype(logits_dtype, 'logits_dtype'),
-    attention=attention,
-  )
+  settings: Any = {
+    'remat': remat,
+    'unroll': unroll,
+    'compute_dtype': dtype,
+    'logits_dtype': _dtype(logits_dtype, 'logits_dtype'),
+    'attention': attention,
+  }
+  no_cache: Any = None  # these networks write no text
+  if config.vision is not None:
+    model, towers = dual.build(config, **settings)
+    return LoadedModel(config, model, no_cache, base, name, directory, towers)
+  if config.image is not None:
+    model = vision.build(config, **settings)
+    return LoadedModel(config, model, no_cache, base, name, directory)
+  model = transformer.build(config, **settings)
   decoder = transformer.decoder(config, compute_dtype=dtype)
   return LoadedModel(config, model, decoder, base, name, directory)
 

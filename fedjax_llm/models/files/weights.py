@@ -15,6 +15,7 @@ from fedjax_llm import reading
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.models import families, quantised
 from fedjax_llm.models.config import Config
+from fedjax_llm.models.families import images
 from fedjax_llm.types import Base, Error
 
 _READABLE = {'F32', 'BF16', 'F16'}
@@ -162,6 +163,8 @@ def _sliced(tensor: families.Tensor, bounds: Bounds):
 
   Also returns the tensor with `rows` relative to the slices.
   """
+  if tensor.flat is not None:  # its axes are not ours: it is read whole
+    return tuple(slice(None) for _ in tensor.shape), tensor
   slices = [slice(*pair) for pair in bounds]
   if tensor.rows is not None:
     rows = tensor.rows[slices[-1]]
@@ -186,7 +189,10 @@ class _Reader:
 
   def read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
     with _open(self.files[name]) as handle:
-      return handle.get_slice(name)[slices]
+      # A slice of a single number is not possible.
+      return (
+        handle.get_slice(name)[slices] if slices else (handle.get_tensor(name))
+      )
 
   def equal(self, one: str, other: str, rows: int = 8192) -> bool:
     """Returns True if two tensors are equal, reading a few rows at a time."""
@@ -275,7 +281,10 @@ def read_base(
           slices, tensor = _sliced(tensor, tuple(inner))
           name = stored[tensor.name]
           with np.errstate(over='ignore'):  # raises an `Error` below
-            row[...] = families.ours(tensor, reader.read(name, slices))
+            value = families.ours(tensor, reader.read(name, slices))
+            if tensor.flat is not None:
+              value = value[tuple(slice(*pair) for pair in inner)]
+            row[...] = value
           if not _is_finite(row):
             raise Error(
               f'{files[name]}: {name} holds values that are not finite.'
@@ -342,16 +351,20 @@ def save(directory: str | os.PathLike, config: Config, base: Base) -> None:
         f'{tensor.name} has shape {list(weights[tensor.name].shape)}, but the '
         f'config asks for {list(tensor.shape)}.'
       )
-  weights = {n: np.ascontiguousarray(w) for n, w in weights.items()}
+  weights = {n: np.asarray(w, order='C') for n, w in weights.items()}
   dtype = str(next(iter(weights.values())).dtype)
   text = json.dumps({**fields, 'torch_dtype': dtype}, indent=2)
 
-  files = {name: directory / name for name in (_SINGLE, 'config.json')}
+  contents = {'config.json': text + '\n'}
+  if (values := images.preprocessor(config)) is not None:
+    contents[images.PREPROCESSOR] = values
+  files = {name: directory / name for name in (_SINGLE, *contents)}
   drafts = {n: f.with_name(f'.{n}.{os.getpid()}') for n, f in files.items()}
   try:
     directory.mkdir(parents=True, exist_ok=True)
     save_file(weights, str(drafts[_SINGLE]), metadata={'format': 'pt'})
-    drafts['config.json'].write_text(text + '\n')
+    for name, content in contents.items():
+      drafts[name].write_text(content)
     # safetensors writes files that only their owner may read.
     drafts[_SINGLE].chmod(drafts['config.json'].stat().st_mode)
     for name, file in files.items():

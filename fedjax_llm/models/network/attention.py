@@ -10,6 +10,7 @@ softmax in float32 for queries and keys of any dtype.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -60,10 +61,37 @@ def softcapped(x, cap: float):
   return cap * jnp.tanh(x / cap) if cap else x
 
 
+def buckets(distance, num: int, largest: int = 128) -> jax.Array:
+  """Returns the bucket of each distance of a key from its query, int32.
+
+  Half of the buckets are for keys in front of their query, half for those
+  behind; half of these hold one distance each, the others grow with its
+  logarithm up to `largest` (T5, arXiv:1910.10683, as MPNet uses them).
+
+  >>> buckets(jnp.array([0, -1, 1, -300]), 32).tolist()
+  [0, 1, 17, 15]
+  """
+  half = num // 2
+  exact = half // 2
+  far = jnp.abs(distance)
+  ratio = jnp.log(jnp.maximum(far, 1) / exact) / math.log(largest / exact)
+  grown = exact + (ratio * (half - exact)).astype(jnp.int32)
+  near = jnp.where(far < exact, far, jnp.minimum(grown, half - 1))
+  return near + jnp.where(distance > 0, half, 0)
+
+
+def _of_distances(table, queries: Places, keys: Places) -> jax.Array:
+  """Returns the scores [B, H, T, S] of the distances of keys to queries."""
+  distance = keys.positions[:, None, :] - queries.positions[:, :, None]
+  scores = jnp.take(table, buckets(distance, table.shape[0]), axis=0)
+  return jnp.moveaxis(scores.astype(jnp.float32), -1, 1)
+
+
 def choose(
   implementation: str,
   *,
   softcap: float = 0.0,
+  distances: bool = False,
   mixed_windows: bool = False,
   compute_dtype: Any = jnp.float32,
   backend: str | None = None,
@@ -71,8 +99,8 @@ def choose(
   """Returns the name of the implementation to use, resolving 'auto'.
 
   'auto' is 'xla' on accelerators if the model has no soft cap, else 'blocked'.
-  `mixed_windows` is True if layers differ in their window; `backend` defaults
-  to that of jax.
+  `distances` is True if distances have scores, `mixed_windows` if layers differ
+  in their window; `backend` defaults to that of jax.
 
   Raises:
     Error: an unknown implementation, or one that does not support this backend,
@@ -98,6 +126,8 @@ def choose(
     why = f'computes in bfloat16 or float16, and compute_dtype is {dtype}'
   elif implementation in ('xla', 'cudnn') and softcap:
     why = f'has no soft cap, and the scores of this model have one ({softcap})'
+  elif implementation in ('splash', 'cudnn') and distances:
+    why = 'has no scores of distances, and this model has them'
   elif implementation == 'splash' and mixed_windows:
     why = 'has one window, and the layers of this model have several'
   if why is not None:
@@ -120,8 +150,10 @@ def attention(
   block: int = 128,
   shared: int = 0,
   ahead: int = 0,
+  distances: Any = None,
+  cached: bool = False,
 ) -> jax.Array:
-  """Computes softmax(cap(scale * q k^T)) v over the visible keys.
+  """Computes softmax(cap(scale * q k^T) + bias) v over the visible keys.
 
   `scale` defaults to 1 / sqrt(head_dim); cap is `softcapped`.
 
@@ -138,7 +170,11 @@ def attention(
 
   The first `shared` keys are prompt rows, visible to every text, with segment 0
   so that each query sees them once; the first `ahead` of them have no query, so
-  that S = ahead + T in self-attention.
+  that S = ahead + T in self-attention. `cached`: 'blocked' gets `k` and `v` as
+  a cache holds them, [B, KV, S, head_dim].
+
+  `distances` [buckets, H] are scores that are added by the distance of the key
+  (`buckets`).
 
   >>> x = jnp.ones([1, 3, 2, 4])
   >>> places = Places(jnp.arange(3)[None], jnp.ones([1, 3], jnp.int32))
@@ -149,7 +185,8 @@ def attention(
   same = {'window': window, 'causal': causal, 'scale': scale}
   if implementation == 'blocked':
     same = {**same, 'softcap': softcap, 'shared': shared}
-    return _blocked(q, k, v, queries, keys, block=block, ahead=ahead, **same)
+    same.update(distances=distances, block=block, ahead=ahead, cached=cached)
+    return _blocked(q, k, v, queries, keys, **same)
   if implementation == 'splash':
     if shared:
       raise Error(
@@ -161,27 +198,29 @@ def attention(
     raise Error(f'attention={implementation!r} cannot do this ({softcap=}).')
   seen = visible(queries, keys, window, causal, shared)[:, None]
   fused: Any = implementation
+  bias = None
+  if distances is not None:
+    bias = _of_distances(distances, queries, keys)
   return jax.nn.dot_product_attention(
-    q, k, v, mask=seen, scale=scale, implementation=fused
+    q, k, v, bias=bias, mask=seen, scale=scale, implementation=fused
   )
-
-
-def plain(q, k, v, queries, keys, *, window, causal, scale, softcap, shared=0):
-  """Computes attention with all scores at once, [B, KV, T, H / KV, S]."""
-  groups = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-  scores = jnp.einsum(
-    'btkgd,bskd->bktgs', groups, k, preferred_element_type=jnp.float32
-  )
-  seen = visible(queries, keys, window, causal, shared)[:, None, :, None, :]
-  scores = jnp.where(seen, softcapped(scores * scale, softcap), MASKED)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum('bktgs,bskd->btkgd', weights, v).reshape(q.shape)
 
 
 def _heads_first(
-  q, k, v, queries, keys, *, window, causal, scale, softcap, shared
+  q,
+  k,
+  v,
+  queries,
+  keys,
+  *,
+  window,
+  causal,
+  scale,
+  softcap,
+  shared,
+  distances,
 ):
-  """Computes `plain` for q [B, KV, G, T, D] and k, v [B, KV, S, D].
+  """Computes attention of q [B, KV, G, T, D] to k, v [B, KV, S, D].
 
   Divides by the sum of the weights after the product, so that the weights are
   the only T x S array that is written.
@@ -190,7 +229,11 @@ def _heads_first(
     'bkgtd,bksd->bkgts', q * scale, k, preferred_element_type=jnp.float32
   )
   seen = visible(queries, keys, window, causal, shared)[:, None, None]
-  scores = jnp.where(seen, softcapped(scores, softcap), MASKED)
+  scores = softcapped(scores, softcap)
+  if distances is not None:
+    bias = _of_distances(distances, queries, keys)
+    scores = scores + bias.reshape(scores.shape)
+  scores = jnp.where(seen, scores, MASKED)
   largest = scores.max(-1, keepdims=True)
   # The normalised weights do not depend on the subtracted maximum.
   weights = jnp.exp(scores - _kept(jax.lax.stop_gradient(largest)))
@@ -216,15 +259,26 @@ _again = functools.partial(
 
 
 def _blocked(
-  q, k, v, queries, keys, *, window, block, causal, shared, ahead, **settings
+  q,
+  k,
+  v,
+  queries,
+  keys,
+  *,
+  window,
+  block,
+  causal,
+  shared,
+  ahead,
+  cached=False,
+  **settings,
 ):
-  length, size, heads = q.shape[1], k.shape[1], k.shape[2]
+  if not cached:
+    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+  length, heads, size = q.shape[1], k.shape[1], k.shape[2]
   settings.update(window=window, causal=causal, shared=shared)
-  if length <= block and length < size - ahead:  # a cache is not transposed
-    return plain(q, k, v, queries, keys, **settings)
   attend = functools.partial(_heads_first, **settings)
   q = jnp.moveaxis(q.reshape(*q.shape[:2], heads, -1, q.shape[-1]), 1, 3)
-  k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
 
   def merged(out):
     out = jnp.moveaxis(out, 3, 1)

@@ -23,8 +23,10 @@ class Layer(NamedTuple):
   params: Any
   window: Any  # None, a number, or a traced scalar
   angles: Any  # in the scan: (frequencies, factor); in a block: (cos, sin)
-  keys: Any = None
+  keys: Any = None  # of the cache, with `values`: the stacks of all layers
   values: Any = None
+  rows: Any = None  # [P, D]: they replace the first P rows before the layer
+  number: Any = None  # of the layer, in these stacks
 
 
 def child(params: Any, name: str) -> Any:
@@ -38,6 +40,7 @@ class Context(NamedTuple):
   keys: Places  # of the keys, [B, S]
   slot: Any = 0  # of the cache, where the first token is written
   shared: int = 0  # number of keys in front that every text sees
+  distances: Any = None  # [buckets, H]: scores of distances
 
 
 def block(
@@ -48,7 +51,7 @@ def block(
   context: Context,
   record: Record | None = None,
 ):
-  """Computes one layer, [B, T, D] -> [B, T, D], and its keys and values."""
+  """Computes one layer, [B, T, D] -> [B, T, D], and the stacks of its cache."""
   w = layer.base
   p: Mapping[str, Any] = layer.params or {}
 
@@ -76,8 +79,10 @@ def block(
     x = x + norm(y, 'attention_output_norm')
     y = mlp(norm(x, 'post_attention_layernorm'))
     return x + norm(y, 'mlp_output_norm'), kv
-  x = x + y
-  return x + mlp(norm(x, 'post_attention_layernorm')), kv
+  scaled = lambda y, name: layers.scaled(y, w.get(name), p.get(name))
+  x = x + scaled(y, 'attention_scale')
+  y = mlp(norm(x, 'post_attention_layernorm'))
+  return x + scaled(y, 'mlp_scale'), kv
 
 
 def _attention(
@@ -106,10 +111,16 @@ def _attention(
   if layer.angles is not None:
     q, k = rope.rotate(q, layer.angles), rope.rotate(k, layer.angles)
   ahead = 0
-  if layer.keys is not None:
-    put = jax.lax.dynamic_update_slice_in_dim
-    k = put(layer.keys, k, context.slot, axis=1)
-    v = put(layer.values, v, context.slot, axis=1)
+  cached, kept = layer.keys is not None, None
+  if cached:
+    kept = tuple(
+      _put(stack, x, layer.number, context.slot)
+      for stack, x in ((layer.keys, k), (layer.values, v))
+    )
+    k, v = (
+      jax.lax.dynamic_index_in_dim(stack, layer.number, keepdims=False)
+      for stack in kept
+    )
   elif p.get('prefix') is not None:  # a cache holds the prefix already
     front = p['prefix'].before(k)
     ahead = front[0].shape[1]
@@ -129,8 +140,16 @@ def _attention(
     scale=config.score_scale,
     softcap=config.score_cap,
     implementation=implementation,
+    distances=context.distances,
+    cached=cached,
   )
   y = y.reshape(*y.shape[:2], -1)
   y = layers.linear(y, w['o_proj'], p.get('o_proj'), record=record)
   y = protocol.act(p.get('parallel'), inputs, y, None, record)
-  return y, (k, v)
+  return y, kept
+
+
+def _put(stack, x, number, slot):
+  """Writes x [B, T, KV, head_dim] into a stack [L, B, KV, S, head_dim]."""
+  x = jnp.swapaxes(x, 1, 2)[None]
+  return jax.lax.dynamic_update_slice(stack, x, (number, 0, 0, slot, 0))

@@ -77,6 +77,13 @@ def embed(tokens, w: Mapping[str, Any], leaf, dtype) -> jax.Array:
   return rows + jnp.take(leaf, tokens, axis=0).astype(dtype)
 
 
+def scaled(x, w: Mapping[str, Any] | None, leaf: Any = None) -> jax.Array:
+  """Returns x times a layer scale (arXiv:2103.17239); x itself without one."""
+  if w is None:
+    return x
+  return x * changed(w, leaf, 'gain', 'gain').astype(x.dtype)
+
+
 def norm(x, w: Mapping[str, Any], leaf, kind: str, eps: float) -> jax.Array:
   """Normalises the last axis, in float32.
 
@@ -109,6 +116,7 @@ ACTIVATIONS = {
   'gelu': functools.partial(jax.nn.gelu, approximate=False),
   'gelu_new': _gelu_tanh,
   'gelu_pytorch_tanh': _gelu_tanh,
+  'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
 

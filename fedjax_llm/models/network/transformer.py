@@ -9,6 +9,7 @@ between layers (windows, rotations) are arrays that the scan walks.
 `build` returns the network as a `Model`, `decoder` as a `Decoder` with a cache.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,8 +31,8 @@ from fedjax_llm.types import Base, Batch, Error, Model, Params
 class Cache(NamedTuple):
   """Keys and values of the texts so far; slots of segment 0 are empty."""
 
-  keys: Any  # [L, B, S, KV, head_dim]
-  values: Any  # [L, B, S, KV, head_dim]
+  keys: Any  # [L, B, KV, S, head_dim], so that a head's keys lie together
+  values: Any  # [L, B, KV, S, head_dim]
   places: Places  # [B, S]
 
 
@@ -104,17 +105,23 @@ def _above(body, remat: str, unroll: int, x, xs: blocks.Layer, num_frozen: int):
   return x, jax.tree.map(join, first, second)
 
 
-def _embed(config: Config, base, params, batch: Batch, dtype, num_rows=0):
+def _embed(
+  config: Config, base, params, batch: Batch, dtype, num_rows=0, embedded=None
+):
   """Embeds tokens, positions and types, [B, T, D].
 
-  The first `num_rows` tokens are the rows of the adapter's prompt.
+  The first `num_rows` tokens are the rows of the adapter's prompt. `embedded`
+  [B, T, D] stands in place of the rows of the table of tokens.
   """
 
   def rows(index, name):
     return layers.embed(index, base[name], blocks.child(params, name), dtype)
 
-  tokens = batch.tokens[:, num_rows:] if num_rows else batch.tokens
-  x = rows(tokens, 'embed_tokens')
+  if embedded is None:
+    tokens = batch.tokens[:, num_rows:] if num_rows else batch.tokens
+    x = rows(tokens, 'embed_tokens')
+  else:
+    x = embedded.astype(dtype)
   if num_rows:
     x = jnp.concatenate([params['inputs'].before(x), x], axis=1)
   if config.embedding_scale != 1:
@@ -176,12 +183,16 @@ def _walk(config, implementation, dtype, remat, unroll):
     chosen_layers=None,
     x=None,
     ends=True,
+    embedded=None,
+    rows=None,
   ):
     """Returns hidden states [B, T, D], keys and values, node statistics.
 
     `chosen_layers` are the numbers of the layers to compute, None for all; `x`
     are states to start from in place of the embeddings; the last norm is left
     out, and prompt rows are kept, where the part does not end the network.
+    `embedded` [B, T, D] are token embeddings in place of the batch's tokens,
+    and `rows` [L, P, D] replace the first P states before every layer.
     """
     num_frozen, params = frozen.unmarked(params)
     base, params = adapters.overlay(base, params)
@@ -211,13 +222,18 @@ def _walk(config, implementation, dtype, remat, unroll):
       batch, queries = prompts.whole(config, front, batch, with_rows)
     keys = prompts.before(front, queries) if cache is None else cache.places
     if x is None:
-      x = _embed(config, base, params, batch, dtype, num_rows)
+      x = _embed(config, base, params, batch, dtype, num_rows, embedded)
 
     def angles(table):
       return rope.rope_angles(batch.positions, *table)
 
     common = None if mixed_ropes or ropes is None else angles(ropes)
     context = blocks.Context(queries, keys, slot, front.length)
+    if config.relative_buckets:
+      leaf = blocks.child(params, 'embed_distances')
+      table = base['embed_distances']
+      table = layers.changed(table, leaf, 'embedding', 'embedding')
+      context = context._replace(distances=table)
     real = batch.segments > 0
     if num_rows:
       real &= np.arange(real.shape[-1]) >= num_rows
@@ -232,20 +248,35 @@ def _walk(config, implementation, dtype, remat, unroll):
         window=layer.window if mixed_windows else windows,
         angles=angles(layer.angles) if mixed_ropes else common,
       )
+      if layer.rows is not None:
+        first = jnp.broadcast_to(
+          layer.rows.astype(x.dtype), (len(x), *layer.rows.shape[-2:])
+        )
+        x = jnp.concatenate([first, x[:, first.shape[1] :]], axis=1)
       seen = protocol.Record(real, {}) if record else None
       y, kv = blocks.block(config, implementation, x, layer, context, seen)
       gate = blocks.child(layer.params, adapters.gates.NAME)
       x = y if gate is None else jnp.where(gate > 0, y, x)
       statistics = protocol.statistics_of(layer.params, seen)
-      return x, (None if cache is None else kv, statistics)
+      return x, kv, statistics
+
+    def step(x, layer):
+      x, _, statistics = body(x, layer)
+      return x, statistics
+
+    def step_cached(carry, layer):
+      # The stacks are carried: written in place, and never copied whole.
+      x, keys, values = carry
+      x, kv, statistics = body(x, layer._replace(keys=keys, values=values))
+      return (x, *kv), statistics
 
     xs = blocks.Layer(
       base['layers'],
       blocks.child(params, 'layers'),
       windows if mixed_windows else None,
       ropes if mixed_ropes else None,
-      None if cache is None else cache.keys,
-      None if cache is None else cache.values,
+      rows=rows,
+      number=None if cache is None else np.arange(config.num_layers),
     )
     if chosen_layers is not None:
       some = lambda tree: jax.tree.map(lambda leaf: leaf[chosen_layers], tree)
@@ -256,11 +287,15 @@ def _walk(config, implementation, dtype, remat, unroll):
         some(xs.angles),
       )
       num_frozen = sum(int(i) < num_frozen for i in chosen_layers)
-    if num_frozen:
-      x, (kv, statistics) = _above(body, remat, unroll, x, xs, num_frozen)
+    kv = None
+    if cache is not None:
+      carry = x, cache.keys, cache.values
+      (x, *kv), statistics = jax.lax.scan(step_cached, carry, xs, unroll=unroll)
+    elif num_frozen:
+      x, statistics = _above(step, remat, unroll, x, xs, num_frozen)
     else:
-      x, (kv, statistics) = jax.lax.scan(
-        _rematerialised(body, remat, unroll), x, xs, unroll=unroll
+      x, statistics = jax.lax.scan(
+        _rematerialised(step, remat, unroll), x, xs, unroll=unroll
       )
     if not ends:
       return x, kv, {}
@@ -277,8 +312,12 @@ def _walk(config, implementation, dtype, remat, unroll):
   return walk
 
 
-def _head(config: Config, base, params, x, dtype):
-  """Computes logits [..., V] (a classifier: [..., labels]) from [..., D]."""
+def head(config: Config, base, params, x, dtype):
+  """Computes logits [..., V] (a classifier: [..., labels]) from [..., D].
+
+  Raises:
+    Error: the network has no head.
+  """
 
   def linear(x, name, **settings):
     return layers.linear(x, base[name], blocks.child(params, name), **settings)
@@ -290,7 +329,8 @@ def _head(config: Config, base, params, x, dtype):
     )
   act = layers.ACTIVATIONS.get(config.head_activation)
   if config.head == 'classifier':
-    x = linear(x, 'pooler')
+    if 'pooler' in base:
+      x = linear(x, 'pooler')
     return linear(act(x) if act else x, 'classifier', out_dtype=dtype)
   if config.head == 'masked_lm':
     x = linear(x, 'head_dense')
@@ -304,6 +344,32 @@ def _head(config: Config, base, params, x, dtype):
     leaf = {'kernel': None if rows is None else rows.T, 'bias': bias}
   logits = layers.linear(x, w, leaf, out_dtype=dtype)
   return layers.softcapped(logits, config.logit_cap)
+
+
+def walker(
+  config: Config,
+  *,
+  remat: str = 'none',
+  unroll: int = 1,
+  compute_dtype: Any = jnp.float32,
+  attention: str = 'auto',
+) -> Callable[..., Any]:
+  """Returns the scan over layers of a network, with the settings of `build`.
+
+  `walk(base, params, batch, *, x=None, embedded=None, rows=None) -> (states [B,
+  T, D], keys and values, statistics)`: `x` [B, T, D] are the states below the
+  first layer, `embedded` [B, T, D] the embeddings of the tokens, and `rows` [L,
+  P, D] replace the first P states before every layer.
+  """
+  way = choose(
+    attention,
+    softcap=config.score_cap,
+    distances=config.relative_buckets > 0,
+    mixed_windows=len(set(config.windows)) > 1,
+    compute_dtype=compute_dtype,
+  )
+  _rematerialised(blocks.block, remat, unroll)  # raises for a wrong name
+  return _walk(config, way, compute_dtype, remat, unroll)
 
 
 def build(
@@ -330,14 +396,13 @@ def build(
   >>> loaded.model.logits(loaded.base, {}, hidden).shape
   (1, 4, 32)
   """
-  way = choose(
-    attention,
-    softcap=config.score_cap,
-    mixed_windows=len(set(config.windows)) > 1,
+  walk = walker(
+    config,
+    remat=remat,
+    unroll=unroll,
     compute_dtype=compute_dtype,
+    attention=attention,
   )
-  walk = _walk(config, way, compute_dtype, remat, unroll)
-  _rematerialised(blocks.block, remat, unroll)  # raises for a wrong name
 
   def hidden(base: Base, params: Params, batch: Batch) -> jax.Array:
     return walk(base, params, batch)[0]
@@ -345,7 +410,7 @@ def build(
   def logits(base: Base, params: Params, hidden: jax.Array) -> jax.Array:
     base, params = adapters.overlay(base, params)
     hidden = hidden.astype(compute_dtype)
-    return _head(config, base, params, hidden, logits_dtype)
+    return head(config, base, params, hidden, logits_dtype)
 
   def hidden_with_statistics(base: Base, params: Params, batch: Batch):
     hidden, _, statistics = walk(base, params, batch, record=True)
@@ -384,10 +449,8 @@ def decoder(
   walk = _walk(config, 'blocked', compute_dtype, 'none', unroll)
 
   def empty(batch_size: int, slots: int) -> Cache:
-    shape = (config.num_layers, batch_size, slots)
-    heads = jnp.zeros(
-      (*shape, config.num_kv_heads, config.head_dim), compute_dtype
-    )
+    shape = (config.num_layers, batch_size, config.num_kv_heads, slots)
+    heads = jnp.zeros((*shape, config.head_dim), compute_dtype)
     nothing = jnp.zeros((batch_size, slots), jnp.int32)
     return Cache(heads, heads, Places(nothing, nothing))
 
@@ -424,9 +487,10 @@ def decoder(
     places = places._replace(positions=at)
     if front.prefix:
       node = params['layers']['self_attn']['prefix']
-      ends = jax.vmap(lambda one, like: one.before(like))(node, keys)
-      keys = keys.at[:, :, : front.prefix].set(ends[0])
-      values = values.at[:, :, : front.prefix].set(ends[1])
+      turn = functools.partial(jnp.swapaxes, axis1=2, axis2=3)
+      ends = jax.vmap(lambda one, like: one.before(like))(node, turn(keys))
+      keys = keys.at[:, :, :, : front.prefix].set(turn(ends[0]))
+      values = values.at[:, :, :, : front.prefix].set(turn(ends[1]))
     if front.rows:  # prompt rows see no text: they are computed once
       none = jnp.zeros((batch_size, 0), jnp.int32)
       batch = Batch(none, none > 0, none, none)

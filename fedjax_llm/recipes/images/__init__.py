@@ -1,0 +1,1 @@
+"""Methods on dual encoders: images that are classified by names of classes."""

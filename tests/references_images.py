@@ -1,0 +1,79 @@
+"""NumPy float64 references of the methods on dual encoders, from the papers."""
+
+import numpy as np
+
+
+def partial_plan(similarity, mass, temperature, steps=100):
+  """FedOTP, equation 9: scaling iterations of the plan, [M, N]."""
+  m, n = similarity.shape
+  kernel = np.exp(-(1 - similarity) / temperature)
+  v = np.ones(n)
+  for _ in range(steps):
+    u = np.minimum(1 / m / (kernel @ v), 1)
+    v = mass / n / (kernel.T @ u)
+  return u[:, None] * kernel * v
+
+
+def reweighted(f, w1, b1, w2, b2):
+  """FedCLIP: softmax(tanh(f W1 + b1) W2 + b2) * f, [B, E]."""
+  x = np.tanh(f @ w1 + b1) @ w2 + b2
+  x = np.exp(x - x.max(-1, keepdims=True))
+  return x / x.sum(-1, keepdims=True) * f
+
+
+def symmetric(logits):
+  """CLIP's loss of matched pairs, logits [B, B]: the mean over pairs."""
+
+  def one(x):
+    x = x - x.max(-1, keepdims=True)
+    return -np.diag(x - np.log(np.exp(x).sum(-1, keepdims=True)))
+
+  return (one(logits) + one(logits.T)).mean() / 2
+
+
+def contrast(near, far, temperature):
+  """FedPGP: cross-entropy of [near, far] / temperature with the target 0."""
+  x = np.stack([near, far], -1) / temperature
+  x = x - x.max(-1, keepdims=True)
+  return -(x - np.log(np.exp(x).sum(-1, keepdims=True)))[..., 0].mean()
+
+
+def cosine(x, y):
+  size = lambda v: np.sqrt((v**2).sum(-1))
+  return (x * y).sum(-1) / (size(x) * size(y))
+
+
+def null_space(rows, kept):
+  """FedPR: V2 V2' / ||V2 V2'|| of the last `kept` columns of V, [D, D]."""
+  _, _, v = np.linalg.svd(rows.T @ rows)
+  last = v[len(v) - kept :].T
+  matrix = last @ last.T
+  return matrix / np.linalg.norm(matrix)
+
+
+def layer_norm(x, scale, bias):
+  x = x - x.mean(-1, keepdims=True)
+  return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale + bias
+
+
+def shares(f, query, temperature):
+  """FedAPT: softmax of standardised domain logits, [B, N]."""
+  d = f @ query
+  d = (d - d.mean(1, keepdims=True)) / d.std(1, ddof=1, keepdims=True)
+  d = d / temperature
+  e = np.exp(d - d.max(1, keepdims=True))
+  return e / e.sum(1, keepdims=True)
+
+
+def attention(q, experts, parts):
+  """pFedMoAP's gate: heads one by one, q [B, d] and experts [X, C, d]."""
+  wq, bq, wk, bk, wv, bv, wo, bo = parts
+  out = np.zeros((len(q), experts.shape[1], wo.shape[-1])) + bo
+  for h in range(wq.shape[1]):
+    queries, keys = q @ wq[:, h] + bq[h], experts @ wk[:, h] + bk[h]
+    near = 10 * np.einsum('bk,xck->bcx', queries, keys)
+    share = np.exp(near - near.max(-1, keepdims=True))
+    share = share / share.sum(-1, keepdims=True)
+    values = experts @ wv[:, h] + bv[h]
+    out = out + np.einsum('bcx,xck->bck', share, values) @ wo[h]
+  return out
