@@ -13,8 +13,9 @@ the same with
 
     --config.algorithm.server_learning_rate=1.0 --config.algorithm.momentum=0.0
 
-`streaming_diloco` with `algorithm.num_fragments=4` sends one layer in four a
-round. Clients' weights are a batch here, so a larger model wants
+The result is a whole model, which `python -m fedjax_llm.export --to merged`
+writes. `streaming_diloco` with `algorithm.num_fragments=4` sends one layer in
+four a round. Clients' weights are a batch here, so a larger model wants
 `block_size=1`.
 """
 
