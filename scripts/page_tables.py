@@ -77,6 +77,8 @@ def tables() -> dict[str, str]:
   bench = _module('benchmarks/tables.py')
   methods = _module('methods_comparison/tables.py')
   wall = _module('memory/tables.py')
+  prompts = _module('vlm_comparison/tables.py')
+  peft = _module('peft_comparison/tables.py')
   aggregation = _results('benchmarks/aggregation.json')['rules']
   trust, utility = (
     _module('trust/matrix.py'),
@@ -99,6 +101,11 @@ def tables() -> dict[str, str]:
     'privacy_costs': trust.costs(_results('trust/costs.json')),
     'privacy_utility': utility.markdown(people, ['1', '3', '8', 'none']),
     'methods': methods.markdown(_results('methods_comparison/results.json')),
+    'prompts': prompts.markdown(_results('vlm_comparison/results.json')),
+    **{
+      f'tuning-{model}': peft.markdown(peft.read().get(model, {}))
+      for model in peft.MODELS
+    },
     'reproductions': reproductions(_results('reproductions/results.json')),
   }
 

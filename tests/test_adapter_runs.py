@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
-from runs import texts
 
 from fedjax_llm import export, models, plan, train
 from fedjax_llm.adapters import peft
 from fedjax_llm.run import rebuild
+from runs import texts
 
 SMALL = {
   'model.hidden_size': 16,
@@ -77,6 +77,9 @@ def test_a_soft_prompt_from_a_text_is_trained_and_exported(tmp_path):
   'adapter, fields, reason',
   [
     ('soft_prompt', {'length': 99999}, 'A prompt of 99999 rows in front of'),
+    ('prefix', {'length': 99999}, 'lower adapter.length or population.max_'),
+    ('ia3', {'targets': 'query'}, "adapter.targets: 'query' matches no weight"),
+    ('ia3', {'feedforward': 'fc'}, "adapter.feedforward: 'fc' matches no wei"),
     ('bitfit', {}, 'the model has no biases, so adapter.name=bitfit'),
     ('ia3', {'targets': 'k_proj'}, 'adapter.targets does not'),
   ],

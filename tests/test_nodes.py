@@ -461,8 +461,10 @@ def test_an_encoder_with_a_prompt_reads_one_text_a_row():
   loaded = models.random_encoder(vocab_size=32, hidden_size=16)
   params = {'inputs': nodes.Prompt(draw(2, 16))}
   packed = texts([5, 4], 9)
-  with pytest.raises(Error, match='so a row holds one text; set packing'):
-    loaded.model.hidden(loaded.base, params, packed)
+  prefix = adapters.prefix(2).init(jax.random.key(0), loaded.base)
+  for node in (params, prefix):
+    with pytest.raises(Error, match='so a row holds one text; set packing'):
+      loaded.model.hidden(loaded.base, node, packed)
   two = jax.tree.map(lambda *x: jnp.concatenate(x), packed, texts([9], 9))
   # Inside of a program nobody knows the values.
   got = jax.jit(loaded.model.hidden)(loaded.base, params, two)

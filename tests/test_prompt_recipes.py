@@ -86,11 +86,8 @@ def test_the_strategy_finds_a_minimum():
 SEARCH = dict(dimension=3, population=4, generations=2)
 
 
-def test_fed_bpt_equals_a_float64_loop():
-  _, seen = history('fed_bpt', **SEARCH)
-  state = seen[-1][0]
-  A = toy.f64(seen[0][0].params['projection']['inputs'].rows)
-  batch = toy.cohort().batches
+def searched(A, batch):
+  """The loss [k, z] of `batch` with the prompt of z."""
 
   def value(k, z):
     rows = ROWS + np.tensordot(z, A, 1)
@@ -100,7 +97,12 @@ def test_fed_bpt_equals_a_float64_loop():
     ]
     return sum(nats) / sum(len(y) for _, y in data)
 
-  normals = [
+  return value
+
+
+def normals_of(rounds):
+  """The draws of the clients' generations."""
+  return [
     [
       np.stack([
         jax.random.normal(
@@ -110,8 +112,15 @@ def test_fed_bpt_equals_a_float64_loop():
       ])
       for k in IDS
     ]
-    for t in range(2)
+    for t in range(rounds)
   ]  # fmt: skip
+
+
+def test_fed_bpt_equals_a_float64_loop():
+  _, seen = history('fed_bpt', **SEARCH)
+  state = seen[-1][0]
+  A = toy.f64(seen[0][0].params['projection']['inputs'].rows)
+  value, normals = searched(A, toy.cohort().batches), normals_of(2)
   want, sigma_c = ref.fed_bpt(value, normals, 3, 1.0, 2, K, mu=2)
   close(state.params['z'], want.m, atol=1e-4)
   close(state.aggregator[0], sigma_c, atol=1e-4)
@@ -120,6 +129,34 @@ def test_fed_bpt_equals_a_float64_loop():
   once = seen[1][0].params['z']
   own = toy.mean(np.asarray(seen[1][1].upload[0]['z']))
   apart(once, own)
+
+
+def test_fed_bpt_divides_by_the_loss_of_disturbed_texts():
+  algorithm = recipes.fed_bpt(toy.LOSS, toy.sgd(), perturbed=0.5, **SEARCH)
+  state = algorithm.init(toy.KEY, toy.prompt())
+  A = toy.f64(state.params['projection']['inputs'].rows)
+  cohort = toy.cohort()
+  states = tree.broadcast(algorithm.init_client(state.params), K)
+  base = {**toy.base(), 'embed_tokens': {'embedding': toy.base()['embed']}}
+  new, _, info = jax.jit(algorithm.round)(
+    state, cohort._replace(states=states), base
+  )
+  noisy = cohort.batches.tokens.copy()
+  for k, client in enumerate(IDS):
+    own = jax.tree.map(lambda x, k=k: x[k], cohort.batches)
+    key = toy.client_key(client, 0)
+    noisy[k] = bpt.disturbed(own, key, 0.5, toy.V).tokens
+  changed = np.mean(noisy != cohort.batches.tokens)
+  assert 0.2 < changed < 0.7  # a ninth of the drawn tokens are the old ones
+  clean = searched(A, cohort.batches)
+  other = searched(A, cohort.batches._replace(tokens=noisy))
+  ratio = lambda k, z: clean(k, z) / other(k, z)
+  want, _ = ref.fed_bpt(ratio, normals_of(1), 3, 1.0, 1, K, mu=2)
+  close(new.params['z'], want.m, atol=1e-4)
+  plain, _ = ref.fed_bpt(clean, normals_of(1), 3, 1.0, 1, K, mu=2)
+  apart(new.params['z'], plain.m)
+  # The loss of the metrics is that of the texts as they are.
+  assert info.metrics['local/loss'] > 0.5
 
 
 def test_fed_bpt_sends_a_mean_and_receives_the_strategy():
@@ -232,12 +269,14 @@ def test_the_mean_of_many_estimates_is_the_gradient():
 
 # ------------------------------------------------------------------ pFedPG --
 
+PG = dict(num_clients=N, num_heads=2, server_rate=0.5)
+
 
 def test_p_fed_pg_equals_a_float64_loop():
-  algorithm, seen = history('p_fed_pg', num_clients=N, num_heads=2)
+  algorithm, seen = history('p_fed_pg', **PG)
   phi = seen[0][0].params['generator']
   train = functools.partial(
-    ref.p_fed_pg, phi, toy.cohort().batches, IDS, RATE, 1.0, 2, S
+    ref.p_fed_pg, phi, toy.cohort().batches, IDS, RATE, 0.5, 2, S
   )
   want = train(heads=2)
   for x, y in zip(seen[-1][0].params['generator'], want):
@@ -249,7 +288,7 @@ def test_p_fed_pg_equals_a_float64_loop():
 
 
 def test_p_fed_pg_moves_only_descriptors_of_the_cohort():
-  _, seen = history('p_fed_pg', num_clients=N, num_heads=2)
+  _, seen = history('p_fed_pg', **PG)
   start, end = (seen[i][0].params['generator'].descriptors for i in (0, -1))
   changed = np.abs(end - start).max(1) > 0
   assert set(np.flatnonzero(changed)) == set(IDS.tolist())
@@ -258,7 +297,7 @@ def test_p_fed_pg_moves_only_descriptors_of_the_cohort():
 
 
 def test_p_fed_pg_without_attention_is_fed_prompt():
-  algorithm, seen = history('p_fed_pg', num_clients=N, num_heads=2)
+  algorithm, seen = history('p_fed_pg', **PG)
   state = seen[0][0]
   silent = state.params['generator']._replace(out=jnp.zeros((D, D)))
   state = state._replace(params={**state.params, 'generator': silent})
@@ -266,11 +305,11 @@ def test_p_fed_pg_without_attention_is_fed_prompt():
   new, _, _ = jax.jit(algorithm.round)(state, of, toy.base())
   want = ref.fed_prompt(of.batches, ROWS, RATE, 1, K, S)
   # One step: after it the matrices have moved too.
-  close(new.params['generator'].common, want)
+  close(new.params['generator'].common, (ROWS + want) / 2)
 
 
 def test_p_fed_pg_of_a_newcomer_is_that_of_the_mean_descriptor():
-  algorithm, seen = history('p_fed_pg', num_clients=N, num_heads=2)
+  algorithm, seen = history('p_fed_pg', **PG)
   params = seen[-1][0].params
   phi = params['generator']
   table = jnp.mean(phi.descriptors, 0, keepdims=True)
@@ -509,7 +548,7 @@ SETTINGS: dict[str, Any] = {
   'fed_bpt': SEARCH,
   'fed_pgp': dict(model=toy.MODEL, rank=2),
   'fed_prompt': {},
-  'p_fed_pg': dict(num_clients=N, num_heads=2),
+  'p_fed_pg': PG,
 }
 
 
@@ -539,10 +578,14 @@ def test_the_loss_falls(name):
   [
     ('fed_bpt', dict(population=1), 'algorithm.population is 1; it must be at '
      'least 2.'),
+    ('fed_bpt', dict(perturbed=1.0), 'algorithm.perturbed is 1.0; it must be '
+     'at least 0 and below 1.'),
     ('p_fed_pt', dict(prompt_epochs=0), 'algorithm.prompt_epochs is 0; it must '
      'be at least 1.'),
     ('fed_bbpt', dict(radius=0.0), 'algorithm.radius is 0.0; it must be above '
      '0.'),
+    ('p_fed_pg', dict(num_clients=N, server_rate=0.0), 'algorithm.server_rate '
+     'is 0.0; it must be above 0.'),
     ('fed_pgp', dict(model=None, rank=0), 'algorithm.rank is 0; it must be at '
      'least 1.'),
     ('fed_pgp', dict(model=None, temperature=0.0), 'algorithm.temperature is '

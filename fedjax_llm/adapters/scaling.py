@@ -44,7 +44,8 @@ def ia3(
   """
 
   def start(key: Key, base: Base) -> Params:
-    inside = set(targets_lib.find(base, feedforward) if feedforward else ())
+    of = lambda names: targets_lib.find(base, names, 'adapter.feedforward')
+    inside = set(of(feedforward) if feedforward else ())
     chosen = set(targets_lib.find(base, targets))
     for path in sorted(inside - chosen):
       raise Error(

@@ -38,13 +38,16 @@ def linear_paths(base: Base) -> list[Path]:
   return paths
 
 
-def find(base: Base, targets: str | Sequence[str]) -> list[Path]:
+def find(
+  base: Base, targets: str | Sequence[str], field: str = 'adapter.targets'
+) -> list[Path]:
   """Returns the paths of the linear maps that match `targets`, sorted.
 
   A target is 'all-linear' (every linear map of the layers, so not the output
   head, as in PEFT) or a regular expression that matches one or more whole names
   at the end of a path: 'q_proj', 'mlp/.*', '(q|v)_proj'. A target that begins
-  with '!' excludes its matches: ('all-linear', '!o_proj').
+  with '!' excludes its matches: ('all-linear', '!o_proj'). `field` names the
+  targets in errors.
 
   Raises:
     Error: a target matches no weight (the message lists the weights), or no
@@ -65,21 +68,19 @@ def find(base: Base, targets: str | Sequence[str]) -> list[Path]:
     if name == ALL_LINEAR:
       hits = {p for p in paths if 'layers' in p}
     else:
-      matches = patterns.matcher(name, 'adapter.targets', within='(.*/)?({})')
+      matches = patterns.matcher(name, field, within='(.*/)?({})')
       hits = {p for p in paths if matches('/'.join(p))}
     if not hits:
       names = ', '.join('/'.join(p) for p in paths) or 'none'
       raise Error(
-        f'adapter.targets: {target!r} matches no weight of the model; there '
-        f"are: {names} (or 'all-linear')."
+        f'{field}: {target!r} matches no weight of the model; there are: '
+        f"{names} (or 'all-linear')."
       )
     (left_out if without else chosen).update(hits)
   if left_out and not chosen - left_out:
-    raise Error(
-      f'adapter.targets: what is left out leaves nothing of {targets!r}.'
-    )
+    raise Error(f'{field}: what is left out leaves nothing of {targets!r}.')
   if not chosen:
-    raise Error('adapter.targets is empty: name at least one weight.')
+    raise Error(f'{field} is empty: name at least one weight.')
   return sorted(chosen - left_out)
 
 

@@ -10,13 +10,14 @@ import numpy as np
 
 from fedjax_llm.types import Error
 
-__all__ = ['budgets', 'devices', 'layers', 'ranks']
+__all__ = ['budgets', 'devices', 'layers', 'ranks', 'widths']
 
-_RANKS, _LAYERS, _BUDGETS, _DEVICES = (
+_RANKS, _LAYERS, _BUDGETS, _DEVICES, _WIDTHS = (
   201,
   202,
   203,
   204,
+  205,
 )  # purposes of the random streams
 
 
@@ -80,6 +81,30 @@ def budgets(
   [500, 2000, 500, 2000]
   """
   return {'budget': _drawn(choices, shares, num_clients, (seed, _BUDGETS))}
+
+
+def widths(
+  choices: Sequence[float],
+  shares: Sequence[float] | None = None,
+  *,
+  num_clients: int,
+  seed: int = 0,
+) -> Mapping[str, np.ndarray]:
+  """Draws the share of neurons each client can hold: {'width': [N] float32}.
+
+  Arguments and errors as in `ranks`, for choices above 0 and up to 1.
+
+  >>> widths((0.25, 1.0), num_clients=4)['width'].tolist()
+  [0.25, 1.0, 1.0, 0.25]
+  """
+  values = np.asarray(list(choices), np.float32)
+  if not values.size or not ((values > 0) & (values <= 1)).all():
+    raise Error(
+      f'profiles.choices is {list(choices)}: widths are above 0 and at most 1.'
+    )
+  numbers = range(1, len(values) + 1)
+  drawn = _drawn(numbers, shares, num_clients, (seed, _WIDTHS))
+  return {'width': values[drawn - 1]}
 
 
 def devices(

@@ -329,7 +329,12 @@ def build(
   initial = sharding.fetched(adapter.init(adapter_key, loaded.base))
   initial = warm.start(initial, conf['adapter'].get('path'), loaded)
   complete(initial, loaded.base, task.head)  # raises if not exportable
-  prompts.check(loaded.config, prompts.front(initial), width)
+  prompts.check(
+    loaded.config,
+    prompts.front(initial),
+    width,
+    remedy='; lower adapter.length or population.max_length',
+  )
   if task.prepare is not None:
     takes = 'start' in builders.parameters(task.prepare)
     begin = {'start': initial} if takes else {}

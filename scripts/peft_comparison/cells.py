@@ -210,10 +210,7 @@ class Bench:
     for number in range(rounds + 1):
       if number:
         _, cohort = built.assemble(number - 1)
-        size = len(cohort.weight)
-        states = jax.tree.map(
-          lambda x: np.broadcast_to(x, (size, *np.shape(x))), newcomer
-        )
+        states = tree.broadcast(newcomer, len(cohort.weight))
         began = time.monotonic()
         state, _, info = self.round(
           np.float32(rate), state, cohort._replace(states=states), built.base

@@ -16,6 +16,7 @@ Kinds of one seed see the same clients, texts and order of texts.
 
 import argparse
 import json
+import math
 import pathlib
 import time
 from collections.abc import Mapping
@@ -43,8 +44,8 @@ def name_of(kind: str) -> str:
 def rounds_within(total: float, each: float, rounds: int) -> int:
   """Returns the rounds of `each` bytes within `total`, at most 2 `rounds`.
 
-  >>> rounds_within(100, 30, 6), rounds_within(100, 1, 6), rounds_within(9, 30, 6)
-  (3, 12, 0)
+  >>> [rounds_within(100, each, 6) for each in (30, 1, 101)]
+  [3, 12, 0]
   """
   return min(int(total / each + 1e-9), LONGEST * rounds)
 
@@ -91,7 +92,12 @@ def search(bench: cells.Bench) -> dict[str, Any]:
   for rate in cells.MODELS[bench.model][bench.kind].rates:
     result = bench.train(cells.TUNING, rate, ALSO, (0, ALSO))
     tried[rate] = result['curve'][-1]['loss']
-  finite = {rate: loss for rate, loss in tried.items() if loss == loss}
+  finite = {rate: loss for rate, loss in tried.items() if math.isfinite(loss)}
+  if not finite:
+    raise SystemExit(
+      f'{bench.model}, {bench.kind}: the loss is not finite at any of the '
+      f'rates {", ".join(f"{rate:g}" for rate in tried)}.'
+    )
   return {
     'kind': bench.kind,
     'numbers': bench.num_params,
@@ -176,7 +182,7 @@ def compare(
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
   parser.add_argument('--out', type=pathlib.Path, help='cells and figure')
   parser.add_argument('--rounds', type=int, default=12, help='R at most')
   parser.add_argument('--budget', type=float, help='minutes for each model')

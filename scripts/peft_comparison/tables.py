@@ -65,7 +65,12 @@ def markdown(by_kind: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
   Raises:
     SystemExit: cells of one seed have learned different numbers of tokens.
+
+  >>> markdown({})
+  'No cell has been trained.'
   """
+  if not by_kind:
+    return 'No cell has been trained.'
   labelled = 'accuracy' in next(iter(by_kind.values()))[0]['curve'][0]
   measure = 'accuracy' if labelled else 'loss'
   lines = [
@@ -135,7 +140,7 @@ def figure(known: Mapping[str, Any], path: pathlib.Path) -> None:
         axes.plot(
           [p['bytes'] / 1e6 for p in ends],
           [p[measure] for p in ends],
-          color=colours[kind], marker=marker, linestyle='none', alpha=0.8,
+          color=colours[kind], marker=marker, linestyle='none',
           label=kind if at == 'equal_tokens' else None,
         )  # fmt: skip
     axes.set(
@@ -151,4 +156,4 @@ def figure(known: Mapping[str, Any], path: pathlib.Path) -> None:
   buffer = io.BytesIO()
   drawn.savefig(buffer)
   pyplot.close(drawn)
-  Image.open(buffer).convert('RGB').quantize(64).save(path, optimize=True)
+  Image.open(buffer).convert('RGB').quantize(255).save(path, optimize=True)

@@ -48,13 +48,16 @@ def front(params: Params) -> Front:
   return Front(prompt, length(prefix), length(prompt))
 
 
-def check(config: Config, own: Front, length: int) -> None:
-  """Raises `Error` where rows of `length` tokens leave no room for a prompt."""
+def check(config: Config, own: Front, length: int, remedy: str = '') -> None:
+  """Raises `Error` where rows of `length` tokens leave no room for a prompt.
+
+  The sentence ends with the `remedy`, such as the fields of a config to change.
+  """
   most = longest_text(config)
   if own.length and own.length + length > most:
     raise Error(
       f'A prompt of {own.length} rows in front of {length} tokens is longer '
-      f'than the {most} positions of the {config.family} model.'
+      f'than the {most} positions of the {config.family} model{remedy}.'
     )
 
 

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import scopes, server, tree
+from fedjax_llm.adapters.prompts import draws
 from fedjax_llm.aggregators.weights import counted
 from fedjax_llm.local import LocalOptimizer, evolution
 from fedjax_llm.recipes.composing import compose, refuse
 from fedjax_llm.types import (
   Aggregate,
   Aggregator,
+  Batch,
   ClientOutput,
   Error,
   FederatedAlgorithm,
@@ -27,6 +29,7 @@ from fedjax_llm.types import (
   Scope,
   Shared,
   Work,
+  known,
 )
 
 # What the config of each method changes.
@@ -38,6 +41,9 @@ NEEDS = {
 }
 
 
+_DISTURBED = 311  # purpose of the random stream
+
+
 def fed_bpt(
   loss: Loss,
   optimizer: LocalOptimizer,
@@ -46,6 +52,7 @@ def fed_bpt(
   population: int = 20,
   generations: int = 8,
   sigma: float = 1.0,
+  perturbed: float = 0.0,
   together: int | None = None,
   **parts: Any,
 ) -> FederatedAlgorithm:
@@ -62,8 +69,11 @@ def fed_bpt(
   Sun et al. 2024, arXiv 2310.01467, as the authors' code has it, with
   mu = P / 2 and the equations of `local.evolution`. Only the loss is evaluated:
   nothing is differentiated, and the config's optimizer is not used. The values
-  are token means over all batches of a round; the paper's disturbed inputs are
-  left out. A client receives d^2 + d + 1 numbers, and sends d + I + 1. Clients
+  are token means over all batches of a round. With `perturbed` = r a client's
+  values are L(z; X) / L(z; X~), which does not reward a prompt that answers
+  whatever the text is: X~ has random tokens in the places of a share r of the
+  text, see `disturbed`. It costs a second pass. A client
+  receives d^2 + d + 1 numbers, and sends d + I + 1. Clients
   count the same. A is drawn from the seed; its entries have the deviation of
   the leaf of the adapter that they change, over sqrt(d).
 
@@ -71,10 +81,12 @@ def fed_bpt(
     dimension: d.
     population, generations: P and I, on each client.
     sigma: the first step size.
+    perturbed: r, 0 for values L(z; X); the authors' runs have 0.5.
     together: samples whose loss is computed at the same time; all if None.
 
   Raises:
-    Error: an aggregator, a scope or a server in `parts`; d, P or I too small.
+    Error: an aggregator, a scope or a server in `parts`; d, P or I too small;
+      r outside of [0, 1).
 
   >>> from fedjax_llm import local, nodes
   >>> method = fed_bpt(None, local.optimizer('sgd'), dimension=4)
@@ -96,6 +108,10 @@ def fed_bpt(
       raise Error(
         f'algorithm.{name} is {number}; it must be at least {least[name]}.'
       )
+  if known(perturbed) and not 0 <= perturbed < 1:
+    raise Error(
+      f'algorithm.perturbed is {perturbed}; it must be at least 0 and below 1.'
+    )
   own = evolution.constants(evolution.raw_weights(population), dimension)
 
   def wrap(key: Key, params: Params) -> Params:
@@ -109,7 +125,9 @@ def fed_bpt(
 
   update = LocalUpdate(
     lambda trainable: (),
-    functools.partial(_search, loss, own, population, generations, together),
+    functools.partial(
+      _search, loss, own, population, generations, together, perturbed
+    ),
   )
   return server.on_part(
     functools.partial(
@@ -167,21 +185,28 @@ def _scope() -> Scope:
 
 
 def _search(
-  loss, own, population, generations, together,
+  loss, own, population, generations, together, perturbed,
   base, start, state, batches, masks, context,
 ) -> ClientOutput:  # fmt: skip
   sigma, covariance = context.news
 
-  def totals(z):
+  def totals(z, batches=batches):
     params = _at(start, z)
     each = jax.lax.map(
       lambda batch: loss(base, params, batch, context.key), batches
     )
     return jax.tree.map(jnp.sum, each)
 
-  def value(z):
-    sums = totals(z)
-    return sums.total / jnp.maximum(sums.count, 1.0)
+  mean = lambda sums: sums.total / jnp.maximum(sums.count, 1.0)
+  plain = value = lambda z: mean(totals(z))
+  if not (known(perturbed) and perturbed == 0):
+    size = draws.embedding(base).shape[0]
+    noisy = disturbed(batches, context.key, perturbed, size)
+    moved = jnp.any(noisy.tokens != batches.tokens)
+
+    def value(z):
+      below = jnp.where(moved, mean(totals(z, noisy)), 1.0)
+      return mean(totals(z)) / jnp.maximum(below, 1e-6)
 
   def generation(number, carry):
     strategy, sigmas = carry
@@ -196,12 +221,12 @@ def _search(
     0, generations, generation, (begun, jnp.zeros(generations, jnp.float32))
   )
   sums = totals(found.mean)
-  fitness = sums.total / jnp.maximum(sums.count, 1.0)
+  nats = mean(sums)
   none = jax.tree.map(lambda _: None, start)
   update = {
     **none,
     'z': found.mean - start['z'],
-    'fitness': fitness,
+    'fitness': nats if value is plain else value(found.mean),
     'sigmas': sigmas,
   }
   steps = jnp.int32(generations * population)
@@ -211,8 +236,31 @@ def _search(
     masks,
     state,
     work=Work(tokens=sums.count, steps=steps),
-    metrics={'loss': fitness, 'accuracy': accuracy},
+    metrics={'loss': nats, 'accuracy': accuracy},
   )
+
+
+def disturbed(batch: Batch, key: Key, share: Any, num_tokens: int) -> Batch:
+  """Returns the batch with random tokens in the places of a share of them.
+
+  Each real token is replaced with probability `share` by one drawn from all
+  `num_tokens`. Tokens that are learned stay; texts that are classified have
+  none. They are drawn once for a round of a client, so that the values of all
+  its samples can be compared.
+
+  >>> tokens = jnp.arange(1, 4)[None]
+  >>> batch = Batch(tokens, tokens > 2, jnp.ones_like(tokens), tokens)
+  >>> disturbed(batch, jax.random.key(0), 1.0, 1).tokens.tolist()
+  [[0, 0, 3]]
+  """
+  where, what = jax.random.split(jax.random.fold_in(key, _DISTURBED))
+  shape = jnp.shape(batch.tokens)
+  free = jnp.asarray(batch.segments) > 0
+  if batch.label is None:
+    free &= ~jnp.asarray(batch.loss_mask)
+  free &= jax.random.bernoulli(where, share, shape)
+  drawn = jax.random.randint(what, shape, 0, num_tokens)
+  return batch._replace(tokens=jnp.where(free, drawn, batch.tokens))
 
 
 def _rule(sigma: float, mu: int) -> Aggregator:
