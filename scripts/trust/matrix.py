@@ -73,8 +73,10 @@ def table(cells: Sequence[Mapping[str, Any]]) -> str:
 
 def audited(summary: Mapping[str, Any]) -> str:
   """Returns the tables of `scripts/audit` as Markdown."""
-  models, runs = summary['models'], summary['runs']
+  models = {kind: each for kind, each in summary['models'].items() if each}
+  runs = summary['runs']
   inversion = summary['inversion']
+  lines = []
   names = dict.fromkeys(
     name
     for each in models.values()
