@@ -76,7 +76,7 @@ def audited(summary: Mapping[str, Any]) -> str:
   models = {kind: each for kind, each in summary['models'].items() if each}
   runs = summary['runs']
   inversion = summary['inversion']
-  lines = []
+  lines: list[str] = []
   names = dict.fromkeys(
     name
     for each in models.values()
@@ -84,10 +84,9 @@ def audited(summary: Mapping[str, Any]) -> str:
     for name in x
     if name != 'seconds' and not name.startswith('_')
   )
-  lines = [
-    f'| attack | {" | ".join(models)} |',
-    '|---' * (len(models) + 1) + '|',
-  ]
+  if models:
+    lines.append(f'| attack | {" | ".join(models)} |')
+    lines.append('|---' * (len(models) + 1) + '|')
   for name in sorted(names):
     row = [
       spelled([x[name] for x in each if name in x])
