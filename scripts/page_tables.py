@@ -80,6 +80,12 @@ def tables() -> dict[str, str]:
   prompts = _module('vlm_comparison/tables.py')
   peft = _module('peft_comparison/tables.py')
   aggregation = _results('benchmarks/aggregation.json')['rules']
+  trust, utility = (
+    _module('trust/matrix.py'),
+    _module('privacy_cells/tables.py'),
+  )
+  people = utility.read(ROOT / 'scripts/privacy_cells/small/cells')
+  arena = sorted((ROOT / 'scripts/trust/arena').glob('*.json'))
   return {
     'benchmark': bench.overview(_results('benchmarks/results.json')['regimes']),
     'aggregation': bench.aggregation(1024, aggregation['1024']),
@@ -90,6 +96,10 @@ def tables() -> dict[str, str]:
     'memory': wall.markdown(
       wall.cells(), _results('memory/results/larger.json')['bytes']
     ),
+    'arena': trust.table([json.loads(file.read_text()) for file in arena]),
+    'audit': trust.audited(_results('trust/audit.json')),
+    'privacy_costs': trust.costs(_results('trust/costs.json')),
+    'privacy_utility': utility.markdown(people, ['1', '3', '8', 'none']),
     'methods': methods.markdown(_results('methods_comparison/results.json')),
     'prompts': prompts.markdown(_results('vlm_comparison/results.json')),
     **{
