@@ -78,8 +78,15 @@ def tables() -> dict[str, str]:
   methods = _module('methods_comparison/tables.py')
   wall = _module('memory/tables.py')
   pairs = _module('board/pairs.py')
+  prompts = _module('vlm_comparison/tables.py')
   peft = _module('peft_comparison/tables.py')
   aggregation = _results('benchmarks/aggregation.json')['rules']
+  trust, utility = (
+    _module('trust/matrix.py'),
+    _module('privacy_cells/tables.py'),
+  )
+  people = utility.read(ROOT / 'scripts/privacy_cells/small/cells')
+  arena = sorted((ROOT / 'scripts/trust/arena').glob('*.json'))
   return {
     'benchmark': bench.overview(_results('benchmarks/results.json')['regimes']),
     'aggregation': bench.aggregation(1024, aggregation['1024']),
@@ -90,7 +97,12 @@ def tables() -> dict[str, str]:
     'memory': wall.markdown(
       wall.cells(), _results('memory/results/larger.json')['bytes']
     ),
+    'arena': trust.table([json.loads(file.read_text()) for file in arena]),
+    'audit': trust.audited(_results('trust/audit.json')),
+    'privacy_costs': trust.costs(_results('trust/costs.json')),
+    'privacy_utility': utility.markdown(people, ['1', '3', '8', 'none']),
     'methods': methods.markdown(_results('methods_comparison/results.json')),
+    'prompts': prompts.markdown(_results('vlm_comparison/results.json')),
     **{
       f'tuning-{model}': peft.markdown(peft.read().get(model, {}))
       for model in peft.MODELS

@@ -27,7 +27,7 @@ def system(*seconds, **more: Any) -> System:
   fields: dict[str, Any] = dict(
     operations=JOB.operations / np.array(seconds, float),
     down=ones * np.inf, up=ones * np.inf, latency=0 * ones, watts=2 * ones,
-    opens=0 * ones, hours=24 * ones,
+    opens=0 * ones, hours=24 * ones, joules_per_byte=0.5 * ones,
   )  # fmt: skip
   assert num == len(fields['operations'])
   return System(**{**fields, **more})
@@ -37,10 +37,13 @@ def system(*seconds, **more: Any) -> System:
 
 
 def test_a_round_takes_its_links_and_its_operations():
-  one = System(*(np.array([x]) for x in (4.0, 0.5, 2.0, 0.2, 1.0, 0.0, 24.0)))
+  values = (4.0, 0.5, 2.0, 0.2, 1.0, 0.0, 24.0, 3.0)
+  one = System(*(np.array([x]) for x in values))
   parts = systems.duration(one, JOB)
   assert np.ravel(parts).tolist() == [0.1 + 4.0, 2.0, 0.1 + 2.0]
   assert parts.total[0] == pytest.approx(8.2)
+  # 1 watt for 2 seconds, and 3 joules for each of 2 + 4 bytes.
+  assert systems.energy(one, JOB).tolist() == [[2.0, 18.0]]
 
 
 def test_a_fleet_has_the_published_figures_in_their_shares():
@@ -53,6 +56,12 @@ def test_a_fleet_has_the_published_figures_in_their_shares():
   assert (fleet.operations[~fast] == 0.5 * DEVICES['phone'].operations).all()
   assert (fleet.up == LINKS['5g'].up).all()
   assert np.isnan(fleet.watts[~fast]).all() and (fleet.watts[fast] == 350).all()
+  assert np.isnan(fleet.joules_per_byte).all()  # no figure for 5G
+  ours = dict(links=('mobile', '5g'), joules_per_byte=2e-6)
+  more: dict[str, Any] = ours
+  assert (systems.fleet(num_clients=2, **more).joules_per_byte == 2e-6).all()
+  with pytest.raises(Error, match=r'joules_per_byte is -1'):
+    systems.fleet(num_clients=2, joules_per_byte=-1)
   with pytest.raises(Error, match=r"devices has 'tablet': it takes a100"):
     systems.fleet(num_clients=2, devices=('tablet',))
 
@@ -83,6 +92,7 @@ def test_a_deadline_loses_the_late_and_cuts_their_work():
   assert lost(0).ids.tolist() == [0, 1, -1, -1] and lost(0).steps is None
   assert lost.clock(0) == {
     'clock/seconds': 3.0, 'clock/joules': 2 * 16.0, 'clock/lost': 2.0,
+    'clock/joules_network': 4 * 3.0,  # the bytes of all, whoever counts
   }  # fmt: skip
   assert lost.clock(1)['clock/seconds'] == 6.0
   partial: Any = deadline(
@@ -372,6 +382,7 @@ def test_lost_work_and_hours_of_sleep_cost_time():
   lost = sum(lossy.clock(n)['clock/lost'] for n in range(20))
   assert lossy.clock(19)['clock/seconds'] == 20 + lost and lost > 5
   assert lossy.clock(19)['clock/joules'] == 2 * (20 + lost)
+  assert lossy.clock(19)['clock/joules_network'] == 3 * (20 + lost)
   asleep = system(1.0, opens=np.array([5.0]), hours=np.array([1.0]))
   for builder in (buffered, deadline):
     rounds: Any = builder(1, 1, system=asleep, job=lambda: JOB)

@@ -11,7 +11,7 @@ import references_images as ref
 from named_images import B, C, D, E, K, N, P, V
 from prompted import IDS, apart, close, f64, mean, wire
 
-from fedjax_llm import adapters, recipes
+from fedjax_llm import adapters, recipes, server, tree, uploads
 from fedjax_llm.adapters.prompts import classes
 from fedjax_llm.nodes import Context, Visual, scores
 from fedjax_llm.nodes.transport import partial_plan
@@ -422,6 +422,27 @@ def test_the_server_serves_a_node_of_class_names(name):
 ROUNDS = {
   name: dict(rounds=1) for name in ('fed_clip', 'fed_otp', 'fed_tpg', 'fed_apt')
 }
+
+
+@pytest.mark.parametrize('name', ['fed_otp', 'fed_pgp_clip', 'p_fed_moap'])
+def test_methods_take_compressed_uploads_and_other_servers(name):
+  algorithm = getattr(recipes, name)(
+    toy.LOSS,
+    toy.sgd(),
+    upload=uploads.top_k(density=0.5),
+    server=server.fed_adam(),
+    **SETTINGS.get(name, {}),
+  )
+
+  def whole(params):
+    state = algorithm.init(jax.random.key(0), params)
+    states = tree.broadcast(algorithm.init_client(state.params), K)
+    of = toy.cohort()._replace(states=states)
+    return state, algorithm.round(state, of, toy.base())
+
+  state, (new, _, info) = jax.eval_shape(whole, START[name]())
+  assert jax.tree.structure(new.params) == jax.tree.structure(state.params)
+  assert info.bytes_up.shape[0] == K
 
 
 @pytest.mark.parametrize('name', START)

@@ -53,7 +53,7 @@ def test_zero_shot_is_cross_entropy_of_scaled_cosines():
   texts = images.texts_of(LOADED)
   letters = 'a photo of a big dog.'
   assert texts.tokens[1].tolist() == [257, *letters.encode(), 258]
-  assert texts.ends[1] == len(letters) + 1 and texts.tokens[0, 19] == 258
+  assert texts.ends[1] == len(letters) + 1 and texts.tokens[0, 18] == 258
   label = np.array([2, 0, 1, -1], np.int32)
   batch = Images(PIXELS, label, np.array([1, 1, 1, 0], bool))
   loss = jax.jit(images.zero_shot().loss(LOADED, per_row=True))

@@ -1,6 +1,7 @@
 """Whole weights perturbed inside of their products, against explicit copies."""
 
 import functools
+import pathlib
 import re
 import zlib
 from typing import Any
@@ -14,6 +15,7 @@ import tiny
 from fedjax_llm import adapters, local, models, recipes, tree
 from fedjax_llm.nodes import Swayed, swayed
 from fedjax_llm.recipes.zeroth_order import fed_kseed_base as method
+from fedjax_llm.run import config, experiment, sections
 from fedjax_llm.types import Cohort, Context, Error
 
 L, D, F, J = 2, 6, 4, 3
@@ -268,7 +270,18 @@ def test_other_adapters_optimizers_and_no_fold_are_refused():
   lora = adapters.lora(2, targets='q_proj').init(tiny.KEY, network().base)
   with pytest.raises(Error, match='only nodes of adapter'):
     kseed().init(tiny.KEY, lora)
-  with pytest.raises(Error, match=r'needs fold, the adapter.s function'):
+  with pytest.raises(Error, match='needs fold, the adapter'):
     recipes.fed_kseed_base(loss, local.optimizer('sgd'))
   with pytest.raises(Error, match='without momentum'):
     recipes.fed_kseed_base(loss, local.optimizer('adamw'), fold=adapter().fold)
+
+
+def test_the_adapter_is_refused_where_a_method_trains_nothing_of_it():
+  path = pathlib.Path(__file__).parents[1] / 'configs' / 'methods.py'
+  argv = ['--config', f'{path}:fed_avg:smoke', '--workdir', 'none']
+  words = '--config.adapter.name=swayed'
+  conf = config.parse([*argv, words], sections.SPEC).config
+  with pytest.raises(Error, match='has no parameter that algorithm'):
+    experiment.algorithm(
+      conf, loss=None, model=None, adapter=adapter(), num_clients=3
+    )

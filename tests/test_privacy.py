@@ -143,6 +143,25 @@ def test_blocks_add_the_noise_once():
   close(blocks, whole, atol=2e-6)
 
 
+def test_a_private_round_costs_few_operations():
+  """As XLA counts them in the program before it optimises; loops count once."""
+  counts = []
+  for rule in (
+    aggregators.uniform_mean(),
+    privacy.noisy_mean(CLIP, NOISE, DENOMINATOR),
+  ):
+    method = recipes.fed_avg(
+      tiny.loss, tiny.sgd(), aggregator=rule, measure=None
+    )
+    state = method.init(tiny.KEY, tiny.lora())
+    cohort = tiny.cohort(steps=1)
+    cohort = cohort._replace(states=tiny.fresh(method, state))
+    program = jax.jit(method.round).lower(state, cohort, tiny.base())
+    cost: Any = program.cost_analysis()
+    counts.append(cost['flops'])
+  assert 1 < counts[1] / counts[0] <= 1.05
+
+
 def test_frozen_leaves_get_no_noise():
   params, scope = toy.params(), scopes.frozen('/a$')
   state = served(scope=scope)

@@ -85,10 +85,10 @@ def flat(x):
 def test_noise_and_the_worst_client_are_what_is_counted(name):
   pytest.importorskip('dp_accounting')
   plan, seen = program(name)
-  keys = jax.random.split(jax.random.key(8), 60)
+  keys = jax.random.split(jax.random.key(8), 40)
   draws = np.stack([flat(seen(key, 1.0, True)) for key in keys])
   draws -= draws.mean(0)
-  deviation = draws.std() * math.sqrt(60 / 59)
+  deviation = draws.std() * math.sqrt(40 / 39)
   ends = [flat(seen(keys[0], x, True)) for x in EXTREMES]
   if name in ('central', 'tree'):  # neighbours: an update is there or zero
     ends = [x - flat(seen(keys[0], 1.0, False)) for x in ends]

@@ -177,6 +177,21 @@ def test_the_summary_tells_how_far_each_run_is_and_what_it_cost(page):
   assert told['young']['after'] == ''
 
 
+def test_a_run_with_a_clock_has_its_simulated_time_and_energy(tmp_path):
+  clock = {'clock/joules': 2500.0, 'clock/joules_network': 1.2e6}
+  some = [
+    {**record, 'clock/seconds': 125.0 * record['round'], **clock}
+    if record['round']
+    else record
+    for record in records(3)
+  ]
+  write(tmp_path / 'clocked', config(), some)
+  page = Page(report.page([tmp_path / 'clocked']))
+  cells = dict(zip(row(page, 'run', 'state'), row(page, 'clocked')))
+  assert cells['simulated time'] == '6:15'
+  assert cells['simulated energy'] == '2.5 kJ, 1,200.0 kJ of the network'
+
+
 def test_the_worst_clients_are_named_with_what_they_hold(page):
   start = next(i for i, r in enumerate(page.rows) if r[0] == 'client')
   assert page.rows[start] == ['client', 'texts', 'before', 'loss', 'change']

@@ -133,6 +133,27 @@ def test_the_variance_grows_with_the_dimension_as_in_closed_form():
   assert one > exact + (ref.value(W, np.zeros(D), HESSIAN) / MU) ** 2
 
 
+def test_two_points_have_a_variance_that_grows_like_the_dimension():
+  """(P + 1) |g|^2 in P dimensions, with the gradient as the mean."""
+  keys = jax.random.split(KEY, 4096)
+  for size in (4, 16, 64):
+    w = jnp.linspace(0.5, 1.5, size)  # the gradient of |w|^2 / 2
+
+    def half(base, params, batch, key):
+      return LossSum(0.5 * jnp.sum(params['w'] ** 2), *jnp.ones(2))
+
+    gradient = local.along(local.two_point(1e-2))
+    one = lambda key, half=half, at={'w': w}, gradient=gradient: gradient(
+      half, None, at, at, None, key
+    )[0]['w']
+    draws = np.asarray(jax.jit(jax.vmap(one))(keys), np.float64)
+    g = np.asarray(w, np.float64)
+    spread = draws.std(0) / np.sqrt(len(draws))
+    assert (np.abs(draws.mean(0) - g) < 5 * spread).all()
+    variance = ((draws - g) ** 2).sum(1).mean()
+    assert variance == pytest.approx((size + 1) * g @ g, rel=0.1)
+
+
 def test_central_differences_and_forward_mode_are_exact_on_a_quadratic():
   each = estimates()
   exact = each['forward_mode', 'normal']

@@ -92,6 +92,7 @@ __all__ = [
   'rslora',
   'sfed_lora',
   'soft_prompt',
+  'swayed',
   'tensor_train',
   'vera',
   'visual_prompt',

@@ -124,11 +124,11 @@ def compass(
   groups: dict[int, _Group] = {}
   later: dict[int, _Work] = {}  # arrived too late for their group
   count = dict(jobs=0, groups=0)
-  made: list[Any] = []  # the job and its seconds, once they are asked for
+  made: list[Any] = []  # the job, its seconds and joules, once asked for
 
   def begin(client: int, steps: int, now: float, version: int, group: int):
     """Starts a client; returns its joules."""
-    one, parts = made
+    one, parts, energy = made
     rng = np.random.default_rng((seed, _JOB, count['jobs']))
     count['jobs'] += 1
     slower = math.exp(jitter * rng.standard_normal())
@@ -137,12 +137,12 @@ def compass(
     links = float(parts.down[client] + parts.up[client]) * slower
     work[client] = _Work(now, steps, version, group, lost)
     heapq.heappush(events, (now + links + compute, _ARRIVAL, client))
-    return float(system.watts[client]) * compute
+    return energy[client] * (steps / one.num_steps * slower, 1.0)
 
   def whole(number: float) -> int:
     return math.floor(number * (1 + timed.ROUNDING))
 
-  def assign(client: int, now: float, version: int) -> float:
+  def assign(client: int, now: float, version: int) -> np.ndarray:
     """Deals a client its steps and its group; returns its joules."""
     most, own = made[0].num_steps, speed[client]
     chosen, steps = -1, -1
@@ -193,7 +193,7 @@ def compass(
     return draw, now, joules, lost
 
   def step(number, now):
-    joules = 0.0
+    joules = np.zeros(2)
     if not made:
       one = job()
       if not 1 <= min_steps <= one.num_steps:
@@ -201,7 +201,9 @@ def compass(
           f'clients.min_steps is {min_steps}: it is at least 1 and at most '
           f'cohort.num_steps={one.num_steps}.'
         )
-      made[:] = [one, systems.duration(system, one)]
+      made[:] = [
+        one, systems.duration(system, one), systems.energy(system, one),
+      ]  # fmt: skip
       joules += sum(
         begin(k, one.num_steps, now, 0, -1) for k in range(num_clients)
       )

@@ -8,6 +8,7 @@ them (`utilisation`).
 from typing import NamedTuple
 
 _MBIT = 1e6 / 8  # bytes
+_KWH_A_GB = 3.6e6 / 1e9  # joules a byte
 
 
 class Device(NamedTuple):
@@ -37,6 +38,8 @@ class Link(NamedTuple):
   up: float  # bytes a second from the client
   latency: float  # seconds of a round trip
   source: str
+  # Electricity of the network for a byte; None: the source has no figure.
+  joules: float | None = None
 
 
 # Read on 2026-11-28.
@@ -73,6 +76,11 @@ _SPEEDTEST = (
   'the-global-mobile-and-broadband-internet-speed-ranking/ '
   '(Speedtest Global Index, September 2020, means)'
 )
+# Joules: core and access network, 0.14 kWh a gigabyte for mobile and 0.03 for
+# fixed networks, of the EU's ICT impact study of 2020, as quoted by
+# https://methodology.scope3.com/data_transfer. Aslan et al. 2018 (J. Industrial
+# Ecology 22(4), doi 10.1111/jiec.12630) have 0.06 for fixed networks in 2015,
+# halved every two years; the end devices are not in either figure.
 LINKS = {
   'mobile': Link(
     'mobile networks of the world',
@@ -80,6 +88,7 @@ LINKS = {
     11.22 * _MBIT,
     0.040,
     _SPEEDTEST,
+    0.14 * _KWH_A_GB,
   ),
   'broadband': Link(
     'fixed broadband of the world',
@@ -87,6 +96,7 @@ LINKS = {
     45.74 * _MBIT,
     0.021,
     _SPEEDTEST,
+    0.03 * _KWH_A_GB,
   ),
   # The source has no latency for 5G: that of `mobile`.
   '5g': Link(

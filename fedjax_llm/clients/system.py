@@ -37,6 +37,8 @@ class System(NamedTuple):
   # The part of a day in which a client is available: [N] hours.
   opens: np.ndarray
   hours: np.ndarray  # 24: always
+  # [N] of the network for a byte in either direction; NaN: not known
+  joules_per_byte: np.ndarray
 
 
 class Job(NamedTuple):
@@ -68,6 +70,24 @@ class Seconds(NamedTuple):
     return self.down + self.compute + self.up
 
 
+def energy(system: System, job: Job) -> np.ndarray:
+  """Returns the joules of a job for every client, [N, 2]: device and network.
+
+      watts operations / rate,  (down + up) joules per byte
+
+  A device draws its watts while it computes; the network's figure counts bytes,
+  not seconds. NaN where one is not known.
+
+  >>> one = fleet(num_clients=1, devices=('h100',), links=('broadband',))
+  >>> energy(one, Job(2.27e14, 5e8, 5e8, 1)).round(-2).tolist()
+  [[400.0, 108000.0]]
+  """
+  device = system.watts * job.operations / system.operations
+  return np.stack(
+    [device, system.joules_per_byte * (job.down + job.up)], axis=-1
+  )
+
+
 def duration(system: System, job: Job) -> Seconds:
   """Returns the seconds of a job on the device and link of every client.
 
@@ -97,6 +117,7 @@ def fleet(
   utilisation: float = 0.3,
   spread: float = 0.0,
   hours: float = 24.0,
+  joules_per_byte: float | None = None,
   seed: int = 0,
 ) -> System:
   """Returns a system of published devices and links, drawn by their shares.
@@ -112,6 +133,8 @@ def fleet(
       every round: devices of one kind differ by age, heat and other programs.
     hours: of every day in which a client is available, from an hour that is
       drawn for it; 24: always.
+    joules_per_byte: electricity of the network for a byte, for all links; None:
+      that of `published.LINKS`, for mobile networks and fixed broadband.
     seed: of the draw.
 
   Raises:
@@ -140,6 +163,11 @@ def fleet(
     raise Error(f'system.spread is {spread}: it is a number of at least 0.')
   if not 0 < hours <= 24:
     raise Error(f'system.hours is {hours}: it is above 0 and at most 24.')
+  if joules_per_byte is not None and not 0 <= joules_per_byte < math.inf:
+    raise Error(
+      f'system.joules_per_byte is {joules_per_byte}: it is a number of at '
+      'least 0, or None.'
+    )
   if seed < 0:
     raise Error(f'seed is {seed}: it is a whole number of at least 0.')
   rng = np.random.default_rng((seed, _KINDS))
@@ -162,13 +190,16 @@ def fleet(
     watts=number(DEVICES, [devices[i] for i in of], 'watts'),
     opens=opens,
     hours=np.full(num_clients, float(hours)),
+    joules_per_byte=number(LINKS, mine, 'joules')
+    if joules_per_byte is None
+    else np.full(num_clients, float(joules_per_byte)),
   )
 
 
 # The columns of a table of one's own, and the values where one is absent.
 _COLUMNS = dict(
   operations=None, down=None, up=None, latency=0.0, watts=float('nan'),
-  opens=0.0, hours=24.0,
+  opens=0.0, hours=24.0, joules_per_byte=float('nan'),
 )  # fmt: skip
 
 
@@ -176,9 +207,10 @@ def table(*, num_clients: int, path: str, seed: int = 0) -> System:
   """Returns the system of a CSV file of measured devices, one a line.
 
   The columns `operations` (a second, as reached), `down` and `up` (bytes a
-  second) are needed; `latency` (seconds, 0), `watts`, and `opens` and `hours`
-  (the hour of a day from which the device is available, and for how many) are
-  not. With fewer lines than clients each line serves several, drawn.
+  second) are needed; `latency` (seconds, 0), `watts`, `joules_per_byte` of the
+  network, and `opens` and `hours` (the hour of a day from which the device is
+  available, and for how many) are not. With fewer lines than clients each line
+  serves several, drawn.
 
   Args:
     num_clients: N.
@@ -210,7 +242,8 @@ def table(*, num_clients: int, path: str, seed: int = 0) -> System:
   if unknown or missing:
     raise Error(
       f'system.path: {path} has the columns {", ".join(map(str, names))}; it '
-      'needs operations, down, up and may have latency, watts, opens, hours.'
+      'needs operations, down, up and may have latency, watts, opens, hours, '
+      'joules_per_byte.'
     )
   if not rows:
     raise Error(f'system.path: {path} has no line with a device.')
@@ -233,7 +266,7 @@ def _number(path: str, line: int, name: str, row: dict) -> float:
   except ValueError:
     value = float('nan')
   most = 24.0 if name in ('opens', 'hours') else float('inf')
-  least_is_fine = name in ('latency', 'opens')
+  least_is_fine = name in ('latency', 'opens', 'joules_per_byte')
   if not (0 <= value <= most and math.isfinite(value)) or (
     value == 0 and not least_is_fine
   ):

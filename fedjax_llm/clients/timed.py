@@ -18,7 +18,7 @@ import bisect
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,9 +42,10 @@ class Timed(NamedTuple):
 
   `clock(round)` returns metrics of the end of a round: 'clock/seconds' since
   the start, 'clock/joules' of all computation so far (absent where a device's
-  watts are not known), 'clock/lost' clients whose work was lost in this round,
-  and 'clock/staleness', the mean number of rounds since the clients of this
-  round started.
+  watts are not known), 'clock/joules_network' of all messages so far (absent
+  where a link's joules a byte are not known), 'clock/lost' clients whose work
+  was lost in this round, and 'clock/staleness', the mean number of rounds since
+  the clients of this round started.
   """
 
   draw: Callable[[int], Draw]
@@ -57,22 +58,24 @@ class Timed(NamedTuple):
 class _Round(NamedTuple):
   draw: Draw
   end: float  # seconds since the start
-  joules: float  # of all computation so far
+  joules: np.ndarray  # [2] of all computation and of all messages so far
   lost: int
 
 
-def sequence(step: Callable[[int, float], tuple[Draw, float, float, int]]):
+def sequence(step: Callable[[int, float], tuple[Draw, float, Any, int]]):
   """Returns a `Timed` of rounds that are computed one after another.
 
-  `step(round, now) -> (draw, end, joules of this round, lost)`.
+  `step(round, now) -> (draw, end, joules [2] of this round, lost)`.
   """
   rounds: list[_Round] = []
 
   def at(number: int) -> _Round:
     while len(rounds) <= number:
-      last = rounds[-1] if rounds else _Round(Draw(None, None), 0.0, 0.0, 0)  # type: ignore
-      draw, end, joules, lost = step(len(rounds), last.end)
-      rounds.append(_Round(draw, end, last.joules + joules, lost))
+      now, spent = 0.0, np.zeros(2)
+      if rounds:
+        now, spent = rounds[-1].end, rounds[-1].joules
+      draw, end, joules, lost = step(len(rounds), now)
+      rounds.append(_Round(draw, end, spent + joules, lost))
     return rounds[number]
 
   def clock(number: int) -> dict[str, float]:
@@ -80,15 +83,14 @@ def sequence(step: Callable[[int, float], tuple[Draw, float, float, int]]):
     started = round.draw.started
     values = {
       'clock/seconds': round.end,
-      'clock/joules': round.joules,
+      'clock/joules': float(round.joules[0]),
+      'clock/joules_network': float(round.joules[1]),
       'clock/lost': float(round.lost),
     }
     if started is not None:
       age = number - started[round.draw.ids >= 0]
       values['clock/staleness'] = float(age.mean()) if age.size else 0.0
-    if math.isnan(round.joules):
-      del values['clock/joules']
-    return values
+    return {k: v for k, v in values.items() if not math.isnan(v)}
 
   return Timed(lambda number: at(number).draw, clock)
 
@@ -189,7 +191,9 @@ def deadline(
       rows = np.zeros(cohort_size, np.int32)
       rows[: len(kept)] = steps[kept]
       drawn = drawn._replace(steps=rows)
-    joules = float(np.sum(system.watts[ids] * compute))
+    joules = systems.energy(system, work)[ids]
+    joules[:, 0] *= slower * steps / work.num_steps
+    joules = joules.sum(0)
     return drawn, now + end, joules, len(ids) - len(kept)
 
   return sequence(step)
@@ -240,12 +244,12 @@ def buffered(
   training: list[tuple[float, int, int, int, bool]] = []  # a heap, by arrival
   at_hand = attendance(system)  # busy: they train, or wait in the buffer
   state = {'job': 0, 'free': concurrency}
-  # Seconds and joules of every client's round, once they are asked for.
+  # Seconds [N] and joules [N, 2] of a round, once they are asked for.
   parts: list[np.ndarray] = []
 
-  def begin(now: float, version: int) -> float:
+  def begin(now: float, version: int) -> np.ndarray:
     """Starts a client in every free place that finds one; returns joules."""
-    joules = 0.0
+    joules = np.zeros(2)
     at_hand.advance(now)
     while state['free'] and at_hand.num_idle():
       rng = np.random.default_rng((seed, _JOB, state['job']))
@@ -253,7 +257,7 @@ def buffered(
       slower = math.exp(jitter * rng.standard_normal())
       lost = bool(rng.random() < dropout)
       took = float(parts[0][client]) * slower
-      joules += float(parts[1][client]) * slower
+      joules += parts[1][client] * (slower, 1.0)
       heapq.heappush(
         training, (now + took, state['job'], client, version, lost)
       )
@@ -263,10 +267,12 @@ def buffered(
 
   def step(number, now):
     if not parts:
-      seconds = systems.duration(system, job())
-      parts[:] = [seconds.total, system.watts * seconds.compute]
+      one = job()
+      parts[:] = [
+        systems.duration(system, one).total, systems.energy(system, one),
+      ]  # fmt: skip
     arrived: list[tuple[int, int]] = []
-    joules, lost = 0.0, 0
+    joules, lost = np.zeros(2), 0
     while len(arrived) < cohort_size:
       if not training or training[0][0] > now:
         joules += begin(now, number)
@@ -338,7 +344,7 @@ def tiered(
 
   def begin(tier: int, turn: int, now: float):
     rng = np.random.default_rng((seed, _TIER, tier, turn))
-    seconds, tiers = made
+    seconds, energy, tiers = made
     mine = tiers[tier]
     ids = mine[np.argsort(rng.random(len(mine)), kind='stable')]
     now += systems.wait(_of(system, mine), now)
@@ -348,14 +354,16 @@ def tiered(
     lost = rng.random(len(ids)) < dropout
     end = now + float(np.max(seconds.total[ids] * slower))
     heapq.heappush(running, (end, tier, turn, now, ids, lost))
-    return float(np.sum(system.watts[ids] * seconds.compute[ids] * slower))
+    return (energy[ids] * np.stack([slower, np.ones(len(ids))], -1)).sum(0)
 
   def step(number, now):
-    joules = 0.0
+    joules = np.zeros(2)
     if not made:
-      seconds = systems.duration(system, job())
+      one = job()
+      seconds = systems.duration(system, one)
       order = np.argsort(seconds.total, kind='stable')
-      made[:] = [seconds, np.array_split(order, num_tiers)]
+      tiers = np.array_split(order, num_tiers)
+      made[:] = [seconds, systems.energy(system, one), tiers]
       joules += sum(begin(t, 0, now) for t in range(num_tiers))
     else:
       tier, turn = ended.pop()

@@ -48,6 +48,7 @@ def rows(conf: Mapping[str, Any], job: Job) -> list[tuple[str, str]]:
         devices=(device,),
         links=(link,),
         utilisation=value('utilisation'),
+        joules_per_byte=value('joules_per_byte'),
       )
       table.append((f'{device}, {link}', _words(fleet, job, 0)))
   return table
@@ -59,6 +60,7 @@ _NUM = 1000  # clients drawn from a table, for its spread
 def _words(fleet: systems.System, job: Job, client: int) -> str:
   parts = systems.duration(fleet, job)
   links = parts.down[client] + parts.up[client]
-  joules = float(fleet.watts[client] * parts.compute[client])
-  energy = '' if np.isnan(joules) else f', {joules:,.3g} J'
+  device, network = systems.energy(fleet, job)[client]
+  energy = '' if np.isnan(device) else f', {device:,.3g} J'
+  energy += '' if np.isnan(network) else f', {network:,.3g} J of the network'
   return f'{parts.total[client]:,.3g} s ({links:,.3g} s of links){energy}'

@@ -68,8 +68,8 @@ def poisson(key: Any, mean: float, shape: tuple[int, ...]) -> jax.Array:
 
   `jax.random.poisson` accepts a number k by k log m - m - log k!, which float32
   does not resolve at large means: at 1.7e7 its variance is an eighth too large
-  and its excess kurtosis 2. Here the sampler is the same (PTRS: Hörmann 1993, Insurance:
-  Mathematics and Economics 12), and with d = k - m and x = d / m
+  and its excess kurtosis 2. Here the sampler is the same (PTRS: Hörmann 1993,
+  Insurance: Mathematics and Economics 12), and with d = k - m and x = d / m
 
       log P(k) = -m ((1 + x) log(1 + x) - x) - log(2 pi k) / 2 - 1 / (12 k)
 

@@ -6,6 +6,7 @@ return a `Stream`: `banded` and `buffered` compute y row by row, `tree` from the
 noises of the nodes of a binary tree.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -259,6 +260,7 @@ def error(coefs: np.ndarray) -> float:
   return float((np.cumsum(inverse) ** 2).sum())
 
 
+@functools.lru_cache(maxsize=16)
 def optimal(
   num_rounds: int, *, separation: int = 1, turns: int = 1, buffers: int = 3
 ) -> tuple[np.ndarray, np.ndarray]:

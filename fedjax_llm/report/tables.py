@@ -54,6 +54,8 @@ def summary(runs: Sequence[Run]) -> Table:
     'learned': _learned,
     'up, down': _travelled,
     'time': lambda run: _clock(sum(numbers.stations(run).values())),
+    'simulated time': lambda run: _clock(_ends(run, 'clock/seconds')[1] or 0),
+    'simulated energy': _energy,
     'never trained': _untrained,
     'dropped out': lambda run: int(numbers.total(run, _DROPPED)) or None,
   }
@@ -142,6 +144,14 @@ def _clock(seconds: float) -> str | None:
   hours, minutes = divmod(minutes, 60)
   hour = f'{hours}:{minutes:02d}' if hours else f'{minutes}'
   return f'{hour}:{rest:02d}'
+
+
+def _energy(run: Run) -> str | None:
+  """Returns the energy of the simulated devices and of their network."""
+  parts = (('clock/joules', ''), ('clock/joules_network', ' of the network'))
+  ends = [(_ends(run, field)[1], words) for field, words in parts]
+  amounts = [f'{value / 1e3:,.1f} kJ{words}' for value, words in ends if value]
+  return ', '.join(amounts) or None
 
 
 def notices(runs: Sequence[Run]) -> list[str]:

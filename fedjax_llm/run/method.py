@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from fedjax_llm import local, models
+from fedjax_llm import local, models, recipes
 from fedjax_llm.local import LocalOptimizer
 from fedjax_llm.run import (
   builders,
@@ -93,6 +93,7 @@ def algorithm(
       f'client_models: the clients of algorithm.name={name} have the model of '
       'the section model: leave the section client_models out.'
     )
+  _check_swayed(conf, name)
   if builders.open_ended(recipe):  # one's own, which hands its parts on
     recipe = builders.onward(recipe, sections.parts)
   if conf.get('adversary'):
@@ -123,6 +124,18 @@ def algorithm(
   if private is None:
     return result
   return guarantee.watched(result, name, guarantee.mechanism(conf), private)
+
+
+def _check_swayed(conf: Mapping[str, Any], name: Any) -> None:
+  """Raises `Error` for an adapter of which the method trains nothing."""
+  if builders.named(conf.get('adapter')) != 'swayed':
+    return
+  needs = recipes.NEEDS.get(name) if isinstance(name, str) else None
+  if needs is not None and builders.named(needs.get('adapter')) != 'swayed':
+    raise Error(
+      f'adapter.name=swayed has no parameter that algorithm.name={name} '
+      'trains: use algorithm.name=fed_kseed_base, or another adapter.'
+    )
 
 
 def recipe_of(conf: Mapping[str, Any]) -> Callable[..., FederatedAlgorithm]:

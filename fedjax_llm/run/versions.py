@@ -29,6 +29,8 @@ def translated(config: Mapping[str, Any]) -> dict[str, Any]:
   >>> old = {'algorithm': {'name': 'ditto', 'clip_norm': 0.5}, 'local': {}}
   >>> translated(old)
   {'algorithm': {'name': 'ditto'}, 'local': {'clip_norm': 0.5}}
+  >>> translated({'algorithm': {'name': 'p_fed_pg'}})
+  {'algorithm': {'server_rate': 1.0, 'name': 'p_fed_pg'}}
   """
   new = dict(config)
   for (section, field), (to, name) in MOVED.items():
@@ -41,6 +43,8 @@ def translated(config: Mapping[str, Any]) -> dict[str, Any]:
       new[to] = {name: before[field], **there}
   if isinstance(test := new.get('evals'), Mapping):  # after 0.2.0
     new['evals'] = {'evaluators': [{'name': 'likelihood'}], **test}
+  if named(new.get('algorithm')) == 'p_fed_pg':  # its rate was 1, unnamed
+    new['algorithm'] = {'server_rate': 1.0, **new['algorithm']}
   return _pooled(new)
 
 

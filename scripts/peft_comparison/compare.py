@@ -16,6 +16,7 @@ Kinds of one seed see the same clients, texts and order of texts.
 
 import argparse
 import json
+import math
 import pathlib
 import time
 from collections.abc import Mapping
@@ -91,7 +92,12 @@ def search(bench: cells.Bench) -> dict[str, Any]:
   for rate in cells.MODELS[bench.model][bench.kind].rates:
     result = bench.train(cells.TUNING, rate, ALSO, (0, ALSO))
     tried[rate] = result['curve'][-1]['loss']
-  finite = {rate: loss for rate, loss in tried.items() if loss == loss}
+  finite = {rate: loss for rate, loss in tried.items() if math.isfinite(loss)}
+  if not finite:
+    raise SystemExit(
+      f'{bench.model}, {bench.kind}: the loss is not finite at any of the '
+      f'rates {", ".join(f"{rate:g}" for rate in tried)}.'
+    )
   return {
     'kind': bench.kind,
     'numbers': bench.num_params,

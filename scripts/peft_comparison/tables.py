@@ -140,7 +140,7 @@ def figure(known: Mapping[str, Any], path: pathlib.Path) -> None:
         axes.plot(
           [p['bytes'] / 1e6 for p in ends],
           [p[measure] for p in ends],
-          color=colours[kind], marker=marker, linestyle='none', 
+          color=colours[kind], marker=marker, linestyle='none',
           label=kind if at == 'equal_tokens' else None,
         )  # fmt: skip
     axes.set(

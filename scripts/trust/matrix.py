@@ -5,6 +5,29 @@ from typing import Any
 
 from fedjax_llm.sweep.table import interval
 
+# The most that a kind may cost a round: counted operations, time.
+LIMITS = {
+  'client-level': (1.05, 1.15),
+  'example-level': (None, 2.0),
+  'secure sum': (None, 1.3),
+}
+
+
+def costs(results: Mapping[str, Any]) -> str:
+  """Returns the ratios of `scripts/privacy_costs` to a plain round."""
+  lines = [
+    '| kind | operations | limit | time | limit | ms a round |',
+    '|---|---|---|---|---|---|',
+  ]
+  for name, row in results['kinds'].items():
+    limits = LIMITS.get(name, (None, None))
+    first, second = (f'{limit:.2f}' if limit else '' for limit in limits)
+    lines.append(
+      f'| {name} | {row["operations_ratio"]:.4f} | {first} | '
+      f'{row["time_ratio"]:.2f} | {second} | {row["milliseconds"]:.0f} |'
+    )
+  return '\n'.join(lines)
+
 
 def spelled(values: Sequence[float]) -> str:
   """Returns the mean with half of its 95 % interval over seeds."""
@@ -48,18 +71,10 @@ def table(cells: Sequence[Mapping[str, Any]]) -> str:
   return '\n'.join(lines)
 
 
-def audited(
-  models: Mapping[str, Sequence[Mapping[str, Any]]],
-  runs: Sequence[Mapping[str, Any]],
-  inversion: Sequence[Mapping[str, Any]],
-) -> str:
-  """Returns the tables of `scripts/audit` as Markdown.
-
-  Args:
-    models: the figures of the models of each kind.
-    runs: the audits in one run.
-    inversion: at most one record of recovered tokens.
-  """
+def audited(summary: Mapping[str, Any]) -> str:
+  """Returns the tables of `scripts/audit` as Markdown."""
+  models, runs = summary['models'], summary['runs']
+  inversion = summary['inversion']
   names = dict.fromkeys(
     name
     for each in models.values()
