@@ -3,20 +3,21 @@
 Cui et al. 2024, arXiv 2405.09771.
 """
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import local, scopes, server
 from fedjax_llm.local import LocalOptimizer, class_names, distillation
 from fedjax_llm.nodes import Context
-from fedjax_llm.recipes.composing import compose, refuse
 from fedjax_llm.recipes.images.scored import IMAGES, node_of
-from fedjax_llm.recipes.prompts.fed_pgp import Own
+from fedjax_llm.recipes.prompts.fed_pgp import (
+  Own,
+  changed,
+  checked,
+  with_own,
+)
 from fedjax_llm.types import (
-  Error,
   FederatedAlgorithm,
   Key,
   Loss,
@@ -67,17 +68,14 @@ def fed_pgp_clip(
       0, a loss that is not of images and names of classes; from `init`, an
       adapter without a context.
 
+  >>> from fedjax_llm import local
   >>> method = fed_pgp_clip(None, local.optimizer('sgd'), rank=2)
   >>> params = {'scores': Context(jnp.ones((3, 8)))}
   >>> kept = method.init_client(method.init(jax.random.key(0), params).params)
   >>> kept.private['own'].left.shape, kept.private['own'].right.shape
   ((3, 2), (2, 8))
   """
-  refuse('fed_pgp_clip', 'scope', parts)
-  if rank < 1:
-    raise Error(f'algorithm.rank is {rank}; it must be at least 1.')
-  if known(temperature) and temperature <= 0:
-    raise Error(f'algorithm.temperature is {temperature}; it must be above 0.')
+  checked('fed_pgp_clip', rank, temperature, parts)
   seen = class_names.needed('fed_pgp_clip', loss)
 
   def wrap(key: Key, params: Params) -> Params:
@@ -102,20 +100,7 @@ def fed_pgp_clip(
     terms = distillation.contrast(near, far[:, None], temperature)
     return sums._replace(total=sums.total + mu * sums.count * jnp.mean(terms))
 
-  return server.on_part(
-    functools.partial(
-      compose,
-      local.sgd(total, optimizer),
-      scope=scopes.private('^own/'),
-      **{'measure': None, **parts, 'fold': None},
-    ),
-    wrap=wrap,
-    get=lambda wrapped: wrapped['common'],
-    put=lambda wrapped, part: {**wrapped, 'common': part},
-    serve=lambda wrapped, state: (
-      wrapped['common'] if state is None else personal(wrapped)
-    ),
-  )
+  return with_own(total, optimizer, wrap, personal, parts)
 
 
 def personal(wrapped: Params) -> Params:
@@ -126,7 +111,5 @@ def personal(wrapped: Params) -> Params:
   >>> personal(wrapped)['scores'].rows.tolist()
   [[2.0, 3.0]]
   """
-  rows, own = wrapped['common']['scores'].rows, wrapped['own']
-  change = jnp.matmul(own.left, own.right, precision=jax.lax.Precision.HIGHEST)
-  node = Context(rows + change.astype(rows.dtype))
-  return {**wrapped['common'], 'scores': node}
+  rows = changed(wrapped['common']['scores'].rows, wrapped['own'])
+  return {**wrapped['common'], 'scores': Context(rows)}

@@ -4,6 +4,7 @@ Cui et al. 2024, arXiv 2405.09771.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -79,11 +80,7 @@ def fed_pgp(
   >>> kept.private['own'].left.shape, kept.private['own'].right.shape
   ((3, 2), (2, 8))
   """
-  refuse('fed_pgp', 'scope', parts)
-  if rank < 1:
-    raise Error(f'algorithm.rank is {rank}; it must be at least 1.')
-  if known(temperature) and temperature <= 0:
-    raise Error(f'algorithm.temperature is {temperature}; it must be above 0.')
+  checked('fed_pgp', rank, temperature, parts)
 
   def wrap(key: Key, params: Params) -> Params:
     rows = rows_of('fed_pgp', params)
@@ -109,6 +106,66 @@ def fed_pgp(
     mean = jnp.sum(jnp.where(here, terms, 0.0)) / number
     return sums._replace(total=sums.total + mu * sums.count * mean)
 
+  return with_own(total, optimizer, wrap, personal, parts)
+
+
+def personal(wrapped: Params) -> Params:
+  """Returns the adapter with the prompt sigma + U V.
+
+  >>> wrapped = {'common': {'inputs': Prompt(jnp.ones((1, 2)))},
+  ...            'own': Own(jnp.ones((1, 1)), jnp.array([[1.0, 2.0]]))}
+  >>> personal(wrapped)['inputs'].rows.tolist()
+  [[2.0, 3.0]]
+  """
+  rows = changed(wrapped['common']['inputs'].rows, wrapped['own'])
+  return {**wrapped['common'], 'inputs': Prompt(rows)}
+
+
+# ------------------------------------------- shared with FedPGP on images --
+
+
+def checked(
+  name: str, rank: int, temperature: float, parts: dict[str, Any]
+) -> None:
+  """Raises `Error` for settings that FedPGP does not take.
+
+  They are a scope in `parts`, a rank below 1, a temperature that is not above
+  0.
+  """
+  refuse(name, 'scope', parts)
+  if rank < 1:
+    raise Error(f'algorithm.rank is {rank}; it must be at least 1.')
+  if known(temperature) and temperature <= 0:
+    raise Error(f'algorithm.temperature is {temperature}; it must be above 0.')
+
+
+def changed(rows: jax.Array, own: Own) -> jax.Array:
+  """Returns sigma + U V of rows sigma, [P, D].
+
+  >>> one = jnp.ones((1, 1))
+  >>> changed(one, Own(one, one)).tolist()
+  [[2.0]]
+  """
+  change = jnp.matmul(own.left, own.right, precision=jax.lax.Precision.HIGHEST)
+  return rows + change.astype(rows.dtype)
+
+
+def with_own(
+  total: Loss,
+  optimizer: LocalOptimizer,
+  wrap: Callable[[Key, Params], Params],
+  personal: Callable[[Params], Params],
+  parts: dict[str, Any],
+) -> FederatedAlgorithm:
+  """Returns federated averaging of `common`; `own` stays with each client.
+
+  Args:
+    total: the loss of {'common': adapter, 'own': `Own`}.
+    optimizer: of the clients.
+    wrap: makes those parameters from an adapter.
+    personal: returns the adapter that a client uses.
+    parts: of `fed_opt`.
+  """
   return server.on_part(
     functools.partial(
       compose,
@@ -123,20 +180,3 @@ def fed_pgp(
       wrapped['common'] if state is None else personal(wrapped)
     ),
   )
-
-
-def personal(wrapped: Params) -> Params:
-  """Returns the adapter with the prompt sigma + U V.
-
-  >>> wrapped = {'common': {'inputs': Prompt(jnp.ones((1, 2)))},
-  ...            'own': Own(jnp.ones((1, 1)), jnp.array([[1.0, 2.0]]))}
-  >>> personal(wrapped)['inputs'].rows.tolist()
-  [[2.0, 3.0]]
-  """
-  rows = wrapped['common']['inputs'].rows
-  own = wrapped['own']
-  change = jnp.matmul(own.left, own.right, precision=jax.lax.Precision.HIGHEST)
-  return {
-    **wrapped['common'],
-    'inputs': Prompt(rows + change.astype(rows.dtype)),
-  }
