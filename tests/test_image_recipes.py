@@ -106,15 +106,19 @@ def test_fed_clip_equals_a_float64_loop():
   _, seen = history('fed_clip', rounds=1)
   arrays = [f64(x) for x in jax.tree.leaves(seen[0][0].params['scores'])]
 
-  def loss(x, y, a):
-    f = toy.length(ref.reweighted(toy.pooled(x), *a))
-    return ref.symmetric(toy.SCALE * f @ toy.texts()[y].T)
-
-  ends = [toy.trained(loss, k, arrays) for k in range(K)]
+  cosines = lambda x, a: (
+    toy.SCALE * toy.length(ref.reweighted(toy.pooled(x), *a)) @ toy.texts().T
+  )
+  contrast = lambda x, y, a: ref.symmetric(cosines(x, a)[:, y])
+  ends = [toy.trained(contrast, k, arrays) for k in range(K)]
   got = jax.tree.leaves(seen[1][0].params['scores'])
   for i, leaf in enumerate(got):
     close(leaf, mean([end[i] for end in ends]), atol=1e-4)
   apart(got[0], arrays[0], by=1e-3)
+  # Neighbour: cross-entropy over the classes, not over the texts of a batch.
+  plain = lambda x, y, a: toy.nll(cosines(x, a), y)
+  other = [toy.trained(plain, k, arrays)[0] for k in range(K)]
+  apart(got[0], mean(other), by=1e-3)
 
 
 # ------------------------------------------------------------------ FedOTP --
