@@ -335,6 +335,10 @@ def test_mean_and_std_are_those_of_the_preprocessor(tmp_path):
   image = families.read_config(tmp_path).image
   assert image is not None
   assert (image.mean, image.std) == ((0.1, 0.2, 0.3), (1.0, 2.0, 4.0))
+  file.write_text(json.dumps({**values, 'do_normalize': False}))
+  image = families.read_config(tmp_path).image
+  assert image is not None
+  assert (image.mean, image.std) == ((0.0,) * 3, (1.0,) * 3)
   for key, value, message in (
     (
       'image_mean',
@@ -342,6 +346,8 @@ def test_mean_and_std_are_those_of_the_preprocessor(tmp_path):
       'image_mean is [0.5]; it must be a list of 3',
     ),
     ('image_std', [1, 0, 1], 'image_std is [1, 0, 1]; it must be above 0'),
+    ('do_rescale', False, 'do_rescale is False and rescale_factor is 0.003921'),
+    ('rescale_factor', 1, 'rescale_factor is 1; pixels are divided by 255'),
   ):
     file.write_text(json.dumps({**values, key: value}))
     with pytest.raises(Error) as caught:

@@ -74,14 +74,27 @@ def patches(hf: Any, normal: Any, **fields: Any) -> Patches:
 def normalised(directory: pathlib.Path, config: Config) -> Config:
   """Returns the config with the mean and std of preprocessor_config.json.
 
+  They are 0 and 1 if the file has do_normalize=false.
+
   Raises:
-    Error: the file has other than one number for each channel.
+    Error: the file has other than one number for each channel, or does not
+      divide pixels by 255.
   """
   image = (config.vision or config).image
   file = directory / PREPROCESSOR
   if image is None or not file.is_file():
     return config
   values = reading.read(file)
+  factor = values.get('rescale_factor', 1 / 255)
+  if values.get('do_rescale') is False or abs(255 * factor - 1) > 1e-3:
+    raise Error(
+      f'{file}: do_rescale is {values.get("do_rescale", True)} and '
+      f'rescale_factor is {factor:g}; pixels are divided by 255 here.'
+    )
+  if values.get('do_normalize') is False:
+    n = image.channels
+    image = image._replace(mean=(0.0,) * n, std=(1.0,) * n)
+    return _with_image(config, image)
   new = {}
   for ours, theirs in (('mean', 'image_mean'), ('std', 'image_std')):
     value = values.get(theirs)
