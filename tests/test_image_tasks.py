@@ -255,6 +255,15 @@ def test_class_texts_that_make_no_classes_are_refused(names, template, message):
     images.class_texts(tokenizers.bytes(), names, template)
 
 
+def test_other_braces_of_a_template_stay():
+  texts = images.class_texts(tokenizers.bytes(), ['cat'], '{a} {}')
+  assert texts.tokens[0].tolist() == [257, *b'{a} cat', 258]
+  how = data.Encoding(data.bytes())
+  record = data.Record(image=PIXELS[0], text='cat')
+  pair = images.contrastive('{a} {}').encode(record, how).examples[0]
+  assert pair.text.tokens.tolist() == [257, *b'{a} cat', 258]
+
+
 def test_other_wrong_values_are_named():
   with pytest.raises(Error, match=r"task.labels names the class 'a' twice"):
     images.zero_shot(labels=['a', 'a']).labels([])

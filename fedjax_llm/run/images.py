@@ -71,7 +71,7 @@ def class_texts(
     )
   rows = []
   for name in names:
-    text = template.format(name.replace('_', ' '))
+    text = template.replace('{}', name.replace('_', ' '))
     whole = tokenizer.whole(text, None, max_length)
     if whole.is_cut:
       raise Error(
@@ -267,7 +267,9 @@ def contrastive(template: str = '{}') -> tasks.Task:
         f'the tokenizer {how.tokenizer.name} marks no ends of texts, which a '
         'dual encoder reads.'
       )
-    words = how.tokenizer.whole(template.format(text), None, how.max_length)
+    words = how.tokenizer.whole(
+      template.replace('{}', text), None, how.max_length
+    )
     tokens = np.asarray(words.tokens, np.int32)
     example = Example(tokens, np.arange(len(tokens)) > 0)
     return data.Encoded(
