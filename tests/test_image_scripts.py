@@ -2,7 +2,10 @@
 
 import importlib.machinery
 import importlib.util
+import json
 import pathlib
+import sys
+import types
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,17 @@ def script(name: str) -> Any:
   module = importlib.util.module_from_spec(spec)
   loader.exec_module(module)
   return module
+
+
+def test_cells_of_another_size_are_not_mixed(monkeypatch, tmp_path):
+  monkeypatch.setitem(sys.modules, 'tables', types.ModuleType('tables'))
+  compare = script('vlm_comparison/compare.py')
+  size = dict(things=480, rounds=5, steps=2, batch=16)
+  file = tmp_path / 'prompt_fl_0.json'
+  file.write_text(json.dumps({'own': 0.5, **size}))
+  assert compare.read(tmp_path, size) == [{'own': 0.5, **size}]
+  with pytest.raises(SystemExit, match='with rounds=5, and --rounds is 6: tak'):
+    compare.read(tmp_path, {**size, 'rounds': 6})
 
 
 @pytest.fixture(scope='module')

@@ -108,11 +108,6 @@ ALIKE = {
     'evals.buckets': (),
   },
 }
-# Random models of two layers, for `--smoke`.
-SMALL = {
-  'minilm': {'evals.per_client': 1},
-  'smollm2': {},
-}
 
 
 def settings(model: str, kind: str, seed: int, smoke: bool) -> dict[str, Any]:
@@ -124,7 +119,8 @@ def settings(model: str, kind: str, seed: int, smoke: bool) -> dict[str, Any]:
   fields: dict[str, Any] = {**ALIKE[model], 'cohort.weight_by': 'uniform'}
   adapter = dict(MODELS[model][kind].adapter)
   if smoke:
-    fields |= SMALL[model] | {'block_size': 2, 'clients.cohort_size': 2}
+    fields |= {'block_size': 2, 'clients.cohort_size': 2}
+    fields['evals.per_client'] = 1
     if adapter['name'] == 'layers':
       adapter['which'] = (0, 1)
   elif (model, kind) == ('smollm2', 'full'):

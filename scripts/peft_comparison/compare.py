@@ -112,7 +112,9 @@ def search(bench: cells.Bench) -> dict[str, Any]:
 
 def save(path: pathlib.Path, value: Any) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(value, indent=1) + '\n')
+  partial = path.with_suffix('.partial')
+  partial.write_text(json.dumps(value, indent=1) + '\n')
+  partial.rename(path)
 
 
 def compare(
@@ -199,7 +201,8 @@ def main() -> None:
   known = tables.read(out / 'cells')
   for model in known:
     print(f'\n{model}\n{tables.markdown(known[model])}')
-  tables.figure(known, out / 'compare_peft.png')
+  if known:
+    tables.figure(known, out / 'compare_peft.png')
 
 
 if __name__ == '__main__':

@@ -146,13 +146,15 @@ def _fit(files, things):
     image_bias=bias,
     logit_scale=np.zeros(()),
   )
+  draft = files[1].with_name(f'.{files[1].name}')
   np.savez_compressed(
-    files[1],
+    draft,
     features=(states @ kernel + bias).astype(np.float32),
     rank=rank,
     domain=emoji['domain'],
     category=emoji['category'],
   )
+  draft.rename(files[1])
 
 
 def loss_of(dual, names, scale):
@@ -318,6 +320,27 @@ class Comparison:
 # ------------------------------------------------------------------ program --
 
 
+def read(folder, size):
+  """Returns the cells in a folder, all of the same size.
+
+  `size` maps 'things', 'rounds', 'steps' and perhaps 'batch' to their numbers.
+
+  Raises:
+    SystemExit: a cell of another size.
+  """
+  cells = []
+  for file in sorted(folder.glob('*.json')):
+    cell = json.loads(file.read_text())
+    for name, number in size.items():
+      if cell.get(name, number) != number:
+        raise SystemExit(
+          f'{file} was trained with {name}={cell[name]}, and --{name} is '
+          f'{number}: take another --out.'
+        )
+    cells.append(cell)
+  return cells
+
+
 def main():
   parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
   parser.add_argument('--out', default='runs/compare_vlm')
@@ -336,6 +359,9 @@ def main():
   began = time.monotonic()
   out = pathlib.Path(args.out)
   out.mkdir(parents=True, exist_ok=True)
+  names = ('things', 'rounds', 'steps', 'batch')
+  size = {name: getattr(args, name) for name in names}
+  read(out, size)
   comparison, longest = None, 0.0
   for seed in range(args.seeds):
     for method in args.methods:
@@ -354,12 +380,12 @@ def main():
         )
       cell = comparison.cell(method, seed)
       longest = max(longest, cell['seconds'])
-      cell.update(things=args.things, rounds=args.rounds, steps=args.steps)
+      cell.update(size)
       partial = file.with_suffix('.partial')
       partial.write_text(json.dumps(cell, indent=2) + '\n')
       partial.rename(file)
       print(json.dumps(cell), flush=True)
-  cells = [json.loads(f.read_text()) for f in sorted(out.glob('*.json'))]
+  cells = read(out, size)
   print(tables.markdown(cells))
   if args.write:
     if len(cells) < 3 * len(METHODS):
