@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedjax_llm.nodes.scores import unit
 from fedjax_llm.types import (
   Base,
   Error,
@@ -20,12 +21,6 @@ from fedjax_llm.types import (
   Model,
   Params,
 )
-
-
-def _unit(x: jax.Array) -> jax.Array:
-  x = x.astype(jnp.float32)
-  norm = jnp.sum(x**2, axis=-1, keepdims=True)
-  return x * jax.lax.rsqrt(jnp.maximum(norm, 1e-24))
 
 
 def zero_shot(dual: Any, tokens: Any, ends: Any) -> Model:
@@ -58,8 +53,8 @@ def zero_shot(dual: Any, tokens: Any, ends: Any) -> Model:
     return dual.image(base, params, pixels)[0]
 
   def logits(base: Base, params: Params, hidden: jax.Array) -> jax.Array:
-    classes = _unit(dual.text(base, params, tokens, ends=ends))  # [C, P]
-    return dual.scale(base, params) * (_unit(hidden) @ classes.T)
+    classes = unit(dual.text(base, params, tokens, ends=ends))  # [C, P]
+    return dual.scale(base, params) * (unit(hidden) @ classes.T)
 
   return Model(hidden, logits)
 
@@ -99,8 +94,8 @@ def contrastive(dual: Any, *, per_row: bool = False) -> Loss:
     length = (batch.text.segments > 0).sum(-1)  # [B]
     real = length > 0
     ends = jnp.maximum(length - 1, 0)
-    texts = _unit(dual.text(base, params, batch.text.tokens, ends=ends))
-    images = _unit(dual.image(base, params, batch.pixels)[0])
+    texts = unit(dual.text(base, params, batch.text.tokens, ends=ends))
+    images = unit(dual.image(base, params, batch.pixels)[0])
     images = jnp.where(real[:, None], images, 0)
     scores = dual.scale(base, params) * (images @ texts.T)  # [B, B]
     scores = jnp.where(real[:, None] & real[None], scores, -jnp.inf)

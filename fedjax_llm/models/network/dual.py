@@ -21,6 +21,7 @@ from fedjax_llm import adapters
 from fedjax_llm.models.config import TOWERS, Config, longest_text, tower
 from fedjax_llm.models.network import blocks, layers, transformer, vision
 from fedjax_llm.nodes import frozen, protocol
+from fedjax_llm.nodes.scores import unit
 from fedjax_llm.types import Base, Batch, Error, Model, Params
 
 
@@ -56,16 +57,6 @@ class Dual(NamedTuple):
   image: Callable[..., tuple[jax.Array, jax.Array]]
   embed: Callable[[Base, Params, Any], jax.Array]
   scale: Callable[[Base, Params], jax.Array]
-
-
-def unit(x: jax.Array) -> jax.Array:
-  """Returns vectors of length one along the last axis, in float32.
-
-  >>> unit(jnp.array([3.0, 4.0])).round(1).tolist()
-  [0.6000000238418579, 0.800000011920929]
-  """
-  x = x.astype(jnp.float32)
-  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, -1, keepdims=True), 1e-24))
 
 
 def cosine(x: jax.Array, y: jax.Array) -> jax.Array:
