@@ -4,9 +4,10 @@
     python -m fedjax_llm.train --config configs/images.py --workdir runs/images
 
 1,852 things, each drawn by Google, Twitter and Microsoft (Fluent 3D), of nine
-categories. A vendor's pictures are dealt to clients by Dirichlet(0.3) over the
-categories. The smoke form trains LoRA on both towers of a tiny random CLIP,
-whose classes are texts, on drawn shapes in four styles, a style a client.
+categories. The pictures of all vendors are dealt to 30 clients by
+Dirichlet(0.3) over the categories. The smoke form trains LoRA on both towers of
+a tiny random CLIP, whose classes are texts, on drawn shapes in four styles, a
+style a client.
 """
 
 import os
