@@ -159,7 +159,6 @@ def main() -> None:
     path.write_text(json.dumps(result, indent=1) + '\n')
   known = tables.read(cells)
   table = tables.markdown(known, args.epsilons)
-  (out / 'table.md').write_text(table + '\n')
   tables.figure(known, args.epsilons, out / 'figure.png')
   print(f'\n{table}\n\n{out}')
   if left:

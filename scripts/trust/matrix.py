@@ -73,8 +73,10 @@ def table(cells: Sequence[Mapping[str, Any]]) -> str:
 
 def audited(summary: Mapping[str, Any]) -> str:
   """Returns the tables of `scripts/audit` as Markdown."""
-  models, runs = summary['models'], summary['runs']
+  models = {kind: each for kind, each in summary['models'].items() if each}
+  runs = summary['runs']
   inversion = summary['inversion']
+  lines: list[str] = []
   names = dict.fromkeys(
     name
     for each in models.values()
@@ -82,10 +84,9 @@ def audited(summary: Mapping[str, Any]) -> str:
     for name in x
     if name != 'seconds' and not name.startswith('_')
   )
-  lines = [
-    f'| attack | {" | ".join(models)} |',
-    '|---' * (len(models) + 1) + '|',
-  ]
+  if models:
+    lines.append(f'| attack | {" | ".join(models)} |')
+    lines.append('|---' * (len(models) + 1) + '|')
   for name in sorted(names):
     row = [
       spelled([x[name] for x in each if name in x])
