@@ -76,6 +76,7 @@ def _classify(config: ml_collections.ConfigDict, smoke: bool) -> None:
   )
   config.local = dict(name='adamw', learning_rate=1e-3)
   config.evals = dict(every=5, batch_size=32, per_client=16, buckets=())
+  config.evals['evaluators'] = [dict(name='likelihood'), dict(name='classes')]
 
 
 def _generate(
@@ -107,3 +108,12 @@ def _generate(
   config.adapter = dict(name='lora', rank=8, alpha=16.0)
   config.local = dict(name='adamw', learning_rate=1e-3)
   config.evals = dict(every=5, per_client=8, common=32)
+  # Greedy replies against the recorded ones, beside held-out loss.
+  score, most = {
+    'medicine': ('word_f1', 32),
+    'code': ('chrf', 64),
+    'law': ('word_f1', 64),
+    'recommendation': ('exact_match', 16),
+  }[name]
+  replies = dict(name='generated', score=score, max_new_tokens=most, limit=64)
+  config.evals['evaluators'] = [dict(name='likelihood'), replies]

@@ -78,6 +78,7 @@ def tables() -> dict[str, str]:
   methods = _module('methods_comparison/tables.py')
   wall = _module('memory/tables.py')
   prompts = _module('vlm_comparison/tables.py')
+  pairs = _module('board/pairs.py')
   peft = _module('peft_comparison/tables.py')
   aggregation = _results('benchmarks/aggregation.json')['rules']
   trust, utility = (
@@ -106,6 +107,7 @@ def tables() -> dict[str, str]:
       f'tuning-{model}': peft.markdown(peft.read().get(model, {}))
       for model in peft.MODELS
     },
+    'dpo_pairs': pairs.table(pairs.cells()),
     'reproductions': reproductions(_results('reproductions/results.json')),
   }
 

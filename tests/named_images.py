@@ -85,7 +85,7 @@ def sgd(rate=0.5):
 def run(build, params, rounds=2, of=None, **settings):
   """Every (state, client states, info) of a recipe, the first before any."""
   algorithm = build(LOSS, sgd(), upload=watched(), **settings)
-  state = algorithm.init(KEY, params)
+  state = jax.jit(algorithm.init)(KEY, params)
   states = tree.broadcast(algorithm.init_client(state.params), K)
   history: list[Any] = [(state, states, None)]
   step = jax.jit(algorithm.round)

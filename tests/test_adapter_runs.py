@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
+from runs import texts
 
 from fedjax_llm import export, models, plan, train
 from fedjax_llm.adapters import peft
 from fedjax_llm.run import rebuild
-from runs import texts
 
 SMALL = {
   'model.hidden_size': 16,

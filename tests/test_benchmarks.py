@@ -1,10 +1,14 @@
 """Evaluators: choices, replies, classes and programs, against other counts."""
 
+import http.server
 import itertools
 import json
 import math
 import os
 import pathlib
+import re
+import sys
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -20,13 +24,22 @@ from fedjax_llm.evals import (
   agreement,
   answers,
   choosing,
+  formulas,
+  haystack,
   intervals,
+  judging,
   overlap,
   programs,
   sandbox,
 )
 from fedjax_llm.run import benchmarks, evaluators, tasks
-from fedjax_llm.run.benchmarks import multiple_choice, replies
+from fedjax_llm.run.benchmarks import (
+  comparison,
+  consistency,
+  multiple_choice,
+  replies,
+  retrieval,
+)
 from fedjax_llm.types import Batch, Error, Population
 
 GOLDEN = json.loads(
@@ -307,6 +320,192 @@ def direct(question, choice):
   log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   start = 1 + len(question.encode())
   return sum(log_p[t - 1, tokens[t]] for t in range(start, len(tokens)))
+
+
+# ---------------------------------------- votes, retrieval, judges, formulas --
+
+
+def saying(monkeypatch, module, replies):
+  """The network says these texts, in turn; returns the prompts it got."""
+  seen, left = [], list(replies)
+
+  def writer(built, **settings):
+    def write(base, params, prompts, **more):
+      seen.extend(built.tokenizer.decode(prompt) for prompt in prompts)
+      return [built.tokenizer.encode(left.pop(0)) for _ in prompts]
+
+    return write
+
+  monkeypatch.setattr(module, 'writer', writer)
+  return seen
+
+
+def test_all_wordings_of_a_question_get_the_most_frequent_answer(
+  tmp_path, monkeypatch
+):
+  rows = [
+    {'group': 1, 'prompt': 'a', 'response': '4', 'who': 'ann'},
+    {'group': 1, 'prompt': 'b', 'response': '#4', 'who': 'bob'},
+    {'group': 2, 'prompt': 'c', 'response': '7', 'who': 'ann'},
+  ]
+  said = ['It is 4.', 'five', '4', '5', '6', '7']
+  seen = saying(monkeypatch, consistency, said)
+  result = evaluated(
+    'consistent',
+    path=lines(tmp_path / 'quiz.jsonl', *rows),
+    client_key='who',
+    hint='Think.',
+    num_samples=2,
+    temperature=1.0,
+    max_new_tokens=8,
+    num_resamples=20,
+  )
+  assert len(seen) == 6 and 'Think.' in seen[0]
+  at = lambda name: result[f'evals/consistent/{name}']
+  # 4 has two of the four votes of the first question, 6 came before 7.
+  assert at('voted') == pytest.approx(2 / 3)
+  assert at('alone') == pytest.approx((0.5 + 0.5 + 0.5) / 3)
+  assert at('agreement') == pytest.approx((0.5 + 0.5 + 0.5) / 3)
+  assert at('clients') == {'ann': 0.5, 'bob': 1.0}
+  rows[1]['response'] = '5'
+  message = r":2: 'response' is '5', but another wording of group '1' has '4'"
+  with pytest.raises(Error, match=message):
+    evaluated('consistent', path=lines(tmp_path / 'quiz.jsonl', *rows))
+
+
+def test_a_fact_is_asked_at_every_depth_of_texts_of_a_length(monkeypatch):
+  config = RUN.loaded.config._replace(max_positions=600)
+  monkeypatch.setattr(RUN, 'loaded', RUN.loaded._replace(config=config))
+  texts = [haystack.needle(n, d, 0) for n in (0, 1, 2, 3) for d in (0.0, 1.0)]
+  assert all(one.prompt.count(one.answer) == 1 for one in texts)
+  first, last = texts[-2].prompt, texts[-1].prompt
+  assert first.startswith('The number of the house is')
+  assert last.split('\n')[0].endswith(f'{texts[-1].answer}.')
+
+  answers_of = {}
+
+  def writer(built, **settings):
+    def write(base, params, prompts, **more):
+      spoken = []
+      for prompt in prompts:
+        text = built.tokenizer.decode(prompt)
+        answers_of[text] = len(prompt)
+        right = re.findall(r'is (\d+)\.', text)[0]
+        spoken.append(f' {right}.' if text.startswith('The number') else ' no')
+      return [built.tokenizer.encode(reply) for reply in spoken]
+
+    return write
+
+  monkeypatch.setattr(retrieval, 'writer', writer)
+  settings: Any = dict(depths=(0.0, 1.0), per_cell=2, num_resamples=20)
+  result = evaluated('needle', lengths=(300, 500), **settings)
+  at = lambda name: result[f'evals/needle/{name}']
+  assert at('accuracy') == at('length_300/accuracy') == 0.5
+  assert (at('depth_0/accuracy'), at('depth_1/accuracy')) == (1.0, 0.0)
+  sizes = sorted(answers_of.values())
+  # A sentence more would not fit.
+  assert all(300 - 80 < n <= 300 for n in sizes[:4])
+  assert all(500 - 80 < n <= 500 for n in sizes[4:])
+  message = r'needle: lengths has 20, too short for the question, of \d+ token'
+  with pytest.raises(Error, match=message):
+    evaluated('needle', lengths=(20,), **settings)
+  with pytest.raises(Error, match=r'lengths has 9999; with .* at most 592[.]$'):
+    evaluated('needle', lengths=(9999,), **settings)
+
+
+def test_a_judge_is_asked_in_both_orders_and_may_fall_silent(
+  tmp_path, monkeypatch
+):
+  rows = [{'prompt': f'q{i}', 'response': f'r{i}'} for i in range(3)]
+  path, out = lines(tmp_path / 'p.jsonl', *rows), tmp_path / 'pairs.jsonl'
+  saying(monkeypatch, comparison, ['good', 'bad', 'good'] * 2)
+  settings: Any = dict(
+    path=path, out=str(out), against='reference', max_new_tokens=4
+  )
+  result = evaluated('judged', **settings)
+  assert result == {'evals/judged/pairs': 3, 'evals/judged/judged': 0}
+  pairs = [json.loads(line) for line in out.read_text().splitlines()]
+  assert [pair['reply'] for pair in pairs] == ['good', 'bad', 'good']
+  assert [pair['other'] for pair in pairs] == ['r0', 'r1', 'r2']
+
+  asked = []
+
+  def endpoint(url, model, *, key, timeout):
+    def ask(message):
+      asked.append(message)
+      if len(asked) > 4:
+        raise Error('the judge is down.')
+      mine = 'A' if message.index('[reply A]\n') else ''
+      first = message.split('[reply A]\n')[1].startswith('good')
+      if 'bad' in message:  # always the first place
+        return 'Better: A'
+      return f'Better: {mine if first else "B"}'
+
+    return ask
+
+  monkeypatch.setattr(comparison.judging, 'endpoint', endpoint)
+  judge: Any = dict(url='http://x/v1', judge='m')
+  result = evaluated('judged', **settings, **judge, num_resamples=20)
+  assert (result['evals/judged/pairs'], result['evals/judged/judged']) == (3, 2)
+  assert result['evals/judged/win_rate'] == 0.75  # a win, and a tie
+  pairs = [json.loads(line) for line in out.read_text().splitlines()]
+  assert [pair.get('score') for pair in pairs] == [1.0, 0.5, None]
+  assert pairs[2]['error'] == 'the judge is down.'
+  with pytest.raises(Error, match=r"url is 'http://x', but judge is empty;"):
+    evaluated('judged', **settings, url='http://x')
+
+
+def test_an_endpoint_gets_the_message_and_its_failures_are_one_sentence():
+  bodies = []
+
+  class Answers(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+      size = int(self.headers['Content-Length'])
+      bodies.append(
+        (self.path, self.headers, json.loads(self.rfile.read(size)))
+      )
+      choices = [{'message': {'content': 'Better: A'}}]
+      body = json.dumps({'choices': choices[: 2 - len(bodies)]}).encode()
+      self.send_response(200)
+      self.send_header('Content-Length', str(len(body)))
+      self.end_headers()
+      self.wfile.write(body)
+
+    def log_message(self, format, *args):
+      del format, args
+
+  server = http.server.HTTPServer(('127.0.0.1', 0), Answers)
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  try:
+    url = f'http://127.0.0.1:{server.server_port}/v1/'
+    ask = judging.endpoint(url, 'm', key='k', timeout=600)
+    assert ask('Hi') == 'Better: A'
+    with pytest.raises(
+      Error, match=r'^http.*/completions gave no reply: Index'
+    ):
+      ask('Hi')
+  finally:
+    server.shutdown()
+    server.server_close()
+  place, headers, body = bodies[0]
+  assert place == '/v1/chat/completions'
+  assert headers['Authorization'] == 'Bearer k'
+  assert body['model'] == 'm' and body['messages'][0]['content'] == 'Hi'
+
+
+def test_formulas_are_compared_by_value():
+  pytest.importorskip('math_verify')
+  score = formulas.mathematics()
+  replies = ['So it is 0.5.', '18 dollars', '3', '']
+  references = [r'$\frac{1}{2}$', '#### 18', '4', '4']
+  hits = score(replies, references).statistics[:, 0].tolist()
+  assert hits == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_without_math_verify_the_extra_is_named(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'math_verify', None)
+  with pytest.raises(Error, match=r"pip install 'fedjax_llm\[math\]'[.]$"):
+    formulas.mathematics()(['1'], ['1'])
 
 
 def test_half_a_character_in_a_problem_is_named(tmp_path):

@@ -35,7 +35,10 @@ def test_the_smoke_form_runs_on_nothing_but_the_repository(path, tmp_path):
   assert last['round'] == 2
   assert last['evals/heldout/loss'] < first['evals/heldout/loss']
   assert 'held-out loss' in out.getvalue()
-  assert (folder / 'adapter' / 'adapter_model.safetensors').exists()
+  # A model of which every weight is trained is no adapter, and says so.
+  whole = parsed(f'{path}:smoke')['adapter']['name'] == 'dense'
+  file = 'no_adapter.txt' if whole else 'adapter_model.safetensors'
+  assert (folder / 'adapter' / file).exists()
 
 
 @each

@@ -20,6 +20,7 @@ from fedjax_llm import adapters, models
 from fedjax_llm.models import families
 from fedjax_llm.models.network import vision
 from fedjax_llm.nodes import Prompt
+from fedjax_llm.run import texts
 from fedjax_llm.types import Error, Images
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'images'
@@ -304,6 +305,12 @@ def test_what_is_written_is_what_transformers_wrote(tmp_path, name):
   for key, value in wanted.items():
     assert found[key].shape == value.shape, key
     np.testing.assert_array_equal(found[key], value, err_msg=key)
+
+
+def test_a_network_of_images_alone_needs_no_tokenizer():
+  assert texts.tokenizer_of(golden('vit')[0]).name == 'bytes'
+  with pytest.raises(Error, match='no tokenizer in this directory'):
+    texts.tokenizer_of(golden('clip')[0])  # its text tower reads words
 
 
 def test_golden_models_cover_the_families_of_images():

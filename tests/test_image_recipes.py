@@ -94,7 +94,7 @@ def test_prompt_fl_equals_a_float64_loop():
 
 def test_zero_shot_needs_no_parameters():
   x, y = toy.step_of(BATCH, 0, 0)
-  sums = toy.LOSS(toy.base(), {}, FIRST, jax.random.key(0))
+  sums = jax.jit(toy.LOSS)(toy.base(), {}, FIRST, jax.random.key(0))
   close(sums.total / sums.count, toy.nll(toy.logits(x, toy.texts()), y))
   assert sums.count == len(y)
 
@@ -185,12 +185,12 @@ def test_fed_otp_equals_a_float64_loop():
 
 def test_fed_otp_with_all_mass_is_another_method():
   node = history('fed_otp', rounds=1)[1][0][0].params['scores']
-  towers = toy.seen(toy.base(), {}, FIRST)
-  part = node.scores(towers)
-  whole = node._replace(mass=jnp.float32(1.0)).scores(towers)
+  run = jax.jit(lambda n, base: n.scores(toy.seen(base, {}, FIRST)))
+  part = run(node, toy.base())
+  whole = run(node._replace(mass=jnp.float32(1.0)), toy.base())
   apart(part / 0.7, whole, by=0.05)
   # Neighbour: the mean of both contexts, compared with whole images.
-  even = Context((node.common + node.own) / 2).scores(towers)
+  even = run(Context((node.common + node.own) / 2), toy.base())
   apart(whole, even, by=0.05)
 
 
@@ -394,12 +394,11 @@ def test_p_fed_moap_equals_a_float64_loop():
   assert down == [[size] * K, [2 * size] * K]
   # Served: the latest own context with its gate and expert.
   mine = jax.tree.map(lambda leaf: leaf[0], states)
-  node = algorithm.personal(
-    {**state.params, 'gate': mine.private['gate']}, mine
-  )['scores']
+  serve = jax.jit(algorithm.personal)
+  node = serve({**state.params, 'gate': mine.private['gate']}, mine)['scores']
   close(node.rows, latest[0], atol=1e-4)
   assert node.present.tolist() == [1.0]
-  new = algorithm.personal(state.params, algorithm.init_client(state.params))
+  new = serve(state.params, algorithm.init_client(state.params))
   close(new['scores'].rows, rows, atol=1e-4)
   assert new['scores'].present.tolist() == [0.0]
 
@@ -410,7 +409,8 @@ def test_p_fed_moap_equals_a_float64_loop():
 @pytest.mark.parametrize('name', START)
 def test_the_server_serves_a_node_of_class_names(name):
   algorithm, seen = history(name, **ROUNDS.get(name, {}))
-  served = algorithm.personal(seen[-1][0].params, None)
+  serve = lambda params: algorithm.personal(params, None)
+  served = jax.eval_shape(serve, seen[-1][0].params)
   assert set(served) == {'scores'}
   shape = jax.eval_shape(
     lambda p: scores.scores(p['scores'], toy.seen(toy.base(), {}, FIRST)),

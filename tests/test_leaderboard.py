@@ -7,6 +7,7 @@ import math
 import pathlib
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,13 +23,16 @@ def board():
   try:
     import cells  # pyright: ignore
     import page  # pyright: ignore
+    import paper  # pyright: ignore
     import ranking  # pyright: ignore
     import suites  # pyright: ignore
 
-    yield type('Board', (), dict(cells=cells, page=page, ranking=ranking, suites=suites))  # fmt: skip # noqa: E501
+    yield SimpleNamespace(
+      cells=cells, page=page, paper=paper, ranking=ranking, suites=suites
+    )
   finally:
     sys.path.remove(str(SCRIPTS / 'board'))
-    for name in {'cells', 'page', 'ranking', 'suites'} - before:
+    for name in {'cells', 'page', 'paper', 'ranking', 'suites'} - before:
       sys.modules.pop(name, None)
 
 
@@ -100,8 +104,9 @@ def test_a_score_is_that_of_the_model_that_a_client_is_served(board):
     'evals/personal/own/clients': {'ann': 1.0},
   }
   scores = board.cells.scores
-  assert scores(record, 'accuracy') == {'score': 0.625, 'worst': 0.25}
-  assert scores(record, 'loss') == {'score': 2.5, 'worst': 4.0}
+  same = {'loss': 2.5}
+  assert scores(record, 'accuracy') == {'score': 0.625, 'worst': 0.25, **same}
+  assert scores(record, 'loss') == {'score': 2.5, 'worst': 4.0, **same}
 
 
 def test_methods_of_a_task_share_all_but_their_own_fields(board):
@@ -207,6 +212,16 @@ def test_time_is_predicted_from_the_nearest_cells(board, small):
   own, task, everything = 15.0, 10.0, 7.5
   assert leaderboard.expected(files, todo) == own + task + everything
   assert leaderboard.expected([], todo) is None
+
+
+def test_published_set_ups_are_planned_in_a_row_each(board, monkeypatch):
+  from fedjax_llm import plan
+
+  text = 'together, a device      13.2 GB\nup, a round   273 MB\nnothing'
+  monkeypatch.setattr(plan, 'run', lambda words: text)
+  rows = board.paper.markdown().splitlines()[2:]
+  assert len(rows) == 6
+  assert rows[1] == '| `flowertune_finance` | 50, 5 | 13.2 GB | 273 MB |  |  |'
 
 
 # -------------------------------------------------------------- fetch_tasks --

@@ -4,7 +4,7 @@ A builder returns a `Plan`. Its `split` assigns a stage to every record; in the
 rounds of a stage clients train on their examples of that stage.
 
     by_key     the values of a field, in an order: classes, topics, speakers
-    by_date    periods of equal size, or a window that slides from round to round
+    by_date    periods of equal size, or a window that slides with the rounds
     domains    one source of data after another
 """
 

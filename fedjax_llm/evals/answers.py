@@ -69,10 +69,10 @@ def exact_match(
   >>> score(['It is 7.', 'nine'], ['1 + 6 = 7', '9']).statistics[:, 0].tolist()
   [1.0, 0.0]
   """
-  first = _pattern('pattern', pattern)
+  first = compiled('pattern', pattern)
   second = first
   if reference_pattern is not None:
-    second = _pattern('reference_pattern', reference_pattern)
+    second = compiled('reference_pattern', reference_pattern)
 
   def score(replies: Sequence[str], references: Sequence[str]) -> Scores:
     pairs = zip(replies, references, strict=True)
@@ -85,7 +85,15 @@ def exact_match(
   return score
 
 
-def _pattern(field: str, pattern: str | None) -> str | None:
+def compiled(field: str, pattern: str | None) -> str | None:
+  """Returns a pattern of answers, that of numbers for 'number'.
+
+  >>> compiled('pattern', 'number') == NUMBER
+  True
+
+  Raises:
+    Error: it is no regular expression; the message names `field`.
+  """
   if pattern == 'number':
     return NUMBER
   try:

@@ -32,8 +32,11 @@ def model(
 
 
 def tokenizer_of(loaded: LoadedModel) -> data.tokenizers.Tokenizer:
-  """Returns the tokenizer of a model's files, or bytes where it has none."""
-  if loaded.directory is None:
+  """Returns the tokenizer of a model's files, or bytes where it has none.
+
+  A network of images alone reads no text.
+  """
+  if loaded.directory is None or loaded.config.image is not None:
     return data.tokenizers.bytes()
   return data.tokenizers.pretrained(str(loaded.directory))
 

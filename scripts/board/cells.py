@@ -76,16 +76,21 @@ def scores(record: Mapping[str, Any], kind: str) -> dict[str, float]:
   """Returns the mean over clients and that of the worst tenth, of own texts.
 
   Each client has its own served model; one that no round has trained has the
-  initial model.
+  initial model. `loss` is the mean in nats, where the score is an accuracy.
   """
-  name = 'accuracies' if kind == 'accuracy' else 'clients'
-  each = dict(record[f'evals/heldout/{name}'])
-  each |= record.get(f'evals/personal/own/{name}', {})
-  values = sorted(each.values(), reverse=kind == 'loss')
+
+  def of(name: str) -> list[float]:
+    each = dict(record[f'evals/heldout/{name}'])
+    return list((each | record.get(f'evals/personal/own/{name}', {})).values())
+
+  values = of('accuracies' if kind == 'accuracy' else 'clients')
+  values = sorted(values, reverse=kind == 'loss')
   worst = values[: max(1, round(len(values) / 10))]
+  losses = of('clients')
   return {
     'score': sum(values) / len(values),
     'worst': sum(worst) / len(worst),
+    'loss': sum(losses) / len(losses),
   }
 
 

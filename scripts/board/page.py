@@ -191,16 +191,21 @@ def text(name: str, suite: suites.Suite, cells: Mapping, figure: str) -> str:
   return '\n'.join(lines)
 
 
+def put(page: pathlib.Path, name: str, new: str) -> None:
+  """Replaces the part of a page between the marks of a suite."""
+  start, end = MARK.format(suite=name), END.format(suite=name)
+  before, _, rest = page.read_text().partition(start)
+  _, _, after = rest.partition(end)
+  page.write_text(f'{before}{start}\n\n{new}\n\n{end}{after}')
+
+
 def write(
   page: pathlib.Path, name: str, suite: suites.Suite, cells: Mapping
 ) -> str:
   """Replaces a suite's part of the page and its figure; returns the text."""
   figure = f'{name}.png'
   new = text(name, suite, cells, figure)
-  start, end = MARK.format(suite=name), END.format(suite=name)
-  before, _, rest = page.read_text().partition(start)
-  _, _, after = rest.partition(end)
-  page.write_text(f'{before}{start}\n\n{new}\n\n{end}{after}')
+  put(page, name, new)
   whole, values, largest = matrix(suite, cells)
   if len(whole) > 2 and len(suite.tasks) > 1:
     draw(whole, ranking.test(values, largest), page.parent / figure)

@@ -35,8 +35,11 @@ def markdown() -> str:
     '| set-up | clients, a round | ' + ' | '.join(n for _, n in ROWS) + ' |',
     '|---|---|' + '---|' * len(ROWS),
   ]
-  for name, (_, clients, cohort, *_) in setups['SETUPS'].items():
-    rows = planned(name)
+  plans: dict[tuple, dict[str, str]] = {}
+  for name, (_, clients, cohort, _, *model) in setups['SETUPS'].items():
+    # Neither texts nor the number of clients change a round's program.
+    shape = (cohort, name == 'openfedllm_dpo', *model)
+    rows = plans.get(shape) or plans.setdefault(shape, planned(name))
     cells = ' | '.join(rows.get(key, '') for key, _ in ROWS)
     lines.append(f'| `{name}` | {clients}, {cohort} | {cells} |')
   return '\n'.join(lines)

@@ -1,4 +1,4 @@
-"""Evaluators of tasks: choices, generated replies, classes and programs.
+"""Evaluators of tasks: choices, replies, classes, programs, votes, retrieval.
 
 Each is named in `evals.evaluators` of a config and reports 'evals/{title}/...'
 with bootstrap intervals over examples and values of clients
@@ -6,10 +6,16 @@ with bootstrap intervals over examples and values of clients
 ('seen') and of new clients ('unseen'), or those of a file.
 """
 
+from fedjax_llm.run.benchmarks.comparison import judged as judged
+from fedjax_llm.run.benchmarks.consistency import consistent as consistent
 from fedjax_llm.run.benchmarks.labels import classes as classes
 from fedjax_llm.run.benchmarks.multiple_choice import choices as choices
 from fedjax_llm.run.benchmarks.programming import code as code
 from fedjax_llm.run.benchmarks.replies import generated as generated
 from fedjax_llm.run.benchmarks.replies import writer as writer
+from fedjax_llm.run.benchmarks.retrieval import needle as needle
 
-__all__ = ['choices', 'classes', 'code', 'generated']
+__all__ = [
+  *('choices', 'classes', 'code', 'consistent', 'generated', 'judged'),
+  'needle',
+]

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from fedjax_llm import data, models
-from fedjax_llm.evals import answers, intervals, overlap
+from fedjax_llm.evals import answers, formulas, intervals, overlap
 from fedjax_llm.run.benchmarks.sharing import (
   check,
   check_writes,
@@ -29,9 +29,6 @@ class Asked(NamedTuple):
   client: str | None
 
 
-SCORES = ('exact_match', 'word_f1', 'rouge_l', 'bleu', 'chrf', 'refusal')
-
-
 def _scorer(
   score: str, pattern: str | None, reference_pattern: str | None
 ) -> answers.Scorer:
@@ -47,6 +44,7 @@ def _scorer(
     'bleu': overlap.bleu,
     'chrf': overlap.chrf,
     'refusal': answers.refusal,
+    'math': formulas.mathematics,
   }
   return known[score]()
 
@@ -56,7 +54,7 @@ def generated(
   algorithm: FederatedAlgorithm,
   *,
   score: Literal[
-    'exact_match', 'word_f1', 'rouge_l', 'bleu', 'chrf', 'refusal'
+    'exact_match', 'word_f1', 'rouge_l', 'bleu', 'chrf', 'refusal', 'math'
   ] = 'exact_match',
   title: str = 'generated',
   path: str | None = None,
@@ -104,17 +102,8 @@ def generated(
   )
   check_writes(built, 'generated')
   rate = _scorer(score, pattern, reference_pattern)
-  most = room(built, title, max_new_tokens)
-  if path is None:
-    asked = heldout(built, per_client, most)
-  else:
-    records = data.jsonl(path, client_key, prompt_key, response_key)
-    asked = from_records(built, records, most)
-  asked = asked[:limit]
-  if not asked:
-    raise Error(
-      f'evals.evaluators: {title} has no example: no client has held-out texts.'
-    )
+  keys = (prompt_key, response_key, client_key)
+  asked = asked_of(built, title, path, keys, per_client, limit, max_new_tokens)
   write = writer(built, max_new_tokens=max_new_tokens, batch_size=batch_size)
   clients = [one.client for one in asked]
   tokens = {'seconds': 0.0, 'new': 0}
@@ -169,6 +158,36 @@ def writer(
     )
 
   return write
+
+
+def asked_of(
+  built: Any,
+  title: str,
+  path: str | None,
+  keys: tuple[str, str, str | None],
+  per_client: int | None,
+  limit: int | None,
+  max_new_tokens: int,
+) -> list[Asked]:
+  """Returns the prompts of a file, or of the held-out texts without one.
+
+  `keys` are the fields of the prompt, the reply and the client.
+
+  Raises:
+    Error: a file or field that does not fit; there is no prompt.
+  """
+  most = room(built, title, max_new_tokens)
+  if path is None:
+    asked = heldout(built, per_client, most)
+  else:
+    prompt_key, response_key, client_key = keys
+    records = data.jsonl(path, client_key, prompt_key, response_key)
+    asked = from_records(built, records, most)
+  if not asked[:limit]:
+    raise Error(
+      f'evals.evaluators: {title} has no example: no client has held-out texts.'
+    )
+  return asked[:limit]
 
 
 def heldout(built: Any, per_client: int | None, room: int) -> list[Asked]:
