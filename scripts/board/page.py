@@ -187,8 +187,8 @@ def text(name: str, suite: suites.Suite, cells: Mapping, figure: str) -> str:
     'model that it is served, then over the complete seeds (smallest, '
     'largest). "Against FedIT" is the difference seed by seed with its 95 % t '
     'interval. Bytes are those of all rounds and clients of a run, seconds the '
-    'median round; both are means over tasks and seeds. The peak is that of the process, of '
-    'the largest run.',
+    'median round; both are means over tasks and seeds. The peak is that of '
+    'the process, of the largest run.',
     '',
     table(suite, cells),
     '',
