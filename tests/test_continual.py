@@ -189,6 +189,8 @@ def test_what_stages_exclude_and_what_trains_alone():
   check = lambda **conf: staged.check({'stages': {'name': 'by_key'}, **conf})
   with pytest.raises(Error, match='the section privacy counts the same'):
     check(privacy={'clip': 1.0})
+  with pytest.raises(Error, match='the section client_models encodes the exa'):
+    check(client_models={'models': [{'name': 'random'}]})
   with pytest.raises(Error, match=r'clients.name=buffered has a clock'):
     check(clients={'name': 'buffered'})
   with pytest.raises(Error, match=r'clients.name=with_root draws its root'):

@@ -95,6 +95,8 @@ sections out.
     'change with the stage',
     'poison': 'changes records, and their stages with them',
     'system': 'simulates one clock for clients that train all the time',
+    'client_models': 'encodes the examples of clients anew, and their stages '
+    'are known in the tokens of the server only',
   }
   for section, reason in reasons.items():
     if conf.get(section):
