@@ -232,7 +232,7 @@ def test_hf_gives_class_names_and_hides_the_labels_of_test_sets(tmp_path):
   table.save_to_disk(str(tmp_path / 'd'))
   found = sources.hf(str(tmp_path / 'd'), text_key='s', label_key='y')
   assert [r.label for r in found] == ['yes', None]
-  with pytest.raises(Error, match='row 1: this text has no label'):
+  with pytest.raises(Error, match='row 1: this record has no label'):
     tasks.label_names(found)
 
 
@@ -291,7 +291,7 @@ def test_label_names_are_sorted_and_checked():
   assert tasks.label_names(records(3, 'ba')) == ('a', 'b')
   with pytest.raises(Error, match='only one label, a'):
     tasks.label_names(records(3, 'a'))
-  with pytest.raises(Error, match='this text has no label'):
+  with pytest.raises(Error, match='this record has no label'):
     tasks.label_names([Record(text='x')])
 
 

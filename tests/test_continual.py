@@ -189,6 +189,8 @@ def test_what_stages_exclude_and_what_trains_alone():
   check = lambda **conf: staged.check({'stages': {'name': 'by_key'}, **conf})
   with pytest.raises(Error, match='the section privacy counts the same'):
     check(privacy={'clip': 1.0})
+  with pytest.raises(Error, match='the section client_models encodes the exa'):
+    check(client_models={'models': [{'name': 'random'}]})
   with pytest.raises(Error, match=r'clients.name=buffered has a clock'):
     check(clients={'name': 'buffered'})
   with pytest.raises(Error, match=r'clients.name=with_root draws its root'):
@@ -349,8 +351,7 @@ def test_clients_drift_in_every_round_with_a_window_of_dates(tmp_path):
       for day in range(days)
     )
   )
-  built = build(
-    path,
+  fields = dict(
     data__date_key='day',
     algorithm__name='fed_avg',
     partition__name='natural',
@@ -365,6 +366,9 @@ def test_clients_drift_in_every_round_with_a_window_of_dates(tmp_path):
     cohort__num_steps=12,
     cohort__epochs=1,
   )
+  with pytest.raises(Error, match=r'stages.window is 0.01: no client has an'):
+    build(path, **{**fields, 'stages__window': 0.01})
+  built = build(path, **fields)
   assert built.stages is not None
   assert built.stages.names == ('0 to 11', '12 to 23')
   train_days = {int(own.tokens[1]) - 65 for part in built.owned for own in part}

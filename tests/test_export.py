@@ -456,6 +456,10 @@ def test_mistakes_are_one_sentence(tmp_path):
   damaged = tmp_path / 'damaged'
   damaged.mkdir()
   (damaged / 'config.json').write_text('{')
+  several = shutil.copytree(folder, tmp_path / 'several')
+  content = json.loads((folder / 'config.json').read_text())
+  content['algorithm'] = {'name': 'fed_mkt'}  # its clients have own models
+  (several / 'config.json').write_text(json.dumps(content))
   for arguments, words in [
     ((tmp_path / 'no', 'peft', 'x'), 'is no folder'),
     ((file, 'peft', 'x'), 'is no folder'),
@@ -468,6 +472,7 @@ def test_mistakes_are_one_sentence(tmp_path):
     ((folder, 'merged', 'x', '--rank', 2), '--rank is of an adapter'),
     ((folder, 'peft', 'x', '--rank', 0), 'at least 1'),
     ((folder, 'peft', 'x', '--client', 'a'), 'keeps nothing of its clients'),
+    ((several, 'peft', 'x', '--client', 'a'), 'of fed_mkt stay in the states'),
   ]:  # fmt: skip
     workdir, to, out, *more = arguments
     told = refused(

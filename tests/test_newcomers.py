@@ -88,7 +88,7 @@ def test_newcomers_take_the_local_steps_of_the_config(built):
   params = away(algorithm, built)
   metrics = examine(built, algorithm, params, steps=(1, 3))
   assert built.population.new_names == ('bob', 'eve')
-  begun = algorithm.init(jax.random.key(0), built.initial).params
+  begun = algorithm.init(built.round_key, built.initial).params
   new = lambda params: algorithm.personal(params, algorithm.init_client(params))
   for name, start, k in (
     ('steps_0', new(params), 0),
@@ -122,6 +122,23 @@ def test_a_shared_model_is_the_start_of_all_methods_without_private_parts(
     for k in (0, 3)
     for x in ('loss', 'accuracy', 'clients')
   }
+
+
+def test_alone_begins_where_a_method_that_draws_its_start_begins(built):
+  plain = recipes.fed_avg(None, local.optimizer('sgd'))
+
+  def init(key, params):
+    shift = jax.random.uniform(key)
+    drawn = jax.tree.map(lambda x: x + shift if x.ndim > 1 else x, params)
+    return plain.init(key, drawn)
+
+  drawing = plain._replace(init=init)
+  begun = init(built.round_key, built.initial).params  # that of the run
+  metrics = examine(built, drawing, begun, steps=(3,))
+  for field in ('loss', 'clients'):
+    assert metrics[f'evals/newcomers/alone_3/{field}'] == pytest.approx(
+      metrics[f'evals/newcomers/steps_3/{field}'], rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(

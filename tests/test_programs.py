@@ -35,7 +35,7 @@ NAMES = runpy.run_path(str(PATH))['NAMES']
 # Their loss needs the statistics of nodes, or a network without some layers.
 OBSERVED = ('fed_amole', 'fed_biot', 'fed_l2p', 'offsite_tuning')
 # Their local training is that of their task's loss.
-TASKS = ('fed_avg_grpo',)
+TASKS = ('fed_avg_grpo', 'fed_mkt')
 KINDS = {None: 'texts', 'classification': 'labels', 'dpo': 'pairs'}
 SMALL = (
   *('num_rounds=1', 'cohort.num_steps=1', 'compilation_cache=none'),
@@ -137,7 +137,7 @@ def parsed(name, folder):
   conf = config.parse(
     [*argv, *(f'--config.{field}' for field in SMALL)], sections.SPEC
   ).config
-  if conf['clients']['name'] != 'full':
+  if conf['clients']['name'] not in ('full', 'compass'):
     conf['clients']['cohort_size'] = 2
   if conf['adapter'].get('targets') == 'all-linear':
     conf['adapter']['targets'] = ('q_proj', 'v_proj')
@@ -145,8 +145,8 @@ def parsed(name, folder):
     conf['algorithm']['num_experts'] = 8
   if name not in (*OBSERVED, *TASKS):
     task = conf.get('task') or {}
-    kind = KINDS[task.get('name')]
-    conf['task'] = {**task, 'name': f'{__name__}:{kind}'}
+    if kind := KINDS.get(task.get('name')):  # others train by their own loss
+      conf['task'] = {**task, 'name': f'{__name__}:{kind}'}
   return config.override(conf, [], sections.SPEC)[0]
 
 

@@ -204,6 +204,21 @@ def test_whole_clients_are_fed_avg():
     np.testing.assert_allclose(x, y, atol=1e-6)
 
 
+def test_a_whole_number_of_neurons_is_not_rounded_up():
+  mlp = {
+    'up_proj': {'kernel': Dense(jnp.ones((1, 2, 50)))},
+    'down_proj': {'kernel': Dense(jnp.ones((1, 50, 2)))},
+  }
+  for width, number in ((0.3, 15), (0.31, 16), (1e-9, 1)):
+    context = Context(profile={'width': jnp.float32(width)})
+    masks = raffm.neurons().mask(
+      {'layers': {'mlp': mlp}}, ClientState(), context
+    )
+    held: Any = masks.held
+    up = held['layers']['mlp']['up_proj']['kernel'].value
+    assert int(up[0, 0].sum()) == number
+
+
 def test_what_it_needs():
   method = recipes.raffm(loss, local.optimizer('sgd'))
   with pytest.raises(Error) as error:

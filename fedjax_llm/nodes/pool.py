@@ -85,6 +85,10 @@ class Pool(NamedTuple):
     )
     return Choice(jnp.sum((1 - alike) * present) / total, counts)
 
+  def no_statistics(self) -> Choice:
+    """Returns the statistics of no text: zeros, in float32."""
+    return Choice(jnp.float32(0), jnp.zeros(self.keys.shape[0]))
+
   def write(self, weight: Any) -> Any:
     return Prompt(self.rows).write(weight)
 

@@ -208,7 +208,10 @@ def write(leaf: Any, weight: Any) -> Any:
   if node is not None:
     return node.write(weight)
   if is_node(leaf):
-    raise Error(f'a {kind(leaf)} node cannot be written into a weight.')
+    raise Error(
+      f'a {kind(leaf)} node cannot be written into a weight: serve it beside '
+      'the base.'
+    )
   return add(weight, leaf)
 
 

@@ -23,7 +23,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -103,7 +103,7 @@ def run(argv: Sequence[str]) -> str:
     ('parameters of the adapter', f'{count(state.params):,}'),
     ('', ''),
     ('clients a round', f'{sizes.clients * rows} of one cohort'),
-    ('a client', f'{sizes.steps} steps of {_rows(planned)}'),
+    ('a client', f'{sizes.steps} steps of {_rows(planned)}{_whose(conf)}'),
     ('block_size', f'{sizes.block} in {sizes.num_blocks} blocks'),
     ('', ''),
     ('base', human(base)),
@@ -200,6 +200,17 @@ def _rows(planned: Any) -> str:
   if isinstance(planned.cohort.batches, Images):
     return f'{sizes.batch} images'
   return f'{sizes.batch} x {sizes.tokens} tokens'
+
+
+def _whose(conf: Mapping[str, Any]) -> str:
+  """Returns which model is counted for clients, where it is not theirs.
+
+  >>> _whose({'client_models': {'models': [{'name': 'random'}]}})
+  ', counted with the model of the server'
+  """
+  return ', counted with the model of the server' * bool(
+    conf.get('client_models')
+  )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

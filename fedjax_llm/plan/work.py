@@ -206,6 +206,7 @@ def read(
   )
   if sampling['name'] == 'full' and cohort_size is None:
     K = N
+  K = K or N  # without a size, all clients take part
   known = num_clients or full['partition'].get('num_clients')
   if conf.get('privacy') and not known:
     raise Error(
@@ -214,8 +215,8 @@ def read(
     )
   if not K:
     raise Error(
-      'clients.name=full takes all clients, and the config does not set how '
-      'many there are: give --clients.'
+      f'clients.name={sampling["name"]} takes all clients, and the config does '
+      'not set how many there are: give --clients.'
     )
   row = full['cohort']
   S, B = num_steps or row['num_steps'], row['batch_size']

@@ -122,7 +122,7 @@ def newcomers(
 
   # The rounds donate the arrays of which they are made.
   begun = jax.tree.map(
-    jnp.copy, algorithm.init(jax.random.key(0), built.initial).params
+    jnp.copy, algorithm.init(built.round_key, built.initial).params
   )
 
   lonely: dict[str, Any] = {}

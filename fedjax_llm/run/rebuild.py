@@ -149,6 +149,13 @@ def _open(
 
   shapes = jax.eval_shape(start)
   private = jax.eval_shape(algorithm.init_client, shapes.params).private
+  recipe = experiment.recipe_of(conf)
+  if client is not None and 'client_models' in builders.parameters(recipe):
+    raise Error(
+      f'--client {client}: the models of the clients of '
+      f'{conf["algorithm"]["name"]} stay in the states of the run, and only '
+      'the one that is served is opened: leave --client out.'
+    )
   if client is not None and private is None:
     raise Error(
       f'--client {client}: {conf["algorithm"]["name"]} keeps nothing of its '

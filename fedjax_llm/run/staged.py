@@ -95,6 +95,8 @@ sections out.
     'change with the stage',
     'poison': 'changes records, and their stages with them',
     'system': 'simulates one clock for clients that train all the time',
+    'client_models': 'encodes the examples of clients anew, and their stages '
+    'are known in the tokens of the server only',
   }
   for section, reason in reasons.items():
     if conf.get(section):
@@ -188,7 +190,7 @@ def of(
 
   Raises:
     Error: the rounds of the stages are not those of the run; a stage without an
-      example to train or to test on.
+      example to train or to test on; a window without one to train on.
   """
   names, plan = reading.split.names, reading.plan
   each = plan.rounds
@@ -227,6 +229,12 @@ def of(
     window=plan.window,
     seed=seed,
   )
+  for round in range(num_rounds if plan.window is not None else 0):
+    if not len(pools.able(round)):
+      raise Error(
+        f'stages.window is {plan.window}: no client has an example to train on '
+        f'in round {round + 1}; choose a larger share.'
+      )
   return Staged(names, pools, tested)
 
 

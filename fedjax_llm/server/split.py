@@ -100,6 +100,7 @@ def split(
       part with nothing to train (from `init`).
 
   >>> import functools
+  >>> import jax.numpy as jnp
   >>> from fedjax_llm import aggregators, scopes, server, uploads
   >>> def product(base, p, x, key):
   ...   return LossSum(p.client * p.server * x, *jnp.float32([1, 0]))

@@ -56,14 +56,14 @@ def pooled(key: Key, params: Params, num_experts: int) -> Params:
 
 
 def no_statistics(params: Params) -> Params:
-  """Returns zero statistics (`Routing`) in the place of every `Experts` node.
+  """Returns zero statistics in the place of every node that has some.
 
   >>> node = LowRank(jnp.ones((2, 5, 4)), jnp.ones((2, 4, 3)), jnp.ones(2))
   >>> wide = pooled(jax.random.key(0), {'layers': {'q': node}}, num_experts=6)
   >>> no_statistics(wide)['layers']['q'].experts.shape
   (2, 6, 4)
   """
-  is_node = lambda x: isinstance(x, Experts)
+  is_node = lambda x: hasattr(x, 'no_statistics')
   return jax.tree.map(
     lambda x: x.no_statistics() if is_node(x) else None,
     params,

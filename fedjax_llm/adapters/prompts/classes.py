@@ -236,6 +236,7 @@ def gated_context(length: int = 16, size: int = 128, heads: int = 8) -> Adapter:
       others=jnp.zeros((0, length, width)),
       present=jnp.zeros(0),
       heads=gate,
+      share=jnp.float32(0.5),
     )
     return {'scores': node}
 

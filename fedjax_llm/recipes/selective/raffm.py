@@ -109,7 +109,8 @@ def neurons() -> Scope:
     width = of_profile(context.profile, 'width', 'width')
     mlp = _perceptron(start)
     order = places(mlp)
-    number = jnp.maximum(jnp.ceil(width * order.shape[-1]), 1)
+    # A float32 product may lie above a whole number by rounding alone.
+    number = jnp.maximum(jnp.ceil(width * order.shape[-1] - 1e-3), 1)
     return restricted(masks, order < number)
 
   return Scope(labels, mask)

@@ -75,7 +75,8 @@ def fed_kseed_base(
   >>> from fedjax_llm import local
   >>> node = Swayed(jnp.zeros((2, 1, 2), jnp.uint32), jnp.zeros((2, 1)),
   ...               jnp.ones(2, jnp.int32))
-  >>> method = fed_kseed_base(None, local.optimizer('sgd'), candidates=16)
+  >>> method = fed_kseed_base(
+  ...   None, local.optimizer('sgd'), candidates=16, fold=lambda b, p: (b, p))
   >>> method.init(jax.random.key(0), {'q': node}).params.coefficients.shape
   (16,)
   """
