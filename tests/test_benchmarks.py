@@ -465,9 +465,11 @@ def test_an_endpoint_gets_the_message_and_its_failures_are_one_sentence():
         (self.path, self.headers, json.loads(self.rfile.read(size)))
       )
       choices = [{'message': {'content': 'Better: A'}}]
-      body = json.dumps({'choices': choices[: 2 - len(bodies)]}).encode()
+      body = json.dumps({'choices': choices[: len(bodies) % 2]}).encode()
       self.send_response(200)
-      self.send_header('Content-Length', str(len(body)))
+      # The third reply breaks off.
+      size = len(body) + (len(bodies) > 2)
+      self.send_header('Content-Length', str(size))
       self.end_headers()
       self.wfile.write(body)
 
@@ -483,6 +485,8 @@ def test_an_endpoint_gets_the_message_and_its_failures_are_one_sentence():
     with pytest.raises(
       Error, match=r'^http.*/completions gave no reply: Index'
     ):
+      ask('Hi')
+    with pytest.raises(Error, match=r'gave no reply: IncompleteRead'):
       ask('Hi')
   finally:
     server.shutdown()
