@@ -371,6 +371,10 @@ def test_all_wordings_of_a_question_get_the_most_frequent_answer(
   message = r":2: 'response' is '5', but another wording of group '1' has '4'"
   with pytest.raises(Error, match=message):
     evaluated('consistent', path=lines(tmp_path / 'quiz.jsonl', *rows))
+  rows[0]['response'] = 'four'
+  message = r":1: 'response' is 'four', in which pattern='number' finds no"
+  with pytest.raises(Error, match=message):
+    evaluated('consistent', path=lines(tmp_path / 'quiz.jsonl', *rows))
 
 
 def test_a_fact_is_asked_at_every_depth_of_texts_of_a_length(monkeypatch):
