@@ -144,6 +144,7 @@ def small(board, tmp_path, monkeypatch):
   suites = board.suites
   methods = {m: suites.METHODS[m] for m in ('zero_shot', 'fed_it', 'fed_sa')}
   monkeypatch.setattr(suites, 'METHODS', methods)
+  monkeypatch.setattr(board.page, 'TASKS', 2)
   tasks = suites.SUITES['small'].tasks
   chosen = {k: tasks[k] for k in ('newsgroups', 'doc2dial')}
   suite = suites.Suite(chosen, rounds=2, seeds=(0, 1))
@@ -191,15 +192,16 @@ def test_a_page_names_what_is_missing(board, small):
   file.write_text(json.dumps(failed))
   cells = board.page.read(folder)
   assert board.page.missing(suite, cells) == [
-    '`fed_sa` on newsgroups, seed 0: No biases.',
-    '`fed_sa` on doc2dial, seed 1: not run',
+    'newsgroups, seed 0, `fed_sa`: No biases.',
+    'doc2dial, seed 1, not run: `fed_sa`',
   ]
-  # Rows are of the seeds that all methods have.
+  # A method that cannot run does not count; one that has not run does.
   assert board.page.seeds_of(suite, cells, 'doc2dial') == [0]
-  assert board.page.seeds_of(suite, cells, 'newsgroups') == [1]
+  assert board.page.seeds_of(suite, cells, 'newsgroups') == [0, 1]
+  assert board.page.ranked(suite, cells) == ['newsgroups', 'doc2dial']
   text = board.page.text('small', suite, cells, 'x.png')
   assert 'agencies, the clients; complete seeds: 0\n' in text
-  assert '+0.200 ± nan' in text
+  assert '| 2.100 | +0.100 |' in text  # one seed has no interval
 
 
 def test_time_is_predicted_from_the_nearest_cells(board, small):

@@ -13,6 +13,7 @@ import suites
 
 MARK = '<!-- {suite}: written by scripts/leaderboard -->'
 END = '<!-- end of {suite} -->'
+TASKS = 3  # of which a test over tasks tells something
 
 
 def read(folder: pathlib.Path) -> dict[tuple[str, str, int], dict[str, Any]]:
@@ -34,24 +35,35 @@ def read(folder: pathlib.Path) -> dict[tuple[str, str, int], dict[str, Any]]:
 
 
 def missing(suite: suites.Suite, cells: Mapping) -> list[str]:
-  """Returns a phrase for each cell that has no figures."""
+  """Returns a phrase for the cells of each seed and task without figures."""
   result = []
   for seed in suite.seeds:
     for task in suite.tasks:
-      for method in suites.METHODS:
-        cell = cells.get((task, method, seed))
-        if cell is None:
-          result.append(f'`{method}` on {task}, seed {seed}: not run')
-        elif 'failed' in cell:
-          result.append(f'`{method}` on {task}, seed {seed}: {cell["failed"]}')
+      of = {m: cells.get((task, m, seed)) for m in suites.METHODS}
+      absent = [m for m, cell in of.items() if cell is None]
+      if absent:
+        names = ', '.join(f'`{m}`' for m in absent)
+        names = 'all methods' if len(absent) == len(of) else names
+        result.append(f'{task}, seed {seed}, not run: {names}')
+      result += [
+        f'{task}, seed {seed}, `{m}`: {cell["failed"]}'
+        for m, cell in of.items()
+        if cell is not None and 'failed' in cell
+      ]
   return result
 
 
 def seeds_of(suite: suites.Suite, cells: Mapping, task: str) -> list[int]:
-  """Returns the seeds with a score of every method that has any in a task."""
+  """Returns the seeds with a score of every method that a task can run."""
+  of = lambda m: [cells.get((task, m, s), {}) for s in suite.seeds]
+  able = [m for m in suites.METHODS if not any('failed' in c for c in of(m))]
   has = lambda m, seed: 'score' in cells.get((task, m, seed), {})
-  able = [m for m in suites.METHODS if any(has(m, s) for s in suite.seeds)]
   return [s for s in suite.seeds if able and all(has(m, s) for m in able)]
+
+
+def ranked(suite: suites.Suite, cells: Mapping) -> list[str]:
+  """Returns the tasks with a complete seed."""
+  return [task for task in suite.tasks if seeds_of(suite, cells, task)]
 
 
 def over_seeds(
@@ -68,22 +80,20 @@ def matrix(
 ) -> tuple[list[str], np.ndarray, list[bool]]:
   """Returns the methods with all cells, their means [tasks, methods], and
   whether large values are good."""
+  tasks = ranked(suite, cells)
+  score = lambda t, m: over_seeds(suite, cells, t, m, 'score')
   whole = [
-    m
-    for m in suites.METHODS
-    if all(over_seeds(suite, cells, t, m, 'score') for t in suite.tasks)
+    m for m in suites.METHODS if tasks and all(score(t, m) for t in tasks)
   ]
-  values = [
-    [statistics.mean(over_seeds(suite, cells, t, m, 'score')) for m in whole]
-    for t in suite.tasks
-  ]
-  largest = [task.kind == 'accuracy' for task in suite.tasks.values()]
+  values = [[statistics.mean(score(t, m)) for m in whole] for t in tasks]
+  largest = [suite.tasks[t].kind == 'accuracy' for t in tasks]
   return whole, np.array(values), largest
 
 
 def table(suite: suites.Suite, cells: Mapping) -> str:
   """Returns the table: a row a method, sorted by mean rank."""
   whole, values, largest = matrix(suite, cells)
+  counted = _counted(suite, cells)
   mean = {}
   if len(whole) > 2:
     mean = dict(zip(whole, ranking.ranks(values, largest).mean(0)))
@@ -102,14 +112,17 @@ def table(suite: suites.Suite, cells: Mapping) -> str:
       row.append(_spread(own))
       apart = ''
       if own and base and method != suites.BASELINE:
-        apart = '{:+.3f} ± {:.3f}'.format(*ranking.paired(own, base))
+        mean_apart, half = ranking.paired(own, base)
+        apart = f'{mean_apart:+.3f}'
+        if len(own) > 1:
+          apart += f' ± {half:.3f}'
       row.append(apart)
     row += [
-      _total(suite, cells, method, 'up', 1e6, 1),
-      _total(suite, cells, method, 'down', 1e6, 1),
-      _total(suite, cells, method, 'seconds_round', 1, 1),
-      _largest(cells, method),
-      _total(suite, cells, method, 'cpu_seconds', 1, 0)
+      _total(suite, counted, method, 'up', 1e6, 1),
+      _total(suite, counted, method, 'down', 1e6, 1),
+      _total(suite, counted, method, 'seconds_round', 1, 1),
+      _largest(counted, method),
+      _total(suite, counted, method, 'cpu_seconds', 1, 0)
       if method != suites.ZERO
       else '',
     ]
@@ -120,7 +133,15 @@ def table(suite: suites.Suite, cells: Mapping) -> str:
 def _spread(values: Sequence[float]) -> str:
   if not values:
     return ''
+  if len(values) == 1:
+    return f'{values[0]:.3f}'
   return f'{statistics.mean(values):.3f} ({min(values):.3f}, {max(values):.3f})'
+
+
+def _counted(suite: suites.Suite, cells: Mapping) -> dict[Any, Any]:
+  """Returns the cells of complete seeds, the same for every method."""
+  seeds = {task: seeds_of(suite, cells, task) for task in suite.tasks}
+  return {key: cell for key, cell in cells.items() if key[2] in seeds[key[0]]}
 
 
 def _total(suite, cells, method, field, scale, digits) -> str:
@@ -163,24 +184,30 @@ def text(name: str, suite: suites.Suite, cells: Mapping, figure: str) -> str:
     ),
     '',
     'Scores are means over clients on their own held-out texts, each with the '
-    'model that it is served, then over seeds (smallest, largest). "Against '
-    'FedIT" is the difference seed by seed with its 95 % t interval. Bytes '
-    'are those of all rounds and clients of a run, seconds the median round; '
-    'both are means over tasks and seeds. The peak is that of the process, of '
-    'the largest run.',
+    'model that it is served, then over the complete seeds (smallest, '
+    'largest). "Against FedIT" is the difference seed by seed with its 95 % t '
+    'interval. Bytes are those of all rounds and clients of a run, seconds the '
+    'median round; both are means over tasks and seeds. The peak is that of '
+    'the process, of the largest run.',
     '',
     table(suite, cells),
     '',
   ]
-  if len(whole) > 2 and len(suite.tasks) > 1:
+  if len(whole) > 2 and len(values) >= TASKS:
     result = ranking.test(values, largest)
     lines += [
-      f'Friedman over {len(suite.tasks)} tasks (means over seeds) and '
+      f'Friedman over {len(values)} tasks (means over seeds) and '
       f'{len(whole)} methods: chi² = {result.chi2:.2f}, p = {result.p:.3f}. '
       f'Mean ranks differ at 5 % where they are {result.distance:.2f} apart '
       '(Nemenyi).',
       '',
       f'![mean ranks and the critical difference]({figure})',
+      '',
+    ]
+  else:
+    lines += [
+      f"Friedman's test and Nemenyi's distance need {TASKS} tasks with a "
+      f'complete seed; there are {len(values)}.',
       '',
     ]
   gaps = missing(suite, cells)
@@ -207,7 +234,7 @@ def write(
   new = text(name, suite, cells, figure)
   put(page, name, new)
   whole, values, largest = matrix(suite, cells)
-  if len(whole) > 2 and len(suite.tasks) > 1:
+  if len(whole) > 2 and len(values) >= TASKS:
     draw(whole, ranking.test(values, largest), page.parent / figure)
   return new
 
