@@ -371,6 +371,10 @@ def test_all_wordings_of_a_question_get_the_most_frequent_answer(
   message = r":2: 'response' is '5', but another wording of group '1' has '4'"
   with pytest.raises(Error, match=message):
     evaluated('consistent', path=lines(tmp_path / 'quiz.jsonl', *rows))
+  rows[0]['response'] = 'four'
+  message = r":1: 'response' is 'four', in which pattern='number' finds no"
+  with pytest.raises(Error, match=message):
+    evaluated('consistent', path=lines(tmp_path / 'quiz.jsonl', *rows))
 
 
 def test_a_fact_is_asked_at_every_depth_of_texts_of_a_length(monkeypatch):
@@ -465,9 +469,11 @@ def test_an_endpoint_gets_the_message_and_its_failures_are_one_sentence():
         (self.path, self.headers, json.loads(self.rfile.read(size)))
       )
       choices = [{'message': {'content': 'Better: A'}}]
-      body = json.dumps({'choices': choices[: 2 - len(bodies)]}).encode()
+      body = json.dumps({'choices': choices[: len(bodies) % 2]}).encode()
       self.send_response(200)
-      self.send_header('Content-Length', str(len(body)))
+      # The third reply breaks off.
+      size = len(body) + (len(bodies) > 2)
+      self.send_header('Content-Length', str(size))
       self.end_headers()
       self.wfile.write(body)
 
@@ -483,6 +489,8 @@ def test_an_endpoint_gets_the_message_and_its_failures_are_one_sentence():
     with pytest.raises(
       Error, match=r'^http.*/completions gave no reply: Index'
     ):
+      ask('Hi')
+    with pytest.raises(Error, match=r'gave no reply: IncompleteRead'):
       ask('Hi')
   finally:
     server.shutdown()

@@ -305,10 +305,11 @@ def test_compass_merges_the_late_with_the_next_group():
   rounds: Any = compass(
     3, system=fleet, job=lambda: JOB, jitter=0.8, latest_time_factor=1.1
   )
-  jobs, rows, spread = [], [], 0
+  jobs, rows, spread, lost = [], [], 0, 0.0
   for number in range(200):
     draw = rounds(number)
     here = draw.ids >= 0
+    lost += rounds.clock(number)['clock/lost']
     versions = draw.started[here]
     assert (draw.steps[here] >= 1).all() and (draw.steps[here] <= 4).all()
     assert (versions <= number).all()
@@ -321,6 +322,10 @@ def test_compass_merges_the_late_with_the_next_group():
     mine = [version for k, version in jobs if k == client]
     assert mine == sorted(mine) and len(mine) > 50
   assert set(rows) == {1, 2, 3} and spread > 5
+  # Work that newer work of its client replaced is lost. What begins and is
+  # neither aggregated nor lost is in progress, or waits for the next group.
+  begun = rounds.clock(199)['clock/joules_network'] / 3.0  # 0.5 J for 6 bytes
+  assert lost > 20 and 3 <= begun - len(jobs) - lost <= 5
 
 
 def test_fed_compass_mixes_a_group_at_once():

@@ -29,7 +29,8 @@ def without_free_riders(
   paper without its autoencoder, with the score and the threshold 3.5 of
   Iglewicz and Hoaglin (How to Detect and Handle Outliers, 1993). It finds a
   minority of free riders; a client that sends the update of an honest one is
-  not found.
+  not found. Masks are not read, and entries that are not trained are zeros: a
+  minority of smaller ranks or fewer layers is left out like free riders.
 
   Args:
     inner: the rule on the others; `mean()` if None.

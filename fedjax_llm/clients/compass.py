@@ -68,10 +68,12 @@ def compass(
   A round is an aggregation: of a group, when all of it has arrived or at L; of
   a single client, when it arrives for the first time, after q_max steps. Who
   arrives after L trains on from the present parameters, and its work is
-  aggregated with the next group's. Clients of a group that arrived get new
-  steps in order of speed, the fastest first (Li et al. 2023, arXiv 2309.14675,
-  algorithms 1 and 2). q_max is `cohort.num_steps`, and links count as part of a
-  step's seconds. A round has N rows (`Draw.steps`, `Draw.started`).
+  aggregated with the next group's; newer work of the same client replaces it,
+  as in APPFL, and it is counted as lost ('clock/lost'). Clients of a group that
+  arrived get new steps in order of speed, the fastest first (Li et al. 2023,
+  arXiv 2309.14675, algorithms 1 and 2). q_max is `cohort.num_steps`, and links
+  count as part of a step's seconds. A round has N rows (`Draw.steps`,
+  `Draw.started`).
 
   Args:
     num_clients: N.
@@ -123,7 +125,7 @@ def compass(
   speed: dict[int, float] = {}  # s_k, measured
   groups: dict[int, _Group] = {}
   later: dict[int, _Work] = {}  # arrived too late for their group
-  count = dict(jobs=0, groups=0)
+  count = dict(jobs=0, groups=0, replaced=0)
   made: list[Any] = []  # the job, its seconds and joules, once asked for
 
   def begin(client: int, steps: int, now: float, version: int, group: int):
@@ -181,8 +183,11 @@ def compass(
     """Ends a round with a group; returns what a step of `timed` returns."""
     group = groups[name]
     rows = {**later, **{k: work[k] for k in group.arrived}}
+    replaced = count['replaced'] + sum(k in later for k in group.arrived)
+    count['replaced'] = 0
     later.clear()
     draw, lost = aggregate(rows)
+    lost += replaced
     # Nobody joins it any more; who it still waits for is late.
     groups[name] = _Group(0.0, 0.0, group.waiting, group.arrived)
     order = sorted(group.arrived, key=lambda k: speed[k])
@@ -230,6 +235,7 @@ def compass(
           draw, end, more, lost = of_group(one.group, now, number)
           return draw, end, joules + more, lost
         continue
+      count['replaced'] += name in later
       later[name] = one
       if not group.waiting and not group.arrived:
         del groups[one.group]

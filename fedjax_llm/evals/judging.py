@@ -4,6 +4,7 @@ The endpoint speaks the OpenAI form of chat completions. There is no default:
 without one nothing is sent anywhere.
 """
 
+import http.client
 import json
 import re
 import urllib.error
@@ -63,7 +64,10 @@ or https://.
     try:
       with urllib.request.urlopen(request, timeout=timeout) as answer:
         text = json.load(answer)['choices'][0]['message']['content']
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (
+      *(OSError, http.client.HTTPException),  # no reply, or half of one
+      *(ValueError, KeyError, IndexError, TypeError),
+    ) as error:
       raise Error(f'{address} gave no reply: {error!r}.') from error
     if not isinstance(text, str):
       raise Error(f'{address} gave no reply: its content is {text!r}.')

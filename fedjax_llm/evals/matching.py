@@ -35,8 +35,9 @@ def distance(seen: Any, own: Any, kind: str = 'squared') -> jax.Array:
       cosine   sum_l 1 - <g_l, g'_l> / (||g_l|| ||g'_l||)
 
   over the leaves l. The first is that of DLG (Zhu et al. 2019, arXiv
-  1906.08935). The second does not depend on lengths (Geiping et al. 2020, arXiv
-  2003.14053; LAMP: Balunovic et al. 2022, arXiv 2202.08827).
+  1906.08935). The second does not depend on lengths; it is that of LAMP
+  (Balunovic et al. 2022, arXiv 2202.08827) times the number of leaves. Geiping
+  et al. 2020 (arXiv 2003.14053) take one cosine of the whole gradient.
 
   Raises:
     Error: another kind.
@@ -96,8 +97,8 @@ def recovered(
 
   >>> gradient = lambda x: {'w': 2.0 * x}
   >>> seen = gradient(jnp.array([[0.5, -0.5]]))
-  >>> found = recovered(gradient, seen, jnp.zeros((1, 2)), kind='squared')
-  >>> found.inputs.round(2).tolist()
+  >>> result = recovered(gradient, seen, jnp.zeros((1, 2)), kind='squared')
+  >>> result.inputs.round(2).tolist()
   [[0.5, -0.5]]
   """
   if steps < 1:

@@ -67,7 +67,8 @@ def consistent(
 
   Raises:
     Error: a file, field or number that does not fit; a network that writes
-      nothing; right answers that differ within a group.
+      nothing; a right answer that the pattern does not find, or right answers
+      that differ within a group.
   """
   check(title, num_resamples, num_samples=num_samples, batch_size=batch_size)
   check_writes(built, 'consistent')
@@ -88,6 +89,11 @@ def consistent(
       field = lambda key, row=row, where=where: text_of(row, key, where)
       group = text_of(row, group_key, where, numbers=True)
       answer = answers.extracted(field(response_key), read)
+      if not answer:
+        raise Error(
+          f'{where}: {response_key!r} is {field(response_key)!r}, in which '
+          f'pattern={pattern!r} finds no answer.'
+        )
       if wanted.setdefault(group, answer) != answer:
         raise Error(
           f'{where}: {response_key!r} is {answer!r}, but another wording of '
