@@ -75,8 +75,13 @@ def _classify(config: ml_collections.ConfigDict, smoke: bool) -> None:
     modules_to_save=('pooler', 'classifier'),
   )
   config.local = dict(name='adamw', learning_rate=1e-3)
-  config.evals = dict(every=5, batch_size=32, per_client=16, buckets=())
-  config.evals['evaluators'] = [dict(name='likelihood'), dict(name='classes')]
+  config.evals = dict(
+    every=5,
+    batch_size=32,
+    per_client=16,
+    buckets=(),
+    evaluators=[dict(name='likelihood'), dict(name='classes')],
+  )
 
 
 def _generate(
@@ -107,7 +112,6 @@ def _generate(
     config.model = dict(name='random')
   config.adapter = dict(name='lora', rank=8, alpha=16.0)
   config.local = dict(name='adamw', learning_rate=1e-3)
-  config.evals = dict(every=5, per_client=8, common=32)
   # Greedy replies against the recorded ones, beside held-out loss.
   score, most = {
     'medicine': ('word_f1', 32),
@@ -116,4 +120,5 @@ def _generate(
     'recommendation': ('exact_match', 16),
   }[name]
   replies = dict(name='generated', score=score, max_new_tokens=most, limit=64)
-  config.evals['evaluators'] = [dict(name='likelihood'), replies]
+  evaluators = [dict(name='likelihood'), replies]
+  config.evals = dict(every=5, per_client=8, common=32, evaluators=evaluators)

@@ -23,6 +23,8 @@ weights need an accelerator and an accepted licence; nothing of this has been
 run.
 """
 
+from typing import Any
+
 import ml_collections
 
 _MISTRAL, _LLAMA = 'mistralai/Mistral-7B-v0.3', 'meta-llama/Llama-2-7b-hf'
@@ -87,7 +89,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   if smoke:  # the same code on a random model and packaged text
     source = 'contrasted' if preference else 'packaged'
     config.data = ml_collections.ConfigDict(dict(name=source))
-    less = config
+    less: Any = config
     less.partition.update(num_clients=4)
     less.population.update(template='plain', max_length=64)
     less.cohort.update(num_steps=2, batch_size=2)

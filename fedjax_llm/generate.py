@@ -17,6 +17,7 @@ import pathlib
 import sys
 
 from fedjax_llm import adapters, data, models
+from fedjax_llm.data import windows
 from fedjax_llm.data.sources import Record
 from fedjax_llm.data.tokenizers import Tokenizer
 from fedjax_llm.models.files.load import DTYPES
@@ -148,7 +149,7 @@ def _encode(text: str, tokenizer: Tokenizer, template: str | None) -> list[int]:
   if template is not None:
     record = Record(messages=({'role': 'user', 'content': text},))
     return data.text.prompt(record, tokenizer, template)
-  return data.windows.with_start(tokenizer.encode(text), tokenizer)
+  return windows.with_start(tokenizer.encode(text), tokenizer)
 
 
 def _row(title: str, text: str, width: int) -> str:

@@ -136,7 +136,7 @@ def _named(
   add = lambda x: np.bincount(stages, x, minlength=len(names))
   count = add(sums.count)
   some = np.flatnonzero(count)
-  by_name = lambda x: {names[i]: float(x[i] / count[i]) for i in some}
+  by_name = lambda x: {names[int(i)]: float(x[i] / count[i]) for i in some}
   return {
     f'{title}/losses': by_name(add(sums.total)),
     f'{title}/accuracies': by_name(add(sums.correct)),

@@ -141,7 +141,7 @@ def make(name):
   vision = getattr(config, 'vision_config', config)
   with torch.no_grad():
     out = outputs(model, architecture, rng, vision.num_channels)
-  np.savez_compressed(directory / 'outputs.npz', **out)
+  np.savez_compressed(directory / 'outputs.npz', **out)  # pyright: ignore
 
 
 if __name__ == '__main__':

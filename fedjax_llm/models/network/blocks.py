@@ -111,7 +111,8 @@ def _attention(
   if layer.angles is not None:
     q, k = rope.rotate(q, layer.angles), rope.rotate(k, layer.angles)
   ahead = 0
-  cached, kept = layer.keys is not None, None
+  cached = layer.keys is not None
+  kept: Any = None
   if cached:
     kept = tuple(
       _put(stack, x, layer.number, context.slot)

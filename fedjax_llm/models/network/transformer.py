@@ -287,7 +287,7 @@ def _walk(config, implementation, dtype, remat, unroll):
         some(xs.angles),
       )
       num_frozen = sum(int(i) < num_frozen for i in chosen_layers)
-    kv = None
+    kv: Any = None
     if cache is not None:
       carry = x, cache.keys, cache.values
       (x, *kv), statistics = jax.lax.scan(step_cached, carry, xs, unroll=unroll)

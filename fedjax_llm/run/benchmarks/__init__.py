@@ -16,6 +16,11 @@ from fedjax_llm.run.benchmarks.replies import writer as writer
 from fedjax_llm.run.benchmarks.retrieval import needle as needle
 
 __all__ = [
-  *('choices', 'classes', 'code', 'consistent', 'generated', 'judged'),
+  'choices',
+  'classes',
+  'code',
+  'consistent',
+  'generated',
+  'judged',
   'needle',
 ]
