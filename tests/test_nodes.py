@@ -14,7 +14,7 @@ from fedjax_llm import adapters, models, nodes, recipes
 from fedjax_llm.adapters import peft
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.models import tenants
-from fedjax_llm.models.network import layers, transformer
+from fedjax_llm.models.network import decoding, layers, transformer
 from fedjax_llm.models.network.attention import Places, attention
 from fedjax_llm.nodes import protocol
 from fedjax_llm.types import Batch, Cohort, Error, Model
@@ -316,7 +316,7 @@ def network(encoder=False, attention='blocked', **changes):
   config = tiny().config._replace(**changes)
   base = config_lib.init(config, jax.random.key(1))
   model = transformer.build(config, attention=attention)
-  return jitted(model), transformer.decoder(config), base
+  return jitted(model), decoding.decoder(config), base
 
 
 def jitted(model):

@@ -17,8 +17,8 @@ import numpy as np
 from fedjax_llm.models import tenants
 from fedjax_llm.models.files import requests
 from fedjax_llm.models.files.load import LoadedModel
+from fedjax_llm.models.network.decoding import Decoder
 from fedjax_llm.models.network.prompts import front, settled
-from fedjax_llm.models.network.transformer import Decoder
 from fedjax_llm.types import Base, Batch, Error, Key, Model, Params
 
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from fedjax_llm import adapters as adapters_lib
 from fedjax_llm.adapters import as_low_rank, picked
 from fedjax_llm.models.network import prompts
+from fedjax_llm.models.network.decoding import Cache, Decoder
 from fedjax_llm.models.network.layers import Places
-from fedjax_llm.models.network.transformer import Cache, Decoder
 from fedjax_llm.nodes import Dense, LowRank, Prefix, Prompt, protocol
 from fedjax_llm.types import Base, Error, Model, Params
 

@@ -20,9 +20,9 @@ from fedjax_llm.models.config import Config
 from fedjax_llm.models.files.weights import Place as Place
 from fedjax_llm.models.files.weights import read_base as read_base
 from fedjax_llm.models.files.weights import save as save
-from fedjax_llm.models.network import dual, transformer, vision
+from fedjax_llm.models.network import decoding, dual, transformer, vision
+from fedjax_llm.models.network.decoding import Decoder
 from fedjax_llm.models.network.dual import Dual
-from fedjax_llm.models.network.transformer import Decoder
 from fedjax_llm.types import Base, Error, Model
 
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -78,7 +78,7 @@ def assemble(
     model = vision.build(config, **settings)
     return LoadedModel(config, model, no_cache, base, name, directory)
   model = transformer.build(config, **settings)
-  decoder = transformer.decoder(config, compute_dtype=dtype)
+  decoder = decoding.decoder(config, compute_dtype=dtype)
   return LoadedModel(config, model, decoder, base, name, directory)
 
 
