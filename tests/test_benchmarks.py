@@ -468,6 +468,12 @@ def test_an_endpoint_gets_the_message_and_its_failures_are_one_sentence():
       bodies.append(
         (self.path, self.headers, json.loads(self.rfile.read(size)))
       )
+      if len(bodies) > 3:  # the key must not follow to another place
+        self.send_response(302)
+        self.send_header('Location', f'{url}elsewhere')
+        self.send_header('Content-Length', '0')
+        self.end_headers()
+        return
       choices = [{'message': {'content': 'Better: A'}}]
       body = json.dumps({'choices': choices[: len(bodies) % 2]}).encode()
       self.send_response(200)
@@ -492,9 +498,12 @@ def test_an_endpoint_gets_the_message_and_its_failures_are_one_sentence():
       ask('Hi')
     with pytest.raises(Error, match=r'gave no reply: IncompleteRead'):
       ask('Hi')
+    with pytest.raises(Error, match=r'gave no reply: <HTTPError 302'):
+      ask('Hi')
   finally:
     server.shutdown()
     server.server_close()
+  assert len(bodies) == 4
   place, headers, body = bodies[0]
   assert place == '/v1/chat/completions'
   assert headers['Authorization'] == 'Bearer k'

@@ -16,6 +16,16 @@ from fedjax_llm.types import Error
 
 Ask = Callable[[str], str]
 
+
+class _Stays(urllib.request.HTTPRedirectHandler):
+  """Follows no redirect: the key would go with it to another host."""
+
+  def redirect_request(self, *args: Any) -> None:
+    del args
+
+
+_OPENER = urllib.request.build_opener(_Stays)
+
 QUESTION = (
   'Two assistants have replied to the same message. Which reply is better: '
   'more correct, more helpful and no longer than it needs to be?\n\n'
@@ -37,8 +47,8 @@ def endpoint(
     timeout: seconds of one request.
 
   Raises:
-    Error: a `url` without http; from the function, a request that fails or an
-      answer of another form.
+    Error: a `url` without http; from the function, a request that fails, a
+      redirect (the key would follow it) or an answer of another form.
 
   >>> endpoint('localhost:8000', 'm')
   Traceback (most recent call last):
@@ -62,7 +72,7 @@ or https://.
       address, json.dumps(body).encode(), headers, method='POST'
     )
     try:
-      with urllib.request.urlopen(request, timeout=timeout) as answer:
+      with _OPENER.open(request, timeout=timeout) as answer:
         text = json.load(answer)['choices'][0]['message']['content']
     except (
       *(OSError, http.client.HTTPException),  # no reply, or half of one
