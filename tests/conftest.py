@@ -41,7 +41,8 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 # Whole processes, runs and notebooks: run with SLOW=1, as `.ci/run` does, or
 # when the file is named on the command line.
 SLOW = (
-  *('test_colabs.py', 'test_differentiable.py', 'test_fuzz.py'),
+  *('test_colabs.py', 'test_configs.py', 'test_differentiable.py'),
+  *('test_fuzz.py',),
   *('test_methods.py', 'test_multihost.py', 'test_old_runs.py'),
   *('test_plan.py', 'test_programs.py', 'test_replay.py'),
   *('test_reproduce.py', 'test_sharding.py', 'test_sweep.py'),
