@@ -22,6 +22,8 @@ TUNINGS = {
   'prompt': (dict(name='soft_prompt', length=8), 'fed_prompt', 2e-2),
 }
 DELTA, CLIP = 1e-3, 0.5
+# The scales of norms bear less noise than factors that begin at zero.
+CLIPS = {('smollm2', 'bitfit'): 0.1}
 
 
 class Size(NamedTuple):
@@ -76,5 +78,7 @@ def get_config(arg: str) -> dict:
     config['data'] = dict(name='packaged')
     config['population'] |= dict(min_examples=2)
   if epsilon != 'none':
-    config['privacy'] = dict(clip=CLIP, delta=DELTA, epsilon=float(epsilon))
+    config['privacy'] = dict(
+      clip=CLIPS.get((model, tuning), CLIP), delta=DELTA, epsilon=float(epsilon)
+    )
   return config
