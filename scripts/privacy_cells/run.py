@@ -46,12 +46,12 @@ def _programs(model: str, tuning: str) -> tuple[Any, Any]:
   return jax.jit(train), evals.likelihood(by_row)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def _built(model: str, tuning: str, seed: int) -> experiment.Experiment:
   return experiment.build(_conf(f'{model}:{tuning}:none:{seed}:1'))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def room(model: str, tuning: str, seed: int) -> Room:
   """Returns the room of a tuning and a seed."""
   built = _built(model, tuning, seed)
@@ -72,7 +72,7 @@ def _before(model: str, tuning: str, seed: int) -> float:
   return examine(built.initial)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def _first(model: str, tuning: str, seed: int) -> Any:
   """Returns the uploads of round 0, which no epsilon has touched yet."""
   built = _built(model, tuning, seed)
