@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from reports import CLIENTS, Page, config, finish, records, write
 
-from fedjax_llm import report
+from fedjax_llm import privacy, report
 from fedjax_llm.report import __main__ as program
 from fedjax_llm.report import drawing, numbers, runs, style
 from fedjax_llm.types import Error
@@ -253,6 +253,22 @@ def test_what_a_run_lacks_is_said_in_words(page, folders, tmp_path):
     assert words in new.text
   young = Page(report.page(folders[2]))
   assert 'a single test so far' in young.text
+
+
+def test_a_private_run_tells_what_its_guarantee_does_not_cover(page, tmp_path):
+  assert 'differential privacy' not in page.text
+  folder = write(tmp_path / 'run', config(), records(2))
+  limits = privacy.plan.NOT_COVERED
+  record = {
+    **{'epsilon': 2.5, 'delta': 1e-3, 'unit': 'client'},
+    'not covered by the guarantee': limits,
+  }
+  (folder / 'privacy.json').write_text(json.dumps(record))
+  text = Page(report.page(folder)).text
+  assert (
+    'differential privacy for each client, epsilon 2.5, delta 0.001' in text
+  )
+  assert ' '.join(limits.split()) in ' '.join(text.split())
 
 
 def test_losses_that_are_not_finite_are_worst_and_break_nothing(tmp_path):
