@@ -101,7 +101,7 @@ def network(
       raise Error(f'model.name is {name!r}: give --model, a directory.')
     more = {} if labels is None else {'labels': labels}
     if name == 'random':  # as in training, which brings a tokenizer of bytes
-      more = {'vocab_size': 259, 'eos_ids': (258,)}
+      more |= {'vocab_size': 259, 'eos_ids': (258,)}
     if num_layers:
       section['num_layers'] = num_layers
     drawn: list[load.LoadedModel] = []
@@ -191,7 +191,7 @@ def read(
     conf[section], SPEC.sections[section], **more
   )
   task = build('task') if conf.get('task') else tasks.causal_lm()
-  labels = None
+  labels = task.scores
   if task.labels is not tasks.no_labels:
     labels = full['task'].get('labels') or ('0', '1')
   loaded = network(conf['model'], model, labels, num_layers)
@@ -286,7 +286,7 @@ def read(
     algorithm,
     state,
     cohort,
-    loaded.base,
+    _base(task, loaded),
     Sizes(K, m, S, B, T),
     kept,
     profiles,
@@ -373,6 +373,14 @@ def _no_towers(base: Any, params: Any, batch: Any) -> Towers:
   return Towers(
     lambda rows: one(1), lambda rows: Pictures(one(len(batch.label))), 1.0
   )
+
+
+def _base(task: tasks.Task, loaded: load.LoadedModel) -> Any:
+  """Returns the shapes of the base of a run, with what stands beside it."""
+  if task.beside is None:
+    return loaded.base
+  shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  return {**loaded.base, **jax.tree.map(shape, dict(task.beside(loaded)))}
 
 
 def _no_network(num_labels: int) -> Model:

@@ -91,12 +91,16 @@ class Experiment(NamedTuple):
   public: Any = None  # batches [M, B, ...] for the server; None: there are none
   stages: staged.Staged | None = None  # of the section of that name
   small: client_models.Groups | None = None  # the clients' own models
+  beside: Mapping[str, Any] = {}  # `Task.beside`
 
   @property
   def base(self) -> Any:
-    if self.small is None:
+    if self.small is None and not self.beside:
       return self.loaded.base
-    return {**self.loaded.base, client_models.MODELS: self.small.bases}
+    more: dict[str, Any] = dict(self.beside)
+    if self.small is not None:
+      more[client_models.MODELS] = self.small.bases
+    return {**self.loaded.base, **more}
 
   def method(
     self,
@@ -283,7 +287,7 @@ def build(
     mesh = sharding.mesh(settings.mesh_model)
     near = sharding.nearby(mesh)
   where = None if near is None else sharding.placement(near)
-  loaded = model or texts.model(make, labels, where)
+  loaded = model or texts.model(make, labels or task.scores, where)
   task.check(loaded)
   tokenizer = texts.tokenizer_of(loaded)
   alter = poisoned.altering(conf) if conf.get('poison') else None
@@ -479,8 +483,14 @@ def build(
     public=shared,
     stages=stages,
     small=small,
+    beside={} if task.beside is None else _placed(task.beside(loaded), near),
   )
   return built
+
+
+def _placed(weights: Mapping[str, Any], mesh: Any) -> Mapping[str, Any]:
+  """Returns the weights beside those of the model, on the devices of a mesh."""
+  return weights if mesh is None else sharding.place(weights, mesh)
 
 
 def _counts(
