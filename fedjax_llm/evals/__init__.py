@@ -12,6 +12,7 @@ from fedjax_llm.evals import continual as continual
 from fedjax_llm.evals import intervals as intervals
 from fedjax_llm.evals import inversion as inversion
 from fedjax_llm.evals import matching as matching
+from fedjax_llm.evals import neighbours as neighbours
 from fedjax_llm.evals import overlap as overlap
 from fedjax_llm.evals import programs as programs
 from fedjax_llm.evals import sandbox as sandbox
@@ -55,6 +56,7 @@ __all__ = [
   'intervals',
   'inversion',
   'matching',
+  'neighbours',
   'likelihood',
   'loop',
   'overlap',
