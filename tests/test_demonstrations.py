@@ -149,13 +149,9 @@ def test_the_nearest_are_those_of_the_cosine():
   allowed = rng.random((5, 9)) < 0.7
   result = evals.neighbours.nearest(queries, pool, 4, allowed)
   for i, q in enumerate(queries):
-    cosine = [
-      q @ p / np.sqrt((q @ q) * (p @ p)) if allowed[i, j] else None
-      for j, p in enumerate(pool)
-    ]
-    order = sorted(
-      (j for j in range(9) if allowed[i, j]), key=lambda j: -cosine[j]
-    )
+    size = lambda x: np.sqrt(x @ x)
+    cosine = [q @ p / (size(q) * size(p)) for p in pool]
+    order = sorted(np.flatnonzero(allowed[i]), key=lambda j: -cosine[j])
     assert result[i] == order[:4]
   by_length = np.argsort(-(queries @ pool.T), 1)[:, :4].tolist()
   assert result != by_length

@@ -220,6 +220,8 @@ def test_the_task_makes_pairs_and_names_its_head():
 def test_a_causal_network_classifies_texts_by_their_last_token(scored):
   loaded, batch, (chosen, _) = scored
   tasks.classification().check(loaded)
+  with pytest.raises(Error, match=r'^random-0 has no classifier: task[.]name='):
+    tasks.classification().check(models.random())
   loss = jax.jit(tasks.classification().loss(loaded, per_row=True))
   labelled = batch.chosen._replace(label=np.array([0, 0, 0, -1]))
   sums = loss(loaded.base, {}, labelled, tiny.KEY)
