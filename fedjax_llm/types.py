@@ -392,6 +392,10 @@ class Model(NamedTuple):
   from the tokens if None; with `ends` as the last ones of the network, so that
   `hidden(...)` is `layers(..., range(c, L), layers(..., range(c), ends=False))`
   for every cut c. None for a network that cannot be cut.
+
+  `read(hidden, batch) -> [B, D]` is the state of each text that a head of whole
+  texts reads: of a causal network that of the last token. None: that of the
+  first token.
   """
 
   hidden: Callable[[Base, Params, Batch], jax.Array]
@@ -400,6 +404,7 @@ class Model(NamedTuple):
     Callable[[Base, Params, Batch], tuple[jax.Array, Any]] | None
   ) = None
   layers: Callable[..., jax.Array] | None = None
+  read: Callable[[jax.Array, Any], jax.Array] | None = None
 
 
 class LossSum(NamedTuple):

@@ -88,8 +88,9 @@ def causal_lm(
 def classification(model: Model, *, per_row: bool = False) -> Loss:
   """Returns cross-entropy of a text's or image's class: -log p(y | x), a row.
 
-  The classifier reads the state of a row's first token, so a row holds one
-  text. For images, and networks with one state a row, it reads that state. Rows
+  The classifier reads the state of a row's first token, or the one that
+  `model.read` returns, so a row holds one text. For images, and networks with
+  one state a row, it reads that state. Rows
   without a label (-1) are padding. A label may also be a distribution q over
   the classes, labels [B, classes]: the term is then -sum_y q_y log p(y | x),
   and a row of zeros is padding.
@@ -121,7 +122,7 @@ def classification(model: Model, *, per_row: bool = False) -> Loss:
     if batch.label is None:
       raise Error('these texts have no labels: classification needs them.')
     hidden: Any = model.hidden  # on texts or images
-    first = _first(hidden(base, params, batch))  # [B, D]
+    first = _read(model, hidden(base, params, batch), batch)  # [B, D]
     soft = batch.label.ndim == 2  # [B, classes]
     labelled = jnp.any(batch.label > 0, -1) if soft else batch.label >= 0
     here = batch.present if isinstance(batch, Images) else batch.segments[:, 0]
@@ -155,7 +156,7 @@ def class_logits(model: Model) -> Callable[[Base, Params, Batch], jax.Array]:
   """
 
   def predict(base: Base, params: Params, batch: Batch) -> jax.Array:
-    first = _first(model.hidden(base, params, batch))
+    first = _read(model, model.hidden(base, params, batch), batch)
     return model.logits(base, params, first).astype(jnp.float32)
 
   return predict
@@ -201,8 +202,10 @@ def reply_log_probs(
   return log_probs
 
 
-def _first(hidden: jax.Array) -> jax.Array:
-  """Returns states [B, D]: those of first tokens if each token has a state."""
+def _read(model: Model, hidden: jax.Array, batch: Any) -> jax.Array:
+  """Returns the states [B, D] that a classifier reads, of first tokens."""
+  if model.read is not None:
+    return model.read(hidden, batch)
   return hidden[:, 0] if hidden.ndim == 3 else hidden
 
 

@@ -63,7 +63,10 @@ def observed(build: Callable[[Model], Loss], model: Model) -> Loss:
       seen.append(statistics)
       return states_of_batch
 
-    sums = build(Model(hidden, model.logits))(base, params, batch, key)
+    seeing = model._replace(
+      hidden=hidden, hidden_with_statistics=None, layers=None
+    )
+    sums = build(seeing)(base, params, batch, key)
     if len(seen) != 1:
       raise Error(
         f'observed: the loss reads the hidden states {len(seen)} times; it has '

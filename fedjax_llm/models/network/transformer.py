@@ -21,6 +21,7 @@ from fedjax_llm import adapters
 from fedjax_llm.models.config import Config, longest_text
 from fedjax_llm.models.network import blocks, layers, prompts, rope
 from fedjax_llm.models.network.attention import Places, choose
+from fedjax_llm.models.network.reading import last_token
 from fedjax_llm.nodes import frozen, protocol
 from fedjax_llm.types import Base, Batch, Error, Model, Params
 
@@ -284,7 +285,7 @@ def _walk(config, implementation, dtype, remat, unroll):
 
 
 def head(config: Config, base, params, x, dtype):
-  """Computes logits [..., V] (a classifier: [..., labels]) from [..., D].
+  """Computes logits [..., V] (with labels: [..., labels]) from [..., D].
 
   Raises:
     Error: the network has no head.
@@ -303,6 +304,8 @@ def head(config: Config, base, params, x, dtype):
     if 'pooler' in base:
       x = linear(x, 'pooler')
     return linear(act(x) if act else x, 'classifier', out_dtype=dtype)
+  if config.head == 'score':
+    return linear(x, 'score', out_dtype=dtype)
   if config.head == 'masked_lm':
     x = linear(x, 'head_dense')
     x = _norm(config, base, params, act(x) if act else x, 'head_norm')
@@ -396,7 +399,8 @@ def build(
       0
     ]
 
-  return Model(hidden, logits, hidden_with_statistics, layers)
+  read = last_token(config.pad_id) if config.head == 'score' else None
+  return Model(hidden, logits, hidden_with_statistics, layers, read)
 
 
 def _checked(numbers: Sequence[int], num_layers: int) -> np.ndarray:
