@@ -514,9 +514,10 @@ def test_runs_with_a_clock_show_loss_by_seconds_and_joules():
   by_bytes = numbers.curve(timed, 'evals/heldout/loss', 'bytes')
   assert by_bytes.x == [0.0, 1e6, 2e6] and by_bytes.y == by_seconds.y
   shown = curves.losses([timed])
-  names = [x.name for x in shown if isinstance(x, drawing.Picture)]
+  pictures = [x for x in shown if isinstance(x, drawing.Picture)]
+  names = [x.name for x in pictures]
   assert 'loss-seconds' in names and 'loss-joules' not in names
-  (picture,) = (x for x in shown if getattr(x, 'name', '') == 'loss-seconds')
+  (picture,) = (x for x in pictures if x.name == 'loss-seconds')
   assert 'at 40 s' in picture.alt
   both = [x for x in curves.losses([timed, plain]) if isinstance(x, str)]
   words = 'Held-out loss against simulated seconds: no such figure (plain).'
