@@ -9,6 +9,7 @@ from fedjax_llm.adapters import halves as halves
 from fedjax_llm.adapters import picked as picked
 from fedjax_llm.adapters import targets as targets
 from fedjax_llm.adapters.bottleneck import bottleneck as bottleneck
+from fedjax_llm.adapters.c2a import c2a as c2a
 from fedjax_llm.adapters.changes import Dense as Dense
 from fedjax_llm.adapters.changes import Dora as Dora
 from fedjax_llm.adapters.changes import as_low_rank as as_low_rank
@@ -63,6 +64,7 @@ from fedjax_llm.adapters.within import within as within
 __all__ = [
   'bitfit',
   'bottleneck',
+  'c2a',
   'compacter',
   'context',
   'dense',

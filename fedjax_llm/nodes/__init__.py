@@ -10,6 +10,8 @@ from fedjax_llm.nodes.bottleneck import Bottleneck as Bottleneck
 from fedjax_llm.nodes.bottleneck import Parallel as Parallel
 from fedjax_llm.nodes.chosen import Chosen as Chosen
 from fedjax_llm.nodes.core import Core as Core
+from fedjax_llm.nodes.customised import Contextual as Contextual
+from fedjax_llm.nodes.customised import Customised as Customised
 from fedjax_llm.nodes.dense import Added as Added
 from fedjax_llm.nodes.dense import Amended as Amended
 from fedjax_llm.nodes.dense import Dense as Dense
