@@ -184,7 +184,7 @@ def _walk(config, implementation, dtype, remat, unroll):
     chosen = None
     if hasattr(front.prompt, 'choose') and with_rows:
       tokens = prompts.embedded(base, params, batch.tokens, dtype)
-      there = jnp.broadcast_to(batch.segments > 0, tokens.shape[:2])
+      there = prompts.choosing(config, batch)
       node = front.prompt.choose(tokens, there)
       params = {**params, 'inputs': node}
       if record:
