@@ -130,9 +130,12 @@ def small(name):
   if images:
     batches = named_images.batches(3, 1)
   ids = np.array([4, 0, 3], np.int32)
+  tiered = conf['clients'].get('name') == 'tiered'
+  tiers = {'tier': np.ones(3, np.int32)} if tiered else ()
   cohort = tiny.cohort(batches=batches, ids=ids)._replace(
     valid=np.array([True, False, True]),
-    profiles=jax.tree.map(lambda x: np.asarray(x)[ids], profiles or ()),
+    profiles=jax.tree.map(lambda x: np.asarray(x)[ids], profiles or ())
+    or tiers,
   )
   return algorithm, adapter.init(tiny.KEY, base), cohort, base
 

@@ -120,6 +120,7 @@ def test_a_client_that_did_not_report_changes_nothing():
 def test_a_round_serves_the_summary_of_the_clients_ends():
   algorithm = recipes.pfpt(toy.LOSS, toy.sgd(0.5), hidden=H, sweeps=SWEEPS)
   (first, _, _), (state, _, info) = toy.run(algorithm, toy.prompt(), 1)
+  assert algorithm.train is not None
   uploads, _, _ = jax.jit(algorithm.train)(first, toy.cohort(), toy.base())
   ends = uploads.start['inputs'].rows + uploads.update['inputs'].rows
   key = jax.random.split(jax.random.fold_in(toy.KEY, 0))[1]

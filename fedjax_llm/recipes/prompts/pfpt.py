@@ -191,7 +191,7 @@ def summary(
   def step(turn, carry):
     now, moments, taken = carry
     t = turn % number
-    of = lambda now: likelihood(*now, rows[t], taken[t])
+    of = lambda now: likelihood(now[0], now[1], rows[t], taken[t])
     grads, worth = jax.grad(of, has_aux=True)(now)
     loss = jax.tree.map(jnp.negative, grads)
     updates, moving = adam.update(loss, moments)
