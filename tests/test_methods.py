@@ -23,7 +23,7 @@ each = pytest.mark.parametrize('name', METHODS['NAMES'])
 # Their loss is of the network: its statistics, logits or states.
 TOLD_BY_NETWORKS = (
   *('fed_amole', 'fed_biot', 'fed_dat', 'fed_l2p', 'fed_mkt', 'fed_pgp'),
-  *('fed_sp', 'offsite_tuning'),
+  *('fed_sp', 'offsite_tuning', 'sgpt'),
 )
 
 

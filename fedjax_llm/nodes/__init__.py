@@ -25,6 +25,7 @@ from fedjax_llm.nodes.experts import Experts as Experts
 from fedjax_llm.nodes.experts import Routing as Routing
 from fedjax_llm.nodes.gate import Gate as Gate
 from fedjax_llm.nodes.gram import Gram as Gram
+from fedjax_llm.nodes.grouped import Grouped as Grouped
 from fedjax_llm.nodes.leased import Leased as Leased
 from fedjax_llm.nodes.low_rank import LowRank as LowRank
 from fedjax_llm.nodes.made import Attended as Attended

@@ -23,8 +23,9 @@ from fedjax_llm.types import (
 # What the config of each method changes.
 NEEDS = {
   'fed_at': dict(
-    clients=dict(name='tiered', cohort_size=2, num_tiers=3),
+    clients=dict(name='tiered', cohort_size=2, num_tiers=2),
     system=dict(name='fleet'),
+    algorithm=dict(num_tiers=2),
   ),
 }
 
