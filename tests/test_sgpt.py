@@ -1,6 +1,7 @@
 """SGPT against a float64 loop, on a toy classifier."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +166,7 @@ def test_two_rounds_equal_a_float64_loop():
   toy.close(state.params['out']['bias'], want['bias'])
   np.testing.assert_array_equal(state.aggregator.texts, total)
   np.testing.assert_array_equal(state.params['inputs'].share, np.ones(G))
+  other: Any
   for other in (
     {'m': 0.0}, {'km': 0.0}, {'balance': False}, {'phased': False}
   ):  # fmt: skip
