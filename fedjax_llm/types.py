@@ -317,13 +317,16 @@ class Draw(NamedTuple):
   `reports[k]` is False for padding and for a client that drops out.
   `started[k]` is the round of the parameters that the client starts from, in
   asynchronous methods (`fed_opt(history=V)`). `steps[k]` is the number of local
-  steps that the client has time for, at most.
+  steps that the client has time for, at most. `tier[k]` is the group of clients
+  of one speed that it belongs to, 0 the fastest; a cohort has it in its
+  profiles, under that name.
   """
 
   ids: np.ndarray  # [K] int32
   reports: np.ndarray  # [K] bool
   started: np.ndarray | None = None  # [K] int32; None: this round
   steps: np.ndarray | None = None  # [K] int32; None: all
+  tier: np.ndarray | None = None  # [K] int32; None: there are no tiers
 
 
 Sampler = Callable[[int], Draw]  # of a round; pure, so a resumed run agrees

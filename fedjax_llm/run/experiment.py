@@ -71,6 +71,7 @@ def checked(conf: Mapping[str, Any]) -> tuple[Settings, Evals]:
   memory.check(conf)
   staged.check(conf)
   clock.check(builders.named(conf.get('clients')), bool(conf.get('system')))
+  clock.check_tiers(conf['algorithm'], conf.get('clients'))
   return settings, test
 
 
