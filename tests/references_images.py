@@ -77,3 +77,26 @@ def attention(q, experts, parts):
     values = experts @ wv[:, h] + bv[h]
     out = out + np.einsum('bcx,xck->bck', share, values) @ wo[h]
   return out
+
+
+def apart(features):
+  """FedMGP: the mean L1 distance a feature over pairs, [G, B, E] -> [B]."""
+  pairs = [(g, h) for h in range(len(features)) for g in range(h)]
+  far = [np.abs(features[g] - features[h]).mean(-1) for g, h in pairs]
+  return np.mean(far, axis=0)
+
+
+def drawn(groups, common, temperature, noise, number):
+  """FedMGP: groups one by one from the softmax of the rest, by noise.
+
+  The arg max of logits plus Gumbel noise is a draw from their softmax, and of
+  those that are left one from the softmax of these.
+  """
+  flat = lambda x: np.reshape(x, -1)
+  near = [max(cosine(flat(g), flat(c)) for c in common) for g in groups]
+  left, order = list(range(len(groups))), []
+  for _ in range(number):
+    best = max(left, key=lambda g: near[g] / temperature + noise[g])
+    left.remove(best)
+    order.append(best)
+  return order

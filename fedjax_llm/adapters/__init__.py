@@ -49,6 +49,7 @@ from fedjax_llm.adapters.prompts import generated_prompt as generated_prompt
 from fedjax_llm.adapters.prompts import p_tuning as p_tuning
 from fedjax_llm.adapters.prompts import prefix as prefix
 from fedjax_llm.adapters.prompts import projected_prompt as projected_prompt
+from fedjax_llm.adapters.prompts import prompt_groups as prompt_groups
 from fedjax_llm.adapters.prompts import prompt_pool as prompt_pool
 from fedjax_llm.adapters.prompts import soft_prompt as soft_prompt
 from fedjax_llm.adapters.prompts import visual_prompt as visual_prompt
@@ -87,6 +88,7 @@ __all__ = [
   'p_tuning',
   'prefix',
   'projected_prompt',
+  'prompt_groups',
   'prompt_pool',
   'ravan',
   'rslora',

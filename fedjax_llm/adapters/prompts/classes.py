@@ -13,6 +13,7 @@ from fedjax_llm.adapters.prompts import draws
 from fedjax_llm.nodes.encoded import Affine
 from fedjax_llm.nodes.made import Attended
 from fedjax_llm.nodes.prompt_experts import Heads, PromptExperts
+from fedjax_llm.nodes.prompt_groups import PromptGroups
 from fedjax_llm.nodes.scores import (
   Context,
   Domains,
@@ -237,6 +238,46 @@ def gated_context(length: int = 16, size: int = 128, heads: int = 8) -> Adapter:
       present=jnp.zeros(0),
       heads=gate,
       share=jnp.float32(0.5),
+    )
+    return {'scores': node}
+
+  return Adapter(start, merge, fold)
+
+
+def prompt_groups(
+  groups: int = 5,
+  length: int = 2,
+  image_length: int = 2,
+  spread: float = _SPREAD,
+) -> Adapter:
+  """Returns pairs of a context of class names and a prompt of images.
+
+  Bo et al. 2025, arXiv 2511.00480 (FedMGP): 5 groups of 2 and 2 rows. See
+  `nodes.PromptGroups`. One group is a context with a visual prompt.
+
+  Args:
+    groups: G.
+    length: P, rows in front of every class name.
+    image_length: Q, rows among the patches of every image.
+    spread: the standard deviation of the start.
+
+  Raises:
+    Error: a size below one; from `init`, a base without two towers.
+
+  >>> start = lambda: prompt_groups(3, 2).init(
+  ...   jax.random.key(0), sizes(4, 5, 2))
+  >>> node = jax.eval_shape(start)['scores']
+  >>> node.rows.shape, node.visual.shape
+  ((3, 2, 4), (3, 2, 5))
+  """
+  draws.at_least(groups=groups, length=length, image_length=image_length)
+
+  def start(key: Key, base: Base):
+    keys, width = jax.random.split(key), _kernel(base, 'visual').shape[0]
+    node = PromptGroups(
+      rows=_normal(keys[0], spread, groups, length, text_width(base)),
+      visual=_normal(keys[1], spread, groups, image_length, width),
+      share=jnp.full(groups, 1 / groups),
     )
     return {'scores': node}
 
