@@ -100,3 +100,23 @@ def drawn(groups, common, temperature, noise, number):
     left.remove(best)
     order.append(best)
   return order
+
+
+def mixed(prompts, parts, heads):
+  """PLAN's aggregator: attention over clients at each place, [N, P, D]."""
+  w, b, wo, bo, w1, b1, w2, b2, g1, s1, g2, s2 = parts
+  width = prompts.shape[-1]
+  each, out = width // heads, np.zeros_like(prompts)
+  for p in range(prompts.shape[1]):
+    x = prompts[:, p]  # [N, D]
+    q, k, v = np.split(x @ w + b, 3, axis=-1)
+    seen = []
+    for h in range(heads):
+      at = slice(h * each, (h + 1) * each)
+      near = q[:, at] @ k[:, at].T / np.sqrt(each)
+      share = np.exp(near - near.max(-1, keepdims=True))
+      seen.append(share / share.sum(-1, keepdims=True) @ v[:, at])
+    z = layer_norm(x + np.concatenate(seen, -1) @ wo + bo, g1, s1)
+    ends = np.maximum(z @ w1 + b1, 0) @ w2 + b2
+    out[:, p] = layer_norm(z + ends, g2, s2)
+  return out
