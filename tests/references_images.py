@@ -120,3 +120,39 @@ def mixed(prompts, parts, heads):
     ends = np.maximum(z @ w1 + b1, 0) @ w2 + b2
     out[:, p] = layer_norm(z + ends, g2, s2)
   return out
+
+
+class Adam:
+  """Adam on a list of arrays, from its paper."""
+
+  def __init__(self, rate):
+    self.rate, self.t, self.m, self.v = rate, 0, 0.0, 0.0
+
+  def step(self, now, grads):
+    self.t += 1
+    flat = np.concatenate([np.ravel(g) for g in grads])
+    self.m = 0.9 * self.m + 0.1 * flat
+    self.v = 0.999 * self.v + 0.001 * flat**2
+    m, v = self.m / (1 - 0.9**self.t), self.v / (1 - 0.999**self.t)
+    change, at, out = self.rate * m / (np.sqrt(v) + 1e-8), 0, []
+    for x in now:
+      out.append(x - np.reshape(change[at : at + x.size], x.shape))
+      at += x.size
+    return out
+
+
+def features(g, y, e):
+  """HePCo's generator: arrays as `jax.tree.leaves` lists them."""
+  classes, w1, b1, w2, b2, w3, b3, g1, s1, g2, s2 = g
+  x = np.concatenate([e, classes[y]], 1)
+  for w, b, scale, bias in ((w1, b1, g1, s1), (w2, b2, g2, s2)):
+    x = x @ w + b
+    x = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
+    x = np.maximum(x * scale + bias, 0)
+  return x @ w3 + b3
+
+
+def weighed(z, rows, keys):
+  """HePCo's prompt of each query, [B, Q, V]."""
+  near = cosine(z[:, None], keys[None])
+  return np.einsum('bn,nqv->bqv', near, rows)

@@ -52,6 +52,7 @@ from fedjax_llm.adapters.prompts import projected_prompt as projected_prompt
 from fedjax_llm.adapters.prompts import prompt_groups as prompt_groups
 from fedjax_llm.adapters.prompts import prompt_pool as prompt_pool
 from fedjax_llm.adapters.prompts import soft_prompt as soft_prompt
+from fedjax_llm.adapters.prompts import visual_pool as visual_pool
 from fedjax_llm.adapters.prompts import visual_prompt as visual_prompt
 from fedjax_llm.adapters.scaling import ia3 as ia3
 from fedjax_llm.adapters.selective import bitfit as bitfit
@@ -97,5 +98,6 @@ __all__ = [
   'swayed',
   'tensor_train',
   'vera',
+  'visual_pool',
   'visual_prompt',
 ]

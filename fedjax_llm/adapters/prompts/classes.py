@@ -21,6 +21,7 @@ from fedjax_llm.nodes.scores import (
   Reweighted,
   Visual,
 )
+from fedjax_llm.nodes.visual_pool import VisualPool
 from fedjax_llm.types import Adapter, Base, Error, Key
 
 # Of rows and queries, as in CoOp and in all methods here.
@@ -278,6 +279,43 @@ def prompt_groups(
       rows=_normal(keys[0], spread, groups, length, text_width(base)),
       visual=_normal(keys[1], spread, groups, image_length, width),
       share=jnp.full(groups, 1 / groups),
+    )
+    return {'scores': node}
+
+  return Adapter(start, merge, fold)
+
+
+def visual_pool(
+  size: int = 10, length: int = 8, num_classes: int = 2
+) -> Adapter:
+  """Returns a pool of visual prompts with keys, and a classifier's head.
+
+  Halbe et al. 2023, arXiv 2306.09970 (HePCo). See `nodes.VisualPool`. Prompts
+  and keys start uniform in 0..1, as in the authors' program; the sizes are
+  ours.
+
+  Args:
+    size: N, the number of prompts.
+    length: Q, rows among the patches of every image.
+    num_classes: C of the task.
+
+  Raises:
+    Error: a size below one; from `init`, a base without two towers.
+
+  >>> start = lambda: visual_pool(3, 2, 5).init(
+  ...   jax.random.key(0), sizes(4, 6, 2))
+  >>> node = jax.eval_shape(start)['scores']
+  >>> node.rows.shape, node.keys.shape, node.head.kernel.shape
+  ((3, 2, 6), (3, 2), (2, 5))
+  """
+  draws.at_least(size=size, length=length, num_classes=num_classes)
+
+  def start(key: Key, base: Base):
+    keys, width = jax.random.split(key, 3), _kernel(base, 'visual').shape[0]
+    node = VisualPool(
+      rows=jax.random.uniform(keys[0], (size, length, width)),
+      keys=jax.random.uniform(keys[1], (size, features(base))),
+      head=draws.affine(keys[2], features(base), num_classes),
     )
     return {'scores': node}
 

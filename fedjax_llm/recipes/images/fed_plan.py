@@ -35,7 +35,7 @@ NEEDS = {
   'fed_plan': {
     **IMAGES,
     'adapter': dict(name='prompt_groups', groups=1, length=4, image_length=4),
-    'algorithm': dict(num_heads=2),
+    'algorithm': dict(num_heads=1),
   },
 }
 
