@@ -103,6 +103,7 @@ def tables() -> dict[str, str]:
     'privacy_utility': utility.markdown(people, ['1', '3', '8', 'none']),
     'methods': methods.markdown(_results('methods_comparison/results.json')),
     'prompts': prompts.markdown(_results('vlm_comparison/results.json')),
+    'recall': prompts.recalls(_results('vlm_comparison/recall.json')),
     **{
       f'tuning-{model}': peft.markdown(peft.read().get(model, {}))
       for model in peft.MODELS
