@@ -23,7 +23,7 @@ from fedjax_llm.adapters.peft.directory import nodes_of
 from fedjax_llm.models import families
 from fedjax_llm.models.network import vision
 from fedjax_llm.nodes import Prompt
-from fedjax_llm.run import texts
+from fedjax_llm.run import builders, sections, texts
 from fedjax_llm.types import Error, Images
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'images'
@@ -262,6 +262,21 @@ def test_adapters_act_on_both_towers(name):
     np.testing.assert_allclose(again, words, atol=1e-4)
     again, _ = image(merged, {}, data['pixels'])
     np.testing.assert_allclose(again, whole, atol=1e-4)
+
+
+def test_a_config_puts_an_adapter_into_a_tower():
+  section = {
+    'name': 'within',
+    'of': {'name': 'soft_prompt', 'length': 3},
+    'towers': ('text',),
+  }
+  adapter = builders.build(section, sections.SPEC.sections['adapter'])
+  base, key = golden('clip')[0].base, jax.random.key(0)
+  want = adapters.within(adapters.soft_prompt(3), 'text').init(key, base)
+  jax.tree.map(np.testing.assert_array_equal, adapter.init(key, base), want)
+  assert set(want) == {'text'}
+  with pytest.raises(Error, match="the model has no tower 'text'"):
+    adapter.init(key, golden('vit')[0].base)
 
 
 @pytest.mark.parametrize('name', ['vit', 'dinov2'])
