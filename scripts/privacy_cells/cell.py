@@ -6,6 +6,7 @@
 import os
 import pathlib
 import sys
+from typing import NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
@@ -20,8 +21,26 @@ TUNINGS = {
   'bitfit': (dict(name='norms'), 'fed_avg', 5e-3),
   'prompt': (dict(name='soft_prompt', length=8), 'fed_prompt', 2e-2),
 }
-CLIENTS, RATE, ROWS = 500, 0.04, 56  # a sample exceeds the rows by 3e-12
 DELTA, CLIP = 1e-3, 0.5
+# The scales of norms bear less noise than factors that begin at zero.
+CLIPS = {('smollm2', 'bitfit'): 0.1}
+
+
+class Size(NamedTuple):
+  """The shape of a cell: its people and their work in a round."""
+
+  clients: int
+  rate: float  # of a client's chance to take part
+  rows: int  # a sample exceeds them with a probability below 1e-9
+  steps: int
+  length: int  # tokens of a reply
+
+
+SIZES = {
+  'smollm2': Size(128, 0.125, 48, 2, 96),
+  'small': Size(500, 0.04, 56, 4, 64),
+  'smoke': Size(8, 0.5, 8, 4, 64),
+}
 
 
 def get_config(arg: str) -> dict:
@@ -29,8 +48,7 @@ def get_config(arg: str) -> dict:
   adapter, method, rate = TUNINGS[tuning]
   cache = os.environ.get('FEDJAX_LLM_CACHE') or '~/.cache/fedjax_llm'
   cache = os.path.expanduser(cache)
-  smoke, large = model == 'smoke', model == 'smollm2'
-  length = 128 if large else 64
+  smoke, large, size = model == 'smoke', model == 'smollm2', SIZES[model]
   config = dict(
     num_rounds=int(rounds),
     seed=int(seed),
@@ -40,14 +58,14 @@ def get_config(arg: str) -> dict:
     partition=dict(name='natural'),
     population=dict(
       template='chat' if large else 'plain',
-      max_length=length,
+      max_length=size.length,
       min_examples=20,
       long_replies='cut',
-      max_clients=CLIENTS,
+      max_clients=size.clients,
       new_clients=0,
     ),
-    clients=dict(name='poisson', cohort_size=ROWS, rate=RATE),
-    cohort=dict(num_steps=4, batch_size=1, weight_by='uniform'),
+    clients=dict(name='poisson', cohort_size=size.rows, rate=size.rate),
+    cohort=dict(num_steps=size.steps, batch_size=1, weight_by='uniform'),
     model=dict(name='pretrained', path=f'{cache}/SmolLM2-135M-Instruct'),
     adapter=adapter,
     algorithm=dict(name=method),
@@ -58,8 +76,9 @@ def get_config(arg: str) -> dict:
     config['model'] = dict(name=cells.random if smoke else cells.small)
   if smoke:
     config['data'] = dict(name='packaged')
-    config['population'] |= dict(max_clients=8, min_examples=2)
-    config['clients'] |= dict(cohort_size=8, rate=0.5)
+    config['population'] |= dict(min_examples=2)
   if epsilon != 'none':
-    config['privacy'] = dict(clip=CLIP, delta=DELTA, epsilon=float(epsilon))
+    config['privacy'] = dict(
+      clip=CLIPS.get((model, tuning), CLIP), delta=DELTA, epsilon=float(epsilon)
+    )
   return config

@@ -46,12 +46,12 @@ def _programs(model: str, tuning: str) -> tuple[Any, Any]:
   return jax.jit(train), evals.likelihood(by_row)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def _built(model: str, tuning: str, seed: int) -> experiment.Experiment:
   return experiment.build(_conf(f'{model}:{tuning}:none:{seed}:1'))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def room(model: str, tuning: str, seed: int) -> Room:
   """Returns the room of a tuning and a seed."""
   built = _built(model, tuning, seed)
@@ -72,31 +72,50 @@ def _before(model: str, tuning: str, seed: int) -> float:
   return examine(built.initial)
 
 
+@functools.lru_cache(maxsize=1)
+def _first(model: str, tuning: str, seed: int) -> Any:
+  """Returns the uploads of round 0, which no epsilon has touched yet."""
+  built = _built(model, tuning, seed)
+  state = built.method().init(built.round_key, built.initial)
+  return _sent(model, tuning, seed, state, 0)
+
+
+def _sent(model: str, tuning: str, seed: int, state: Any, number: int) -> Any:
+  """Returns the uploads of a round. Rows without a client are cut."""
+  built, mean, _ = room(model, tuning, seed)
+  cohort = built.assemble(number)[1]
+  there = -(-max(int(np.sum(cohort.valid)), 1) // 8) * 8
+  rows = np.argsort(~np.asarray(cohort.valid), kind='stable')[:there]
+  cohort = jax.tree.map(lambda x: x[rows], cohort)
+  newcomer = mean.init_client(built.initial)
+  cohort = cohort._replace(states=tree.broadcast(newcomer, len(rows)))
+  of_mean = mean.init(built.round_key, built.initial).aggregator
+  train = _programs(model, tuning)[0]
+  return train(state._replace(aggregator=of_mean), cohort, built.base)[0]
+
+
 def cell(
   model: str, tuning: str, epsilon: str, seed: int, rounds: int
 ) -> dict[str, Any]:
   """Trains one run and returns its numbers.
 
   A round is its two halves: all epsilons share the program of the first, and
-  the second clips, adds and noises. Rows without a client are cut.
+  in round 0 its result; the second clips, adds and noises.
   """
   began = time.monotonic()
   conf = _conf(f'{model}:{tuning}:{epsilon}:{seed}:{rounds}')
-  built, mean, examine = room(model, tuning, seed)
+  built, _, examine = room(model, tuning, seed)
   before = _before(model, tuning, seed)
   method = built.method(conf=conf)
   plan = guarantee.of(conf, len(built.owned))
-  train, aggregate = _programs(model, tuning)[0], jax.jit(method.aggregate)
+  aggregate = jax.jit(method.aggregate)
   state = method.init(built.round_key, built.initial)
-  of_mean = mean.init(built.round_key, built.initial).aggregator
-  newcomer = mean.init_client(built.initial)
   for number in range(rounds):
-    cohort = built.assemble(number)[1]
-    there = -(-max(int(np.sum(cohort.valid)), 1) // 16) * 16
-    rows = np.argsort(~np.asarray(cohort.valid), kind='stable')[:there]
-    cohort = jax.tree.map(lambda x, rows=rows: x[rows], cohort)
-    cohort = cohort._replace(states=tree.broadcast(newcomer, len(rows)))
-    sent, _, _ = train(state._replace(aggregator=of_mean), cohort, built.base)
+    sent = (
+      _sent(model, tuning, seed, state, number)
+      if number
+      else _first(model, tuning, seed)
+    )
     state, _ = aggregate(state, sent, built.base)
   return {
     'model': model,
@@ -105,7 +124,7 @@ def cell(
     'seed': seed,
     'rounds': rounds,
     'clients': len(built.owned),
-    'trained': sum(x.size for x in jax.tree.leaves(sent.update)) // len(rows),
+    'trained': sum(x[0].size for x in jax.tree.leaves(sent.update)),
     'before': before,
     'after': examine(state.params),
     'spent': plan and plan.epsilon(rounds),
