@@ -105,6 +105,7 @@ def tables() -> dict[str, str]:
     'methods': methods.markdown(_results('methods_comparison/results.json')),
     'prompts': prompts.markdown(_results('vlm_comparison/results.json')),
     'pretraining': whole.markdown(whole.read()),
+    'recall': prompts.recalls(_results('vlm_comparison/recall.json')),
     **{
       f'tuning-{model}': peft.markdown(peft.read().get(model, {}))
       for model in peft.MODELS

@@ -51,8 +51,10 @@ from fedjax_llm.adapters.prompts import grouped_prompt as grouped_prompt
 from fedjax_llm.adapters.prompts import p_tuning as p_tuning
 from fedjax_llm.adapters.prompts import prefix as prefix
 from fedjax_llm.adapters.prompts import projected_prompt as projected_prompt
+from fedjax_llm.adapters.prompts import prompt_groups as prompt_groups
 from fedjax_llm.adapters.prompts import prompt_pool as prompt_pool
 from fedjax_llm.adapters.prompts import soft_prompt as soft_prompt
+from fedjax_llm.adapters.prompts import visual_pool as visual_pool
 from fedjax_llm.adapters.prompts import visual_prompt as visual_prompt
 from fedjax_llm.adapters.scaling import ia3 as ia3
 from fedjax_llm.adapters.selective import bitfit as bitfit
@@ -91,6 +93,7 @@ __all__ = [
   'p_tuning',
   'prefix',
   'projected_prompt',
+  'prompt_groups',
   'prompt_pool',
   'ravan',
   'rslora',
@@ -99,5 +102,6 @@ __all__ = [
   'swayed',
   'tensor_train',
   'vera',
+  'visual_pool',
   'visual_prompt',
 ]
