@@ -233,7 +233,9 @@ def _heads_first(
   if distances is not None:
     bias = _of_distances(distances, queries, keys)
     scores = scores + bias.reshape(scores.shape)
-  scores = jnp.where(seen, scores, MASKED)
+  # A sum and no selection, so that it is fused with the product: next to MASKED
+  # a finite score is rounded away.
+  scores = scores + jnp.where(seen, 0.0, MASKED)
   largest = scores.max(-1, keepdims=True)
   # The normalised weights do not depend on the subtracted maximum.
   weights = jnp.exp(scores - _kept(jax.lax.stop_gradient(largest)))
