@@ -255,14 +255,17 @@ def _nats(head, hidden, target, mask, again: bool):
     (logits,) = jax.core.eval_jaxpr(closed.jaxpr, weights, hidden)
     return logits  # [M, V]
 
-  def value(hidden, target, mask, *weights):
-    del mask
-    logits = logits_of(hidden, weights).astype(jnp.float32)
+  def of_logits(logits, target):
+    logits = logits.astype(jnp.float32)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, target[:, None], axis=-1)
     # A hit if no other logit is as large: arg max is not vectorised on a CPU.
     hit = jnp.sum(logits >= picked, axis=-1, dtype=jnp.float32) == 1
     return log_z - picked[:, 0], hit.astype(jnp.float32)
+
+  def value(hidden, target, mask, *weights):
+    del mask
+    return of_logits(logits_of(hidden, weights), target)
 
   def derivative(primals, tangents):
     fixed = lambda t: isinstance(t, jax.custom_derivatives.SymbolicZero)
@@ -277,8 +280,8 @@ def _nats(head, hidden, target, mask, again: bool):
 
       return jax.jvp(of, part(primals), part(tangents))
     hidden, target, mask, *weights = primals
-    out = value(*primals)
     logits, pull = jax.vjp(lambda h: logits_of(h, weights), hidden)
+    out = of_logits(logits, target)
     slope = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     slope -= jax.nn.one_hot(target, logits.shape[-1])
     (slope,) = pull(slope.astype(logits.dtype))
