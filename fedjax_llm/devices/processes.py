@@ -184,7 +184,9 @@ def own_rows(draw: Draw, mesh: Mesh | None) -> tuple[Draw, slice]:
   each = len(ids) * sharing // jax.process_count()
   start = each * (jax.process_index() // sharing)
   more = lambda x: x if x is None else np.append(x, np.zeros(pad, x.dtype))
-  padded = Draw(ids, reports, more(draw.started), more(draw.steps))
+  padded = Draw(
+    ids, reports, more(draw.started), more(draw.steps), more(draw.tier)
+  )
   return padded, slice(start, start + each)
 
 

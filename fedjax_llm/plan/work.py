@@ -98,7 +98,7 @@ def network(
       raise Error(f'model.name is {name!r}: give --model, a directory.')
     more = {} if labels is None else {'labels': labels}
     if name == 'random':  # as in training, which brings a tokenizer of bytes
-      more = {'vocab_size': 259, 'eos_ids': (258,)}
+      more |= {'vocab_size': 259, 'eos_ids': (258,)}
     if num_layers:
       section['num_layers'] = num_layers
     drawn: list[load.LoadedModel] = []
@@ -188,7 +188,7 @@ def read(
     conf[section], SPEC.sections[section], **more
   )
   task = build('task') if conf.get('task') else tasks.causal_lm()
-  labels = None
+  labels = task.scores
   if task.labels is not tasks.no_labels:
     labels = full['task'].get('labels') or ('0', '1')
   loaded = network(conf['model'], model, labels, num_layers)
@@ -283,7 +283,7 @@ def read(
     algorithm,
     state,
     cohort,
-    loaded.base,
+    _base(task, loaded),
     Sizes(K, m, S, B, T),
     kept,
     profiles,
@@ -323,6 +323,14 @@ def batches_of(
   one = task.example(T, vocab_size, **more)
   step = batching.bounded(task.collate([one], T, 0)([[one]] * B))
   return jax.tree.map(lambda x: np.broadcast_to(x, (K, S, *x.shape)), step)
+
+
+def _base(task: tasks.Task, loaded: load.LoadedModel) -> Any:
+  """Returns the shapes of the base of a run, with what stands beside it."""
+  if task.beside is None:
+    return loaded.base
+  shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  return {**loaded.base, **jax.tree.map(shape, dict(task.beside(loaded)))}
 
 
 def trace(work: Work) -> costs.Costs:

@@ -68,12 +68,16 @@ class Experiment(NamedTuple):
   public: Any = None  # batches [M, B, ...] for the server; None: there are none
   stages: staged.Staged | None = None  # of the section of that name
   small: client_models.Groups | None = None  # the clients' own models
+  beside: Mapping[str, Any] = {}  # `Task.beside`
 
   @property
   def base(self) -> Any:
-    if self.small is None:
+    if self.small is None and not self.beside:
       return self.loaded.base
-    return {**self.loaded.base, client_models.MODELS: self.small.bases}
+    more: dict[str, Any] = dict(self.beside)
+    if self.small is not None:
+      more[client_models.MODELS] = self.small.bases
+    return {**self.loaded.base, **more}
 
   def method(
     self,

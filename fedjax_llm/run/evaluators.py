@@ -152,9 +152,9 @@ def check(sections: Sequence[Mapping[str, Any]]) -> None:
   Traceback (most recent call last):
   fedjax_llm.types.Error: evals.evaluators[0].name: there is no 'likelihoods' \
 (the nearest is 'likelihood'; there are likelihood, by_stage, fused, \
-instance_mixed, recalled, choices, classes, code, consistent, generated, \
-judged, needle, attack_success, exposure, extraction, membership, inversion, \
-newcomers, client_models); one's own is named \
+instance_mixed, recalled, choices, classes, code, consistent, demonstrated, \
+generated, judged, needle, retrieved, attack_success, exposure, extraction, \
+membership, inversion, newcomers, client_models); one's own is named \
 'package.module:function'.
   """
   for i, section in enumerate(sections):

@@ -71,6 +71,7 @@ def checked(conf: Mapping[str, Any]) -> tuple[Settings, Evals]:
   memory.check(conf)
   staged.check(conf)
   clock.check(builders.named(conf.get('clients')), bool(conf.get('system')))
+  clock.check_tiers(conf['algorithm'], conf.get('clients'))
   return settings, test
 
 
@@ -108,7 +109,7 @@ def build(
     mesh = sharding.mesh(settings.mesh_model)
     near = sharding.nearby(mesh)
   where = None if near is None else sharding.placement(near)
-  loaded = model or texts.model(make, labels, where)
+  loaded = model or texts.model(make, labels or task.scores, where)
   task.check(loaded)
   tokenizer = texts.tokenizer_of(loaded)
   alter = poisoned.altering(conf) if conf.get('poison') else None
@@ -304,8 +305,14 @@ def build(
     public=shared,
     stages=stages,
     small=small,
+    beside={} if task.beside is None else _placed(task.beside(loaded), near),
   )
   return built
+
+
+def _placed(weights: Mapping[str, Any], mesh: Any) -> Mapping[str, Any]:
+  """Returns the weights beside those of the model, on the devices of a mesh."""
+  return weights if mesh is None else sharding.place(weights, mesh)
 
 
 def _counts(

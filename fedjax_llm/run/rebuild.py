@@ -115,7 +115,7 @@ def _open(
   if records:
     records = staged.records(conf, records, SPEC.sections['data'])
   labels = task.labels(records)
-  loaded = texts.model(build, labels)
+  loaded = texts.model(build, labels or task.scores)
   adapter: Adapter = build('adapter', tokenizer=_tokenizer(conf, loaded))
   seed = conf.get('seed', 0)
   names: tuple[str, ...] = ('all',)

@@ -113,6 +113,7 @@ def run(
     RuntimeError: the run was refused or stopped; the message is the program's.
   """
   from fedjax_llm import train
+  from fedjax_llm.run import provenance
 
   began = time.monotonic()
   with tempfile.TemporaryDirectory() as workdir:
@@ -145,6 +146,7 @@ def run(
     'cpu_seconds': round(time.process_time(), 1),
     'date': f'{datetime.date.today()}',
     'machine': f'{platform.machine()}, {os.cpu_count()} CPU cores',
+    'provenance': provenance.of(settings),
   }
 
 
