@@ -222,26 +222,76 @@ def _distance(logits, q, mask):
 
 def _cross_entropy(head, hidden, targets, mask, chunk_size):
   """Returns nats and hits, [M], zero outside the mask; hidden is [M, D]."""
+  num = hidden.shape[0]
+  several = num > chunk_size
 
   def chunk(xs):
     h, target, m = xs
-    logits = head(h).astype(jnp.float32)  # [M, V]
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+    nats, hit = _nats(head, h, target, m, several)
     # `where` and not a product: 0 * NaN of a padding position would leak.
-    nats = jnp.where(m, log_z - picked, 0.0)
-    # A hit if no other logit is as large: arg max is not vectorised on a CPU.
-    hit = jnp.sum(logits >= picked[:, None], axis=-1) == 1
-    return nats, jnp.where(m, hit, False).astype(jnp.float32)
+    return jnp.where(m, nats, 0.0), jnp.where(m, hit, 0.0)
 
-  num = hidden.shape[0]
-  if num <= chunk_size:
+  if not several:
     return chunk((hidden, targets, mask))
   pad = -num % chunk_size
   split = lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(
     -1, chunk_size, *x.shape[1:]
   )
   nats, correct = jax.lax.map(
-    jax.checkpoint(chunk), jax.tree.map(split, (hidden, targets, mask))
+    chunk, jax.tree.map(split, (hidden, targets, mask))
   )
   return nats.reshape(-1)[:num], correct.reshape(-1)[:num]
+
+
+def _nats(head, hidden, target, mask, again: bool):
+  """Returns -log p(target) and hits, [M] float32, of states [M, D].
+
+  The derivative with respect to a state, (softmax - one-hot) pulled through the
+  head, is computed beside the value, so that neither logits are kept for a
+  backward pass nor are they computed twice. That needs a head that treats each
+  state alone. Where weights of the head are trained as well, logits are kept,
+  or computed again with `again`.
+  """
+  closed = jax.make_jaxpr(head)(hidden)  # its consts: the weights of the head
+
+  def logits_of(hidden, weights):
+    (logits,) = jax.core.eval_jaxpr(closed.jaxpr, weights, hidden)
+    return logits  # [M, V]
+
+  def of_logits(logits, target):
+    logits = logits.astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, target[:, None], axis=-1)
+    # A hit if no other logit is as large: arg max is not vectorised on a CPU.
+    hit = jnp.sum(logits >= picked, axis=-1, dtype=jnp.float32) == 1
+    return log_z - picked[:, 0], hit.astype(jnp.float32)
+
+  def value(hidden, target, mask, *weights):
+    del mask
+    return of_logits(logits_of(hidden, weights), target)
+
+  def derivative(primals, tangents):
+    fixed = lambda t: isinstance(t, jax.custom_derivatives.SymbolicZero)
+    if not all(map(fixed, tangents[3:])):
+      whole = jax.checkpoint(value) if again else value
+      moved = [i for i, t in enumerate(tangents) if not fixed(t)]
+      part = lambda xs: tuple(xs[i] for i in moved)
+
+      def of(*some):
+        new = dict(zip(moved, some, strict=True))
+        return whole(*(new.get(i, x) for i, x in enumerate(primals)))
+
+      return jax.jvp(of, part(primals), part(tangents))
+    hidden, target, mask, *weights = primals
+    logits, pull = jax.vjp(lambda h: logits_of(h, weights), hidden)
+    out = of_logits(logits, target)
+    slope = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    slope -= jax.nn.one_hot(target, logits.shape[-1])
+    (slope,) = pull(slope.astype(logits.dtype))
+    slope = jnp.where(mask[:, None], slope, 0).astype(jnp.float32)
+    moved = jnp.sum(slope * tangents[0].astype(jnp.float32), axis=-1)
+    return out, (moved, jnp.zeros_like(out[1]))
+
+  nats = jax.custom_jvp(value)
+  nats.defjvp(derivative, symbolic_zeros=True)
+  return nats(hidden, target, mask, *closed.consts)

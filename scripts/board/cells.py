@@ -8,12 +8,17 @@ import os
 import pathlib
 import platform
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import suites
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+
+import cell_files
 
 FILE = '{task}-{method}-{seed}.json'
 
@@ -164,8 +169,5 @@ def forked(file: pathlib.Path, *cell: Any) -> None:
     task, _, method, seed, rounds, _ = cell
     figures = dict(task=task, method=method, seed=seed, rounds=rounds)
     figures['failed'] = f'{error}'
-  file.parent.mkdir(parents=True, exist_ok=True)
-  part = file.with_suffix('.part')
-  part.write_text(json.dumps(figures, indent=1, sort_keys=True) + '\n')
-  os.replace(part, file)
+  cell_files.save(file, figures, indent=1, sort_keys=True)
   os._exit(0)

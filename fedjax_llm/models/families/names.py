@@ -11,7 +11,7 @@ import numpy as np
 
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.models.config import Config
-from fedjax_llm.models.families import encoders, gemma, gpt, images, llama
+from fedjax_llm.models.families import clip, encoders, gemma, gpt, images, llama
 from fedjax_llm.models.families.tables import LEAVES, Family, Module, Path
 from fedjax_llm.types import Error
 
@@ -36,7 +36,7 @@ FAMILIES: Mapping[str, Family] = {
   'mpnet': encoders.MPNET,
   'vit': images.VIT,
   'dinov2': images.DINOV2,
-  'clip': images.CLIP,
+  'clip': clip.CLIP,
 }
 
 # The head of causal networks that score whole texts, the same in all families.

@@ -169,6 +169,8 @@ def _walk(config, implementation, dtype, remat, unroll):
     num_frozen, params = frozen.unmarked(params)
     base, params = adapters.overlay(base, params)
     adapters.check(base, adapters.gates.without(params), places=protocol.BESIDE)
+    if config.causal:
+      protocol.refuse_whole_texts(params)
     front = prompts.front(params)
     length = jnp.shape(batch.tokens)[-1]
     prompts.check(config, front, length)
@@ -183,7 +185,7 @@ def _walk(config, implementation, dtype, remat, unroll):
     chosen = None
     if hasattr(front.prompt, 'choose') and with_rows:
       tokens = prompts.embedded(base, params, batch.tokens, dtype)
-      there = jnp.broadcast_to(batch.segments > 0, tokens.shape[:2])
+      there = prompts.choosing(config, batch)
       node = front.prompt.choose(tokens, there)
       params = {**params, 'inputs': node}
       if record:
@@ -225,7 +227,7 @@ def _walk(config, implementation, dtype, remat, unroll):
           layer.rows.astype(x.dtype), (len(x), *layer.rows.shape[-2:])
         )
         x = jnp.concatenate([first, x[:, first.shape[1] :]], axis=1)
-      seen = protocol.Record(real, {}) if record else None
+      seen = protocol.Record(real, {} if record else None)
       y, kv = blocks.block(config, implementation, x, layer, context, seen)
       gate = blocks.child(layer.params, adapters.gates.NAME)
       x = y if gate is None else jnp.where(gate > 0, y, x)
