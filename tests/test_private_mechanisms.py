@@ -444,25 +444,49 @@ def test_plans_count_the_turns_of_the_sampler():
   )
 
 
-def built(mechanism, name, **sections):
+def built(mechanism, name, adapter=None, **sections):
   return experiment.algorithm(
     conf(mechanism, name, **sections),
-    loss=tiny.loss, model=tiny.loaded().model, adapter=adapters.lora(rank=2),
-    num_clients=9,
+    loss=tiny.loss, model=tiny.loaded().model,
+    adapter=adapter or adapters.lora(rank=2), num_clients=9,
   )  # fmt: skip
 
 
-def traced(method):
-  params, cohort = tiny.lora(), tiny.cohort(steps=1)
+def traced(method, params=None, base=None):
+  params, base = params or tiny.lora(), base or tiny.base()
+  cohort = tiny.cohort(steps=1)
   state = method.init(tiny.KEY, params)
   cohort = cohort._replace(states=tiny.fresh(method, state))
-  return jax.eval_shape(method.round, state, cohort, tiny.base())
+  return jax.eval_shape(method.round, state, cohort, base)
 
 
-@pytest.mark.parametrize('name', ['ffa_lora', 'la_lora', 'fedask'])
+@pytest.mark.parametrize(
+  'name', ['ffa_lora', 'la_lora', 'fedask', 'rolora', 'fed_svd']
+)
 def test_methods_train_by_examples(name):
   pytest.importorskip('dp_accounting')
   traced(built('examples', name, privacy=SAMPLED))
+
+
+@pytest.mark.parametrize('mechanism', ['examples', 'central'])
+def test_biases_and_prompts_train_privately(mechanism):
+  """DP-BiTFiT and DP prompts: an adapter and a mechanism, no method."""
+  pytest.importorskip('dp_accounting')
+  base = jax.tree.map(lambda x: x, tiny.base())  # dicts of its own
+  query = base['layers']['self_attn']['q_proj']
+  query['bias'] = jnp.zeros(query['kernel'].shape[::2])
+  cases = (
+    ('fed_avg', adapters.bitfit()),
+    ('fed_prompt', adapters.soft_prompt(length=2)),
+  )
+  poisson = dict(clients=dict(name='poisson', rate=0.5))
+  more: Any = dict(privacy=SAMPLED) if mechanism == 'examples' else poisson
+  for name, adapter in cases:
+    params = adapter.init(tiny.KEY, base)
+    method = built(mechanism, name, adapter, **more)
+    state, _, _ = traced(method, params, base)
+    shapes = lambda x: jax.tree.map(jnp.shape, x)
+    assert shapes(state.params) == shapes(params)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import toy
 
 from fedjax_llm import adversary, aggregators, recipes
 from fedjax_llm.adversary import malicious
+from fedjax_llm.aggregators import riders
 from fedjax_llm.nodes import LowRank
 from fedjax_llm.run import config, experiment, sections
-from fedjax_llm.types import Error, Masks, Uploads
+from fedjax_llm.types import Adapter, Error, Masks, Uploads
 
 KEY = jax.random.key(5)
 K, BAD = 9, (2, 6)
@@ -459,9 +460,7 @@ def test_the_section_adversary_reaches_the_round():
     'aggregator': {'name': 'bucketing', 'of': {'name': 'uniform_mean'}},
     'adversary': {'name': 'sign_flip', 'fraction': 0.4, 'scale': 7.0},
   }
-  adapter = experiment.Adapter(
-    lambda k, b: {}, lambda b, p: b, lambda b, p: (b, p)
-  )
+  adapter = Adapter(lambda k, b: {}, lambda b, p: b, lambda b, p: (b, p))
   build = lambda conf: experiment.algorithm(
     conf, loss=toy.loss, model=None, adapter=adapter, num_clients=5
   )
@@ -518,6 +517,36 @@ def test_free_riders_are_left_out_by_the_spread_of_their_updates():
   assert np.abs(flat_one(other) - want).max() > 0.05
   with pytest.raises(Error, match='threshold=0 must be above 0'):
     aggregators.without_free_riders(threshold=0)
+
+
+def test_a_minority_of_smaller_ranks_is_no_free_rider():
+  """Two clients train one of three columns; a third one sends zeros."""
+  rng = np.random.default_rng(4)
+  low, rider = [0, 1], 8
+  trained = np.ones((K, 3), bool)
+  trained[low, 1:] = False
+  update = (rng.normal(size=(K, 40, 3)) * trained[:, None]).astype(np.float32)
+  update[rider] = 0
+  masks = Masks(*({'w': trained},) * 2)
+  ones = np.ones(K, np.float32)
+  uploads = Uploads({'w': update}, None, masks, ones, ones > 0)
+  wide = update.astype(np.float64)
+  spread = np.array([u[:, m].std() for u, m in zip(wide, trained)])
+  middle = np.median(spread)
+  z = 0.6745 * (spread - middle) / np.median(np.abs(spread - middle))
+  here = jnp.ones(K, bool)
+  got = riders.scores(uploads.update, here, masks.trained)
+  np.testing.assert_allclose(got, z, rtol=1e-3, atol=1e-4)
+  assert (np.abs(z) > 3.5).nonzero()[0].tolist() == [rider]
+  unmasked = riders.scores(uploads.update, here)
+  assert np.abs(unmasked)[low].min() > 3.5  # what reading no masks would do
+  rule = aggregators.without_free_riders()
+  result = rule.aggregate(uploads, (), {'w': jnp.zeros((40, 3))}, KEY)[0].delta
+  want = aggregators.as_stack(aggregators.mean()).aggregate(
+    uploads._replace(weight=np.float32(np.arange(K) != rider)), (),
+    {'w': jnp.zeros((40, 3))}, KEY,
+  )[0].delta  # fmt: skip
+  near(result['w'], want['w'])
 
 
 def flat_one(tree):

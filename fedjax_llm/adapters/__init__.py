@@ -9,6 +9,7 @@ from fedjax_llm.adapters import halves as halves
 from fedjax_llm.adapters import picked as picked
 from fedjax_llm.adapters import targets as targets
 from fedjax_llm.adapters.bottleneck import bottleneck as bottleneck
+from fedjax_llm.adapters.c2a import c2a as c2a
 from fedjax_llm.adapters.changes import Dense as Dense
 from fedjax_llm.adapters.changes import Dora as Dora
 from fedjax_llm.adapters.changes import as_low_rank as as_low_rank
@@ -47,6 +48,7 @@ from fedjax_llm.adapters.prompts import gated_context as gated_context
 from fedjax_llm.adapters.prompts import generated_context as generated_context
 from fedjax_llm.adapters.prompts import generated_prompt as generated_prompt
 from fedjax_llm.adapters.prompts import growing_pool as growing_pool
+from fedjax_llm.adapters.prompts import grouped_prompt as grouped_prompt
 from fedjax_llm.adapters.prompts import p_tuning as p_tuning
 from fedjax_llm.adapters.prompts import prefix as prefix
 from fedjax_llm.adapters.prompts import projected_prompt as projected_prompt
@@ -66,6 +68,7 @@ from fedjax_llm.adapters.within import within as within
 __all__ = [
   'bitfit',
   'bottleneck',
+  'c2a',
   'compacter',
   'context',
   'dense',
@@ -80,6 +83,7 @@ __all__ = [
   'generated_context',
   'generated_prompt',
   'growing_pool',
+  'grouped_prompt',
   'heads',
   'hyper_adapter',
   'ia3',

@@ -22,15 +22,16 @@ def without_free_riders(
 ) -> Aggregator:
   """Returns a rule on the clients whose updates spread like the others'.
 
-      s_k = std of the entries of u_k    (Lin et al. 2019, arXiv 1911.12560)
+      s_k = std of the entries of u_k that client k trained
+      (Lin et al. 2019, arXiv 1911.12560, there of all entries)
       z_k = 0.6745 (s_k - med s) / med |s - med s|
 
   Clients with |z_k| > threshold are left out. It is the statistic STD of the
   paper without its autoencoder, with the score and the threshold 3.5 of
   Iglewicz and Hoaglin (How to Detect and Handle Outliers, 1993). It finds a
   minority of free riders; a client that sends the update of an honest one is
-  not found. Masks are not read, and entries that are not trained are zeros: a
-  minority of smaller ranks or fewer layers is left out like free riders.
+  not found. Entries outside of the masks, zeros of smaller ranks or of layers
+  that a client does not train, are not read.
 
   Args:
     inner: the rule on the others; `mean()` if None.
@@ -53,7 +54,8 @@ def without_free_riders(
 
   def honest(uploads):
     here = counted(uploads)
-    return here & (jnp.abs(scores(uploads.update, here)) <= threshold)
+    trained = None if uploads.masks is None else uploads.masks.trained
+    return here & (jnp.abs(scores(uploads.update, here, trained)) <= threshold)
 
   def kept(uploads):
     stays = honest(uploads)
@@ -73,21 +75,37 @@ def without_free_riders(
   )
 
 
-def scores(update: Any, here: jax.Array) -> jax.Array:
+def scores(update: Any, here: jax.Array, trained: Any = None) -> jax.Array:
   """Returns z_k of each client, [K], of the clients `here` [K] bool.
+
+  `trained` are their masks, [K, ...] booleans; None: all entries.
 
   >>> stack = {'w': jnp.array([[1.0, -1], [2.0, -2], [3.0, -3], [9.0, -9]])}
   >>> scores(stack, jnp.array([True, True, True, False])).tolist()[1]
   0.0
   """
-  flat = tree.ravel(update).astype(jnp.float32)
-  spread = jnp.std(flat, axis=1)
+  flat = tree.ravel(update)  # [K, P]
+  on = jnp.ones_like(flat)
+  if trained is not None:
+    same = tree.like(trained, update)
+    none = lambda x: x is None
+    on = tree.ravel(jax.tree.map(_wide, update, same, is_leaf=none))
+  num = jnp.maximum(jnp.sum(on, axis=1, keepdims=True), 1)
+  away = on * (flat - jnp.sum(on * flat, axis=1, keepdims=True) / num)
+  spread = jnp.sqrt(jnp.sum(away**2, axis=1) / num[:, 0])
   middle = _median(spread, here)
   distance = _median(jnp.abs(spread - middle), here)
   # Spreads that are equal but for rounding are no outliers.
   return (
     0.6745 * (spread - middle) / jnp.maximum(distance, 1e-4 * middle + 1e-30)
   )
+
+
+def _wide(leaf: Any, mask: Any) -> Any:
+  """Returns a mask in the shape of its leaf; without one all is trained."""
+  if leaf is None or mask is None:
+    return None if leaf is None else jnp.ones(leaf.shape)
+  return jnp.broadcast_to(tree.rows(jnp.asarray(mask), leaf), leaf.shape)
 
 
 def _median(values: jax.Array, here: jax.Array) -> jax.Array:

@@ -11,7 +11,9 @@ from fedjax_llm.evals import choosing as choosing
 from fedjax_llm.evals import continual as continual
 from fedjax_llm.evals import intervals as intervals
 from fedjax_llm.evals import inversion as inversion
+from fedjax_llm.evals import lamp as lamp
 from fedjax_llm.evals import matching as matching
+from fedjax_llm.evals import neighbours as neighbours
 from fedjax_llm.evals import overlap as overlap
 from fedjax_llm.evals import programs as programs
 from fedjax_llm.evals import sandbox as sandbox
@@ -54,7 +56,9 @@ __all__ = [
   'instance_weights',
   'intervals',
   'inversion',
+  'lamp',
   'matching',
+  'neighbours',
   'likelihood',
   'loop',
   'overlap',

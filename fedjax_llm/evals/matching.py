@@ -78,9 +78,9 @@ def recovered(
 
   by Adam from a start. The second term holds the mean length of the inputs of
   the places t, the last axis but one of each leaf, at that of the embeddings of
-  a vocabulary: the regulariser of LAMP (arXiv 2202.08827, section 4), without
-  its discrete steps with a language model. Inputs that meet a gradient are not
-  unique: try several starts and keep the least distance.
+  a vocabulary: the regulariser of LAMP (arXiv 2202.08827, section 4), whose
+  discrete steps with a language model are `lamp.discrete`. Inputs that meet a
+  gradient are not unique: try several starts and keep the least distance.
 
   Args:
     gradient: from inputs to the gradient of what the client trains; it knows

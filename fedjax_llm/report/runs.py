@@ -15,7 +15,7 @@ Paths = str | os.PathLike | Sequence[str | os.PathLike]
 # The files that a report reads of a run; `--watch` checks only these.
 FILES = (
   *('config.json', 'metrics.jsonl', 'clients.json', 'samples.json'),
-  *('report.txt', 'outcome.json'),
+  *('report.txt', 'outcome.json', 'privacy.json'),
 )
 
 
@@ -23,7 +23,8 @@ class Run(NamedTuple):
   """One run.
 
   `records` has one object a round, from round 0 on; `sizes` (the texts of each
-  client) and `samples` (replies) are None where the folder has none.
+  client), `samples` (replies) and `privacy` (the guarantee) are None where the
+  folder has none.
   """
 
   label: str  # different from the labels of the other runs
@@ -33,6 +34,7 @@ class Run(NamedTuple):
   sizes: Mapping[str, Any] | None
   samples: Mapping[str, Any] | None
   finished: bool
+  privacy: Mapping[str, Any] | None = None
 
   @property
   def round(self) -> int | None:
@@ -132,6 +134,7 @@ def _read(folder: pathlib.Path, label: str) -> Run:
     sizes=sizes,
     samples=samples,
     finished=_finished(folder, config or {}, records),
+    privacy=_json(folder / 'privacy.json'),
   )
 
 

@@ -1,6 +1,6 @@
 """Tables, replies side by side, and notices as sentences."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fedjax_llm.report import numbers
@@ -155,9 +155,11 @@ def _energy(run: Run) -> str | None:
 
 
 def notices(runs: Sequence[Run]) -> list[str]:
-  """Returns sentences on the clients whose updates did not count."""
+  """Returns sentences on guarantees of privacy and on updates left out."""
   result = []
   for run in runs:
+    if run.privacy is not None:
+      result.append(_guarantee(run.label, run.privacy))
     names = dict.fromkeys(
       name
       for record in run.records
@@ -170,6 +172,20 @@ def notices(runs: Sequence[Run]) -> list[str]:
         f'were left out: {some}.'
       )
   return result
+
+
+def _guarantee(label: str, record: Mapping[str, Any]) -> str:
+  """Returns the guarantee of a run and what this page shows beside it."""
+  figures = ', '.join(
+    f'{name} {record[name]:g}'
+    for name in ('epsilon', 'delta')
+    if isinstance(record.get(name), int | float)
+  )
+  unit = f' for each {record["unit"]}' if 'unit' in record else ''
+  text = f'{label}: differential privacy{unit}, {figures}.'
+  if limits := record.get('not covered by the guarantee'):
+    text += f' Not covered, and shown here in part: {limits}'
+  return text
 
 
 # ----------------------------------------------------------------- clients --

@@ -33,6 +33,7 @@ from fedjax_llm.run import (
   memory,
   preferences,
   rates,
+  reward_models,
   rewarded,
   tasks,
   trackers,
@@ -212,6 +213,7 @@ SPEC = config.Spec(
     'task': {
       **builders.names(tasks),
       **builders.names(preferences),
+      **builders.names(reward_models),
       **builders.names(rewarded),
       **builders.names(images),
     },

@@ -97,6 +97,7 @@ class Room(NamedTuple):
   built: experiment.Experiment
   examine: Callable[..., Mapping[str, Any]]
   loss_before: float
+  first: Any  # the uploads of the first round, which no attack has changed
 
 
 @functools.cache
@@ -107,6 +108,36 @@ def _programs(smoke: bool) -> tuple[Any, Any, Any]:
   mean = built.method()
   assert mean.train is not None
   return jax.jit(mean.train), by_row, evals.likelihood(by_row)
+
+
+@functools.cache
+def _adversary(section: str) -> Any:
+  """Returns the compiled attack of a section, as JSON: one for all attackers.
+
+  `(uploads, bad [N] bool, key) -> uploads`. The clients N ... 2 N - 1 are
+  malicious, and for the attack a bad client k is client N + k.
+  """
+  act = builders.build(
+    {**json.loads(section), 'clients': list(range(CLIENTS, 2 * CLIENTS))},
+    SPEC.sections['adversary'],
+    num_clients=2 * CLIENTS,
+  )
+
+  def attacked(uploads, bad, key):
+    ids = jax.numpy.asarray(uploads.ids)
+    marked = ids + CLIENTS * bad[ids]
+    return act(uploads._replace(ids=marked), key)._replace(ids=ids)
+
+  return jax.jit(attacked)
+
+
+@functools.cache
+def _server(rule: str, smoke: bool) -> tuple[Any, Any]:
+  """Returns `init` and the compiled `aggregate` of a rule, as JSON."""
+  conf = _conf(0, 1, {'aggregator': json.loads(rule)}, smoke)
+  method = room(0, '{}', smoke).built.method(conf=conf)
+  assert method.aggregate is not None
+  return method.init, jax.jit(method.aggregate)
 
 
 def _conf(
@@ -155,7 +186,7 @@ def room(seed: int, poison: str, smoke: bool) -> Room:
   section = json.loads(poison)
   sections = {'poison': section} if section else {}
   built = _built(seed, 1, sections, smoke)
-  _, by_row, likelihood = _programs(smoke)
+  train, by_row, likelihood = _programs(smoke)
   method = built.method()
   evaluators: list[dict[str, Any]] = [{'name': 'likelihood'}]
   if section.get('name') == 'backdoor':
@@ -172,7 +203,16 @@ def room(seed: int, poison: str, smoke: bool) -> Room:
   )
   examine = functools.partial(examine, built.base)
   before = examine(built.initial, None, built.round_key)
-  return Room(built, examine, before['evals/heldout/loss'])
+  state = method.init(built.round_key, built.initial)
+  first = train(state, _cohort(built, 0), built.base)[0]
+  return Room(built, examine, before['evals/heldout/loss'], first)
+
+
+def _cohort(built: experiment.Experiment, number: int) -> Any:
+  """Returns the cohort of a round; the clients keep nothing."""
+  newcomer = built.method().init_client(built.initial)
+  states = tree.broadcast(newcomer, COHORT)
+  return built.assemble(number)[1]._replace(states=states)
 
 
 def run(
@@ -187,42 +227,32 @@ def run(
   """Trains one cell and returns its figures.
 
   A round is its two halves: the program of the first is that of all cells, and
-  the adversary and the rule act between them, as in `server.fed_opt`.
+  the adversary and the rule act between them, as in `server.fed_opt`. Each
+  attack and each rule is compiled once, whoever the attackers are.
   """
   bad = [] if attack == 'none' else malicious(fraction, seed)
   rules = defences(int(np.ceil(fraction * COHORT)))
-  sections = {
-    name: {**section, 'clients': bad}
-    for name, section in ATTACKS[attack].items()
-  }
-  built, examine, before = room(
-    seed, json.dumps(sections.pop('poison', {})), smoke
-  )
+  sections = {name: dict(part) for name, part in ATTACKS[attack].items()}
+  poison = sections.pop('poison', {})
+  if poison:
+    poison['clients'] = bad
+  built, examine, before, first = room(seed, json.dumps(poison), smoke)
   train = _programs(smoke)[0]
-  mean = built.method()
-  method = built.method(
-    conf=_conf(seed, rounds, {'aggregator': dict(rules[defence])}, smoke)
-  )
-  adversary = lambda uploads, key: uploads
+  adversary = lambda uploads, bad, key: uploads
   if sections:
-    adversary = jax.jit(
-      builders.build(
-        sections['adversary'],
-        SPEC.sections['adversary'],
-        num_clients=CLIENTS,
-      )
-    )
-  aggregate = jax.jit(method.aggregate)
-  state = method.init(built.round_key, built.initial)
-  of_mean = mean.init(built.round_key, built.initial).aggregator
-  states = tree.broadcast(mean.init_client(built.initial), COHORT)
+    adversary = _adversary(json.dumps(sections['adversary']))
+  init, aggregate = _server(json.dumps(rules[defence]), smoke)
+  state = init(built.round_key, built.initial)
+  of_mean = built.method().init(built.round_key, built.initial).aggregator
+  is_bad = np.isin(np.arange(CLIENTS), bad)
+  uploads = first
   for number in range(rounds):
-    cohort = built.assemble(number)[1]._replace(states=states)
-    uploads, _, _ = train(
-      state._replace(aggregator=of_mean), cohort, built.base
-    )
+    if number:
+      uploads, _, _ = train(
+        state._replace(aggregator=of_mean), _cohort(built, number), built.base
+      )
     key = jax.random.fold_in(jax.random.fold_in(state.key, number), 2)
-    state, _ = aggregate(state, adversary(uploads, key), built.base)
+    state, _ = aggregate(state, adversary(uploads, is_bad, key), built.base)
   last = examine(state.params, None, built.round_key)
   figures = {
     'attack': attack,

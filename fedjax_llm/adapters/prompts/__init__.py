@@ -20,6 +20,7 @@ from fedjax_llm.adapters.prompts.encoded import p_tuning as p_tuning
 from fedjax_llm.adapters.prompts.made import (
   generated_prompt as generated_prompt,
 )
+from fedjax_llm.adapters.prompts.made import grouped_prompt as grouped_prompt
 from fedjax_llm.adapters.prompts.made import (
   projected_prompt as projected_prompt,
 )
