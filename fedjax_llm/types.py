@@ -129,6 +129,14 @@ class ImageWithText(NamedTuple):
   text: Example  # the text about it
 
 
+class Either(NamedTuple):
+  """A picture, a text, or both, of one class."""
+
+  pixels: np.ndarray | None  # [H, W, C]
+  text: Example | None
+  label: int  # the number of its class
+
+
 class Population(NamedTuple):
   """The data of N clients that train, and of clients that never train.
 
@@ -270,6 +278,35 @@ class ImagesWithTexts(NamedTuple):
     return self.text.learned()
 
 
+class Eithers(NamedTuple):
+  """Pictures and texts with classes; a row may lack one of the two.
+
+  Rows without a text are padding in `text`. Without any picture in a run's
+  examples `pixels` is [..., B, 0, 0, 0].
+  """
+
+  pixels: Any  # [..., B, H, W, C]
+  pictured: Any  # [..., B] bool, False on rows without a picture
+  text: Batch  # [..., B, T]
+  label: Any  # [..., B] int32, -1 on rows of padding
+
+  def worded(self) -> Any:
+    """Returns True for rows with a text, [..., B]."""
+    return (self.text.segments > 0).any(-1)
+
+  def real(self) -> Any:
+    return (self.label >= 0).any(-1)
+
+  def places(self) -> int:
+    return self.text.places() + self.pictured.shape[-1]
+
+  def used(self) -> Any:
+    return self.text.used() + (self.pictured > 0).sum(-1)
+
+  def learned(self) -> Any:
+    return (self.pictured > 0).sum(-1) + self.worded().sum(-1)
+
+
 # ----------------------------------------------------------------- clients --
 
 
@@ -280,13 +317,16 @@ class Draw(NamedTuple):
   `reports[k]` is False for padding and for a client that drops out.
   `started[k]` is the round of the parameters that the client starts from, in
   asynchronous methods (`fed_opt(history=V)`). `steps[k]` is the number of local
-  steps that the client has time for, at most.
+  steps that the client has time for, at most. `tier[k]` is the group of clients
+  of one speed that it belongs to, 0 the fastest; a cohort has it in its
+  profiles, under that name.
   """
 
   ids: np.ndarray  # [K] int32
   reports: np.ndarray  # [K] bool
   started: np.ndarray | None = None  # [K] int32; None: this round
   steps: np.ndarray | None = None  # [K] int32; None: all
+  tier: np.ndarray | None = None  # [K] int32; None: there are no tiers
 
 
 Sampler = Callable[[int], Draw]  # of a round; pure, so a resumed run agrees
@@ -392,6 +432,10 @@ class Model(NamedTuple):
   from the tokens if None; with `ends` as the last ones of the network, so that
   `hidden(...)` is `layers(..., range(c, L), layers(..., range(c), ends=False))`
   for every cut c. None for a network that cannot be cut.
+
+  `read(hidden, batch) -> [B, D]` is the state of each text that a head of whole
+  texts reads: of a causal network that of the last token. None: that of the
+  first token.
   """
 
   hidden: Callable[[Base, Params, Batch], jax.Array]
@@ -400,6 +444,7 @@ class Model(NamedTuple):
     Callable[[Base, Params, Batch], tuple[jax.Array, Any]] | None
   ) = None
   layers: Callable[..., jax.Array] | None = None
+  read: Callable[[jax.Array, Any], jax.Array] | None = None
 
 
 class LossSum(NamedTuple):

@@ -78,6 +78,7 @@ def tables() -> dict[str, str]:
   methods = _module('methods_comparison/tables.py')
   wall = _module('memory/tables.py')
   prompts = _module('vlm_comparison/tables.py')
+  whole = _module('pretraining/tables.py')
   pairs = _module('board/pairs.py')
   peft = _module('peft_comparison/tables.py')
   aggregation = _results('benchmarks/aggregation.json')['rules']
@@ -103,6 +104,8 @@ def tables() -> dict[str, str]:
     'privacy_utility': utility.markdown(people, ['1', '3', '8', 'none']),
     'methods': methods.markdown(_results('methods_comparison/results.json')),
     'prompts': prompts.markdown(_results('vlm_comparison/results.json')),
+    'pretraining': whole.markdown(whole.read()),
+    'recall': prompts.recalls(_results('vlm_comparison/recall.json')),
     **{
       f'tuning-{model}': peft.markdown(peft.read().get(model, {}))
       for model in peft.MODELS

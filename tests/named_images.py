@@ -26,6 +26,7 @@ K, S, B = 3, 2, 4
 SCALE = 4.0
 
 
+@functools.cache
 def base(num_classes=C, features=E):
   draw = np.random.default_rng(1).normal
   array = lambda *s: jnp.asarray(draw(size=s), jnp.float32)
@@ -51,7 +52,8 @@ def seen(base, params, batch):
   def images(rows=None):
     inner = jnp.reshape(batch.pixels, (-1, M, 3)) @ base['eye']
     if rows is not None:
-      inner = inner + _sum(rows, jnp) @ base['front']
+      change = _sum(rows, jnp) @ base['front']  # [E], or [B, E]
+      inner = inner + jnp.expand_dims(change, -2)
     patches = jnp.tanh(inner)
     return Pictures(patches.mean(1) + patches[:, 0], patches)
 
@@ -99,21 +101,26 @@ def run(build, params, rounds=2, of=None, **settings):
 # --------------------------------------------------------- float64, by hand --
 
 
+@functools.cache
+def _weights(names=C):
+  return {name: f64(x) for name, x in base(names).items()}
+
+
 def length(x):
   return x / np.sqrt((x**2).sum(-1, keepdims=True))
 
 
 def texts(rows=None, names=C):
-  w = {name: f64(x) for name, x in base(names).items()}
+  w = _weights(names)
   inner = w['names'] if rows is None else w['names'] + _sum(f64(rows), np)
   return length(np.tanh(inner) @ w['mix'])
 
 
 def patches(pixels, rows=None):
-  w = {name: f64(x) for name, x in base().items()}
+  w = _weights()
   inner = f64(pixels).reshape(-1, M, 3) @ w['eye']
   if rows is not None:
-    inner = inner + _sum(f64(rows), np) @ w['front']
+    inner = inner + np.expand_dims(_sum(f64(rows), np) @ w['front'], -2)
   return np.tanh(inner)
 
 
@@ -144,10 +151,9 @@ def stepped(loss, now, rate=0.5):
 
 def trained(loss, k, now):
   """The ends of client k's steps, for `loss(pixels, labels, arrays)`."""
+  data = cohort().batches
   for s in range(S):
-    now = stepped(
-      functools.partial(loss, *step_of(cohort().batches, k, s)), now
-    )
+    now = stepped(functools.partial(loss, *step_of(data, k, s)), now)
   return now
 
 

@@ -97,3 +97,10 @@ def grpo(new, old, reference, advantage, sizes, *, low, high, kl, reduction):
   if reduction == 'dr_grpo':
     return np.mean([sum(x) / np.shape(new)[1] for x in sequences])
   return np.mean([np.mean(x) for x in sequences])
+
+
+def bradley_terry(chosen, rejected, centre=0.0):
+  """-log sigmoid(r_c - r_r) + centre (r_c + r_r)^2, a pair a row."""
+  chosen, rejected = np.asarray(chosen), np.asarray(rejected)
+  likely = 1 / (1 + np.exp(rejected - chosen))  # P(chosen > rejected)
+  return -np.log(likely) + centre * (chosen + rejected) ** 2

@@ -77,3 +77,82 @@ def attention(q, experts, parts):
     values = experts @ wv[:, h] + bv[h]
     out = out + np.einsum('bcx,xck->bck', share, values) @ wo[h]
   return out
+
+
+def apart(features):
+  """FedMGP: the mean L1 distance a feature over pairs, [G, B, E] -> [B]."""
+  pairs = [(g, h) for h in range(len(features)) for g in range(h)]
+  far = [np.abs(features[g] - features[h]).mean(-1) for g, h in pairs]
+  return np.mean(far, axis=0)
+
+
+def drawn(groups, common, temperature, noise, number):
+  """FedMGP: groups one by one from the softmax of the rest, by noise.
+
+  The arg max of logits plus Gumbel noise is a draw from their softmax, and of
+  those that are left one from the softmax of these.
+  """
+  flat = lambda x: np.reshape(x, -1)
+  near = [max(cosine(flat(g), flat(c)) for c in common) for g in groups]
+  left, order = list(range(len(groups))), []
+  for _ in range(number):
+    best = max(left, key=lambda g: near[g] / temperature + noise[g])
+    left.remove(best)
+    order.append(best)
+  return order
+
+
+def mixed(prompts, parts, heads):
+  """PLAN's aggregator: attention over clients at each place, [N, P, D]."""
+  w, b, wo, bo, w1, b1, w2, b2, g1, s1, g2, s2 = parts
+  width = prompts.shape[-1]
+  each, out = width // heads, np.zeros_like(prompts)
+  for p in range(prompts.shape[1]):
+    x = prompts[:, p]  # [N, D]
+    q, k, v = np.split(x @ w + b, 3, axis=-1)
+    seen = []
+    for h in range(heads):
+      at = slice(h * each, (h + 1) * each)
+      near = q[:, at] @ k[:, at].T / np.sqrt(each)
+      share = np.exp(near - near.max(-1, keepdims=True))
+      seen.append(share / share.sum(-1, keepdims=True) @ v[:, at])
+    z = layer_norm(x + np.concatenate(seen, -1) @ wo + bo, g1, s1)
+    ends = np.maximum(z @ w1 + b1, 0) @ w2 + b2
+    out[:, p] = layer_norm(z + ends, g2, s2)
+  return out
+
+
+class Adam:
+  """Adam on a list of arrays, from its paper."""
+
+  def __init__(self, rate):
+    self.rate, self.t, self.m, self.v = rate, 0, 0.0, 0.0
+
+  def step(self, now, grads):
+    self.t += 1
+    flat = np.concatenate([np.ravel(g) for g in grads])
+    self.m = 0.9 * self.m + 0.1 * flat
+    self.v = 0.999 * self.v + 0.001 * flat**2
+    m, v = self.m / (1 - 0.9**self.t), self.v / (1 - 0.999**self.t)
+    change, at, out = self.rate * m / (np.sqrt(v) + 1e-8), 0, []
+    for x in now:
+      out.append(x - np.reshape(change[at : at + x.size], x.shape))
+      at += x.size
+    return out
+
+
+def features(g, y, e):
+  """HePCo's generator: arrays as `jax.tree.leaves` lists them."""
+  classes, w1, b1, w2, b2, w3, b3, g1, s1, g2, s2 = g
+  x = np.concatenate([e, classes[y]], 1)
+  for w, b, scale, bias in ((w1, b1, g1, s1), (w2, b2, g2, s2)):
+    x = x @ w + b
+    x = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
+    x = np.maximum(x * scale + bias, 0)
+  return x @ w3 + b3
+
+
+def weighed(z, rows, keys):
+  """HePCo's prompt of each query, [B, Q, V]."""
+  near = cosine(z[:, None], keys[None])
+  return np.einsum('bn,nqv->bqv', near, rows)

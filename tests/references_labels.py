@@ -48,3 +48,35 @@ def lp_fl(x, y, w, rate, threshold, soft, rounds):
     w = sum(n / total * end for n, end in zip(weights, ends))
     counts.append(weights)
   return w, np.array(counts)
+
+
+def fed_rs(x, y, w, rate, alpha, by_counts, rounds):
+  """Restricted softmax (Li and Zhan 2021): x [K, S, B, D], y [K, S, B].
+
+  y is below zero on padding and without a label. Returns w after averaging by
+  the numbers of labels.
+  """
+  w = np.array(w, np.float64)
+  for _ in range(rounds):
+    ends, weights = [], []
+    for features, labels in zip(np.asarray(x, np.float64), y):
+      n = np.array([(labels == c).sum() for c in range(w.shape[1])])
+      a = np.where(n > 0, 1.0, alpha)
+      if by_counts:
+        a = alpha + (1 - alpha) * n / max(n.max(), 1)
+      own = np.copy(w)
+      for step, label in zip(features, labels):
+        total, some = np.zeros(w.shape), 0
+        for row, c in zip(step, label):
+          if c < 0:
+            continue
+          error = softmax(a * (row @ own))
+          error[c] -= 1
+          total += np.outer(row, a * error)
+          some += 1
+        if some:
+          own -= rate * total / some
+      ends.append(own)
+      weights.append((labels >= 0).sum())
+    w = sum(n * end for n, end in zip(weights, ends)) / sum(weights)
+  return w

@@ -91,3 +91,27 @@ def nearest(tokens, keys, top):
   )
   index = np.argsort(-alike, kind='stable')[:top]
   return index.tolist(), alike[index]
+
+
+def customised(
+  lower, higher, bias, layer, classes, text, down_bias, up_bias, labels,
+  y, real, transposed=False,
+):  # fmt: skip
+  """C2A's bottleneck of one layer [E] on texts y [B, T, F], a loop over texts.
+
+  A neighbour takes the transpose of `down` for `up`.
+  """
+  size, rank, width = len(layer), len(down_bias), y.shape[-1]
+  h = (lower @ higher).reshape(size, -1) + bias
+  units = []
+  for text_states, here in zip(y, real):
+    if here.any():
+      mean = text_states[here].mean(0)
+      units.append(mean / np.linalg.norm(mean))
+  z = np.mean(units, axis=0)
+  code = labels @ classes[0] + classes[1] + layer + z @ text[0] + text[1]
+  w = code @ np.stack([row / np.linalg.norm(row) for row in h])
+  down, up = w.reshape(width, rank), w.reshape(rank, width)
+  inner = y @ down + down_bias
+  inner = inner * (1 + _erf(inner / math.sqrt(2))) / 2
+  return y + inner @ (down.T if transposed else up) + up_bias

@@ -493,7 +493,7 @@ def test_clients_learn_to_classify_pairs_and_write_an_adapter_with_a_head(
 def test_what_cannot_be_classified_is_one_sentence(reviews, tmp_path, capsys):
   for fields, message in (
     ({'data.label_key': None}, 'no label'),
-    ({'model': {'name': 'random'}}, 'has no classifier'),
+    ({'model': {'name': 'random'}}, "'pooler' matches no module"),
     ({'task': {'name': 'causal_lm'}}, 'is an encoder'),
     ({'task': {'name': 'classification', 'labels': ['sad']}}, "'glad' is not"),
     ({'adapter.modules_to_save': ['head']}, 'matches no module'),

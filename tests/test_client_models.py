@@ -143,6 +143,8 @@ def test_sections_that_need_one_tokenizer_are_refused():
   for fields, words in (
     ({'selection.name': 'near_duplicates'}, 'selection: a run with client_mod'),
     ({'task.name': 'dpo'}, 'task: a run with client_models exchanges'),
+    ({'clients.name': 'buffered'}, "clients.name is 'buffered', whose clients"),
+    ({'clients.name': 'compass'}, "clients.name is 'compass', whose clients"),
   ):
     with pytest.raises(Error, match=words):
       client_models.build(
@@ -157,3 +159,10 @@ def test_sections_that_need_one_tokenizer_are_refused():
       mine, loss=None, model=None, adapter=built().adapter, num_clients=3
     )
   assert 'client_models' in recipes.NEEDS['fed_mkt']
+
+
+def test_an_evaluation_on_no_text_is_refused():
+  with pytest.raises(
+    Error, match='client_models: per_client=0 must be at leas'
+  ):
+    client_models.personal(built(), per_client=0)

@@ -522,6 +522,40 @@ def test_fed_buff_is_fed_avg_if_nobody_is_late():
   np.testing.assert_allclose(w(ends[0]), w(ends[1]), rtol=1e-6)
 
 
+def test_fed_at_weighs_a_tier_by_the_rounds_of_the_opposite_one():
+  """NumPy: algorithm 1 of arXiv 2010.05958, on three tiers of six clients."""
+  rounds: Any = tiered(
+    6, 2, system=system(1.0, 1.1, 2.5, 2.6, 7.1, 7.2), job=lambda: JOB,
+    num_tiers=3,
+  )  # fmt: skip
+  goals = np.random.default_rng(2).normal(size=(6, STEPS, 2, 3))
+  algorithm = recipes.fed_at(loss, SGD, num_tiers=3, max_staleness=20)
+  state, states = begun(algorithm, 6)
+  step, versions = jax.jit(algorithm.round), [START]
+  models, counts, same = np.stack([START] * 3), np.zeros(3), 0
+  for number in range(10):
+    draw = rounds(number)
+    tier = draw.ids[0] // 2
+    assert draw.tier.tolist() == [tier, tier]
+    ends = [descent(versions[draw.started[0]], goals[k]) for k in draw.ids]
+    models[tier] = np.average(ends, axis=0, weights=(5.0, 1.0))
+    counts[tier] += 1
+    share = counts[::-1] / counts.sum()
+    versions.append(np.einsum('m,mab->ab', share, models))
+    mine = cohort(
+      draw.ids, weight=(5.0, 1.0), started=draw.started, goals=goals,
+      states=tree.take(states, draw.ids), profiles={'tier': draw.tier},
+    )  # fmt: skip
+    state, _, _ = step(state, mine)
+    np.testing.assert_allclose(w(state.params), versions[-1], rtol=2e-5)
+    # A neighbour weighs a tier by its own rounds.
+    own = np.einsum('m,mab->ab', share[::-1], models)
+    same += np.abs(own - versions[-1]).max() < 1e-3
+  assert counts.min() >= 1 and same <= 1
+  with pytest.raises(Error, match='fed_at needs clients of tiers: set clients'):
+    algorithm.round(state, mine._replace(profiles=()))
+
+
 def test_fed_async_mixes_whole_parameters_one_after_another():
   algorithm = recipes.fed_async(loss, SGD, alpha=0.6, exponent=1.0)
   state, states = begun(algorithm)

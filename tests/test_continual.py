@@ -48,6 +48,16 @@ def test_the_summary_is_that_of_the_papers(done):
     assert result['forgetting'] > -result['backward'] + 1e-3
 
 
+def test_a_stage_named_nan_keeps_its_name_in_the_file(tmp_path):
+  pools: Any = types.SimpleNamespace(ends=(1, 2))
+  note = staged.tracker(staged.Staged(('NaN', 'b'), pools, ()), (), tmp_path)
+  note(0, {staged.LOSSES: {'NaN': 3.0, 'b': float('nan')}})
+  note(1, {staged.LOSSES: {'NaN': 1.0, 'b': 2.0}})
+  content = json.loads((tmp_path / staged.FILE).read_text())
+  assert content['names'] == ['NaN', 'b']
+  assert content['loss']['matrix'] == [[3.0, None], [1.0, 2.0]]
+
+
 def test_a_loss_is_better_where_it_is_lower():
   R = np.random.default_rng(0).random((4, 3))
   rows = {

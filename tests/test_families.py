@@ -443,7 +443,7 @@ def test_encoders_write_no_text_and_bodies_have_no_logits():
   with pytest.raises(Error, match='no head'):
     loaded.model.logits(loaded.base, {}, jnp.zeros([1, 32]))
   with pytest.raises(Error, match='classifier'):
-    load.pretrained(GOLDEN / 'gpt2', labels=['a', 'b'])
+    load.pretrained(GOLDEN / 'vaultgemma', labels=['a', 'b'])
   with pytest.raises(Error, match='labels'):
     load.pretrained(GOLDEN / 'minilm', labels=['a', 'a'])
   with pytest.raises(Error, match=r'classifier.*has shape \[3'):

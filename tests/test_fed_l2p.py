@@ -11,6 +11,7 @@ from fedjax_llm import adapters, local, models, recipes
 from fedjax_llm.types import Batch, Cohort, Error
 
 K, B, T, V, TOP = 2, 3, 6, 17, 2
+QUESTION = 3  # tokens before the reply, which choose the prompts
 RATE, STRENGTH = 0.5, 0.25
 WEIGHT = np.array([3.0, 1.0], np.float32)
 
@@ -35,9 +36,11 @@ def start():
 def batches():
   tokens = np.random.default_rng(2).integers(1, V, (K, 1, B, T), np.int32)
   there = np.ones(tokens.shape, np.int32)
-  there[0, 0, 0, 4:] = 0  # padding, which is no part of a query
+  there[0, 0, 0, 2:] = 0  # padding, which is no part of a query
   places = np.broadcast_to(np.arange(T, dtype=np.int32), tokens.shape)
-  return Batch(tokens, (there > 0) & (places > 0), there, places)
+  learned = (there > 0) & (places >= QUESTION)
+  learned[0, 0, 0, 1] = True
+  return Batch(tokens, learned, there, places)
 
 
 @functools.cache
@@ -59,8 +62,8 @@ def reference(keys):
   for k in range(K):
     grads = np.zeros_like(keys)
     for b in range(B):
-      there = data.segments[k, 0, b] > 0
-      query = unit(table[data.tokens[k, 0, b][there]].mean(0))
+      first = np.argmax(data.loss_mask[k, 0, b])
+      query = unit(table[data.tokens[k, 0, b, :first]].mean(0))
       cosines = np.array([query @ unit(key) for key in keys])
       for i in np.argsort(-cosines)[:TOP]:
         norm = np.linalg.norm(keys[i])

@@ -15,12 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from references_peft import loading, random_adapter, saving
 
 from fedjax_llm import adapters, models
+from fedjax_llm.adapters import peft
+from fedjax_llm.adapters.peft.directory import nodes_of
 from fedjax_llm.models import families
 from fedjax_llm.models.network import vision
 from fedjax_llm.nodes import Prompt
-from fedjax_llm.run import texts
+from fedjax_llm.run import builders, sections, texts
 from fedjax_llm.types import Error, Images
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden' / 'images'
@@ -259,6 +262,53 @@ def test_adapters_act_on_both_towers(name):
     np.testing.assert_allclose(again, words, atol=1e-4)
     again, _ = image(merged, {}, data['pixels'])
     np.testing.assert_allclose(again, whole, atol=1e-4)
+
+
+def test_a_config_puts_an_adapter_into_a_tower():
+  section = {
+    'name': 'within',
+    'of': {'name': 'soft_prompt', 'length': 3},
+    'towers': ('text',),
+  }
+  adapter = builders.build(section, sections.SPEC.sections['adapter'])
+  base, key = golden('clip')[0].base, jax.random.key(0)
+  want = adapters.within(adapters.soft_prompt(3), 'text').init(key, base)
+  jax.tree.map(np.testing.assert_array_equal, adapter.init(key, base), want)
+  assert set(want) == {'text'}
+  with pytest.raises(Error, match="the model has no tower 'text'"):
+    adapter.init(key, golden('vit')[0].base)
+
+
+@pytest.mark.parametrize('name', ['vit', 'dinov2'])
+def test_lora_of_a_network_of_images_goes_to_peft_and_back(tmp_path, name):
+  (loaded, data), config = golden(name), families.read_config(GOLDEN / name)
+  params, adapter = random_adapter(config), tmp_path / 'adapter'
+  peft.save(adapter, params, base_model=name, **saving(config))
+  again = peft.load(adapter, template=params, **loading(config))
+  jax.tree.map(np.testing.assert_array_equal, again, params)
+  # The file's factors, in torch's layout, added to torch's weights.
+  factors = safetensors.numpy.load_file(adapter / 'adapter_model.safetensors')
+  theirs = safetensors.numpy.load_file(GOLDEN / name / 'model.safetensors')
+  for path, node in nodes_of(params):
+    for layer in range(len(node.a)):
+      module = families.hf_module_name(path, layer, config, part=True)
+      a, b = (
+        np.float64(factors.pop(f'base_model.model.{module}.lora_{x}.weight'))
+        for x in 'AB'
+      )
+      change = np.float64(node.scale[layer]) * b @ a
+      theirs[f'{module}.weight'] = np.float32(
+        theirs[f'{module}.weight'] + change
+      )
+  assert not factors  # every tensor of the file is of a module that torch has
+  shutil.copytree(GOLDEN / name, tmp_path / 'model')
+  safetensors.numpy.save_file(theirs, tmp_path / 'model/model.safetensors')
+  changed = models.pretrained(tmp_path / 'model').base
+  run = jax.jit(lambda base, params: loaded.model.hidden(
+    base, params, pictures(data['pixels'])))  # fmt: skip
+  ours, plain = run(loaded.base, again), run(loaded.base, {})
+  close(ours, run(changed, {}), atol=1e-4)
+  assert np.abs(ours - plain).max() > 0.02 * np.abs(plain).max()
 
 
 def test_gates_leave_layers_of_a_tower_out():

@@ -216,6 +216,53 @@ def test_time_is_predicted_from_the_nearest_cells(board, small):
   assert leaderboard.expected([], todo) is None
 
 
+def test_a_plan_checks_every_config_and_counts_further_rounds(board, small):
+  suite, folder = small
+  leaderboard, files = script('leaderboard'), sorted(small[1].glob('*.json'))
+  todo = [('doc2dial', 'fed_it', 2)]
+  # Cells of 2 rounds took 5 s, and a round of them 1.5 s.
+  assert leaderboard.expected(files, todo, 6) == 5 + 4 * 1.5
+  cells = [(t, m, s) for t in suite.tasks for m in ('fed_it',) for s in (0, 7)]
+  paths = [board.cells.path_of(folder, *cell) for cell in cells]
+  text = leaderboard.plan(suite, cells, 6, paths, files)
+  assert text == (
+    '4 cells of 6 rounds, 2 of them left: 2 tasks, 1 methods, 2 seeds\n'
+    'about 0 minutes, from cells measured'
+  )
+  wrong = suite.tasks['newsgroups']
+  wrong = wrong._replace(fields={**wrong.fields, 'partition.alpha': 'x'})
+  text = leaderboard.plan(
+    suite._replace(tasks={'newsgroups': wrong}), cells[:1], 6, paths[:1], []
+  )
+  assert 'no cell has been measured' in text
+  assert '\nrefused: newsgroups, fed_it: ' in text and 'partition.alpha' in text
+
+
+@pytest.mark.parametrize('name', ['small', 'medium'])
+def test_no_config_of_a_suite_is_refused(board, name, tmp_path, capsys):
+  leaderboard = script('leaderboard')
+  target = tmp_path / 'page.md'
+  words = ['--suite', name, '--plan', '--page', str(target)]
+  leaderboard.main([*words, '--out', str(tmp_path / 'cells'), '--rounds', '7'])
+  first, second, *rest = capsys.readouterr().out.splitlines()
+  tasks = board.suites.SUITES[name].tasks
+  number = len(tasks) * (len(board.suites.METHODS) - 1) * 3
+  assert first.startswith(f'{number} cells of 7 rounds, {number} of them left')
+  assert second.endswith('minutes, from cells measured') and not rest
+  assert not any(tmp_path.iterdir())  # a plan writes nothing
+
+
+def test_a_plan_of_published_set_ups_leaves_the_page_alone(
+  board, monkeypatch, tmp_path, capsys
+):
+  monkeypatch.setattr(board.paper, 'markdown', lambda: 'rows')
+  target = tmp_path / 'page.md'
+  script('leaderboard').main(
+    ['--suite', 'paper', '--plan', '--page', str(target)]
+  )
+  assert capsys.readouterr().out == 'rows\n' and not target.exists()
+
+
 def test_published_set_ups_are_planned_in_a_row_each(board, monkeypatch):
   from fedjax_llm import plan
 

@@ -269,6 +269,7 @@ def pooled(top=2, seed=0):
 
 def test_each_text_takes_the_prompts_with_the_nearest_keys():
   params, texts = pooled(), batch(rows=3)
+  texts = texts._replace(loss_mask=texts.positions > 5)
   table = wide(loaded().base['embed_tokens']['embedding'])
   node = params['inputs']
   both = loaded().model.hidden_with_statistics
@@ -277,7 +278,7 @@ def test_each_text_takes_the_prompts_with_the_nearest_keys():
   chosen, distances = [], []
   for row in range(3):
     index, alike = references.nearest(
-      table[texts.tokens[row, :9]], wide(node.keys), 2
+      table[texts.tokens[row, :6]], wide(node.keys), 2
     )
     chosen.append(index)
     distances.append(1 - alike)
@@ -292,6 +293,21 @@ def test_each_text_takes_the_prompts_with_the_nearest_keys():
   assert float(choice.distance) == pytest.approx(np.mean(distances), rel=1e-4)
   counts = np.bincount(np.ravel(chosen), minlength=5)
   np.testing.assert_array_equal(choice.counts, counts)
+
+
+def test_no_state_of_a_causal_model_knows_a_token_that_comes_after_it():
+  params, texts = pooled(), batch(rows=3)
+  texts = texts._replace(loss_mask=texts.positions > 5)
+  model = loaded().model.hidden
+  run = jax.jit(lambda tokens: model(
+    loaded().base, params, texts._replace(tokens=tokens)))  # fmt: skip
+  hidden = run(texts.tokens)
+  for place in (6, 8):  # of the reply
+    other = np.where(np.arange(12) >= place, V - 1, texts.tokens)
+    same = run(other)[:, :place]
+    np.testing.assert_allclose(same, hidden[:, :place], rtol=1e-5, atol=1e-6)
+  asked = np.where(np.arange(12) == 5, V - 1, texts.tokens)  # the question
+  assert np.abs(run(asked)[:, :5] - hidden[:, :5]).max() > 1e-3
 
 
 def test_a_pool_reads_one_text_a_row_and_has_no_files():

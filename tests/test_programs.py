@@ -33,7 +33,9 @@ from fedjax_llm.types import LossSum
 PATH = pathlib.Path(__file__).parents[1] / 'configs' / 'methods.py'
 NAMES = runpy.run_path(str(PATH))['NAMES']
 # Their loss needs the statistics of nodes, or a network without some layers.
-OBSERVED = ('fed_amole', 'fed_biot', 'fed_l2p', 'offsite_tuning')
+OBSERVED = (
+  *('fed_amole', 'fed_biot', 'fed_l2p', 'fed_sp', 'offsite_tuning', 'sgpt'),
+)
 # Their local training is that of their task's loss.
 TASKS = ('fed_avg_grpo', 'fed_mkt')
 KINDS = {None: 'texts', 'classification': 'labels', 'dpo': 'pairs'}

@@ -5,6 +5,8 @@ import itertools
 import json
 import pathlib
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import pytest
 import toy
 
 from fedjax_llm import aggregators, recipes, replay, server, train, tree
-from fedjax_llm.replay import forgetting, values
+from fedjax_llm.replay import forgetting, program, values
 from fedjax_llm.types import Error
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -307,6 +309,37 @@ def test_a_client_is_forgotten_by_name(finished, capsys, monkeypatch):
   assert gold[2] == 0 < trained[2]
   assert trained[0] < gold[0]  # the loss on the texts of the client
   assert everything(finished) == before
+
+
+def test_forgetting_without_halves_only_trains_again(monkeypatch):
+  """And clients with models of their own are refused."""
+  people = SimpleNamespace(heldout=[('his',), ('hers',)])
+  built = SimpleNamespace(
+    small=None, names=['ann', 'ben'], population=people, round_key=None,
+    test=SimpleNamespace(per_client=1), assemble=lambda number: (None, number),
+    base=None, task=SimpleNamespace(loss=lambda loaded: None), loaded=None,
+    rows=lambda heldout: [(heldout, None)],
+  )  # fmt: skip
+  whole = SimpleNamespace(train=None, aggregate=None)
+  moment = SimpleNamespace(built=built, algorithm=whole, state=None)
+  monkeypatch.setattr(program, 'before', lambda *args, **more: moment)
+  seen: dict[str, Any] = {}
+
+  def compared(rounds, client, **more):
+    seen.update(more, client=client)
+    return {'retrained': forgetting.Figures(1.0, 2.0, 0.0)}
+
+  monkeypatch.setattr(forgetting, 'compared', compared)
+  args: Any = SimpleNamespace(
+    workdir='', round=1, forget='ben', trust_code=False
+  )
+  text = program._forgotten(args)
+  assert seen['ways'] == () and seen['client'] == 1
+  assert seen['retain'] == [[('his',), ()]]
+  assert text.endswith('only training again forgets them.')
+  built.small = object()
+  with pytest.raises(Error, match='have tokens of their own'):
+    program._forgotten(args)
 
 
 @pytest.mark.parametrize(

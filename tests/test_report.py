@@ -3,6 +3,7 @@
 import html
 import itertools
 import json
+import math
 import pathlib
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from reports import CLIENTS, Page, config, finish, records, write
 
 from fedjax_llm import privacy, report
 from fedjax_llm.report import __main__ as program
-from fedjax_llm.report import drawing, numbers, runs, style
+from fedjax_llm.report import curves, drawing, numbers, runs, style
 from fedjax_llm.types import Error
 
 pytest.importorskip('matplotlib')
@@ -509,3 +510,33 @@ def test_a_browser_shows_it_on_a_phone_and_on_a_desk(text, tmp_path):
     assert set(told['figures']) == FIGURES
     assert told['seen'] == len(FIGURES) and told['drawn']
     assert told['tables'] and told['letters'] >= 16
+
+
+def test_runs_with_a_clock_show_loss_by_seconds_and_joules():
+  def run(label, clock):
+    told = records(4)
+    for record in told[1:] if clock else []:
+      record['clock/seconds'] = 10.0 * record['round']
+      record['clock/joules'] = math.nan  # the watts are not known
+      record['clock/joules_network'] = 3.0
+    return runs.Run(
+      label, pathlib.Path(label), config(), told, None, None, True
+    )
+
+  timed, plain = run('timed', True), run('plain', False)
+  # These metrics count from the start: they are not added up.
+  by_seconds = numbers.curve(timed, 'evals/heldout/loss', 'seconds')
+  assert by_seconds.x == [0.0, 20.0, 40.0]
+  by_bytes = numbers.curve(timed, 'evals/heldout/loss', 'bytes')
+  assert by_bytes.x == [0.0, 1e6, 2e6] and by_bytes.y == by_seconds.y
+  shown = curves.losses([timed])
+  pictures = [x for x in shown if isinstance(x, drawing.Picture)]
+  names = [x.name for x in pictures]
+  assert 'loss-seconds' in names and 'loss-joules' not in names
+  (picture,) = (x for x in pictures if x.name == 'loss-seconds')
+  assert 'at 40 s' in picture.alt
+  both = [x for x in curves.losses([timed, plain]) if isinstance(x, str)]
+  words = 'Held-out loss against simulated seconds: no such figure (plain).'
+  assert words in both
+  names = [getattr(x, 'name', '') for x in curves.losses([plain])]
+  assert 'loss-seconds' not in names

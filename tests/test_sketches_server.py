@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from tiny import close
+from tiny import RATE, averaged, close
 
 from fedjax_llm import aggregators, recipes, tree
 from fedjax_llm.local.gradients import backprop
@@ -22,19 +22,7 @@ from fedjax_llm.types import (
   Traits,
 )
 
-RATE = 0.5
-
-
-def averaged(**parts):
-  parts.setdefault('measure', None)  # of factors: another program to compile
-  return recipes.fed_avg(tiny.loss, tiny.sgd(RATE), **parts)
-
-
-@pytest.fixture(scope='module')
-def world():
-  """Parameters, a cohort of one step, and the updates [K, ...] of plain SGD."""
-  params, cohort = tiny.lora(), tiny.cohort(steps=1)
-  return params, cohort, tiny.updates(params, cohort, RATE)
+world = pytest.fixture(scope='module')(tiny.one_step)
 
 
 # -------------------------------------------------------------- asynchronous --

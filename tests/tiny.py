@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm import local, models, tree
+from fedjax_llm import local, models, recipes, tree
 from fedjax_llm.local.gradients import mean_loss
 from fedjax_llm.nodes import LowRank
 from fedjax_llm.types import Batch, ClientState, Cohort
@@ -186,3 +186,20 @@ def differs(x, y, by=1e-3):
   """At least one leaf differs by more than rounding."""
   gap = lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max())
   return max(jax.tree.leaves(jax.tree.map(gap, x, y))) > by
+
+
+# --------------------------------------------------- sketches of one round --
+
+RATE = 0.5
+
+
+def averaged(**parts):
+  """Returns federated averaging with plain steps of RATE."""
+  parts.setdefault('measure', None)  # of factors: another program to compile
+  return recipes.fed_avg(loss, sgd(RATE), **parts)
+
+
+def one_step():
+  """Returns parameters, a cohort of one step, and the updates of plain SGD."""
+  params, one = lora(), cohort(steps=1)
+  return params, one, updates(params, one, RATE)

@@ -9,6 +9,7 @@ from fedjax_llm.adapters import halves as halves
 from fedjax_llm.adapters import picked as picked
 from fedjax_llm.adapters import targets as targets
 from fedjax_llm.adapters.bottleneck import bottleneck as bottleneck
+from fedjax_llm.adapters.c2a import c2a as c2a
 from fedjax_llm.adapters.changes import Dense as Dense
 from fedjax_llm.adapters.changes import Dora as Dora
 from fedjax_llm.adapters.changes import as_low_rank as as_low_rank
@@ -46,11 +47,14 @@ from fedjax_llm.adapters.prompts import feature_attention as feature_attention
 from fedjax_llm.adapters.prompts import gated_context as gated_context
 from fedjax_llm.adapters.prompts import generated_context as generated_context
 from fedjax_llm.adapters.prompts import generated_prompt as generated_prompt
+from fedjax_llm.adapters.prompts import grouped_prompt as grouped_prompt
 from fedjax_llm.adapters.prompts import p_tuning as p_tuning
 from fedjax_llm.adapters.prompts import prefix as prefix
 from fedjax_llm.adapters.prompts import projected_prompt as projected_prompt
+from fedjax_llm.adapters.prompts import prompt_groups as prompt_groups
 from fedjax_llm.adapters.prompts import prompt_pool as prompt_pool
 from fedjax_llm.adapters.prompts import soft_prompt as soft_prompt
+from fedjax_llm.adapters.prompts import visual_pool as visual_pool
 from fedjax_llm.adapters.prompts import visual_prompt as visual_prompt
 from fedjax_llm.adapters.scaling import ia3 as ia3
 from fedjax_llm.adapters.selective import bitfit as bitfit
@@ -63,6 +67,7 @@ from fedjax_llm.adapters.within import within as within
 __all__ = [
   'bitfit',
   'bottleneck',
+  'c2a',
   'compacter',
   'context',
   'dense',
@@ -76,6 +81,7 @@ __all__ = [
   'gated_context',
   'generated_context',
   'generated_prompt',
+  'grouped_prompt',
   'heads',
   'hyper_adapter',
   'ia3',
@@ -87,6 +93,7 @@ __all__ = [
   'p_tuning',
   'prefix',
   'projected_prompt',
+  'prompt_groups',
   'prompt_pool',
   'ravan',
   'rslora',
@@ -95,5 +102,6 @@ __all__ = [
   'swayed',
   'tensor_train',
   'vera',
+  'visual_pool',
   'visual_prompt',
 ]

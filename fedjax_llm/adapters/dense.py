@@ -141,7 +141,8 @@ def find(base: Base, modules: str | Sequence[str]) -> list[Path]:
         f'there are: {have}.'
       )
     chosen |= hits
-  heads = ('kernel' in base.get('lm_head', {})) or 'classifier' in base
+  own = 'classifier' in base or 'score' in base
+  heads = ('kernel' in base.get('lm_head', {})) or own
   if ('embed_tokens',) in chosen and not heads:
     raise Error(
       'adapter.modules_to_save: embed_tokens is also the output head of this '

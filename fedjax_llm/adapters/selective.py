@@ -16,7 +16,9 @@ from fedjax_llm.nodes import Dense
 from fedjax_llm.nodes.chosen import Chosen
 from fedjax_llm.types import Adapter, Base, Error, Key, Params
 
-_HEADS = ('pooler', 'classifier', 'lm_head', 'head_dense', 'head_norm')
+_HEADS = (
+  *('pooler', 'classifier', 'score', 'lm_head', 'head_dense', 'head_norm'),
+)
 
 
 def bitfit(modules_to_save: str | Sequence[str] = ()) -> Adapter:

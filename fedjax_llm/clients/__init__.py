@@ -5,6 +5,7 @@ valued     the same, by the values of an earlier run
 staged     the same, of clients with an example of the round's stage
 cohorts    Draw -> Cohort [K, S, B, T]
 store      private state of N clients
+upgraded   the same, from rows of an earlier version
 system     devices and links of N clients
 timed      round -> Draw, by the simulated time of arrival
 compass    the same, with local steps dealt by measured speed
@@ -21,6 +22,7 @@ from fedjax_llm.clients import (
   store,
   system,
   timed,
+  upgraded,
   valued,
 )
 from fedjax_llm.clients.sampling import (
@@ -41,6 +43,7 @@ __all__ = [
   'store',
   'system',
   'timed',
+  'upgraded',
   'valued',
   # samplers
   'uniform',

@@ -184,12 +184,15 @@ def cohorts(
     else:
       weight[valid] = 1
     held = () if profiles is None else profiles
+    own = jax.tree.map(lambda x: np.asarray(x)[np.maximum(ids, 0)], held)
+    if draw.tier is not None and (held == () or isinstance(held, dict)):
+      own = {**(own or {}), 'tier': np.asarray(draw.tier, np.int32)}
     return Cohort(
       ids=ids,
       batches=batches,
       weight=weight,
       valid=valid,
-      profiles=jax.tree.map(lambda x: np.asarray(x)[np.maximum(ids, 0)], held),
+      profiles=own,
       started=None if draw.started is None else np.asarray(draw.started),
     )
 

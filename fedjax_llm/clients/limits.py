@@ -66,7 +66,8 @@ def max_targets(
 def bounds(examples: Examples, **sizes: Any) -> tuple[int | None, ...]:
   """Returns `max_targets` for each text of an example, of a pair for two.
 
-  None where no token is learned, as in texts that are classified.
+  None where no token is learned, as in texts that are classified. Examples
+  without any text count nothing.
 
   >>> from fedjax_llm.types import Example
   >>> text = Example(np.arange(4, dtype=np.int32), np.array([0, 0, 1, 1], bool))
@@ -74,6 +75,8 @@ def bounds(examples: Examples, **sizes: Any) -> tuple[int | None, ...]:
   (6,)
   """
   texts = [[batching.texts_of(example) for example in own] for own in examples]
+  texts = [[some for some in own if some] for own in texts]
+  texts = [own for own in texts if own]
   numbers = {len(some) for own in texts for some in own}
   if not numbers:
     return ()

@@ -96,12 +96,12 @@ def open(
   [[0.0, 0.0], [1.0, 1.0]]
   """
   layout = _layout(template)
-  row_bytes, leaves = layout.num_bytes, layout.describe()
+  row_bytes, names = layout.num_bytes, layout.describe()
   if not row_bytes or not mine:
     return _stateless(template)
   folder = pathlib.Path(directory)
   base = journal.read_base(
-    folder, leaves, at_round, create=not read_only, begins=begins
+    folder, names, at_round, create=not read_only, begins=begins
   )
   journals = journal.read_chain(folder, base, at_round, row_bytes)
   slots = journal.read_ids(folder, base)  # id -> place in the base
@@ -174,7 +174,7 @@ def open(
     if not old or opened is None:
       return
     disk.check_place(opened, journals)
-    base, slots = journal.fold(folder, base, slots, old, leaves, row_bytes)
+    base, slots = journal.fold(folder, base, slots, old, names, row_bytes)
     mapped = journal.map_rows(folder, len(slots), row_bytes)
     sums = journal.map_sums(folder, base)
     checked.clear()
@@ -183,6 +183,15 @@ def open(
     journal.discard(folder, journals)
 
   return Store(gather, scatter, seen, commit, prune)
+
+
+def leaves(template: ClientState) -> list:
+  """Returns the leaves of a row as [name, dtype, shape] each.
+
+  >>> leaves(ClientState(private={'head': np.zeros(2, np.float32)}))
+  [['private/head', 'float32', [2]]]
+  """
+  return _layout(template).describe()
 
 
 def _stateless(template: ClientState) -> Store:

@@ -377,8 +377,11 @@ def tiered(
     reports = draw.reports.copy()
     reports[: len(ids)] &= ~lost
     return (
-      draw._replace(started=started, reports=reports), end, joules,
-      int(lost.sum()),
+      draw._replace(
+        started=started, reports=reports,
+        tier=np.full(cohort_size, tier, np.int32),
+      ),
+      end, joules, int(lost.sum()),
     )  # fmt: skip
 
   ended: list[tuple[int, int]] = []

@@ -15,6 +15,8 @@ import numpy as np
 from fedjax_llm import batching
 from fedjax_llm.types import (
   Batch,
+  Either,
+  Eithers,
   Error,
   Example,
   Image,
@@ -183,6 +185,39 @@ def images_with_texts(
     return ImagesWithTexts(
       pixels=_stacked([[x.pixels for x in row] for row in rows], empty),
       text=text([[x.text for x in row] for row in rows]),
+    )
+
+  return build
+
+
+def either(
+  examples: Sequence[Either], width: int, pad_id: int = 0
+) -> Callable[[Rows], Eithers]:
+  """Returns a function from rows of pictures or texts to `Eithers`.
+
+  Raises:
+    Error: pictures of different shapes.
+
+  >>> text = Example(np.arange(2, dtype=np.int32), np.array([0, 1], bool))
+  >>> seen = Either(np.ones((2, 2, 1), np.float32), None, 3)
+  >>> batch = either([seen], 3)([[seen], [Either(None, text, 1)], []])
+  >>> batch.pixels.shape, batch.pictured.tolist(), batch.worded().tolist()
+  ((3, 2, 2, 1), [True, False, False], [False, True, False])
+  """
+  shown = [x for x in examples if x.pixels is not None]
+  empty = _empty_pixels(shown) if shown else np.zeros((0, 0, 0), np.uint8)
+  text = texts([x.text for x in examples if x.text is not None], width, pad_id)
+
+  def build(rows: Rows) -> Eithers:
+    having = lambda name: [
+      [getattr(x, name) for x in row if getattr(x, name) is not None]
+      for row in rows
+    ]
+    return Eithers(
+      pixels=_stacked(having('pixels'), empty),
+      pictured=np.array([bool(own) for own in having('pixels')], bool),
+      text=text(having('text')),
+      label=_stacked(having('label'), np.int32(-1)),
     )
 
   return build

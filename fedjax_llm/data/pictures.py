@@ -13,7 +13,7 @@ import numpy as np
 from fedjax_llm.data.sources import Record
 from fedjax_llm.types import Error
 
-__all__ = ['images', 'shapes']
+__all__ = ['images', 'shapes', 'shapes_or_words']
 
 _ENDINGS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 
@@ -210,4 +210,45 @@ def shapes(num: int = 240, size: int = 8, seed: int = 0) -> list[Record]:
     pixels = np.uint8(np.clip(picture, 0, 1) * 255)
     where = f'shapes[{i}]'
     records.append(Record(client=style, label=shape, image=pixels, where=where))
+  return records
+
+
+def shapes_or_words(
+  num: int = 240,
+  size: int = 8,
+  seed: int = 0,
+  shows: Sequence[str] = ('both', 'picture', 'text'),
+) -> list[Record]:
+  """Draws pictures as `shapes`, of which some clients have words instead.
+
+  The texts are of the form 'a tinted disc'; labels are the shapes.
+
+  Args:
+    num, size, seed: see `shapes`.
+    shows: 'picture', 'text' or 'both', for the styles plain, inverted, tinted
+      and noisy in turn, and from the first again.
+
+  Raises:
+    Error: another word or none; as `shapes`.
+
+  >>> records = shapes_or_words(num=4)
+  >>> [(r.client, r.text, r.image is not None) for r in records[1:3]]
+  [('inverted', None, True), ('tinted', 'a tinted cross', False)]
+  """
+  wrong = [word for word in shows if word not in ('picture', 'text', 'both')]
+  if wrong or not shows:
+    raise Error(
+      f'shapes_or_words: shows is {tuple(shows)}: it holds picture, text or '
+      'both.'
+    )
+  records = []
+  for record in shapes(num, size, seed):
+    word = shows[STYLES.index(str(record.client)) % len(shows)]
+    text = f'a {record.client} {record.label}'
+    records.append(
+      record._replace(
+        image=None if word == 'text' else record.image,
+        text=None if word == 'picture' else text,
+      )
+    )
   return records

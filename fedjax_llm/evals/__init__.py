@@ -13,6 +13,7 @@ from fedjax_llm.evals import intervals as intervals
 from fedjax_llm.evals import inversion as inversion
 from fedjax_llm.evals import lamp as lamp
 from fedjax_llm.evals import matching as matching
+from fedjax_llm.evals import neighbours as neighbours
 from fedjax_llm.evals import overlap as overlap
 from fedjax_llm.evals import programs as programs
 from fedjax_llm.evals import sandbox as sandbox
@@ -57,6 +58,7 @@ __all__ = [
   'inversion',
   'lamp',
   'matching',
+  'neighbours',
   'likelihood',
   'loop',
   'overlap',

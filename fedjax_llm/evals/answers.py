@@ -60,7 +60,8 @@ def exact_match(
   Args:
     pattern: of answers in replies, such as '#### *(.+)' for GSM8K, or the last
       number, 'number'; None: the whole reply.
-    reference_pattern: of answers in references; None: as in replies.
+    reference_pattern: of answers in references; None: as in replies. A
+      reference in which it finds nothing matches no reply.
 
   Raises:
     Error: a pattern that is no regular expression.

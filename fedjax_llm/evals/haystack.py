@@ -42,3 +42,13 @@ def needle(num_sentences: int, depth: float, seed: int) -> Needle:
   sentences.insert(place, f'The number of the house is {answer}.')
   question = 'What is the number of the house? The number of the house is'
   return Needle(f'{" ".join(sentences)}\n{question}', answer, depth)
+
+
+def is_hit(reply: str, answer: str) -> bool:
+  """Returns True if a reply begins with the number, and not with a longer one.
+
+  >>> is_hit(' 12345. The', '12345'), is_hit('123456', '12345')
+  (True, False)
+  """
+  reply = reply.strip()
+  return reply.startswith(answer) and not reply[len(answer) :][:1].isdigit()

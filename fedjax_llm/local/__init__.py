@@ -35,6 +35,8 @@ from fedjax_llm.local.preference import kto as kto
 from fedjax_llm.local.preference import orpo as orpo
 from fedjax_llm.local.preference import preference as preference
 from fedjax_llm.local.preference import simpo as simpo
+from fedjax_llm.local.reward_models import bradley_terry as bradley_terry
+from fedjax_llm.local.reward_models import reward_of as reward_of
 from fedjax_llm.local.routing import balanced as balanced
 from fedjax_llm.local.routing import embeddings as embeddings
 from fedjax_llm.local.routing import routed as routed
@@ -59,6 +61,7 @@ __all__ = [
   'Sampled',
   'along',
   'balanced',
+  'bradley_terry',
   'by_names',
   'causal_lm',
   'class_logits',
@@ -85,6 +88,7 @@ __all__ = [
   'phases',
   'preference',
   'reported',
+  'reward_of',
   'rewards',
   'routed',
   'sgd',

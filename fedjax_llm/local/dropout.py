@@ -46,7 +46,7 @@ def dropout(loss: Loss, rate: float) -> Loss:
     return of_dropped
 
   if isinstance(loss, Observed):
-    again = loss.build
+    again, states = loss.build, loss.with_statistics
     build = None if again is None else lambda model: thin(again(model))
-    return Observed(thin(loss.loss), thin(loss.with_statistics), build)
+    return Observed(thin(loss.loss), states and thin(states), build)
   return thin(loss)

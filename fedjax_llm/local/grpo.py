@@ -70,6 +70,8 @@ class Sampled:
   `LossSum(-reward, 1, reward)` summed over prompts, or a row with `per_row`.
   `sample(base, params, tokens [B, T], lengths [B], key, greedy) -> [B, N]`
   returns replies with the token that ends them, then -1 (`models.sampler`).
+  `learned(base, texts) -> [M]`, the reward of prompts with replies by a model
+  whose weights are in the base, is added to that of the rule.
 
   >>> from fedjax_llm.local import rewards
   >>> loss = Sampled(Model(None, None), None, rewards.exact(), stops=(2,))
@@ -82,6 +84,7 @@ class Sampled:
   rule: Rule
   stops: tuple[int, ...]
   per_row: bool = False
+  learned: Callable[[Base, Batch], jax.Array] | None = None
 
   def __call__(
     self, base: Base, params: Params, batch: Batch, key: Key
@@ -90,12 +93,21 @@ class Sampled:
     starts, zero = prompts(batch), jax.random.key(0)
     reply = self.sample(base, params, batch.tokens, starts, zero, greedy=True)
     here = (starts > 0).astype(jnp.float32)
-    reward = here * self.score(batch, reply)
+    reward = jnp.where(here > 0, self.score(batch, reply, base), 0.0)
     sums = LossSum(-reward, here, reward)
     return sums if self.per_row else LossSum(*map(jnp.sum, sums))
 
-  def score(self, batch: Batch, reply: jax.Array) -> jax.Array:
+  def score(
+    self, batch: Batch, reply: jax.Array, base: Base = None
+  ) -> jax.Array:
     """Returns the reward of each reply [M, N] to a batch of prompts, [M]."""
+    reward = self._by_rule(batch, reply)
+    if self.learned is None:
+      return reward
+    whole = texts(jnp.asarray(batch.tokens), prompts(batch), reply)
+    return reward + self.learned(base, whole)
+
+  def _by_rule(self, batch: Batch, reply: jax.Array) -> jax.Array:
     stop = jnp.isin(reply, jnp.asarray(self.stops))
     mask = jnp.asarray(batch.loss_mask) & ~jnp.isin(
       jnp.asarray(batch.tokens), jnp.asarray(self.stops)
@@ -227,7 +239,7 @@ def rolled(
   starts = prompts(batch)  # [M]
   reply = loss.sample(base, params, batch.tokens, starts, key)  # [M, N]
   reply = jnp.where(starts[:, None] > 0, reply, -1)
-  reward = jnp.where(starts > 0, loss.score(batch, reply), 0.0)
+  reward = jnp.where(starts > 0, loss.score(batch, reply, base), 0.0)
   text = texts(jnp.asarray(batch.tokens), starts, reply)
   log_p = reply_log_probs(loss.model)
   old = log_p(base, params, text, starts, reply)

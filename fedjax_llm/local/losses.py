@@ -88,8 +88,9 @@ def causal_lm(
 def classification(model: Model, *, per_row: bool = False) -> Loss:
   """Returns cross-entropy of a text's or image's class: -log p(y | x), a row.
 
-  The classifier reads the state of a row's first token, so a row holds one
-  text. For images, and networks with one state a row, it reads that state. Rows
+  The classifier reads the state of a row's first token, or the one that
+  `model.read` returns, so a row holds one text. For images, and networks with
+  one state a row, it reads that state. Rows
   without a label (-1) are padding. A label may also be a distribution q over
   the classes, labels [B, classes]: the term is then -sum_y q_y log p(y | x),
   and a row of zeros is padding.
@@ -121,7 +122,7 @@ def classification(model: Model, *, per_row: bool = False) -> Loss:
     if batch.label is None:
       raise Error('these texts have no labels: classification needs them.')
     hidden: Any = model.hidden  # on texts or images
-    first = _first(hidden(base, params, batch))  # [B, D]
+    first = _read(model, hidden(base, params, batch), batch)  # [B, D]
     soft = batch.label.ndim == 2  # [B, classes]
     labelled = jnp.any(batch.label > 0, -1) if soft else batch.label >= 0
     here = batch.present if isinstance(batch, Images) else batch.segments[:, 0]
@@ -155,7 +156,7 @@ def class_logits(model: Model) -> Callable[[Base, Params, Batch], jax.Array]:
   """
 
   def predict(base: Base, params: Params, batch: Batch) -> jax.Array:
-    first = _first(model.hidden(base, params, batch))
+    first = _read(model, model.hidden(base, params, batch), batch)
     return model.logits(base, params, first).astype(jnp.float32)
 
   return predict
@@ -201,8 +202,10 @@ def reply_log_probs(
   return log_probs
 
 
-def _first(hidden: jax.Array) -> jax.Array:
-  """Returns states [B, D]: those of first tokens if each token has a state."""
+def _read(model: Model, hidden: jax.Array, batch: Any) -> jax.Array:
+  """Returns the states [B, D] that a classifier reads, of first tokens."""
+  if model.read is not None:
+    return model.read(hidden, batch)
   return hidden[:, 0] if hidden.ndim == 3 else hidden
 
 
@@ -219,26 +222,76 @@ def _distance(logits, q, mask):
 
 def _cross_entropy(head, hidden, targets, mask, chunk_size):
   """Returns nats and hits, [M], zero outside the mask; hidden is [M, D]."""
+  num = hidden.shape[0]
+  several = num > chunk_size
 
   def chunk(xs):
     h, target, m = xs
-    logits = head(h).astype(jnp.float32)  # [M, V]
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+    nats, hit = _nats(head, h, target, m, several)
     # `where` and not a product: 0 * NaN of a padding position would leak.
-    nats = jnp.where(m, log_z - picked, 0.0)
-    # A hit if no other logit is as large: arg max is not vectorised on a CPU.
-    hit = jnp.sum(logits >= picked[:, None], axis=-1) == 1
-    return nats, jnp.where(m, hit, False).astype(jnp.float32)
+    return jnp.where(m, nats, 0.0), jnp.where(m, hit, 0.0)
 
-  num = hidden.shape[0]
-  if num <= chunk_size:
+  if not several:
     return chunk((hidden, targets, mask))
   pad = -num % chunk_size
   split = lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(
     -1, chunk_size, *x.shape[1:]
   )
   nats, correct = jax.lax.map(
-    jax.checkpoint(chunk), jax.tree.map(split, (hidden, targets, mask))
+    chunk, jax.tree.map(split, (hidden, targets, mask))
   )
   return nats.reshape(-1)[:num], correct.reshape(-1)[:num]
+
+
+def _nats(head, hidden, target, mask, again: bool):
+  """Returns -log p(target) and hits, [M] float32, of states [M, D].
+
+  The derivative with respect to a state, (softmax - one-hot) pulled through the
+  head, is computed beside the value, so that neither logits are kept for a
+  backward pass nor are they computed twice. That needs a head that treats each
+  state alone. Where weights of the head are trained as well, logits are kept,
+  or computed again with `again`.
+  """
+  closed = jax.make_jaxpr(head)(hidden)  # its consts: the weights of the head
+
+  def logits_of(hidden, weights):
+    (logits,) = jax.core.eval_jaxpr(closed.jaxpr, weights, hidden)
+    return logits  # [M, V]
+
+  def of_logits(logits, target):
+    logits = logits.astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, target[:, None], axis=-1)
+    # A hit if no other logit is as large: arg max is not vectorised on a CPU.
+    hit = jnp.sum(logits >= picked, axis=-1, dtype=jnp.float32) == 1
+    return log_z - picked[:, 0], hit.astype(jnp.float32)
+
+  def value(hidden, target, mask, *weights):
+    del mask
+    return of_logits(logits_of(hidden, weights), target)
+
+  def derivative(primals, tangents):
+    fixed = lambda t: isinstance(t, jax.custom_derivatives.SymbolicZero)
+    if not all(map(fixed, tangents[3:])):
+      whole = jax.checkpoint(value) if again else value
+      moved = [i for i, t in enumerate(tangents) if not fixed(t)]
+      part = lambda xs: tuple(xs[i] for i in moved)
+
+      def of(*some):
+        new = dict(zip(moved, some, strict=True))
+        return whole(*(new.get(i, x) for i, x in enumerate(primals)))
+
+      return jax.jvp(of, part(primals), part(tangents))
+    hidden, target, mask, *weights = primals
+    logits, pull = jax.vjp(lambda h: logits_of(h, weights), hidden)
+    out = of_logits(logits, target)
+    slope = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    slope -= jax.nn.one_hot(target, logits.shape[-1])
+    (slope,) = pull(slope.astype(logits.dtype))
+    slope = jnp.where(mask[:, None], slope, 0).astype(jnp.float32)
+    moved = jnp.sum(slope * tangents[0].astype(jnp.float32), axis=-1)
+    return out, (moved, jnp.zeros_like(out[1]))
+
+  nats = jax.custom_jvp(value)
+  nats.defjvp(derivative, symbolic_zeros=True)
+  return nats(hidden, target, mask, *closed.consts)

@@ -1,6 +1,6 @@
-"""Losses that also return the statistics of a network's nodes.
+"""Losses that know their network, and return the statistics of its nodes.
 
-`observed` returns a `Loss`, an `Observed` if the model has statistics.
+`observed` returns an `Observed`, which is a `Loss`.
 """
 
 import dataclasses
@@ -12,12 +12,14 @@ from fedjax_llm.types import Base, Error, Key, Loss, LossSum, Model, Params
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Observed:
-  """A `Loss`, and the same loss with statistics of its network's nodes.
+  """A `Loss`, the same with statistics of its network's nodes, and its builder.
 
   `loss(base, params, batch, key) -> LossSum`, which is also its call;
   `with_statistics(base, params, batch, key) -> (LossSum, statistics)`, with the
-  statistics of `Model.hidden_with_statistics`. It is no tuple, since `jax.jit`
-  keeps weak references to the functions that it compiles.
+  statistics of `Model.hidden_with_statistics`, None for a network without them;
+  `build(model)` is the same loss of another network (`on_model`). It is no
+  tuple, since `jax.jit` keeps weak references to the functions that it
+  compiles.
 
   >>> def both(base, params, batch, key):
   ...   return LossSum(batch, 1.0, 0.0), {'layers': None}
@@ -27,7 +29,7 @@ class Observed:
   """
 
   loss: Loss
-  with_statistics: Callable[..., tuple[LossSum, Any]]
+  with_statistics: Callable[..., tuple[LossSum, Any]] | None
   build: Callable[[Model], Loss] | None = None
 
   def __call__(self, base: Base, params: Params, batch: Any, key: Key):
@@ -35,7 +37,7 @@ class Observed:
 
 
 def observed(build: Callable[[Model], Loss], model: Model) -> Loss:
-  """Returns the loss of a model, as an `Observed` if it has statistics.
+  """Returns the loss of a model as an `Observed`.
 
   `build(model)` is a loss that takes the hidden states of `model` once, outside
   of loops and of functions that are computed again in the backward pass.
@@ -53,7 +55,7 @@ def observed(build: Callable[[Model], Loss], model: Model) -> Loss:
   """
   plain, states = build(model), model.hidden_with_statistics
   if states is None:
-    return plain
+    return Observed(plain, None, build)
 
   def with_statistics(base: Base, params: Params, batch: Any, key: Key):
     seen = []
@@ -63,7 +65,10 @@ def observed(build: Callable[[Model], Loss], model: Model) -> Loss:
       seen.append(statistics)
       return states_of_batch
 
-    sums = build(Model(hidden, model.logits))(base, params, batch, key)
+    seeing = model._replace(
+      hidden=hidden, hidden_with_statistics=None, layers=None
+    )
+    sums = build(seeing)(base, params, batch, key)
     if len(seen) != 1:
       raise Error(
         f'observed: the loss reads the hidden states {len(seen)} times; it has '
@@ -98,7 +103,7 @@ def with_statistics(loss: Loss) -> Callable[..., tuple[LossSum, Any]]:
   Raises:
     Error: the loss has no such function, as its network has no statistics.
   """
-  if isinstance(loss, Observed):
+  if isinstance(loss, Observed) and loss.with_statistics is not None:
     return loss.with_statistics
   raise Error(
     'this loss gives no statistics of experts: it must be a `local.Observed`, '

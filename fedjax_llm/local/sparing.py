@@ -120,5 +120,6 @@ def frozen_below(
     return of_marked
 
   if isinstance(loss, Observed):
-    return Observed(still(loss.loss), still(loss.with_statistics))
+    states = loss.with_statistics
+    return Observed(still(loss.loss), states and still(states))
   return still(loss)

@@ -7,6 +7,7 @@ adapters have the same names too:
     layers/  input_layernorm, self_attn/{q,k,v,o}_proj, self_attn/{q,k}_norm,
              post_attention_layernorm, mlp/{gate,up,down}_proj, ...
     norm, head_dense, head_norm, lm_head    or    pooler, classifier
+    or    norm, score (a causal network with scores of whole texts)
 
 A network of images has `embed_patches` and `embed_class` in place of
 `embed_tokens`, and `attention_scale` and `mlp_scale` in layers with a layer
@@ -102,12 +103,12 @@ class Config(NamedTuple):
   num_token_types: int = 0  # `Batch.types`; None there means type 0
   embedding_norm: bool = False
   # Head.
-  head: str = 'lm'  # 'lm' | 'masked_lm' | 'classifier' | 'none'
+  head: str = 'lm'  # 'lm' | 'masked_lm' | 'classifier' | 'score' | 'none'
   tied: bool = False
   head_bias: bool = False
   head_activation: str = ''
   logit_cap: float = 0.0
-  labels: tuple[str, ...] = ()  # names of a classifier's classes
+  labels: tuple[str, ...] = ()  # names of classes, or of scores
   # Tokens.
   bos_id: int | None = None
   eos_ids: tuple[int, ...] = ()
@@ -128,7 +129,7 @@ class Config(NamedTuple):
   @property
   def writes(self) -> bool:
     """Returns True for a network that continues texts."""
-    return self.causal and not self.reads_images
+    return self.causal and not self.reads_images and self.head != 'score'
 
   @property
   def rotary_dim(self) -> int:
@@ -270,6 +271,8 @@ def _head_shapes(c: Config, norm, matrix) -> dict[str, Any]:
       'pooler': matrix(width, width, True),
       'classifier': matrix(width, len(c.labels), True),
     }
+  if c.head == 'score':
+    return {'score': matrix(width, len(c.labels), False)}
   tree: dict[str, Any] = {}
   if c.head == 'masked_lm':
     tree['head_dense'] = matrix(width, width, True)

@@ -290,13 +290,17 @@ def _uncached(model: Model, base, params, tokens, lengths, num_new):
 def likeliest(logits) -> jax.Array:
   """Returns the first of the largest entries, [B, V] -> [B] int32.
 
-  It is `argmax`, whose reduction of pairs XLA does not vectorise on a CPU.
+  It is `argmax`, whose reduction of pairs XLA does not vectorise on a CPU: NaN
+  counts as the largest.
 
   >>> likeliest(jnp.array([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]])).tolist()
   [1, 0]
+  >>> likeliest(jnp.array([[1.0, jnp.nan, 3.0, 0.0]])).tolist()
+  [1]
   """
   place = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
   largest = logits == jnp.max(logits, axis=-1, keepdims=True)
+  largest |= jnp.isnan(logits)
   last = logits.shape[-1] - 1
   return jnp.min(jnp.where(largest, place, last), axis=-1)
 

@@ -10,6 +10,8 @@ from fedjax_llm.nodes.bottleneck import Bottleneck as Bottleneck
 from fedjax_llm.nodes.bottleneck import Parallel as Parallel
 from fedjax_llm.nodes.chosen import Chosen as Chosen
 from fedjax_llm.nodes.core import Core as Core
+from fedjax_llm.nodes.customised import Contextual as Contextual
+from fedjax_llm.nodes.customised import Customised as Customised
 from fedjax_llm.nodes.dense import Added as Added
 from fedjax_llm.nodes.dense import Amended as Amended
 from fedjax_llm.nodes.dense import Dense as Dense
@@ -23,6 +25,7 @@ from fedjax_llm.nodes.experts import Experts as Experts
 from fedjax_llm.nodes.experts import Routing as Routing
 from fedjax_llm.nodes.gate import Gate as Gate
 from fedjax_llm.nodes.gram import Gram as Gram
+from fedjax_llm.nodes.grouped import Grouped as Grouped
 from fedjax_llm.nodes.leased import Leased as Leased
 from fedjax_llm.nodes.low_rank import LowRank as LowRank
 from fedjax_llm.nodes.made import Attended as Attended
@@ -40,6 +43,7 @@ from fedjax_llm.nodes.prompt import Prefix as Prefix
 from fedjax_llm.nodes.prompt import Prompt as Prompt
 from fedjax_llm.nodes.prompt_experts import Heads as Heads
 from fedjax_llm.nodes.prompt_experts import PromptExperts as PromptExperts
+from fedjax_llm.nodes.prompt_groups import PromptGroups as PromptGroups
 from fedjax_llm.nodes.protocol import is_node as is_node
 from fedjax_llm.nodes.scaled import Scaled as Scaled
 from fedjax_llm.nodes.scores import Context as Context
@@ -54,3 +58,4 @@ from fedjax_llm.nodes.swayed import Swayed as Swayed
 from fedjax_llm.nodes.tensor_train import TensorTrain as TensorTrain
 from fedjax_llm.nodes.tiers import Tiers as Tiers
 from fedjax_llm.nodes.vera import Vera as Vera
+from fedjax_llm.nodes.visual_pool import VisualPool as VisualPool

@@ -21,6 +21,30 @@ class Choice(NamedTuple):
   counts: Any  # [N] how many texts took each prompt
 
 
+def mean_of_tokens(x: jax.Array, real: Any) -> jax.Array:
+  """Returns the mean of embedded tokens x [B, T, D], [B, D] float32.
+
+  `real` [B, T] is True for tokens, None for all.
+
+  >>> mean_of_tokens(jnp.array([[[2.0], [4.0]]]), jnp.array([[1, 0]])).tolist()
+  [[2.0]]
+  """
+  weights = jnp.ones(x.shape[:2]) if real is None else real
+  weights = weights.astype(jnp.float32)[..., None]
+  count = jnp.maximum(weights.sum(1), 1)
+  return (x.astype(jnp.float32) * weights).sum(1) / count
+
+
+def unit(z: jax.Array) -> jax.Array:
+  """Returns vectors [..., D] of norm one; zeros stay zeros.
+
+  >>> unit(jnp.array([0.0, 2.0])).tolist()
+  [0.0, 1.0]
+  """
+  square = jnp.sum(z * z, -1, keepdims=True)
+  return z * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
+
+
 class Pool(NamedTuple):
   """N prompts with keys; each text takes the `top` with the nearest keys.
 
@@ -31,7 +55,9 @@ class Pool(NamedTuple):
 
   whose rows stand in front of the text, the nearest first. Keys get gradients
   only from `Choice.distance`, the paper's second term of the loss. A row of a
-  batch holds one text.
+  batch holds one text. In a causal model the query is the mean of the tokens
+  before the first one that the loss predicts: the question of a reply, or the
+  first token of a plain text.
 
   >>> node = Pool(jnp.ones((5, 2, 4)), jnp.ones((5, 4)), jnp.zeros(3, int))
   >>> node.length(), node.choose(jnp.ones((7, 6, 4)), None).rows.shape
@@ -54,13 +80,7 @@ class Pool(NamedTuple):
 
   def _nearest(self, x: jax.Array, real: Any) -> tuple[jax.Array, jax.Array]:
     """Returns the cosines and the indices of the chosen prompts, [B, K]."""
-    weights = jnp.ones(x.shape[:2]) if real is None else real
-    weights = weights.astype(jnp.float32)[..., None]
-    count = jnp.maximum(weights.sum(1), 1)
-    query = (x.astype(jnp.float32) * weights).sum(1) / count
-    unit = lambda z: (
-      z * jax.lax.rsqrt(jnp.maximum(jnp.sum(z * z, -1, keepdims=True), 1e-12))
-    )
+    query = mean_of_tokens(x, real)
     alike = unit(jax.lax.stop_gradient(query)) @ unit(self.keys).T
     return jax.lax.top_k(alike, jnp.shape(self.top)[0])
 

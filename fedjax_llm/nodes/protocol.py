@@ -16,6 +16,10 @@ weight. It has methods, of which only the first is required:
                                 nothing, for requests without it in a batch
     act_with_statistics(x, y, weight, real) -> (y', statistics)
     no_statistics()             returns the statistics of zero tokens
+    act_on_texts(x, y, weight, real) -> y'   instead of `act`, for a node that
+                                reads whole texts: `real` [B, T] is True for
+                                tokens, or None for all; a causal network
+                                refuses it
 
 and class attributes `FROZEN`, the names of fields that are never trained, and
 `PLACES`, the allowed places: ('kernel',) by default. Over layers all arrays
@@ -68,7 +72,8 @@ BESIDE = ('input', 'output', 'inputs', 'prefix', 'parallel', 'scores')
 GENERATOR = 'generator'  # the place of a node that makes others
 
 _METHODS = (
-  *('act', 'factors', 'replacement', 'before', 'plain', 'generate', 'scores'),
+  *('act', 'act_on_texts', 'factors', 'replacement', 'before', 'plain'),
+  *('generate', 'scores'),
 )
 
 
@@ -86,14 +91,15 @@ class Peft(NamedTuple):
 
 
 class Record(NamedTuple):
-  """Statistics of the nodes of one layer, gathered while it is traced.
+  """The tokens of a layer, and the statistics of its nodes while it is traced.
 
   `real` is True for the tokens that count, [B, T]. `statistics` maps id(node)
-  to (node, statistics); keeping the node keeps its id unique.
+  to (node, statistics), or is None if nobody asks for them; keeping the node
+  keeps its id unique.
   """
 
   real: Any
-  statistics: dict[int, tuple[Any, Any]]
+  statistics: dict[int, tuple[Any, Any]] | None = None
 
 
 def is_node(leaf: Any) -> bool:
@@ -179,18 +185,32 @@ def act(
   """Returns y with the leaf's change, in y's dtype; None changes nothing."""
   if leaf is None:
     return y
+  real, statistics = record or Record(None)
+  if hasattr(leaf, 'act_on_texts'):
+    return leaf.act_on_texts(x, y, weight, real).astype(y.dtype)
   if not hasattr(leaf, 'act'):
     leaf = factors(leaf) or Added(leaf)
-  if record is not None and hasattr(leaf, 'act_with_statistics'):
-    y, statistics = leaf.act_with_statistics(x, y, weight, record.real)
-    record.statistics[id(leaf)] = leaf, statistics
+  if statistics is not None and hasattr(leaf, 'act_with_statistics'):
+    y, mine = leaf.act_with_statistics(x, y, weight, real)
+    statistics[id(leaf)] = leaf, mine
     return y
   return leaf.act(x, y, weight).astype(y.dtype)
 
 
+def refuse_whole_texts(params: Any) -> None:
+  """Raises `Error` for a node that reads whole texts: in a causal network."""
+  for leaf in jax.tree.leaves(params, is_leaf=is_node):
+    if hasattr(leaf, 'act_on_texts'):
+      raise Error(
+        f'a {kind(leaf)} node reads whole texts, so in a causal model a token '
+        'would see those that come after it: use an encoder, such as '
+        'model.name=random_encoder.'
+      )
+
+
 def statistics_of(params: Any, record: Record | None) -> Any:
   """Returns the tree of recorded statistics, with None at other leaves."""
-  if record is None:
+  if record is None or record.statistics is None:
     return None
   kept = record.statistics
   return jax.tree.map(

@@ -3,7 +3,6 @@
 `read` returns a `Work`; `trace` counts its operations and memory.
 """
 
-import dataclasses
 import json
 import math
 import pathlib
@@ -15,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_llm import adapters, batching, data, local, models, tree
+from fedjax_llm import batching, data, models, tree
 from fedjax_llm.devices import sharding
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.models import families, quantised
 from fedjax_llm.models.files import load
-from fedjax_llm.nodes import Domains, Pictures, Reweighted, Towers
 from fedjax_llm.plan import published
+from fedjax_llm.plan.light import floats, light, no_network
 from fedjax_llm.run import (
   builders,
   config,
@@ -37,8 +36,6 @@ from fedjax_llm.types import (
   Cohort,
   Error,
   FederatedAlgorithm,
-  LossSum,
-  Model,
 )
 
 
@@ -101,7 +98,7 @@ def network(
       raise Error(f'model.name is {name!r}: give --model, a directory.')
     more = {} if labels is None else {'labels': labels}
     if name == 'random':  # as in training, which brings a tokenizer of bytes
-      more = {'vocab_size': 259, 'eos_ids': (258,)}
+      more |= {'vocab_size': 259, 'eos_ids': (258,)}
     if num_layers:
       section['num_layers'] = num_layers
     drawn: list[load.LoadedModel] = []
@@ -191,7 +188,7 @@ def read(
     conf[section], SPEC.sections[section], **more
   )
   task = build('task') if conf.get('task') else tasks.causal_lm()
-  labels = None
+  labels = task.scores
   if task.labels is not tasks.no_labels:
     labels = full['task'].get('labels') or ('0', '1')
   loaded = network(conf['model'], model, labels, num_layers)
@@ -281,17 +278,17 @@ def read(
   if mesh is not None:  # the cohort of all rows
     every = lambda x: jax.ShapeDtypeStruct((rows * K, *x.shape[1:]), x.dtype)
     cohort = jax.tree.map(every, cohort)
-  kept = jax.eval_shape(optimizer.init, _floats(state.params))
+  kept = jax.eval_shape(optimizer.init, floats(state.params))
   return Work(
     algorithm,
     state,
     cohort,
-    loaded.base,
+    _base(task, loaded),
     Sizes(K, m, S, B, T),
     kept,
     profiles,
     loaded,
-    method(_light(task.loss(loaded)), _no_network(len(labels or ()))),
+    method(light(task.loss(loaded)), no_network(len(labels or ()))),
     filled,
     memory.micro_batched(
       conf, memory.spared(conf, task.loss(loaded), loaded.config.num_layers)
@@ -328,74 +325,12 @@ def batches_of(
   return jax.tree.map(lambda x: np.broadcast_to(x, (K, S, *x.shape)), step)
 
 
-def _nothing(base: Any, params: Any, batch: Any, key: Any) -> LossSum:
-  del base, batch, key
-  total = jnp.float32(0)
-  for x in jax.tree.leaves(_floats(params)):
-    total += 0.0 * jnp.sum(x)
-  return LossSum(total, jnp.float32(1), jnp.float32(0))
-
-
-_no_loss = local.Observed(
-  _nothing,
-  lambda base, params, batch, key: (
-    _nothing(base, params, batch, key),
-    adapters.experts.no_statistics(params),
-  ),
-  lambda model: _nothing,
-)
-
-
-def _light(loss: Any) -> Any:
-  """Returns a loss of the same kind that needs no network."""
-  if isinstance(loss, local.ByNames):
-    return local.ByNames(_nothing, _no_towers)
-  if not isinstance(loss, local.Sampled):
-    return _no_loss
-
-  def sample(base, params, tokens, lengths, key, greedy=False):
-    del base, params, lengths, key, greedy
-    return jnp.zeros((tokens.shape[0], 1), jnp.int32)  # the token 0, no end
-
-  return dataclasses.replace(loss, model=_no_network(1), sample=sample)
-
-
-def _no_towers(base: Any, params: Any, batch: Any) -> Towers:
-  """Returns features of zeros, of the sizes that the trained node has."""
-  del base
-  node = params['scores']
-  size = 1
-  if isinstance(node, Reweighted):
-    size = node.first.kernel.shape[0]
-  if isinstance(node, Domains):
-    size = node.query.shape[0]
-  one = lambda *lead: jnp.zeros((*lead, size))
-  return Towers(
-    lambda rows: one(1), lambda rows: Pictures(one(len(batch.label))), 1.0
-  )
-
-
-def _no_network(num_labels: int) -> Model:
-  """Returns a network that computes zeros, for methods that ask one."""
-  zeros = lambda x, size: jnp.zeros((*jnp.shape(x)[:-1], size))
-
-  def places(batch):  # one state a token, or one a picture
-    text = getattr(batch, 'tokens', None)
-    return (batch.label if text is None else text)[..., None]
-
-  return Model(
-    hidden=lambda base, params, batch: zeros(places(batch), 1),
-    logits=lambda base, params, hidden: zeros(hidden, max(num_labels, 1)),
-    layers=lambda base, params, batch, numbers, hidden=None, *, ends=True: (
-      zeros(places(batch), 1)
-    ),
-  )
-
-
-def _floats(params: Any) -> Any:
-  return jax.tree.map(
-    lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, params
-  )
+def _base(task: tasks.Task, loaded: load.LoadedModel) -> Any:
+  """Returns the shapes of the base of a run, with what stands beside it."""
+  if task.beside is None:
+    return loaded.base
+  shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  return {**loaded.base, **jax.tree.map(shape, dict(task.beside(loaded)))}
 
 
 def trace(work: Work) -> costs.Costs:

@@ -22,6 +22,7 @@ from fedjax_llm.run import (
   metrics,
   rebuild,
   resume,
+  versions,
   workdir,
 )
 from fedjax_llm.run.sections import SPEC
@@ -98,13 +99,13 @@ def _before(path: str, number: int) -> Moment:
   algorithm = built.method(size, mesh=built.mesh)
   state = algorithm.init(built.round_key, jax.tree.map(jnp.copy, built.initial))
   newcomer = algorithm.init_client(state.params)
-  saver = checkpoint.open(room.checkpoints, read_only=True)
+  saver = checkpoint.open(room.checkpoints, read_only=True, conf=conf)
 
   def open_store(at: int, begins: bool) -> clients.store.Store:
     # Before the first round no client has a private state.
     states = room.states if at else room.states / 'none'
-    return clients.store.open(
-      states, newcomer, at_round=at, read_only=True, begins=begins
+    return versions.open_store(
+      states, newcomer, conf, at_round=at, read_only=True, begins=begins
     )
 
   def check(restored: checkpoint.Restored) -> None:

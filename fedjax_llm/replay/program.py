@@ -105,6 +105,11 @@ def _forgotten(args: argparse.Namespace) -> str:
       f'--forget {args.forget} is none of the {len(names)} clients, such as '
       f'{", ".join(map(str, near))}.'
     )
+  if built.small is not None:
+    raise Error(
+      '--forget measures the model of the server on the texts of a client, and '
+      'the clients of the section client_models have tokens of their own.'
+    )
   client = names.index(args.forget)
   heldout = [
     () if k == client else own[: built.test.per_client]
@@ -112,6 +117,7 @@ def _forgotten(args: argparse.Namespace) -> str:
   ]
   if not any(heldout):
     raise Error('--forget needs held-out texts of other clients.')
+  halves = moment.algorithm.train is not None
   figures = forgetting.compared(
     forgetting.Rounds(
       moment.algorithm,
@@ -123,15 +129,19 @@ def _forgotten(args: argparse.Namespace) -> str:
     loss=built.task.loss(built.loaded),
     key=built.round_key,
     retain=[batches for batches, _ in built.rows(heldout)],
+    **({} if halves else {'ways': ()}),
   )
   rows = [
     (way, f'{x.forget:.6f}', f'{x.retain:.6f}', f'{x.distance:.6f}')
     for way, x in figures.items()
   ]
   header = ('', 'loss, its texts', "loss, others' held-out", 'from retrained')
+  note = (
+    '\nThe method tells no single updates: only training again forgets them.'
+  )
   return (
     f'forgetting {narration.printable(args.forget)} after round {args.round}:\n'
-    f'{metrics.table(rows, header)}'
+    f'{metrics.table(rows, header)}{"" if halves else note}'
   )
 
 

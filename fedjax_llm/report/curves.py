@@ -24,13 +24,18 @@ _LOSSES = {
 
 
 def losses(runs: Sequence[Run]) -> list[Picture | str]:
-  """Returns charts of loss by rounds, tokens and bytes, and of accuracy."""
+  """Returns charts of loss by rounds, tokens and bytes, and of accuracy.
+
+  Runs with a simulated clock also have charts by its seconds and joules.
+  """
   unit = runs[0].unit
   label = f'loss, nats per {unit}'
   axes = {
     'rounds': 'rounds',
     'tokens': f'{unit}s trained on',
     'bytes': 'bytes up and down',
+    'seconds': 'simulated seconds',
+    'joules': 'simulated joules of the devices',
   }
   made: list[Picture | str] = []
   for axis, words in axes.items():
@@ -49,6 +54,14 @@ def losses(runs: Sequence[Run]) -> list[Picture | str]:
         made.append(said('Loss against bytes: nothing travels', silent, runs))
     if axis != 'rounds':  # a curve needs more than the start
       lines = [line for line in lines if line[1].x[-1] > 0]
+    if axis in numbers.SO_FAR and lines:
+      without = [
+        run
+        for run in runs
+        if run.round and not numbers.total(run, *numbers.SO_FAR[axis])
+      ]
+      if without:
+        made.append(said(f'{title}: no such figure', without, runs))
     if _curved(lines):
       keys = [key for key, _ in lines] if len(runs) == 1 else []
       name = f'loss-{axis}'
@@ -172,6 +185,8 @@ def _picture(
 
 
 def _amount(x: float, axis: str) -> str:
-  """Returns bytes or tokens as short text."""
+  """Returns bytes, tokens, seconds or joules as short text."""
+  if axis in numbers.SO_FAR:
+    return f'{x:,.4g} {axis[0] if axis == "seconds" else "J"}'
   amount = metrics.human_bytes(round(x))
   return amount if axis == 'bytes' else amount.removesuffix('B').strip()

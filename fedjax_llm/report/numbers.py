@@ -22,6 +22,11 @@ AXES = {
   'tokens': ('local/tokens',),
   'bytes': ('uploads/bytes', 'downloads/bytes'),
 }
+# Axes of metrics that already count from the start (`clients.timed`).
+SO_FAR = {
+  'seconds': ('clock/seconds',),
+  'joules': ('clock/joules',),  # of the devices
+}
 SERVED = 'served'  # personal models if a run has them, else the shared model
 
 
@@ -49,15 +54,20 @@ def served(record: Mapping[str, Any], name: str = 'loss') -> float | None:
 
 
 def curve(run: Run, field: str, axis: str = 'rounds') -> Curve:
-  """Returns a field of all records against rounds, tokens or bytes so far.
+  """Returns a field of all records against what a run has used so far.
 
-  `field` may be 'served/loss' or 'served/accuracy'. After its first round a run
-  with personal models has points only in rounds that evaluate them.
+  The axis is one of `AXES` or `SO_FAR`: rounds, tokens, bytes, simulated
+  seconds or joules. `field` may be 'served/loss' or 'served/accuracy'. After
+  its first round a run with personal models has points only in rounds that
+  evaluate them.
   """
   xs, ys, so_far = [], [], 0.0
   where, _, name = field.partition('/')
+  counted = axis in SO_FAR
+  fields = SO_FAR[axis] if counted else AXES[axis]
   for record in run.records:
-    so_far += sum(value(record, f) or 0.0 for f in AXES[axis])
+    more = sum(value(record, f) or 0.0 for f in fields)
+    so_far = max(so_far, more) if counted else so_far + more
     y = served(record, name) if where == SERVED else value(record, field)
     if y is not None:
       xs.append(float(record['round']) if axis == 'rounds' else so_far)

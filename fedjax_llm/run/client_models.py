@@ -54,7 +54,8 @@ def client_models(
   Args:
     models: sections as `model`; one drawn at random also takes `tokenizer`,
       'bytes' or 'pairs'.
-    shares: of the clients in each group; equal if None.
+    shares: relative weights with which a client's group is drawn, of any sum;
+      equal if None.
 
   Raises:
     Error: no model, an entry that is no section, shares of another number.
@@ -115,6 +116,12 @@ def build(
       raise Error(
         f'{name}: a run with client_models {why}: leave the section out.'
       )
+  sampler = builders.named(conf.get('clients'))
+  if sampler in ('buffered', 'compass'):
+    raise Error(
+      f'clients.name is {sampler!r}, whose clients start in earlier rounds: a '
+      'run with client_models keeps no earlier versions; take another sampler.'
+    )
   if population.pooled:
     raise Error(
       "partition.name is 'pooled', which leaves one client: a run with "
@@ -219,8 +226,13 @@ def personal(built: Any, *, per_client: int = 4) -> Evaluator:
     per_client: held-out texts of a client.
 
   Raises:
-    Error: a run without the section client_models.
+    Error: a run without the section client_models, per_client below one.
   """
+  if per_client < 1:
+    raise Error(
+      f'evals.evaluators: client_models: per_client={per_client} must be at '
+      'least 1.'
+    )
   small: Groups | None = built.small
   if small is None:
     raise Error(

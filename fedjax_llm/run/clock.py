@@ -4,7 +4,7 @@
 (`clients.timed`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -42,6 +42,27 @@ section system, such as system.name=fleet.
     )
 
 
+def check_tiers(algorithm: Mapping[str, Any], clients: Any) -> None:
+  """Raises an `Error` unless a method of tiers has those of the clients.
+
+  >>> check_tiers({'name': 'fed_at', 'num_tiers': 3},
+  ...             {'name': 'tiered', 'num_tiers': 2})
+  Traceback (most recent call last):
+    ...
+  fedjax_llm.types.Error: algorithm.num_tiers is 3 and clients.num_tiers is 2; \
+they must be the same.
+  """
+  own, theirs = (
+    section.get('num_tiers') if isinstance(section, Mapping) else None
+    for section in (algorithm, clients)
+  )
+  if None not in (own, theirs) and own != theirs:
+    raise Error(
+      f'algorithm.num_tiers is {own} and clients.num_tiers is {theirs}; they '
+      'must be the same.'
+    )
+
+
 def job(
   algorithm: FederatedAlgorithm,
   params: Any,
@@ -55,7 +76,8 @@ def job(
   round 0. Nothing is trained where the bytes do not depend on training: the
   compiler leaves it out.
   """
-  one = make_cohort(Draw(np.zeros(1, np.int32), np.ones(1, bool)), 0)
+  zero = np.zeros(1, np.int32)
+  one = make_cohort(Draw(zero, np.ones(1, bool), tier=zero), 0)
   state = algorithm.init(jax.random.key(0), params)
   newcomer = algorithm.init_client(state.params)
   one = one._replace(states=tree.broadcast(newcomer, 1))

@@ -119,6 +119,29 @@ EVALUATORS: Mapping[str, Callable[..., Evaluator]] = {
 }
 
 
+def with_implied(
+  sections: Sequence[Mapping[str, Any]],
+  personal: Mapping[str, Any] | None,
+  has_stages: bool,
+) -> list[Mapping[str, Any]]:
+  """Returns a config's evaluators and those that other fields ask for.
+
+  Args:
+    sections: `evals.evaluators`.
+    personal: `evals.personal`.
+    has_stages: True for a run with the section `stages`, which has `by_stage`
+      once, whether it is listed or not.
+
+  >>> with_implied([{'name': 'likelihood'}], None, True)
+  [{'name': 'likelihood'}, {'name': 'by_stage'}]
+  >>> with_implied([{'name': 'by_stage'}], None, True)
+  [{'name': 'by_stage'}]
+  """
+  every = [*sections] if personal is None else [*sections, personal]
+  listed = any(builders.named(one) == 'by_stage' for one in every)
+  return [*every, {'name': 'by_stage'}] if has_stages and not listed else every
+
+
 def check(sections: Sequence[Mapping[str, Any]]) -> None:
   """Checks the list of a config against the signatures of its builders.
 
@@ -129,9 +152,9 @@ def check(sections: Sequence[Mapping[str, Any]]) -> None:
   Traceback (most recent call last):
   fedjax_llm.types.Error: evals.evaluators[0].name: there is no 'likelihoods' \
 (the nearest is 'likelihood'; there are likelihood, by_stage, fused, \
-instance_mixed, recalled, choices, classes, code, consistent, generated, \
-judged, needle, attack_success, exposure, extraction, membership, inversion, \
-newcomers, client_models); one's own is named \
+instance_mixed, recalled, choices, classes, code, consistent, demonstrated, \
+generated, judged, needle, retrieved, attack_success, exposure, extraction, \
+membership, inversion, newcomers, client_models); one's own is named \
 'package.module:function'.
   """
   for i, section in enumerate(sections):

@@ -3,6 +3,7 @@
 image_classification    a ViT or DINOv2 with a classifier
 zero_shot               a CLIP, whose classes are texts
 contrastive             a CLIP, on images with their texts
+images_or_texts         a CLIP, on clients that may have only one of the two
 """
 
 from collections.abc import Sequence
@@ -13,11 +14,24 @@ import numpy as np
 from fedjax_llm import data, local
 from fedjax_llm.data import collate, encoding, pictures
 from fedjax_llm.data.sources import Record
+from fedjax_llm.local.either import either
 from fedjax_llm.models import LoadedModel
 from fedjax_llm.run import tasks
-from fedjax_llm.types import Error, Example, Image, ImageWithText, Loss
+from fedjax_llm.types import (
+  Either,
+  Error,
+  Example,
+  Image,
+  ImageWithText,
+  Loss,
+)
 
-__all__ = ['contrastive', 'image_classification', 'zero_shot']
+__all__ = [
+  'contrastive',
+  'image_classification',
+  'images_or_texts',
+  'zero_shot',
+]
 
 TEMPLATE = 'a photo of a {}.'
 NAME = '{}.'  # behind a trained context
@@ -292,6 +306,75 @@ def contrastive(template: str = '{}') -> tasks.Task:
     check=check,
     example=example,
     peft_type=None,
+  )
+
+
+def images_or_texts(
+  labels: Sequence[str] | None = None, template: str = TEMPLATE
+) -> tasks.Task:
+  """Returns the task of classes of pictures and of texts, `local.either`.
+
+  A record has an image, a text or both, and a label; the classes are texts.
+  `fedjax_llm.recipes.images.towers:by_tower` trains only the towers that a
+  client has data for.
+
+  Args:
+    labels: the names of the classes; by default those of the records, sorted.
+    template: the text of a class, with '{}' for its name.
+
+  Raises:
+    Error: as `zero_shot`; from `encode`, a record without an image and a text,
+      or with another class.
+
+  >>> images_or_texts().metrics.accuracies
+  True
+  """
+  shot = zero_shot(labels, template)
+
+  def check(loaded: LoadedModel) -> None:
+    _check_dual(loaded, 'images_or_texts')
+    texts_of(loaded, template)
+
+  def encode(record: Record, how: encoding.Encoding) -> data.Encoded:
+    where, names = record.where or 'record', list(how.labels or ())
+    if record.image is None and record.text is None:
+      raise Error(
+        f'{where}: task.name=images_or_texts needs an image or a text.'
+      )
+    if record.label not in names:
+      raise Error(
+        f'{where}: the label {record.label!r} is not one of task.labels, '
+        f'{", ".join(map(repr, names))}.'
+      )
+    pixels = None if record.image is None else _pixels(record)
+    text, cut = None, False
+    if record.text is not None:
+      if how.tokenizer.whole is None:
+        raise Error(
+          f'the tokenizer {how.tokenizer.name} marks no ends of texts, which a '
+          'dual encoder reads.'
+        )
+      words = how.tokenizer.whole(record.text, None, how.max_length)
+      tokens, cut = np.asarray(words.tokens, np.int32), words.is_cut
+      text = Example(tokens, np.zeros(len(tokens), bool))
+    return data.Encoded(
+      [Either(pixels, text, names.index(record.label))], texts_cut=int(cut)
+    )
+
+  def loss(loaded: LoadedModel, *, per_row: bool = False) -> Loss:
+    return either(loaded.dual, *texts_of(loaded, template), per_row=per_row)
+
+  def example(length: int, vocab_size: int, *, config: Any) -> Either:
+    tokens = (np.arange(length) * 7919 % vocab_size).astype(np.int32)
+    text = Example(tokens, np.zeros(length, bool))
+    return Either(_blank(config), text, 0)
+
+  return shot._replace(
+    encode=encode,
+    collate=collate.either,
+    check=check,
+    loss=loss,
+    example=example,
   )
 
 

@@ -115,7 +115,7 @@ def _open(
   if records:
     records = staged.records(conf, records, SPEC.sections['data'])
   labels = task.labels(records)
-  loaded = texts.model(build, labels)
+  loaded = texts.model(build, labels or task.scores)
   adapter: Adapter = build('adapter', tokenizer=_tokenizer(conf, loaded))
   seed = conf.get('seed', 0)
   names: tuple[str, ...] = ('all',)
@@ -179,7 +179,7 @@ def _open(
     return Made(
       conf, loaded, task, adapter, params, 'the adapter of the end', notes
     )
-  saver = checkpoint.open(room.checkpoints, read_only=True)
+  saver = checkpoint.open(room.checkpoints, read_only=True, conf=conf)
   number = _round_of(folder, conf, round, saver.rounds())
 
   def open_store(at: int, begins: bool) -> clients.store.Store:
@@ -187,8 +187,8 @@ def _open(
       return clients.store.open(room.states, ClientState(), at_round=at)
     # A client that has never trained has the initial state.
     newcomer = algorithm.init_client(start().params)
-    return clients.store.open(
-      room.states, newcomer, at_round=at, read_only=True, begins=begins
+    return versions.open_store(
+      room.states, newcomer, conf, at_round=at, read_only=True, begins=begins
     )
 
   def check(restored: checkpoint.Restored) -> None:

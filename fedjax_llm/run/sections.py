@@ -33,6 +33,7 @@ from fedjax_llm.run import (
   memory,
   preferences,
   rates,
+  reward_models,
   rewarded,
   tasks,
   trackers,
@@ -123,6 +124,20 @@ def clusters(
   return data.drift.clusters(num_clients, num_clusters, alpha, function)
 
 
+def within(
+  of: Mapping[str, Any] = {'name': 'soft_prompt'},
+  towers: Sequence[str] = ('vision',),
+) -> Any:
+  """Returns `adapters.within`: a section's adapter in towers of a dual encoder.
+
+  >>> from jax import numpy as jnp, random
+  >>> base = {'text': {'bias': jnp.ones(2)}, 'vision': {'bias': jnp.ones(3)}}
+  >>> sorted(within({'name': 'bitfit'}).init(random.key(0), base))
+  ['vision']
+  """
+  return adapters.within(builders.build(of, adapters), *towers)
+
+
 def bucketing(of: Mapping[str, Any] = {'name': 'median'}, size: int = 2) -> Any:
   """Returns `aggregators.bucketing` before the rule that a section names."""
   return aggregators.bucketing(builders.build(of, aggregators), size=size)
@@ -198,6 +213,7 @@ SPEC = config.Spec(
     'task': {
       **builders.names(tasks),
       **builders.names(preferences),
+      **builders.names(reward_models),
       **builders.names(rewarded),
       **builders.names(images),
     },
@@ -227,7 +243,10 @@ SPEC = config.Spec(
     'model': models,
     'adapter': {
       name: warm.startable(builder)
-      for name, builder in builders.names(adapters).items()
+      for name, builder in {
+        **builders.names(adapters),
+        'within': within,
+      }.items()
     },
     'algorithm': {
       name: config.onward(recipe, parts)

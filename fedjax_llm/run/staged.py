@@ -291,6 +291,15 @@ def matrices(
   return result
 
 
+def _known(x: Any) -> Any:
+  """Returns nested values for JSON, None in place of NaN."""
+  if isinstance(x, Mapping):
+    return {name: _known(value) for name, value in x.items()}
+  if isinstance(x, list | tuple):
+    return [_known(value) for value in x]
+  return None if isinstance(x, float) and x != x else x
+
+
 def _number(x: Any) -> float:
   return float(x) if isinstance(x, int | float) else float('nan')
 
@@ -329,7 +338,7 @@ def tracker(
         'round': number,
         **tables,
       }
-      text = json.dumps(content, indent=1).replace('NaN', 'null')
+      text = json.dumps(_known(content), indent=1)
       workdir.replace(folder / FILE, text + '\n')
     return {NAMES: list(stages.names)} | {
       f'evals/stages/{title}_{name}': value

@@ -5,7 +5,7 @@ task is a builder `my_package.my_module:my_task` that returns a `Task`; no other
 file needs a change.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,7 +95,10 @@ class Task(NamedTuple):
   where it names `config`, it gets that of the network (the size of its images);
   `writes` is True if replies are generated from held-out texts; `head` names
   the modules that an adapter's file has to hold, and `peft_type` is PEFT's name
-  of the task, None for one that PEFT has no name for.
+  of the task, None for one that PEFT has no name for. `scores` names the
+  numbers that a network of this task gives a text, where they are no classes of
+  the records. `beside(loaded) -> weights` by name stand beside those of the
+  network in the base of a run.
 
   >>> Task(loss=lambda loaded, per_row=False: None).metrics.unit
   'token'
@@ -113,6 +116,8 @@ class Task(NamedTuple):
   writes: bool = False
   head: tuple[str, ...] = ()
   peft_type: str | None = 'CAUSAL_LM'
+  scores: tuple[str, ...] | None = None
+  beside: Callable[[LoadedModel], Mapping[str, Base]] | None = None
 
 
 def causal_lm() -> Task:
@@ -144,7 +149,9 @@ def causal_lm() -> Task:
 
 
 def classification(labels: Sequence[str] | None = None) -> Task:
-  """Returns the task of one label a text, `local.classification` on an encoder.
+  """Returns the task of one label a text: `local.classification`.
+
+  An encoder reads the first token, a causal network the last one.
 
   Args:
     labels: the classes, in the order of a trained head; by default the labels
@@ -156,10 +163,10 @@ def classification(labels: Sequence[str] | None = None) -> Task:
 
   def check(loaded: LoadedModel) -> None:
     of_texts(loaded)
-    if loaded.config.head != 'classifier':
+    if loaded.config.head not in ('classifier', 'score'):
       raise Error(
-        f'{loaded.name} has no classifier: task.name=classification needs an '
-        'encoder, model.name=pretrained or random_encoder.'
+        f'{loaded.name} has no classifier: task.name=classification needs '
+        'model.name=pretrained, random_encoder or random.'
       )
 
   def loss(loaded: LoadedModel, *, per_row: bool = False) -> Loss:
@@ -176,7 +183,7 @@ def classification(labels: Sequence[str] | None = None) -> Task:
     labels=classes,
     check=check,
     example=example,
-    head=('pooler', 'classifier'),
+    head=('pooler', 'classifier', 'score'),
     peft_type='SEQ_CLS',
   )
 

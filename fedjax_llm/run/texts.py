@@ -18,7 +18,7 @@ def model(
 
   Args:
     make: builds a section of the config.
-    labels: the names of the classes; None: no classification.
+    labels: the names of the classes or scores; None: it has none.
     place: the device places of the weights, as `devices.sharding.placement`.
   """
   tokenizer = data.tokenizers.bytes()

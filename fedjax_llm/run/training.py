@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_llm import adapters, clients, data, evals, models, tree
+from fedjax_llm import adapters, data, evals, models, tree
 from fedjax_llm.adapters import complete, peft
 from fedjax_llm.devices import compilation, exchange, hosts, sharding
 from fedjax_llm.run import (
@@ -33,6 +33,7 @@ from fedjax_llm.run import (
   resume,
   staged,
   stalls,
+  versions,
   workdir,
 )
 from fedjax_llm.run.ends import ends
@@ -116,6 +117,7 @@ def train(args: config.Arguments) -> None:
     max_to_keep=settings.keep_checkpoints,
     mine=first,
     writers=writers,
+    conf=resolved,
   )
   if room.lost and not saver.rounds():
     raise Error(
@@ -136,8 +138,8 @@ def train(args: config.Arguments) -> None:
         f'{args.workdir} is at round {restored.round}, above {num_rounds=}.'
       )
 
-  open_store = lambda number, begins: clients.store.open(
-    room.states, newcomer, at_round=number, mine=first, begins=begins
+  open_store = lambda number, begins: versions.open_store(
+    room.states, newcomer, resolved, at_round=number, mine=first, begins=begins
   )
   restored, store = resume.newest(saver, state, open_store, check)
   done = 0

@@ -59,6 +59,7 @@ class Run(NamedTuple):
   step: Callable[[], None]
   params: Callable[[], Any]  # what the server has now
   program: Callable[[], Any]  # a round on one device, traced
+  text: Callable[[], str]  # of the compiled round
   loaded: Any
 
 
@@ -83,12 +84,15 @@ def ready(args, block: int = 0, **model_settings) -> Run:
     algorithm.init(jax.random.key(0), params), cohort, loaded.base
   )
 
+  def text():
+    return step.lower(state, cohort, base).compile().as_text()
+
   def one_round():
     nonlocal state
     state, _, info = step(state, cohort, base)
     jax.block_until_ready((state.params, info))
 
-  return Run(one_round, lambda: state.params, program, loaded)
+  return Run(one_round, lambda: state.params, program, text, loaded)
 
 
 def main() -> None:

@@ -8,12 +8,17 @@ import os
 import pathlib
 import platform
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import suites
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+
+import cell_files
 
 FILE = '{task}-{method}-{seed}.json'
 
@@ -108,6 +113,7 @@ def run(
     RuntimeError: the run was refused or stopped; the message is the program's.
   """
   from fedjax_llm import train
+  from fedjax_llm.run import provenance
 
   began = time.monotonic()
   with tempfile.TemporaryDirectory() as workdir:
@@ -140,6 +146,7 @@ def run(
     'cpu_seconds': round(time.process_time(), 1),
     'date': f'{datetime.date.today()}',
     'machine': f'{platform.machine()}, {os.cpu_count()} CPU cores',
+    'provenance': provenance.of(settings),
   }
 
 
@@ -162,8 +169,5 @@ def forked(file: pathlib.Path, *cell: Any) -> None:
     task, _, method, seed, rounds, _ = cell
     figures = dict(task=task, method=method, seed=seed, rounds=rounds)
     figures['failed'] = f'{error}'
-  file.parent.mkdir(parents=True, exist_ok=True)
-  part = file.with_suffix('.part')
-  part.write_text(json.dumps(figures, indent=1, sort_keys=True) + '\n')
-  os.replace(part, file)
+  cell_files.save(file, figures, indent=1, sort_keys=True)
   os._exit(0)

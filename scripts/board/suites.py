@@ -141,8 +141,8 @@ _MORE = {
   'evals.per_client': 16,
 }
 _LONG = {'clients.cohort_size': 8, 'evals.per_client': 16}
-_UNIFORM = {
-  'partition': {'name': 'uniform', 'num_clients': 8},
+_EQUAL = {
+  'partition': {'name': 'iid', 'num_clients': 8},
   'population.max_length': 128,
 }
 _DOC2DIAL = (
@@ -178,7 +178,7 @@ SUITES: Mapping[str, Suite] = {
         'client',
         **{**_LONG, 'population.max_length': 256},
       ),
-      'gsm8k_100': _written('GSM8K, a sample', 'gsm8k_100', None, **_UNIFORM),
+      'gsm8k_100': _written('GSM8K, a sample', 'gsm8k_100', None, **_EQUAL),
     },
     rounds=20,
   ),

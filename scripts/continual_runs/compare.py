@@ -11,10 +11,15 @@ import io
 import json
 import pathlib
 import statistics
+import sys
 import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / 'scripts'))
+
+import cell_files  # noqa: E402
+
 FOLDER = ROOT / 'scripts' / 'continual_runs'
 CELLS = FOLDER / 'cells'
 SEEDS = (0, 1, 2)
@@ -117,14 +122,11 @@ def table(cells: dict[str, list[dict]]) -> str:
     rounds = sorted({cell['rounds'] for cell in of})
     values.append(', '.join(map(str, rounds)))
     lines.append(f'| {method} | {" | ".join(values)} |')
-  missing = [
-    f'{method}, seed {seed}'
-    for method in METHODS
-    for seed in SEEDS
-    if not cell_of(method, seed).exists()
-  ]
-  if missing:
-    lines += ['', f'Missing: {"; ".join(missing)}.']
+  every = [(method, seed) for method in METHODS for seed in SEEDS]
+  missing = cell_files.missing(every, lambda cell: cell_of(*cell))
+  lines += cell_files.listed(
+    f'{method}, seed {seed}' for method, seed in missing
+  )
   return '\n'.join(lines)
 
 
@@ -165,9 +167,9 @@ def main() -> None:
   parser.add_argument('--budget', type=float, help='minutes')
   parser.add_argument('--table', action='store_true', help='train nothing')
   args = parser.parse_args()
-  CELLS.mkdir(parents=True, exist_ok=True)
-  rounds, began = args.rounds, time.monotonic()
-  todo = [(m, s) for s in SEEDS for m in METHODS if not cell_of(m, s).exists()]
+  rounds, budget = args.rounds, cell_files.budget(args.budget)
+  every = [(method, seed) for seed in SEEDS for method in METHODS]
+  todo = cell_files.missing(every, lambda cell: cell_of(*cell))
   for number, (method, seed) in enumerate([] if args.table else todo):
     since = time.monotonic()
     content = train(method, seed, rounds)
@@ -181,15 +183,12 @@ def main() -> None:
       machine=MACHINE,
       **{k: content[k] for k in ('names', 'accuracy', 'loss')},
     )
-    cell_of(method, seed).write_text(json.dumps(cell) + '\n')
-    rest, spent = len(todo) - number - 1, time.monotonic() - began
+    cell_files.save(cell_of(method, seed), cell, indent=None)
+    rest = len(todo) - number - 1
     need = rest * took  # the first cell also compiles
-    print(
-      f'{method}, seed {seed}: {took:.0f} s; {rest} cells left, about '
-      f'{need / 60:.0f} minutes',
-      flush=True,
-    )
-    short = args.budget and need > 60 * args.budget - spent
+    name = f'{method}, seed {seed}'
+    print(cell_files.line(name, took, rest, need), flush=True)
+    short = args.budget and need > budget.left()
     if short and number and rounds > 1:
       rounds -= 1
       print(f'the budget allows {rounds} rounds a stage from here on')

@@ -18,7 +18,7 @@ import argparse
 import json
 import math
 import pathlib
-import time
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +26,10 @@ import cells  # beside this file
 import tables
 
 HERE = pathlib.Path(__file__).parent
+sys.path.append(str(HERE.parent))
+
+import cell_files  # noqa: E402
+
 LONGEST = 2  # times R, for kinds that send little
 LEAST = 2  # rounds
 ALSO = 2  # rounds of a search
@@ -110,20 +114,12 @@ def search(bench: cells.Bench) -> dict[str, Any]:
   }
 
 
-def save(path: pathlib.Path, value: Any) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix('.partial')
-  partial.write_text(json.dumps(value, indent=1) + '\n')
-  partial.rename(path)
-
-
 def compare(
   model: str, folder: pathlib.Path, rounds: int, minutes: float | None,
   smoke: bool,
 ) -> None:  # fmt: skip
   """Trains the missing searches and cells of a model."""
-  began = time.monotonic()
-  spent = lambda: time.monotonic() - began
+  budget = cell_files.budget(minutes)
   benches: dict[str, cells.Bench] = {}
   kinds = list(cells.MODELS[model])
   loaded = None
@@ -139,24 +135,24 @@ def compare(
   for number, kind in enumerate(kinds):
     path = folder / f'rates-{name_of(kind)}.json'
     if not path.exists():
-      save(path, search(bench(kind)))
+      cell_files.save(path, search(bench(kind)))
       print(
         f'{model}, {kind}: rate {json.loads(path.read_text())["rate"]:g}; '
-        f'{spent():.0f} s, {len(kinds) - number - 1} searches left',
+        f'{budget.spent():.0f} s, {len(kinds) - number - 1} searches left',
         flush=True,
       )
     searches[kind] = json.loads(path.read_text())
   path = folder / 'plan.json'
   if not path.exists():
-    left = None if minutes is None else 60 * minutes - spent()
-    save(path, fitted(searches, rounds, left))
+    left = None if minutes is None else budget.left()
+    cell_files.save(path, fitted(searches, rounds, left))
   plan = json.loads(path.read_text())
-  todo = [
+  every = [
     (seed, kind, folder / f'{name_of(kind)}-{seed}.json')
     for seed in cells.SEEDS
     for kind in kinds
   ]
-  todo = [one for one in todo if not one[-1].exists()]
+  todo = cell_files.missing(every, lambda cell: cell[-1])
   predicted = len(todo) / len(kinds) * seconds(searches, plan)
   print(
     f'{model}: {plan["rounds"]} rounds, {len(todo)} cells, about '
@@ -168,7 +164,7 @@ def compare(
     tests = {0, plan['rounds'], by_bytes}
     rate = searches[kind]['rate']
     result = bench(kind).train(seed, rate, max(tests), sorted(tests))
-    save(
+    cell_files.save(
       path,
       dict(
         model=model, kind=kind, seed=seed, rate=rate,
@@ -178,7 +174,7 @@ def compare(
     )  # fmt: skip
     print(
       f'{number}/{len(todo)} {model}, {kind}, seed {seed}: '
-      f'{result["curve"][-1]["loss"]:.3f}; {spent() / 60:.1f} minutes',
+      f'{result["curve"][-1]["loss"]:.3f}; {budget.spent() / 60:.1f} minutes',
       flush=True,
     )
 

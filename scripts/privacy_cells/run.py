@@ -2,9 +2,9 @@
 
 import argparse
 import functools
-import json
 import pathlib
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +20,10 @@ from fedjax_llm.run.sections import SPEC
 from fedjax_llm.types import FederatedAlgorithm
 
 HERE = pathlib.Path(__file__).parent
+sys.path.append(str(HERE.parent))
+
+import cell_files  # noqa: E402
+
 TUNINGS = ('lora', 'ffa', 'bitfit', 'prompt')
 
 
@@ -158,7 +162,7 @@ def main() -> None:
   out = args.out or where / model
   cells = out / 'cells'
   cells.mkdir(parents=True, exist_ok=True)
-  began, left = time.monotonic(), 0
+  budget, left = cell_files.budget(args.budget or None), 0
   order = [
     (seed, tuning, epsilon)
     for seed in range(args.seeds)
@@ -170,12 +174,12 @@ def main() -> None:
     path = cells / f'{name}.json'
     if path.exists() or args.table:
       continue
-    if args.budget and time.monotonic() - began > 60 * args.budget:
+    if budget.left() < 0:
       left += 1
       continue
     print(f'\n== {number}/{len(order)}: {name}', flush=True)
     result = cell(model, tuning, epsilon, seed, args.rounds)
-    path.write_text(json.dumps(result, indent=1) + '\n')
+    cell_files.save(path, result)
   known = tables.read(cells)
   table = tables.markdown(known, args.epsilons)
   tables.figure(known, args.epsilons, out / 'figure.png')

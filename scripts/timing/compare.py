@@ -14,10 +14,15 @@ import json
 import pathlib
 import platform
 import statistics
+import sys
 import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / 'scripts'))
+
+import cell_files  # noqa: E402
+
 FOLDER = ROOT / 'scripts' / 'timing'
 CELLS = FOLDER / 'cells'
 CLIENTS, SEEDS = 8, (0, 1, 2)
@@ -147,14 +152,12 @@ def table(cells: dict) -> str:
       f'{spread([p["loss"] for p in last], 3)} | '
       f'{spread([p["seconds"] for p in last])} |'
     )
-  missing = [
+  lines += cell_files.listed(
     f'{method}, seed {seed}'
     for method in METHODS
     for seed in SEEDS
     if seed not in [c['seed'] for c in cells.get(method, [])]
-  ]
-  if missing:
-    lines += ['', f'Missing: {"; ".join(missing)}.']
+  )
   return '\n'.join(lines)
 
 
@@ -196,9 +199,9 @@ def main() -> None:
   parser.add_argument('--budget', type=float, help='minutes')
   parser.add_argument('--table', action='store_true', help='train nothing')
   args = parser.parse_args()
-  CELLS.mkdir(parents=True, exist_ok=True)
-  rounds, began = args.rounds, time.monotonic()
-  todo = [(m, s) for s in SEEDS for m in METHODS if not cell_of(m, s).exists()]
+  rounds, budget = args.rounds, cell_files.budget(args.budget)
+  every = [(method, seed) for seed in SEEDS for method in METHODS]
+  todo = cell_files.missing(every, lambda cell: cell_of(*cell))
   for number, (method, seed) in enumerate([] if args.table else todo):
     since = time.monotonic()
     records = train(method, seed, rounds)
@@ -208,17 +211,13 @@ def main() -> None:
       date=f'{datetime.date.today()}',
       machine=f'{platform.machine()}, CPU', curve=curve(records),
     )  # fmt: skip
-    cell_of(method, seed).write_text(json.dumps(cell, indent=1) + '\n')
+    cell_files.save(cell_of(method, seed), cell)
     rest = len(todo) - number - 1
-    spent = time.monotonic() - began
-    print(
-      f'{method}, seed {seed}: {took:.0f} s; {rest} cells left, about '
-      f'{rest * spent / (number + 1) / 60:.0f} minutes',
-      flush=True,
-    )
+    need = rest * budget.spent() / (number + 1)
+    name = f'{method}, seed {seed}'
+    print(cell_files.line(name, took, rest, need), flush=True)
     if args.budget and rest:
-      left = 60 * args.budget - spent
-      share = left / (rest * spent / (number + 1))
+      share = budget.left() / need
       if share < 1 and rounds > 4:  # fewer rounds, the same cells
         rounds = max(4, int(rounds * share))
         print(f'the budget allows {rounds} rounds a cell from here on')

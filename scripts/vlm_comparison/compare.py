@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import pathlib
+import sys
 import time
 from typing import Any
 
@@ -36,6 +37,10 @@ from fedjax_llm.nodes import Pictures
 from fedjax_llm.types import Cohort, Images
 
 HERE = pathlib.Path(__file__).parent
+sys.path.append(str(HERE.parent))
+
+import cell_files  # noqa: E402
+
 KEY: Any = None  # nothing here is random in a loss
 BASE = (
   *('Activities', 'Animals & Nature', 'Objects'),
@@ -356,7 +361,7 @@ def main():
   unknown = set(args.methods) - set(METHODS)
   if unknown:
     parser.error(f'--methods {min(unknown)} is none of {", ".join(METHODS)}')
-  began = time.monotonic()
+  budget = cell_files.budget(args.budget)
   out = pathlib.Path(args.out)
   out.mkdir(parents=True, exist_ok=True)
   names = ('things', 'rounds', 'steps', 'batch')
@@ -368,9 +373,7 @@ def main():
       file = out / f'{method}_{seed}.json'
       if file.exists():
         continue
-      left = np.inf
-      if args.budget is not None:
-        left = 60 * args.budget - (time.monotonic() - began)
+      left = budget.left()
       if left < longest or left <= 0:
         print(f'{file.name}: no time is left', flush=True)
         continue
@@ -381,9 +384,7 @@ def main():
       cell = comparison.cell(method, seed)
       longest = max(longest, cell['seconds'])
       cell.update(size)
-      partial = file.with_suffix('.partial')
-      partial.write_text(json.dumps(cell, indent=2) + '\n')
-      partial.rename(file)
+      cell_files.save(file, cell, indent=2)
       print(json.dumps(cell), flush=True)
   cells = read(out, size)
   print(tables.markdown(cells))

@@ -13,6 +13,11 @@ TITLES = {
   'fed_tpg': 'FedTPG',
   'fed_clip': 'FedCLIP',
 }
+VENDORS = {
+  'google': 'Google',
+  'twitter': 'Twitter',
+  'fluent': 'Microsoft (Fluent 3D)',
+}
 COLUMNS = ('own', 'base', 'new')
 
 
@@ -35,6 +40,14 @@ def markdown(cells: Sequence[Mapping[str, Any]]) -> str:
     sent = f'{some[0]["bytes_up"]:,}'
     lines.append(f'| {title} | {" | ".join(texts)} | {sent} |')
   return '\n'.join(lines)
+
+
+def recalls(results: Mapping[str, Any]) -> str:
+  """Returns a table of recall@10 of `scripts/fit_dual_encoder`, by vendor."""
+  lines = ['| pictures of | recall@10 |', '|---|---|']
+  for domain, title in VENDORS.items():
+    lines.append(f'| {title} | {results["recall"][domain]:.2f} |')
+  return '\n'.join([*lines, f'| chance | {results["chance"]:.2f} |'])
 
 
 def draw(cells: Sequence[Mapping[str, Any]], path: Any) -> None:

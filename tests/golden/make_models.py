@@ -256,6 +256,8 @@ def make(name):
   )
   mask = torch.arange(NUM_TOKENS)[None] < torch.tensor(lengths)[:, None]
   tokens = torch.where(mask, tokens, config.pad_token_id or 0)
+  if config.pad_token_id and config.pad_token_id == config.eos_token_id:
+    tokens[0, -1] = config.eos_token_id  # a text that ends in a padding token
   with torch.no_grad():
     out = model(tokens, attention_mask=mask.long())
   if architecture.endswith('SequenceClassification'):

@@ -1,6 +1,6 @@
 """Writes tiny runs of this version of the program, for test_old_runs.py.
 
-    PYTHONPATH=. python tests/golden/make_workdirs.py v0_1_0
+    PYTHONPATH=. python tests/golden/make_workdirs.py v0_1_0 [NAME ...]
 
 Every folder of `tests/golden/workdirs/NAME` is the workdir of a finished run
 of two rounds, without its event files, and `expected.jsonl` in it has the
@@ -40,13 +40,19 @@ RUNS = {
   'fed_pipe': ('profiles.choices=(300,900)', 'evals.samples=0'),
   # A changed base, and bytes that clients have missed.
   'flora': ('evals.samples=0',),
+  # Two stages, of which the second begins after three rounds or after one.
+  'slora.first': ('algorithm.first_rounds=3', 'evals.samples=0'),
+  'slora.second': ('algorithm.first_rounds=1', 'evals.samples=0'),
+  'fed_dpa_f.first': ('algorithm.federated_rounds=3', 'evals.samples=0'),
+  'fed_dpa_f.second': ('algorithm.federated_rounds=1', 'evals.samples=0'),
 }
 CLIP = 0.05  # a bound that these gradients exceed
 
 
 def arguments(name: str, workdir: str, num_rounds: int):
   """The checked command line of a run."""
-  argv = ['--config', f'{ROOT}/configs/methods.py:{name}']
+  method = name.split('.')[0]
+  argv = ['--config', f'{ROOT}/configs/methods.py:{method}']
   argv += ['--workdir', workdir]
   settings = (*SHARED, *RUNS[name], f'num_rounds={num_rounds}')
   argv += [f'--config.{setting}' for setting in settings]
@@ -58,10 +64,10 @@ def arguments(name: str, workdir: str, num_rounds: int):
 
 def main() -> None:
   out = HERE / 'workdirs' / sys.argv[1]
-  shutil.rmtree(out, ignore_errors=True)
   with tempfile.TemporaryDirectory() as folder:
     os.chdir(folder)  # a run records the path of its workdir
-    for name in RUNS:
+    for name in sys.argv[2:] or RUNS:
+      shutil.rmtree(out / name, ignore_errors=True)
       train.train(arguments(name, name, 2))
       train.train(arguments(name, f'{name}_of_three', 3))
       shutil.copytree(

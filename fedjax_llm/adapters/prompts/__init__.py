@@ -12,11 +12,14 @@ from fedjax_llm.adapters.prompts.classes import gated_context as gated_context
 from fedjax_llm.adapters.prompts.classes import (
   generated_context as generated_context,
 )
+from fedjax_llm.adapters.prompts.classes import prompt_groups as prompt_groups
+from fedjax_llm.adapters.prompts.classes import visual_pool as visual_pool
 from fedjax_llm.adapters.prompts.classes import visual_prompt as visual_prompt
 from fedjax_llm.adapters.prompts.encoded import p_tuning as p_tuning
 from fedjax_llm.adapters.prompts.made import (
   generated_prompt as generated_prompt,
 )
+from fedjax_llm.adapters.prompts.made import grouped_prompt as grouped_prompt
 from fedjax_llm.adapters.prompts.made import (
   projected_prompt as projected_prompt,
 )

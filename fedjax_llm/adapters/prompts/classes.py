@@ -13,6 +13,7 @@ from fedjax_llm.adapters.prompts import draws
 from fedjax_llm.nodes.encoded import Affine
 from fedjax_llm.nodes.made import Attended
 from fedjax_llm.nodes.prompt_experts import Heads, PromptExperts
+from fedjax_llm.nodes.prompt_groups import PromptGroups
 from fedjax_llm.nodes.scores import (
   Context,
   Domains,
@@ -20,6 +21,7 @@ from fedjax_llm.nodes.scores import (
   Reweighted,
   Visual,
 )
+from fedjax_llm.nodes.visual_pool import VisualPool
 from fedjax_llm.types import Adapter, Base, Error, Key
 
 # Of rows and queries, as in CoOp and in all methods here.
@@ -237,6 +239,83 @@ def gated_context(length: int = 16, size: int = 128, heads: int = 8) -> Adapter:
       present=jnp.zeros(0),
       heads=gate,
       share=jnp.float32(0.5),
+    )
+    return {'scores': node}
+
+  return Adapter(start, merge, fold)
+
+
+def prompt_groups(
+  groups: int = 5,
+  length: int = 2,
+  image_length: int = 2,
+  spread: float = _SPREAD,
+) -> Adapter:
+  """Returns pairs of a context of class names and a prompt of images.
+
+  Bo et al. 2025, arXiv 2511.00480 (FedMGP): 5 groups of 2 and 2 rows. See
+  `nodes.PromptGroups`. One group is a context with a visual prompt.
+
+  Args:
+    groups: G.
+    length: P, rows in front of every class name.
+    image_length: Q, rows among the patches of every image.
+    spread: the standard deviation of the start.
+
+  Raises:
+    Error: a size below one; from `init`, a base without two towers.
+
+  >>> start = lambda: prompt_groups(3, 2).init(
+  ...   jax.random.key(0), sizes(4, 5, 2))
+  >>> node = jax.eval_shape(start)['scores']
+  >>> node.rows.shape, node.visual.shape
+  ((3, 2, 4), (3, 2, 5))
+  """
+  draws.at_least(groups=groups, length=length, image_length=image_length)
+
+  def start(key: Key, base: Base):
+    keys, width = jax.random.split(key), _kernel(base, 'visual').shape[0]
+    node = PromptGroups(
+      rows=_normal(keys[0], spread, groups, length, text_width(base)),
+      visual=_normal(keys[1], spread, groups, image_length, width),
+      share=jnp.full(groups, 1 / groups),
+    )
+    return {'scores': node}
+
+  return Adapter(start, merge, fold)
+
+
+def visual_pool(
+  size: int = 10, length: int = 8, num_classes: int = 2
+) -> Adapter:
+  """Returns a pool of visual prompts with keys, and a classifier's head.
+
+  Halbe et al. 2023, arXiv 2306.09970 (HePCo). See `nodes.VisualPool`. Prompts
+  and keys start uniform in 0..1, as in the authors' program; the sizes are
+  ours.
+
+  Args:
+    size: N, the number of prompts.
+    length: Q, rows among the patches of every image.
+    num_classes: C of the task.
+
+  Raises:
+    Error: a size below one; from `init`, a base without two towers.
+
+  >>> start = lambda: visual_pool(3, 2, 5).init(
+  ...   jax.random.key(0), sizes(4, 6, 2))
+  >>> node = jax.eval_shape(start)['scores']
+  >>> node.rows.shape, node.keys.shape, node.head.kernel.shape
+  ((3, 2, 6), (3, 2), (2, 5))
+  """
+  draws.at_least(size=size, length=length, num_classes=num_classes)
+
+  def start(key: Key, base: Base):
+    keys, width = jax.random.split(key, 3), _kernel(base, 'visual').shape[0]
+    node = VisualPool(
+      rows=jax.random.uniform(keys[0], (size, length, width)),
+      keys=jax.random.uniform(keys[1], (size, features(base))),
+      head=draws.affine(keys[2], features(base), num_classes),
     )
     return {'scores': node}
 

@@ -1,6 +1,7 @@
 """Soft prompts from few or shared parameters, and pools of prompts.
 
-`projected_prompt`, `generated_prompt` and `prompt_pool` return an `Adapter`.
+`projected_prompt`, `generated_prompt`, `prompt_pool` and `grouped_prompt`
+return an `Adapter`.
 """
 
 from typing import Any
@@ -12,8 +13,9 @@ from fedjax_llm.adapters.changes import fold, merge
 from fedjax_llm.adapters.dense import saved_beside
 from fedjax_llm.adapters.prompts import draws
 from fedjax_llm.nodes.encoded import Affine
+from fedjax_llm.nodes.grouped import Grouped
 from fedjax_llm.nodes.made import Attended, LowDimensional
-from fedjax_llm.nodes.pool import Pool
+from fedjax_llm.nodes.pool import Pool, unit
 from fedjax_llm.types import Adapter, Base, Error, Key, Params
 
 Modules = str | list[str] | tuple[str, ...]
@@ -172,6 +174,49 @@ def prompt_pool(
       rows=draw(keys[0], size, length, width),
       keys=draw(keys[1], size, width),
       top=jnp.zeros(top, jnp.int8),
+    )
+    return {'inputs': node}
+
+  return saved_beside(Adapter(start, merge, fold), modules_to_save)
+
+
+def grouped_prompt(
+  length: int = 4,
+  size: int = 20,
+  group_length: int = 1,
+  modules_to_save: Modules = (),
+) -> Adapter:
+  """Returns a prompt of rows that texts share, and rows of their group.
+
+  See `nodes.Grouped` (SGPT, Deng et al. 2024, arXiv 2310.18285). Shared rows
+  start at zero, those of groups uniform in +-0.0625, keys of norm one and
+  orthogonal (as far as D allows). Keys get gradients only from a loss on
+  `nodes.Choice`.
+
+  Args:
+    length: P, the shared rows.
+    size: G, the number of groups.
+    group_length: Q, the rows of a group.
+    modules_to_save: see `lora`.
+
+  Raises:
+    Error: a size below one.
+
+  >>> base = {'embed_tokens': {'embedding': jnp.ones((5, 4))}}
+  >>> node = grouped_prompt(2, size=3).init(jax.random.key(0), base)['inputs']
+  >>> node.groups.shape, (node.keys @ node.keys.T).round(3).tolist()[0]
+  ((3, 1, 4), [1.0, 0.0, 0.0])
+  """
+  draws.at_least(length=length, size=size, group_length=group_length)
+
+  def start(key: Key, base: Base) -> Params:
+    width, keys = draws.embedding(base).shape[1], jax.random.split(key)
+    made = jax.nn.initializers.orthogonal()(keys[1], (size, width))
+    node = Grouped(
+      shared=jnp.zeros((length, width)),
+      groups=draws.uniform(keys[0], (size, group_length, width), 0.0625),
+      keys=unit(made),
+      share=jnp.ones(size),
     )
     return {'inputs': node}
 

@@ -61,7 +61,7 @@ def read_config(
   """Reads the `Config` of a Hugging Face directory.
 
   With `labels` the head is a classifier of these classes, whatever head the
-  checkpoint has.
+  checkpoint has; of a causal network it reads the last token ('score').
 
   Raises `Error` for a directory without a readable config.json, an
   architecture outside `FAMILIES`, and any value that is not implemented.
@@ -152,6 +152,8 @@ def from_hf(
     'pad_id': token('pad'),
     **kind.read(hf, head),
   }
+  if head == 'score':
+    fields['labels'] = tuple(str(hf.id2label[i]) for i in range(hf.num_labels))
   if labels is not None:
     fields['labels'] = tuple(labels)
   config = Config(family=hf.model_type, **fields)
@@ -199,7 +201,8 @@ def _head(hf: Any, kind: Family, labels: Sequence[str] | None) -> str:
   named = getattr(hf, 'architectures', None) or list(kind.heads)
   if labels is None:
     return kind.heads[named[0]]
-  if 'classifier' not in kind.heads.values():
+  ways = set(kind.heads.values()) & {'classifier', 'score'}
+  if not ways:
     raise Error(
       f'labels={list(labels)} asks for a classifier, which a '
       f'{hf.model_type} model does not have here.'
@@ -207,7 +210,7 @@ def _head(hf: Any, kind: Family, labels: Sequence[str] | None) -> str:
   _check_labels(labels)
   if len(labels) < 1:
     raise Error(f'labels={list(labels)} must name each class once.')
-  return 'classifier'
+  return ways.pop()
 
 
 def _common(hf: Any, kind: Family) -> dict[str, Any]:
@@ -294,6 +297,9 @@ def to_hf(config: Config) -> dict[str, Any]:
       'pad_token_id': c.pad_id,
     }
   values |= kind.write(c)
+  if c.head == 'score':
+    values['id2label'] = dict(enumerate(c.labels))
+    values['label2id'] = {name: i for i, name in enumerate(c.labels)}
   _check_written(config, values)
   return values
 

@@ -43,7 +43,13 @@ def _write_gemma(c):
 
 
 GEMMA = Family(
-  {'GemmaForCausalLM': 'lm'}, LLAMA_MODULES, _read_gemma, _write_gemma
+  {
+    'GemmaForCausalLM': 'lm',
+    'GemmaForSequenceClassification': 'score',
+  },
+  LLAMA_MODULES,
+  _read_gemma,
+  _write_gemma,
 )
 
 
@@ -70,7 +76,10 @@ def _write_gemma2(c):
 
 
 GEMMA2 = Family(
-  {'Gemma2ForCausalLM': 'lm'},
+  {
+    'Gemma2ForCausalLM': 'lm',
+    'Gemma2ForSequenceClassification': 'score',
+  },
   _SANDWICH,
   _read_gemma2,
   _write_gemma2,
@@ -122,7 +131,10 @@ def _write_gemma3(c):
 
 
 GEMMA3 = Family(
-  {'Gemma3ForCausalLM': 'lm'},
+  {
+    'Gemma3ForCausalLM': 'lm',
+    'Gemma3TextForSequenceClassification': 'score',
+  },
   _SANDWICH,
   _read_gemma3,
   _write_gemma3,

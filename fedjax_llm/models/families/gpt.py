@@ -25,7 +25,10 @@ def _read_gpt2(hf, head):
 
 
 GPT2 = Family(
-  {'GPT2LMHeadModel': 'lm'},
+  {
+    'GPT2LMHeadModel': 'lm',
+    'GPT2ForSequenceClassification': 'score',
+  },
   (
     Module(('embed_tokens',), 'transformer.wte', 'embedding'),
     Module(('embed_positions',), 'transformer.wpe', 'embedding'),
@@ -85,7 +88,10 @@ def _read_opt(hf, head):
 
 
 OPT = Family(
-  {'OPTForCausalLM': 'lm'},
+  {
+    'OPTForCausalLM': 'lm',
+    'OPTForSequenceClassification': 'score',
+  },
   (
     Module(('embed_tokens',), 'model.decoder.embed_tokens', 'embedding'),
     Module(('embed_positions',), 'model.decoder.embed_positions', 'embedding'),
@@ -132,7 +138,10 @@ def _read_neox(hf, head):
 
 
 GPT_NEOX = Family(
-  {'GPTNeoXForCausalLM': 'lm'},
+  {
+    'GPTNeoXForCausalLM': 'lm',
+    'GPTNeoXForSequenceClassification': 'score',
+  },
   (
     Module(('embed_tokens',), 'gpt_neox.embed_in', 'embedding'),
     *layer_modules(
@@ -172,7 +181,10 @@ GPT_NEOX = Family(
 # --------------------------------------------------------------------- phi --
 
 PHI = Family(
-  {'PhiForCausalLM': 'lm'},
+  {
+    'PhiForCausalLM': 'lm',
+    'PhiForSequenceClassification': 'score',
+  },
   (
     Module(('embed_tokens',), 'model.embed_tokens', 'embedding'),
     *layer_modules(

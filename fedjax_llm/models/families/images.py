@@ -1,25 +1,19 @@
-"""ViT, DINOv2 and CLIP: networks of images, and a dual encoder.
-
-CLIP has two towers. Its `Config` is that of the text tower, with the image
-tower in `Config.vision`; the modules of a tower have the paths of a network of
-its own below `text` or `vision`.
-"""
+"""ViT and DINOv2: networks of images."""
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fedjax_llm import reading
-from fedjax_llm.models.config import Config, Patches, tower
+from fedjax_llm.models.config import Config, Patches
 from fedjax_llm.models.families.tables import FIELDS, Family, Module
-from fedjax_llm.models.network import layers
 from fedjax_llm.models.network.rope import Rope
 from fedjax_llm.types import Error
 
 # Rows of a picture are no tokens: they are limited by memory alone.
-_MOST_ROWS = 1 << 16
-_SHAPE = {
+MOST_ROWS = 1 << 16
+SHAPE = {
   'norm': 'layer',
   'gated': False,
   'residual': 'pre',
@@ -30,7 +24,7 @@ _SHAPE = {
   'mlp_bias': True,
 }
 # Of the pixels 0..1, for checkpoints without a preprocessor_config.json.
-_CLIP = (
+CLIP_NORMAL = (
   (0.48145466, 0.4578275, 0.40821073),
   (0.26862954, 0.26130258, 0.27577711),
 )
@@ -152,7 +146,7 @@ def _labels(hf: Any, head: str) -> dict[str, Any]:
   return {'labels': tuple(str(hf.id2label[i]) for i in range(hf.num_labels))}
 
 
-def _write_labels(c: Config) -> dict[str, Any]:
+def write_labels(c: Config) -> dict[str, Any]:
   if not c.labels:
     return {}
   return {
@@ -161,7 +155,7 @@ def _write_labels(c: Config) -> dict[str, Any]:
   }
 
 
-def _write_image(c: Config) -> dict[str, Any]:
+def write_image(c: Config) -> dict[str, Any]:
   assert c.image is not None
   return {
     'image_size': c.image.size,
@@ -208,10 +202,10 @@ def _vit_modules(name: str, layer: Mapping[str, Any]) -> tuple[Module, ...]:
 def _read_vit(hf, head):
   image = patches(hf, _HALF)
   return {
-    **_SHAPE,
+    **SHAPE,
     'causal': False,
     'vocab_size': 0,
-    'max_positions': _MOST_ROWS,
+    'max_positions': MOST_ROWS,
     'num_learned_positions': image.count + 1,
     'image': image,
     'qkv_bias': bool(hf.qkv_bias),
@@ -233,9 +227,9 @@ VIT = Family(
   ),
   _read_vit,
   lambda c: {
-    **_write_image(c),
+    **write_image(c),
     'qkv_bias': c.qkv_bias,
-    **_write_labels(c),
+    **write_labels(c),
   },
   fields=_FIELDS,
   prefix='vit.',
@@ -250,10 +244,10 @@ def _read_dinov2(hf, head):
     raise Error('use_swiglu_ffn=True is not supported; supported: False.')
   image = patches(hf, _IMAGENET, resized=True, with_mean=head == 'classifier')
   return {
-    **_SHAPE,
+    **SHAPE,
     'causal': False,
     'vocab_size': 0,
-    'max_positions': _MOST_ROWS,
+    'max_positions': MOST_ROWS,
     'num_learned_positions': image.count + 1,
     'image': image,
     'qkv_bias': bool(hf.qkv_bias),
@@ -265,10 +259,10 @@ def _read_dinov2(hf, head):
 
 def _write_dinov2(c: Config) -> dict[str, Any]:
   return {
-    **_write_image(c),
+    **write_image(c),
     'qkv_bias': c.qkv_bias,
     'mlp_ratio': _ratio(c.intermediate_size, c.hidden_size),
-    **_write_labels(c),
+    **write_labels(c),
   }
 
 
@@ -295,147 +289,4 @@ DINOV2 = Family(
   fields={**_FIELDS, 'intermediate_size': None},
   prefix='dinov2.',
   unread=r'(dinov2\.)?(pooler\..*|embeddings\.mask_token)',
-)
-
-# -------------------------------------------------------------------- clip --
-
-_CLIP_LAYER = {
-  **{
-    f'layers/self_attn/{ours}_proj': (f'self_attn.{theirs}_proj', 'linear')
-    for ours, theirs in (('q', 'q'), ('k', 'k'), ('v', 'v'), ('o', 'out'))
-  },
-  'layers/input_layernorm': ('layer_norm1', 'norm'),
-  'layers/post_attention_layernorm': ('layer_norm2', 'norm'),
-  'layers/mlp/up_proj': ('mlp.fc1', 'linear'),
-  'layers/mlp/down_proj': ('mlp.fc2', 'linear'),
-}
-
-
-def _tower_modules(top: str, name: str, outside: Mapping[str, Any]) -> tuple:
-  return (
-    *modules(f'{name}.', top, outside),
-    *modules(f'{name}.encoder.layers.{{}}.', top, _CLIP_LAYER),
-  )
-
-
-def _clip_tower(hf: Any, **fields: Any) -> Config:
-  width, heads = hf.hidden_size, hf.num_attention_heads
-  if width % heads:
-    raise Error(f'hidden_size={width} is no multiple of {heads} heads.')
-  if hf.hidden_act not in layers.ACTIVATIONS:
-    raise Error(
-      f'hidden_act={hf.hidden_act!r} is not supported; supported: '
-      f'{", ".join(layers.ACTIVATIONS)}.'
-    )
-  return Config(
-    family='clip',
-    hidden_size=width,
-    intermediate_size=hf.intermediate_size,
-    num_layers=hf.num_hidden_layers,
-    num_heads=heads,
-    num_kv_heads=heads,
-    head_dim=width // heads,
-    activation=hf.hidden_act,
-    norm_eps=float(hf.layer_norm_eps),
-    **{**_SHAPE, **fields},
-  )
-
-
-def _read_clip(hf: Any, labels: Sequence[str] | None) -> Config:
-  """Reads both towers; `labels` are the classes of a zero-shot classifier."""
-  image = patches(hf.vision_config, _CLIP, bias=False)
-  vision = _clip_tower(
-    hf.vision_config,
-    vocab_size=0,
-    max_positions=_MOST_ROWS,
-    causal=False,
-    num_learned_positions=image.count + 1,
-    embedding_norm=True,
-    image=image,
-    head='none',
-  )
-  text = hf.text_config
-  eos = text.eos_token_id
-  return _clip_tower(
-    text,
-    vocab_size=text.vocab_size,
-    max_positions=text.max_position_embeddings,
-    num_learned_positions=text.max_position_embeddings,
-    head='dual',
-    vision=vision,
-    projection=hf.projection_dim,
-    labels=() if labels is None else tuple(labels),
-    bos_id=text.bos_token_id,
-    eos_ids=() if eos is None else (eos,),
-    pad_id=text.pad_token_id,
-  )
-
-
-def _write_clip(c: Config) -> dict[str, Any]:
-  def sizes(c: Config) -> dict[str, Any]:
-    return {
-      'hidden_size': c.hidden_size,
-      'intermediate_size': c.intermediate_size,
-      'num_hidden_layers': c.num_layers,
-      'num_attention_heads': c.num_heads,
-      'hidden_act': c.activation,
-      'layer_norm_eps': c.norm_eps,
-      'projection_dim': c.projection,
-    }
-
-  vision = tower(c, 'vision')
-  return {
-    'projection_dim': c.projection,
-    'text_config': {
-      **sizes(c),
-      'model_type': 'clip_text_model',
-      'vocab_size': c.vocab_size,
-      'max_position_embeddings': c.max_positions,
-      'bos_token_id': c.bos_id,
-      'eos_token_id': c.eos_ids[0] if c.eos_ids else None,
-      'pad_token_id': c.pad_id,
-    },
-    'vision_config': {
-      **sizes(vision),
-      **_write_image(vision),
-      'model_type': 'clip_vision_model',
-      'projection_dim': c.projection,
-    },
-    **_write_labels(c),
-  }
-
-
-CLIP = Family(
-  {'CLIPModel': 'dual'},
-  (
-    *_tower_modules(
-      'text',
-      'text_model',
-      {
-        'embed_tokens': ('embeddings.token_embedding', 'embedding'),
-        'embed_positions': ('embeddings.position_embedding', 'embedding'),
-        'norm': ('final_layer_norm', 'norm'),
-      },
-    ),
-    *_tower_modules(
-      'vision',
-      'vision_model',
-      {
-        'embed_patches': ('embeddings.patch_embedding', 'conv'),
-        'embed_class': ('embeddings.class_embedding', 'vector'),
-        'embed_positions': ('embeddings.position_embedding', 'embedding'),
-        'embed_norm': ('pre_layrnorm', 'norm'),
-        'norm': ('post_layernorm', 'norm'),
-      },
-    ),
-    Module(('text_projection',), 'text_projection', 'weight'),
-    Module(('visual_projection',), 'visual_projection', 'weight'),
-    Module(('logit_scale',), 'logit_scale', 'scalar'),
-  ),
-  lambda hf, head: {},
-  _write_clip,
-  fields={},
-  prefix='',
-  unread=r'(text|vision)_model\.embeddings\.position_ids',
-  whole=_read_clip,
 )

@@ -59,7 +59,10 @@ def _write_biases(c):
 
 
 LLAMA = Family(
-  {'LlamaForCausalLM': 'lm'},
+  {
+    'LlamaForCausalLM': 'lm',
+    'LlamaForSequenceClassification': 'score',
+  },
   LLAMA_MODULES,
   lambda hf, head: {**_read_biases(hf), 'mlp_bias': bool(hf.mlp_bias)},
   lambda c: {**_write_biases(c), 'mlp_bias': c.mlp_bias},
@@ -68,7 +71,10 @@ LLAMA = Family(
 # ----------------------------------------------------------------- mistral --
 
 MISTRAL = Family(
-  {'MistralForCausalLM': 'lm'},
+  {
+    'MistralForCausalLM': 'lm',
+    'MistralForSequenceClassification': 'score',
+  },
   LLAMA_MODULES,
   lambda hf, head: {'windows': read_one_window(hf)},
   lambda c: {'sliding_window': (c.windows or (None,))[0]},
@@ -87,14 +93,20 @@ def _write_qwen(c):
 
 
 QWEN2 = Family(
-  {'Qwen2ForCausalLM': 'lm'},
+  {
+    'Qwen2ForCausalLM': 'lm',
+    'Qwen2ForSequenceClassification': 'score',
+  },
   LLAMA_MODULES,
   lambda hf, head: {'qkv_bias': True, 'windows': read_windows(hf)},
   _write_qwen,
 )
 
 QWEN3 = Family(
-  {'Qwen3ForCausalLM': 'lm'},
+  {
+    'Qwen3ForCausalLM': 'lm',
+    'Qwen3ForSequenceClassification': 'score',
+  },
   LLAMA_MODULES,
   lambda hf, head: {
     **_read_biases(hf),
@@ -141,7 +153,10 @@ def _write_smollm3(c):
 
 
 SMOLLM3 = Family(
-  {'SmolLM3ForCausalLM': 'lm'},
+  {
+    'SmolLM3ForCausalLM': 'lm',
+    'SmolLM3ForSequenceClassification': 'score',
+  },
   LLAMA_MODULES,
   _read_smollm3,
   _write_smollm3,
@@ -151,7 +166,10 @@ SMOLLM3 = Family(
 # -------------------------------------------------------------------- phi3 --
 
 PHI3 = Family(
-  {'Phi3ForCausalLM': 'lm'},
+  {
+    'Phi3ForCausalLM': 'lm',
+    'Phi3ForSequenceClassification': 'score',
+  },
   decoder_modules(
     {
       'input_layernorm': ('input_layernorm', 'norm'),

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedjax_llm.models import config as config_lib
 from fedjax_llm.models.config import Config
-from fedjax_llm.models.families import encoders, gemma, gpt, images, llama
+from fedjax_llm.models.families import clip, encoders, gemma, gpt, images, llama
 from fedjax_llm.models.families.tables import LEAVES, Family, Module, Path
 from fedjax_llm.types import Error
 
@@ -36,8 +36,11 @@ FAMILIES: Mapping[str, Family] = {
   'mpnet': encoders.MPNET,
   'vit': images.VIT,
   'dinov2': images.DINOV2,
-  'clip': images.CLIP,
+  'clip': clip.CLIP,
 }
+
+# The head of causal networks that score whole texts, the same in all families.
+_SCORE = Module(('score',), 'score', 'linear')
 
 # The family of a user's own network: tensors have the names of its base.
 OWN = 'own'
@@ -66,7 +69,8 @@ def _node(tree: Any, path: Path) -> Any:
 def modules(config: Config) -> tuple[Module, ...]:
   """Returns the modules of this network, in the order of the computation."""
   tree, kind = config_lib.shapes(config), family(config)
-  table = [m for m in kind.modules if _node(tree, m.path) is not None]
+  everything = (*kind.modules, _SCORE)
+  table = [m for m in everything if _node(tree, m.path) is not None]
   if config.head == 'none':  # then the body is the whole model
     table = [m._replace(name=m.name.removeprefix(kind.prefix)) for m in table]
   return tuple(table)
@@ -271,5 +275,15 @@ def copies(config: Config) -> dict[str, str]:
 
 
 def says_nothing(name: str, config: Config) -> bool:
-  """Returns True for a tensor of a checkpoint that may be ignored."""
+  """Returns True for a tensor of a checkpoint that may be ignored.
+
+  A network with scores ignores the output matrix of the language model from
+  which it starts.
+  """
+  if config.head == 'score':
+    for module in family(config).modules:
+      if module.path == ('lm_head',):
+        for leaf in ('weight', 'bias'):
+          if name in spellings(f'{module.name}.{leaf}', config):
+            return True
   return re.fullmatch(family(config).unread, name) is not None

@@ -84,6 +84,7 @@ def assemble(
 
 def random(
   *,
+  labels: Sequence[str] | None = None,
   seed: int = 0,
   vocab_size: int = 256,
   hidden_size: int = 64,
@@ -104,7 +105,8 @@ def random(
 ) -> LoadedModel:
   """Builds a tiny Llama-type network with random weights.
 
-  Precision, quantisation and attention are as in `pretrained`.
+  With `labels` it has a score of a text for each of them in place of the output
+  matrix. Precision, quantisation and attention are as in `pretrained`.
 
   >>> loaded = random(num_layers=3)
   >>> loaded.base['layers']['mlp']['up_proj']['kernel'].shape
@@ -138,6 +140,8 @@ def random(
     max_positions=max_positions,
     tied=tied,
     eos_ids=tuple(eos_ids),
+    head='lm' if labels is None else 'score',
+    labels=() if labels is None else tuple(labels),
   )
   quantised.check(quantisation)
   base = config_lib.init(config, jax.random.key(seed), _dtype(dtype))
@@ -184,9 +188,10 @@ def pretrained(
   each leaf (`sharding.placement(mesh)`): every device then gets its shard as it
   is read, without a whole copy on the host.
 
-  An encoder has the head of its checkpoint. With `labels` the head is a
+  A network has the head of its checkpoint. With `labels` the head is a
   classifier of these classes: weights that the checkpoint lacks are drawn with
-  `seed` from N(0, 0.02^2), with zero biases.
+  `seed` from N(0, 0.02^2), with zero biases. That of a causal network, `score`,
+  reads the last token of a text.
 
   Raises `Error` for a directory without config.json or safetensors, an
   architecture or value that is not implemented, tensors that are missing,

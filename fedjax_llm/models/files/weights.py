@@ -89,7 +89,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 # Modules that a checkpoint with another head may lack.
-_CLASSIFIER = ('pooler', 'classifier')
+_CLASSIFIER = ('pooler', 'classifier', 'score')
 
 
 def _stored(directory, config, files, may_lack) -> dict[str, str]:

@@ -233,20 +233,38 @@ def _heads_first(
   if distances is not None:
     bias = _of_distances(distances, queries, keys)
     scores = scores + bias.reshape(scores.shape)
-  scores = jnp.where(seen, scores, MASKED)
+  # A sum and no selection, so that it is fused with the product: next to MASKED
+  # a finite score is rounded away.
+  scores = scores + jnp.where(seen, 0.0, MASKED)
   largest = scores.max(-1, keepdims=True)
   # The normalised weights do not depend on the subtracted maximum.
   weights = jnp.exp(scores - _kept(jax.lax.stop_gradient(largest)))
   total = _kept(weights.sum(-1, keepdims=True))
-  out = _kept(
-    jnp.einsum(
-      'bkgts,bksd->bkgtd',
-      weights.astype(v.dtype),
-      v,
-      preferred_element_type=jnp.float32,
-    )
+  out = jnp.einsum(
+    'bkgts,bksd->bkgtd',
+    weights.astype(v.dtype),
+    v,
+    preferred_element_type=jnp.float32,
   )
-  return (out / total).astype(v.dtype)
+  return _divided(out, total).astype(v.dtype)
+
+
+@jax.custom_jvp
+def _divided(out, total):
+  """Returns out [..., D] / total [..., 1].
+
+  In a backward pass the sum of products is a contraction, as in `layers.norm`.
+  """
+  return out / total
+
+
+@_divided.defjvp
+def _divided_jvp(primals, tangents):
+  (out, total), (t, moved) = primals, tangents
+  y = _kept(out / total)
+  precision = jax.lax.Precision.HIGHEST
+  product = jnp.einsum('...d,...->...d', y, moved[..., 0], precision=precision)
+  return y, (t - product) / total
 
 
 # Saved for the backward pass of a block: everything but the T x S arrays.

@@ -98,11 +98,34 @@ def norm(x, w: Mapping[str, Any], leaf, kind: str, eps: float) -> jax.Array:
     wide = wide - jnp.mean(wide, -1, keepdims=True)
   elif kind == 'rms_plus_one':
     scale = 1 + scale
-  wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + eps)
-  wide = wide * scale
+  wide = _unit(eps, wide) * scale
   if kind == 'layer':
     wide = wide + changed(w, leaf, 'bias', 'scale').astype(jnp.float32)
   return wide.astype(x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _unit(eps: float, x):
+  """Returns x / sqrt(mean(x^2) + eps) over the last axis.
+
+  Its derivative is written with the result u: (t - u mean(u t)) / sqrt(...), so
+  that u is the only array of this size that is kept for a backward pass. Sums
+  of products are contractions, there and in the backward pass: on a CPU they
+  take a fifth of the time of a product and a sum.
+  """
+  return x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + eps)
+
+
+@_unit.defjvp
+def _unit_jvp(eps, primals, tangents):
+  (x,), (t,) = primals, tangents
+  root = jax.lax.rsqrt(jnp.mean(x**2, -1) + eps)
+  u = x * root[..., None]
+  mean = _einsum('...d,...d->...', u, t) / x.shape[-1]
+  return u, root[..., None] * t + _einsum('...d,...->...d', u, -root * mean)
+
+
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 # --------------------------------------------------------------------- mlp --
@@ -120,6 +143,26 @@ ACTIVATIONS = {
 }
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _activated(name: str, x, times=None):
+  """Returns act(x), or act(x) * times.
+
+  Of each factor of the derivative one array is kept for a backward pass:
+  act'(x) * times and act(x), instead of every step of the activation.
+  """
+  y = ACTIVATIONS[name](x)
+  return y if times is None else y * times
+
+
+@_activated.defjvp
+def _activated_jvp(name, primals, tangents):
+  x, times = primals
+  y, slope = jax.jvp(ACTIVATIONS[name], (x,), (jnp.ones_like(x),))
+  if times is None:
+    return y, slope * tangents[0]
+  return y * times, (slope * times) * tangents[0] + y * tangents[1]
+
+
 def mlp(
   x,
   w,
@@ -131,12 +174,11 @@ def mlp(
 
   The gated form is that of arXiv:2002.05202.
   """
-  act = ACTIVATIONS[activation]
   project = lambda x, name: linear(x, w[name], p.get(name), record=record)
   inner = project(x, 'up_proj')
   if 'gate_proj' in w:
-    inner = act(project(x, 'gate_proj')) * inner
+    inner = _activated(activation, project(x, 'gate_proj'), inner)
   else:
-    inner = act(inner)
+    inner = _activated(activation, inner)
   y = project(inner, 'down_proj')
   return protocol.act(p.get('parallel'), x, y, None, record)

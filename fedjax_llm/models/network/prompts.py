@@ -61,6 +61,22 @@ def check(config: Config, own: Front, length: int, remedy: str = '') -> None:
     )
 
 
+def choosing(config: Config, batch: Batch) -> Any:
+  """Returns the tokens by which texts choose their prompts, bool [B, T].
+
+  In an encoder all tokens of a text; in a causal model those before the first
+  token that the loss predicts, which every prediction may read. A row's first
+  token is never predicted, so there is always one.
+  """
+  shape = jnp.shape(batch.tokens)
+  there = jnp.broadcast_to(jnp.asarray(batch.segments) > 0, shape)
+  if not config.causal:
+    return there
+  learned = jnp.broadcast_to(jnp.asarray(batch.loss_mask, bool), shape)
+  learned = learned & (np.arange(shape[-1]) > 0)
+  return there & (jnp.cumsum(learned, axis=-1) == 0)
+
+
 def settled(base: Base, params: Params, batch: Batch) -> Params:
   """Returns the parameters with the prompts that the texts of a batch choose.
 

@@ -21,6 +21,7 @@ from fedjax_llm import adapters
 from fedjax_llm.models.config import Config, longest_text
 from fedjax_llm.models.network import blocks, layers, prompts, rope
 from fedjax_llm.models.network.attention import Places, choose
+from fedjax_llm.models.network.reading import last_token
 from fedjax_llm.nodes import frozen, protocol
 from fedjax_llm.types import Base, Batch, Error, Model, Params
 
@@ -168,6 +169,8 @@ def _walk(config, implementation, dtype, remat, unroll):
     num_frozen, params = frozen.unmarked(params)
     base, params = adapters.overlay(base, params)
     adapters.check(base, adapters.gates.without(params), places=protocol.BESIDE)
+    if config.causal:
+      protocol.refuse_whole_texts(params)
     front = prompts.front(params)
     length = jnp.shape(batch.tokens)[-1]
     prompts.check(config, front, length)
@@ -182,7 +185,7 @@ def _walk(config, implementation, dtype, remat, unroll):
     chosen = None
     if hasattr(front.prompt, 'choose') and with_rows:
       tokens = prompts.embedded(base, params, batch.tokens, dtype)
-      there = jnp.broadcast_to(batch.segments > 0, tokens.shape[:2])
+      there = prompts.choosing(config, batch)
       node = front.prompt.choose(tokens, there)
       params = {**params, 'inputs': node}
       if record:
@@ -224,7 +227,7 @@ def _walk(config, implementation, dtype, remat, unroll):
           layer.rows.astype(x.dtype), (len(x), *layer.rows.shape[-2:])
         )
         x = jnp.concatenate([first, x[:, first.shape[1] :]], axis=1)
-      seen = protocol.Record(real, {}) if record else None
+      seen = protocol.Record(real, {} if record else None)
       y, kv = blocks.block(config, implementation, x, layer, context, seen)
       gate = blocks.child(layer.params, adapters.gates.NAME)
       x = y if gate is None else jnp.where(gate > 0, y, x)
@@ -284,7 +287,7 @@ def _walk(config, implementation, dtype, remat, unroll):
 
 
 def head(config: Config, base, params, x, dtype):
-  """Computes logits [..., V] (a classifier: [..., labels]) from [..., D].
+  """Computes logits [..., V] (with labels: [..., labels]) from [..., D].
 
   Raises:
     Error: the network has no head.
@@ -303,6 +306,8 @@ def head(config: Config, base, params, x, dtype):
     if 'pooler' in base:
       x = linear(x, 'pooler')
     return linear(act(x) if act else x, 'classifier', out_dtype=dtype)
+  if config.head == 'score':
+    return linear(x, 'score', out_dtype=dtype)
   if config.head == 'masked_lm':
     x = linear(x, 'head_dense')
     x = _norm(config, base, params, act(x) if act else x, 'head_norm')
@@ -396,7 +401,8 @@ def build(
       0
     ]
 
-  return Model(hidden, logits, hidden_with_statistics, layers)
+  read = last_token(config.pad_id) if config.head == 'score' else None
+  return Model(hidden, logits, hidden_with_statistics, layers, read)
 
 
 def _checked(numbers: Sequence[int], num_layers: int) -> np.ndarray:

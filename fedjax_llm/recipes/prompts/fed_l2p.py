@@ -36,9 +36,11 @@ def fed_l2p(
   A client trains the prompts that its texts choose, and their keys; other
   modules are trained if the adapter has some (such as a classifier's head).
   The query is the mean of the text's embedded tokens, where the paper takes the
-  features of the frozen model; logits of absent classes are not masked. In a
-  row of a causal model the query holds the tokens that are predicted, too, so
-  its held-out loss is not that of a model which sees the past alone.
+  features of the frozen model; logits of absent classes are not masked. The
+  paper classifies, with a query of the whole input; in a causal model the query
+  holds the tokens before the first predicted one, since a query of the whole
+  row would know what is predicted. Plain texts then choose by their first token
+  alone: use questions with replies, or a classifier.
 
   Args:
     loss: of the task, with statistics of its network.

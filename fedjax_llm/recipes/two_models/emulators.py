@@ -139,7 +139,7 @@ def on_emulator(loss: Loss, model: Model, layout: Layout) -> Loss:
     return layers_of(model)(base, params, batch, layout.numbers(num))
 
   def on(base, params, batch, key):
-    small = local.on_model(loss, Model(hidden, model.logits))
+    small = local.on_model(loss, Model(hidden, model.logits, read=model.read))
     return small(base, params, batch, key)
 
   return on

@@ -156,7 +156,7 @@ def gap(
   def seen(params: Params, states: jax.Array) -> distillation.Predictions:
     top = lambda base, params, batch: layers(base, params, batch, above, states)
     return distillation.predictions(
-      Model(top, model.logits), base, params, batch
+      Model(top, model.logits, read=model.read), base, params, batch
     )
 
   teacher, student = seen(whole, want), seen(small, got)

@@ -3,12 +3,10 @@
 from typing import Any
 
 import jax
-import numpy as np
 
 from fedjax_llm import data
-from fedjax_llm.data import files
-from fedjax_llm.data.sources import text_of
-from fedjax_llm.evals import answers, intervals, voting
+from fedjax_llm.evals import answers, intervals
+from fedjax_llm.run.benchmarks import wordings
 from fedjax_llm.run.benchmarks.replies import writer
 from fedjax_llm.run.benchmarks.sharing import (
   check,
@@ -78,33 +76,15 @@ def consistent(
       'set temperature.'
     )
   most = room(built, title, max_new_tokens)
-  read = answers.compiled('pattern', pattern)
-  prompts, groups, right, clients = [], [], [], []
-  wanted: dict[str, str] = {}
+  pattern_of = answers.compiled('pattern', pattern)
+  keys = (group_key, prompt_key, response_key, client_key)
+  asked = wordings.read(path, keys, pattern)
   template = built.conf['population'].get('template', 'chat')
-  for file in files.matching(path):
-    for where, row in files.rows(file, 'jsonl'):
-      if not isinstance(row, dict):
-        raise Error(f'{where}: this line is no JSON object.')
-      field = lambda key, row=row, where=where: text_of(row, key, where)
-      group = text_of(row, group_key, where, numbers=True)
-      answer = answers.extracted(field(response_key), read)
-      if not answer:
-        raise Error(
-          f'{where}: {response_key!r} is {field(response_key)!r}, in which '
-          f'pattern={pattern!r} finds no answer.'
-        )
-      if wanted.setdefault(group, answer) != answer:
-        raise Error(
-          f'{where}: {response_key!r} is {answer!r}, but another wording of '
-          f'{group_key} {group!r} has {wanted[group]!r}.'
-        )
-      text = field(prompt_key) + (f'\n\n{hint}' if hint else '')
-      record = data.Record(prompt=text, response='')
-      prompts.append(data.prompt(record, built.tokenizer, template, most))
-      groups.append(group)
-      right.append(answer)
-      clients.append(field(client_key) if client_key else None)
+  more = f'\n\n{hint}' if hint else ''
+  records = [data.Record(prompt=x.text + more, response='') for x in asked]
+  prompts = [
+    data.prompt(record, built.tokenizer, template, most) for record in records
+  ]
   write = writer(
     built,
     max_new_tokens=max_new_tokens,
@@ -122,37 +102,26 @@ def consistent(
       key=jax.random.key(0) if key is None else key,
     )
     said = [
-      answers.extracted(built.tokenizer.decode(reply), read) for reply in new
+      answers.extracted(built.tokenizer.decode(reply), pattern_of)
+      for reply in new
     ]
     own = [
-      said[i * num_samples : (i + 1) * num_samples] for i in range(len(prompts))
+      said[i * num_samples : (i + 1) * num_samples] for i in range(len(asked))
     ]
-    votes = {
-      group: voting.majority(
-        [
-          x
-          for g, some in zip(groups, own, strict=True)
-          if g == group
-          for x in some
-        ]
-      )
-      for group in wanted
-    }
-    hits = lambda x, answer: float(bool(answer) and x == answer)
+    votes = wordings.votes(asked, own)
     alone = [
-      float(np.mean([hits(x, answer) for x in some]))
-      for some, answer in zip(own, right, strict=True)
+      wordings.hits(some, one.answer)
+      for some, one in zip(own, asked, strict=True)
     ]
-    voted = [
-      hits(votes[g][0], answer) for g, answer in zip(groups, right, strict=True)
-    ]
+    voted = [wordings.hits([votes[x.group][0]], x.answer) for x in asked]
     scores = intervals.joined(
       [
         intervals.means('voted', voted),
         intervals.means('alone', alone),
-        intervals.means('agreement', [votes[g][1] for g in groups]),
+        intervals.means('agreement', [votes[x.group][1] for x in asked]),
       ]
     )
+    clients = [one.client for one in asked]
     return summary(built, title, scores, clients, num_resamples)
 
   return evaluate

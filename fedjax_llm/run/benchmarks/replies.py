@@ -29,7 +29,7 @@ class Asked(NamedTuple):
   client: str | None
 
 
-def _scorer(
+def scorer(
   score: str, pattern: str | None, reference_pattern: str | None
 ) -> answers.Scorer:
   if score == 'exact_match':
@@ -101,7 +101,7 @@ def generated(
     per_client=per_client,
   )
   check_writes(built, 'generated')
-  rate = _scorer(score, pattern, reference_pattern)
+  rate = scorer(score, pattern, reference_pattern)
   keys = (prompt_key, response_key, client_key)
   asked = asked_of(built, title, path, keys, per_client, limit, max_new_tokens)
   write = writer(built, max_new_tokens=max_new_tokens, batch_size=batch_size)

@@ -103,7 +103,7 @@ def needle(
     new = write(base, served, [prompt for prompt, _ in texts])
     hits = np.array(
       [
-        tokenizer.decode(reply).strip().startswith(answer)
+        haystack.is_hit(tokenizer.decode(reply), answer)
         for reply, (_, answer) in zip(new, texts, strict=True)
       ],
       float,

@@ -11,7 +11,7 @@ import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from fedjax_llm.run.checkpoint import files
@@ -64,6 +64,7 @@ def open(
   mine: bool = True,
   writers: Writers | None = None,
   read_only: bool = False,
+  conf: Mapping[str, Any] | None = None,
 ) -> Checkpointer:
   """Returns the `Checkpointer` of a directory; the first `save` creates it.
 
@@ -79,6 +80,7 @@ def open(
     writers: the processes that write together, into a folder that all of them
       see; each of them calls `save`. None: only the process with `mine` writes.
     read_only: True: nothing is removed, and `save` raises an `Error`.
+    conf: the config of the run; some states of earlier versions need it.
 
   Raises:
     Error: `max_to_keep` is below 1.
@@ -184,7 +186,7 @@ def open(
       if round not in damaged:
         try:
           manifest = files.verified(path)
-          state, earlier = files.read(path, manifest, template)
+          state, earlier = files.read(path, manifest, template, conf)
           meta = json.loads((path / 'meta.json').read_text())
           return Restored(round, state, meta, notices, earlier)
         except files.Damage as e:

@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -161,9 +161,18 @@ def verified(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read(
-  path: pathlib.Path, manifest: dict[str, Any], template: Any
+  path: pathlib.Path,
+  manifest: dict[str, Any],
+  template: Any,
+  conf: Mapping[str, Any] | None = None,
 ) -> tuple[Any, bool]:
   """Reads the state of a checkpoint, with the template's types of leaves.
+
+  Args:
+    path: of the checkpoint.
+    manifest: its verified manifest.
+    template: a state of this run, or its shapes.
+    conf: the config of the run, for states of earlier versions.
 
   Returns:
     The state, and True if an earlier version wrote it in another structure.
@@ -174,7 +183,7 @@ def read(
   """
   try:
     earlier = versions.earlier_state(
-      template, [leaf['name'] for leaf in manifest['leaves']]
+      template, [leaf['name'] for leaf in manifest['leaves']], conf
     )
     if earlier is None:
       return _read(path, manifest, template), False

@@ -1,0 +1,144 @@
+"""DiLoCo and data-parallel training of a small model from random weights.
+
+Both train on the batches of `configs/pretrain_diloco.py`, in the same order: S
+batches for each worker and round. DiLoCo's workers take S steps of AdamW before
+they send their change. Data-parallel workers send their gradient after each
+batch, and one AdamW of the same settings steps with the mean. Losses are those
+of a fifth of the lines that nobody trains on.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+import platform
+import time
+from typing import Any
+
+import jax
+import optax
+import tables
+
+from fedjax_llm import aggregators, local, recipes, tree
+from fedjax_llm.run import config, experiment
+from fedjax_llm.run.sections import SPEC
+from fedjax_llm.types import Cohort
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+EVERY = 4  # rounds between evaluations
+
+
+def build(seed: int, rounds: int | None) -> experiment.Experiment:
+  """Returns the experiment of the config with this seed."""
+  path = f'{ROOT}/configs/pretrain_diloco.py'
+  words = ['--config', path, '--workdir', '-', f'--config.seed={seed}']
+  if rounds is not None:
+    words.append(f'--config.num_rounds={rounds}')
+  args = config.parse(
+    [
+      '--config',
+      f'{ROOT}/configs/pretrain_diloco.py',
+      '--workdir',
+      '-',
+      *words,
+    ],
+    SPEC,
+  )
+  return experiment.build(args.config, say=lambda text: None)
+
+
+def data_parallel(built: experiment.Experiment) -> Any:
+  """Returns rounds of one batch a worker: AdamW on the mean gradient."""
+  section = dict(built.conf['local'])
+  assert section.pop('name') == 'adamw'
+  # One step of SGD of rate 1 changes the weights by minus the gradient.
+  return recipes.fed_avg(
+    built.task.loss(built.loaded),
+    local.optimizer('sgd', 1.0),
+    aggregator=aggregators.uniform_mean(),
+    server=optax.adamw(**section),
+    fold=built.adapter.fold,
+  )
+
+
+def train(method: str, seed: int, rounds: int | None) -> dict[str, Any]:
+  """Trains one cell and returns its record."""
+  built = build(seed, rounds)
+  apart = method == 'data_parallel'
+  algorithm = data_parallel(built) if apart else built.method()
+  state = algorithm.init(built.round_key, built.initial)
+  step = jax.jit(algorithm.round)
+  examine = built.examiner(algorithm)
+  kept = tree.broadcast(
+    algorithm.init_client(state.params), len(built.owned)
+  )  # [N, ...]
+  num_rounds, sent, curve = built.settings.num_rounds, 0, []
+
+  def note(number: int) -> None:
+    values = examine(built.base, state.params, None, built.round_key)
+    curve.append(dict(round=number, loss=values['evals/new/loss']))
+
+  note(0)
+  for number in range(num_rounds):
+    cohort = built.assemble(number)[1]
+    for part in batches(cohort) if apart else [cohort]:
+      part = part._replace(states=tree.take(kept, part.ids))
+      state, states, info = step(state, part, built.base)
+      kept = jax.tree.map(lambda x, new: x.at[part.ids].set(new), kept, states)  # noqa: B023
+      sent += int(info.bytes_up[0].sum())
+    if (number + 1) % EVERY == 0 or number + 1 == num_rounds:
+      note(number + 1)
+  return dict(
+    method=method,
+    seed=seed,
+    steps=num_steps(cohort),
+    workers=len(cohort.ids),
+    bytes_sent=sent,
+    curve=curve,
+  )
+
+
+def num_steps(cohort: Cohort) -> int:
+  return jax.tree.leaves(cohort.batches)[0].shape[1]
+
+
+def batches(cohort: Cohort) -> list[Cohort]:
+  """Returns the cohort [K, S, ...] as S cohorts of one batch a client."""
+  one = lambda i: jax.tree.map(lambda x: x[:, i : i + 1], cohort.batches)
+  return [cohort._replace(batches=one(i)) for i in range(num_steps(cohort))]
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
+  parser.add_argument('--rounds', type=int, help="by default the config's")
+  parser.add_argument('--cells', type=int, help='train at most so many')
+  parser.add_argument('--table', action='store_true', help='train nothing')
+  args = parser.parse_args()
+  tables.CELLS.mkdir(parents=True, exist_ok=True)
+  todo = [
+    (tables.CELLS / f'{method}-{seed}.json', method, seed)
+    for seed in tables.SEEDS
+    for method in tables.METHODS
+  ]
+  todo = [cell for cell in todo if not cell[0].exists()]
+  for path, method, seed in todo[: 0 if args.table else args.cells]:
+    since = time.monotonic()
+    cell = train(method, seed, args.rounds)
+    cell |= dict(
+      seconds=round(time.monotonic() - since, 1),
+      date=f'{datetime.date.today()}',
+      machine=f'{platform.machine()}, CPU',
+    )
+    new = path.with_suffix('.tmp')
+    new.write_text(json.dumps(cell, indent=1) + '\n')
+    new.replace(path)
+    print(
+      f'{method}, seed {seed}: {cell["seconds"]:.0f} s, loss '
+      f'{cell["curve"][-1]["loss"]:.3f}',
+      flush=True,
+    )
+  print(tables.markdown(tables.read()))
+
+
+if __name__ == '__main__':
+  main()
