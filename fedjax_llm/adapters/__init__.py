@@ -47,8 +47,8 @@ from fedjax_llm.adapters.prompts import feature_attention as feature_attention
 from fedjax_llm.adapters.prompts import gated_context as gated_context
 from fedjax_llm.adapters.prompts import generated_context as generated_context
 from fedjax_llm.adapters.prompts import generated_prompt as generated_prompt
-from fedjax_llm.adapters.prompts import growing_pool as growing_pool
 from fedjax_llm.adapters.prompts import grouped_prompt as grouped_prompt
+from fedjax_llm.adapters.prompts import growing_pool as growing_pool
 from fedjax_llm.adapters.prompts import p_tuning as p_tuning
 from fedjax_llm.adapters.prompts import prefix as prefix
 from fedjax_llm.adapters.prompts import projected_prompt as projected_prompt
