@@ -25,7 +25,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     shows=('both', 'picture', 'text', 'both'),
   )
   config.partition = dict(name='natural')
-  config.population = dict(heldout_fraction=0.25)
+  config.population = dict(heldout_fraction=0.25, max_length=64)
 
   config.clients = dict(name='full')
   config.cohort = dict(num_steps=2 if smoke else 4, batch_size=8)

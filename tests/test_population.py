@@ -13,7 +13,6 @@ from fedjax_llm.data import population, tokenizers
 from fedjax_llm.data.sources import Record
 from fedjax_llm.types import Error
 
-
 BYTES = tokenizers.bytes()
 
 

@@ -34,7 +34,8 @@ PATH = pathlib.Path(__file__).parents[1] / 'configs' / 'methods.py'
 NAMES = runpy.run_path(str(PATH))['NAMES']
 # Their loss needs the statistics of nodes, or a network without some layers.
 OBSERVED = (
-  *('fed_amole', 'fed_biot', 'fed_l2p', 'fed_sp', 'offsite_tuning', 'sgpt'),
+  *('fed_amole', 'fed_biot', 'fed_l2p', 'fed_rs', 'fed_sp', 'offsite_tuning'),
+  *('sgpt',),
 )
 # Their local training is that of their task's loss.
 TASKS = ('fed_avg_grpo', 'fed_mkt')

@@ -12,11 +12,13 @@ import references_alignment as ref
 import tiny
 
 from fedjax_llm import adapters, data, local, models
+from fedjax_llm.adapters import peft
 from fedjax_llm.data import collate, encoding
+from fedjax_llm.local.grpo import rolled
 from fedjax_llm.models import families
 from fedjax_llm.models.files import load
 from fedjax_llm.run import preferences, reward_models, rewarded, tasks
-from fedjax_llm.types import Batch, Error, Example, LossSum, Pair
+from fedjax_llm.types import Batch, Error, Example, LossSum, Model, Pair
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 LENGTH = 24
@@ -267,6 +269,55 @@ def test_a_merged_reward_model_reads_as_the_adapter_that_made_it(folder):
   )
 
 
+def naming(config):
+  return (
+    dict(
+      module_name=lambda p, i: families.hf_module_name(p, i, config, part=True),
+      to_tensors=lambda leaves: families.to_checkpoint(leaves, config),
+      task_type='SEQ_CLS',
+    ),
+    dict(
+      path_of=lambda name: families.our_paths(name, config),
+      from_tensors=lambda w: families.from_checkpoint(w, config),
+    ),
+  )
+
+
+def test_an_adapter_takes_its_score_along(folder, tmp_path):
+  _, loaded, _, params = folder
+  saving, loading = naming(loaded.config)
+  peft.save(tmp_path / 'x', params, base_model='m', **saving)
+  again = peft.load(tmp_path / 'x', template=params, **loading)
+  jax.tree.map(np.testing.assert_array_equal, again, params)
+  raw = json.loads((tmp_path / 'x' / peft.CONFIG).read_text())
+  assert raw['modules_to_save'] == ['score'] and raw['task_type'] == 'SEQ_CLS'
+
+
+@pytest.mark.filterwarnings('ignore')  # those of torch are not ours
+def test_peft_computes_the_scores_of_our_adapter(folder, tmp_path):
+  torch = pytest.importorskip('torch')
+  theirs = pytest.importorskip('peft')
+  transformers = pytest.importorskip('transformers')
+  _, loaded, _, params = folder
+  saving, _ = naming(loaded.config)
+  models.save(tmp_path / 'base', loaded.config, loaded.base)
+  base = str(tmp_path / 'base')
+  peft.save(tmp_path / 'x', params, base_model=base, **saving)
+  model = theirs.PeftModel.from_pretrained(
+    transformers.AutoModelForSequenceClassification.from_pretrained(
+      base, dtype=torch.float32
+    ),
+    tmp_path / 'x',
+  ).eval()
+  tokens = np.arange(3, 27, dtype=np.int32)[None]
+  with torch.no_grad():
+    want = model(torch.asarray(tokens).long()).logits.numpy()
+  value = local.class_logits(loaded.model)(
+    loaded.base, params, texts(tokens, [LENGTH])
+  )
+  np.testing.assert_allclose(value, want, rtol=1e-4, atol=1e-5)
+
+
 def test_grpo_adds_the_score_of_prompt_and_reply(folder):
   path, reward, weights, _ = folder
   loaded = models.random(vocab_size=259)
@@ -293,6 +344,38 @@ def test_grpo_adds_the_score_of_prompt_and_reply(folder):
     text = collate.texts([whole], 24)([[whole]])
     want = 2 * float(score(weights, {}, text)[0]) + 0.5 * (i == 0)
     assert float(value[i]) == pytest.approx(want, rel=1e-3, abs=1e-4)
+
+
+def test_a_learned_reward_reaches_training_and_evaluation():
+  """With weights from the base: they are no constants of the program."""
+  model = Model(
+    hidden=lambda base, params, batch: jnp.zeros((*batch.tokens.shape, 2)),
+    logits=lambda base, params, hidden: jnp.zeros((*hidden.shape[:-1], 9)),
+  )
+  reply = jnp.array([[4, 2], [5, 6]])  # 2 ends a reply
+  learned = lambda base, batch: (
+    base['w'] * jnp.sum(jnp.where(batch.segments > 0, batch.tokens, 0), 1)
+  )
+  loss = local.Sampled(
+    model=model,
+    sample=lambda base, params, tokens, *rest, **more: reply[: len(tokens)],
+    rule=lambda replies: replies.ended.astype(jnp.float32),
+    stops=(2,),
+    learned=learned,
+  )
+  tokens = np.array([[7, 8, 3]])
+  batch = Batch(tokens, tokens == 3, np.ones_like(tokens), np.arange(3)[None])
+  base = {'w': 0.5}
+  want = [0.5 * (7 + 8 + 4 + 2) + 1, 0.5 * (7 + 8 + 5 + 6)]
+
+  @jax.jit
+  def both(base):
+    out = rolled(loss, base, {}, batch, tiny.KEY, group_size=2)
+    return out.reward, loss(base, {}, batch, tiny.KEY)
+
+  reward, sums = both(base)
+  np.testing.assert_allclose(reward, want)
+  assert (float(sums.total), float(sums.count)) == (-want[0], 1.0)
 
 
 def test_a_reward_model_with_other_tokens_is_refused(folder):

@@ -15,7 +15,7 @@ from fedjax_llm.adversary import malicious
 from fedjax_llm.aggregators import riders
 from fedjax_llm.nodes import LowRank
 from fedjax_llm.run import config, experiment, sections
-from fedjax_llm.types import Error, Masks, Uploads
+from fedjax_llm.types import Adapter, Error, Masks, Uploads
 
 KEY = jax.random.key(5)
 K, BAD = 9, (2, 6)
@@ -460,9 +460,7 @@ def test_the_section_adversary_reaches_the_round():
     'aggregator': {'name': 'bucketing', 'of': {'name': 'uniform_mean'}},
     'adversary': {'name': 'sign_flip', 'fraction': 0.4, 'scale': 7.0},
   }
-  adapter = experiment.Adapter(
-    lambda k, b: {}, lambda b, p: b, lambda b, p: (b, p)
-  )
+  adapter = Adapter(lambda k, b: {}, lambda b, p: b, lambda b, p: (b, p))
   build = lambda conf: experiment.algorithm(
     conf, loss=toy.loss, model=None, adapter=adapter, num_clients=5
   )

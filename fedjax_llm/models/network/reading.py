@@ -20,8 +20,8 @@ def last_token(
   >>> states = jnp.arange(3.0).reshape(1, 3, 1)
   >>> here = jnp.array([[1, 1, 0]])
   >>> batch = Batch(jnp.array([[5, 2, 0]]), None, here, None)
-  >>> last_token()(states, batch).tolist(), last_token(2)(states, batch).tolist()
-  ([[1.0]], [[0.0]])
+  >>> [last_token(n)(states, batch).tolist() for n in (None, 2)]
+  [[[1.0]], [[0.0]]]
   """
 
   def read(hidden: jax.Array, batch: Batch) -> jax.Array:
