@@ -66,6 +66,6 @@ ENTRY %main (x: f32[2,2]) -> f32[2,2] {
 def test_an_instruction_has_the_kind_of_its_work(monkeypatch, name, kind):
   monkeypatch.syspath_prepend(str(ROOT / 'scripts' / 'benchmarks'))
   monkeypatch.delitem(sys.modules, 'kinds', raising=False)
-  import kinds
+  import kinds  # pyright: ignore[reportMissingImports]
 
   assert kinds.kind(kinds.instructions(TEXT)[name]) == kind
