@@ -33,10 +33,10 @@ ROWS = ([2.5, -1.0, 0.0], [1, 1, 0])
 def folder(tmp_path):
   """A store of the earlier form at round 2, a part of it in its base."""
   kept = store.open(tmp_path / 'states', OLD, at_round=0)
-  kept.scatter([4], [True], ClientState(local=np.float32([2.5])))
+  kept.scatter([4], [True], ClientState(local=np.full(1, 2.5, np.float32)))
   kept.commit(1)
   kept.prune(1)
-  kept.scatter([7], [True], ClientState(local=np.float32([-1.0])))
+  kept.scatter([7], [True], ClientState(local=np.full(1, -1.0, np.float32)))
   kept.commit(2)
   return tmp_path / 'states'
 
@@ -95,7 +95,9 @@ def test_a_store_that_is_read_only_stays_as_it_is(folder):
   before = content()
   kept = open_at_2(folder, read_only=True)
   assert rows(kept) == ROWS and kept.seen().tolist() == [4, 7]
-  kept.scatter([9], [True], upgrade(ClientState(local=np.float32([3.0]))))
+  kept.scatter(
+    [9], [True], upgrade(ClientState(local=np.full(1, 3.0, np.float32)))
+  )
   assert rows(kept) == ([2.5, -1.0, 3.0], [1, 1, 1])
   with pytest.raises(Error, match='was opened to be read only'):
     kept.commit(3)
