@@ -143,6 +143,14 @@ def test_a_clients_nearest_texts_stand_before_its_prompts(monkeypatch):
   assert at('texts') == 0.75
 
 
+def test_a_prompt_that_fills_the_room_stays_as_it_is():
+  # It was cut from the left, so it does not begin with the start.
+  joined = evals.neighbours.joined
+  assert joined([[1, 5]], [6, 7, 8], start=[1], room=3) == ([6, 7, 8], 0)
+  assert joined([], [1, 7], start=[1], room=3) == ([1, 7], 0)
+  assert joined([[1, 5]], [1, 7], start=[1], room=3) == ([1, 5, 7], 1)
+
+
 def test_the_nearest_are_those_of_the_cosine():
   rng = np.random.default_rng(0)
   queries, pool = rng.normal(size=(5, 3)), rng.normal(size=(9, 3))

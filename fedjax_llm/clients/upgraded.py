@@ -30,7 +30,8 @@ def open(
   """Opens a store of the present form, or of an earlier one.
 
   A store of the earlier form is written anew at `at_round`, in a folder beside
-  it that then takes its place: if this is interrupted, the next call goes on.
+  it that then takes its place, and is removed only after that: if this is
+  interrupted, the next call goes on.
   All rows are in memory meanwhile, and other rounds are given up. A store that
   is read only stays as it is, and its rows are upgraded as they are read.
 
@@ -62,6 +63,7 @@ def open(
   """
   folder = pathlib.Path(directory)
   part = folder.with_name(folder.name + '.upgraded')
+  old = folder.with_name(folder.name + '.earlier')
   if mine and part.is_dir() and not folder.exists():  # it was interrupted
     if read_only:
       folder = part
@@ -70,6 +72,8 @@ def open(
         part.rename(folder)
   options: dict[str, Any] = dict(at_round=at_round, read_only=read_only)
   if not mine or _leaves(folder) != store.leaves(earlier):
+    if mine and not read_only and folder.exists():
+      shutil.rmtree(old, ignore_errors=True)
     return store.open(folder, template, mine=mine, **options)
   before = store.open(folder, earlier, at_round=at_round, read_only=True)
   if read_only:
@@ -84,8 +88,11 @@ def open(
       after.scatter(ids, np.ones(len(ids), bool), upgrade(before.gather(ids)))
     after.commit(at_round)
     del before
-    shutil.rmtree(folder)
+    # Renamed, not removed: a folder that is removed is damaged meanwhile.
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
     part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
   return store.open(folder, template, at_round=at_round)
 
 

@@ -59,7 +59,8 @@ def joined(
   """Returns tokens of texts before those of the last one, and their number.
 
   The tokens `start`, with which every text begins, stand once. Texts that do
-  not fit into `room` tokens are left out from the left.
+  not fit into `room` tokens are left out from the left; where none fits, the
+  last one stays as it is.
 
   >>> joined([[1, 5, 5], [1, 6]], [1, 7], start=[1], room=4)
   ([1, 6, 7], 1)
@@ -72,4 +73,4 @@ def joined(
     if len(start) + len(longer) > room:
       break
     kept, tokens = kept + 1, longer
-  return [*start, *tokens], kept
+  return ([*start, *tokens] if kept else list(last)), kept

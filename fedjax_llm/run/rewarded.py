@@ -66,7 +66,10 @@ def grpo(
     raise Error(f'task.temperature is {temperature}; it must be above 0.')
   scored = reward_model is not None and learned
   if not exact and not form and not scored:
-    raise Error('task.exact and task.form are 0: no reply has a reward.')
+    raise Error(
+      f'task.exact and task.form are 0, {reward_model=} and {learned=}: no '
+      'reply has a reward.'
+    )
   judges: dict[str, reward_models.Judge] = {}
 
   def judge(loaded: LoadedModel) -> reward_models.Judge:

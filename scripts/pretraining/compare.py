@@ -34,16 +34,7 @@ def build(seed: int, rounds: int | None) -> experiment.Experiment:
   words = ['--config', path, '--workdir', '-', f'--config.seed={seed}']
   if rounds is not None:
     words.append(f'--config.num_rounds={rounds}')
-  args = config.parse(
-    [
-      '--config',
-      f'{ROOT}/configs/pretrain_diloco.py',
-      '--workdir',
-      '-',
-      *words,
-    ],
-    SPEC,
-  )
+  args = config.parse(words, SPEC)
   return experiment.build(args.config, say=lambda text: None)
 
 
