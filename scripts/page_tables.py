@@ -90,6 +90,9 @@ def tables() -> dict[str, str]:
   arena = sorted((ROOT / 'scripts/trust/arena').glob('*.json'))
   return {
     'benchmark': bench.overview(_results('benchmarks/results.json')['regimes']),
+    'shared cores': bench.table(
+      _results('benchmarks/shared_cores.json')['regimes']
+    ),
     'aggregation': bench.aggregation(1024, aggregation['1024']),
     'rounding': bench.rounding(
       _results('benchmarks/rounding.json')['svd_round']

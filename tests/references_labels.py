@@ -45,7 +45,7 @@ def lp_fl(x, y, w, rate, threshold, soft, rounds):
       ends.append(own)
       weights.append(sum((target.sum(-1) > 0).sum() for target in q))
     total = sum(weights)
-    w = sum(n / total * end for n, end in zip(weights, ends))
+    w = sum((n / total * end for n, end in zip(weights, ends)), 0.0 * w)
     counts.append(weights)
   return w, np.array(counts)
 
@@ -78,5 +78,5 @@ def fed_rs(x, y, w, rate, alpha, by_counts, rounds):
           own -= rate * total / some
       ends.append(own)
       weights.append((labels >= 0).sum())
-    w = sum(n * end for n, end in zip(weights, ends)) / sum(weights)
+    w = np.average(ends, axis=0, weights=weights)
   return w

@@ -1,6 +1,7 @@
 """HePCo: a float64 loop of its server, and what clients train and send."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from fedjax_llm.recipes.images import hepco
 from fedjax_llm.types import Error
 
 N, FEW, STEPS = 2, 6, 2
-SETTINGS = dict(
+SETTINGS: dict[str, Any] = dict(
   generator_steps=STEPS, generator_rate=0.05, noise=2, hidden=(3, 3),
   steps=STEPS, rate=0.05, batch_size=FEW, replay=0.5, divergence=0.5,
   difference=0.1, rounds_per_task=1,
@@ -83,7 +84,7 @@ def served_by_hand(key, clients, counts, past=None, before=None):
   sides = [
     (clients, counts / np.maximum(counts.sum(0), 1).sum(), counts.sum(0))
   ]
-  if past is not None:
+  if past is not None and before is not None:
     sides.append(([past], (before > 0)[None].astype(float), before))
   made = []
   for name, (teachers, weights, labels) in zip(keys, sides):

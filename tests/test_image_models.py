@@ -296,9 +296,9 @@ def test_lora_of_a_network_of_images_goes_to_peft_and_back(tmp_path, name):
         np.float64(factors.pop(f'base_model.model.{module}.lora_{x}.weight'))
         for x in 'AB'
       )
-      change = np.float64(node.scale[layer]) * b @ a
-      theirs[f'{module}.weight'] = np.float32(
-        theirs[f'{module}.weight'] + change
+      change = float(node.scale[layer]) * np.matmul(b, a)
+      theirs[f'{module}.weight'] = np.asarray(
+        theirs[f'{module}.weight'] + change, np.float32
       )
   assert not factors  # every tensor of the file is of a module that torch has
   shutil.copytree(GOLDEN / name, tmp_path / 'model')

@@ -11,6 +11,7 @@ from fedjax_llm.models.network import layers
 from fedjax_llm.types import Batch, Model
 
 LENGTH, WIDTH, WORDS = 7, 4, 11
+KEY = jax.random.key(0)
 _rng = np.random.default_rng(0)
 TABLE = _rng.standard_normal((WORDS, WIDTH)).astype(np.float32)
 HEAD = _rng.standard_normal((WIDTH, WORDS)).astype(np.float32)
@@ -41,7 +42,7 @@ def plain(params):
 def ours(chunk_size=512):
   loss = fl.local.causal_lm(MODEL, chunk_size=chunk_size)
   base = jnp.asarray(TABLE), jnp.asarray(HEAD)
-  return jax.jit(lambda params: loss(base, params, BATCH, None).total)
+  return jax.jit(lambda params: loss(base, params, BATCH, KEY).total)
 
 
 @pytest.mark.parametrize('names', [('mix',), ('mix', 'head'), ('head',)])
@@ -105,7 +106,7 @@ def test_a_padded_state_that_is_no_number_leaves_the_gradient_alone():
   )
 
   def of(table):
-    total = lambda p: loss((jnp.asarray(table), HEAD), p, batch, None).total
+    total = lambda p: loss((jnp.asarray(table), HEAD), p, batch, KEY).total
     return jax.grad(total)({'shift': jnp.zeros(WIDTH)})['shift']
 
   assert mask[:, 1:].any()

@@ -619,7 +619,7 @@ def test_a_leaf_is_a_node_by_its_methods():
 def test_a_loss_with_statistics_is_compiled_as_any_other():
   loaded, batch = tiny(), texts([9], 12)
   loss = fl.local.causal_lm(loaded.model)
-  assert isinstance(loss, fl.local.Observed)
+  assert isinstance(loss, fl.local.Observed) and loss.with_statistics
   sums = jax.jit(loss)(loaded.base, {}, batch, KEY)
   both, statistics = jax.jit(loss.with_statistics)(loaded.base, {}, batch, KEY)
   np.testing.assert_allclose(sums.total, both.total, rtol=1e-6)

@@ -269,7 +269,7 @@ def test_a_merged_reward_model_reads_as_the_adapter_that_made_it(folder):
   )
 
 
-def naming(config):
+def naming(config) -> tuple[dict[str, Any], dict[str, Any]]:
   return (
     dict(
       module_name=lambda p, i: families.hf_module_name(p, i, config, part=True),

@@ -48,6 +48,7 @@ from fedjax_llm.adapters.prompts import gated_context as gated_context
 from fedjax_llm.adapters.prompts import generated_context as generated_context
 from fedjax_llm.adapters.prompts import generated_prompt as generated_prompt
 from fedjax_llm.adapters.prompts import grouped_prompt as grouped_prompt
+from fedjax_llm.adapters.prompts import growing_pool as growing_pool
 from fedjax_llm.adapters.prompts import p_tuning as p_tuning
 from fedjax_llm.adapters.prompts import prefix as prefix
 from fedjax_llm.adapters.prompts import projected_prompt as projected_prompt
@@ -81,6 +82,7 @@ __all__ = [
   'gated_context',
   'generated_context',
   'generated_prompt',
+  'growing_pool',
   'grouped_prompt',
   'heads',
   'hyper_adapter',

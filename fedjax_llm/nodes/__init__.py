@@ -58,4 +58,5 @@ from fedjax_llm.nodes.swayed import Swayed as Swayed
 from fedjax_llm.nodes.tensor_train import TensorTrain as TensorTrain
 from fedjax_llm.nodes.tiers import Tiers as Tiers
 from fedjax_llm.nodes.vera import Vera as Vera
+from fedjax_llm.nodes.visual_pool import GrowingPool as GrowingPool
 from fedjax_llm.nodes.visual_pool import VisualPool as VisualPool

@@ -166,6 +166,26 @@ def measured(run: Any) -> tuple[dict[str, list[float]], float]:
   return dict(sums), taken
 
 
+def of_torch() -> float | None:
+  """Returns PyTorch's rate of the same products, None without PyTorch."""
+  try:
+    import torch
+  except ImportError:
+    return None
+  rates = []
+  for m, k, n in peak.PRODUCTS:
+    x, y = torch.randn(m, k), torch.randn(k, n)
+    times = max(1, 2**30 // (m * k * n))
+    taken = []
+    for _ in range(5):
+      began = time.perf_counter()
+      for _ in range(times):
+        x @ y
+      taken.append(time.perf_counter() - began)
+    rates.append(2.0 * times * m * k * n / min(taken))
+  return max(rates)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(
     prog='scripts/benchmark kinds',
@@ -202,6 +222,8 @@ def main() -> None:
     f'GFLOP/s; the best product of this machine: {best / 1e9:.0f} GFLOP/s, '
     f'at which they would take {done / best:.3f} s.'
   )
+  if rate := of_torch():
+    print(f'The best product of PyTorch: {rate / 1e9:.0f} GFLOP/s.')
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ from fedjax_llm.adapters.prompts.classes import gated_context as gated_context
 from fedjax_llm.adapters.prompts.classes import (
   generated_context as generated_context,
 )
+from fedjax_llm.adapters.prompts.classes import growing_pool as growing_pool
 from fedjax_llm.adapters.prompts.classes import prompt_groups as prompt_groups
 from fedjax_llm.adapters.prompts.classes import visual_pool as visual_pool
 from fedjax_llm.adapters.prompts.classes import visual_prompt as visual_prompt

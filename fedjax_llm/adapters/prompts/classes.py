@@ -21,7 +21,7 @@ from fedjax_llm.nodes.scores import (
   Reweighted,
   Visual,
 )
-from fedjax_llm.nodes.visual_pool import VisualPool
+from fedjax_llm.nodes.visual_pool import GrowingPool, VisualPool
 from fedjax_llm.types import Adapter, Base, Error, Key
 
 # Of rows and queries, as in CoOp and in all methods here.
@@ -316,6 +316,57 @@ def visual_pool(
       rows=jax.random.uniform(keys[0], (size, length, width)),
       keys=jax.random.uniform(keys[1], (size, features(base))),
       head=draws.affine(keys[2], features(base), num_classes),
+    )
+    return {'scores': node}
+
+  return Adapter(start, merge, fold)
+
+
+def growing_pool(
+  size: int = 100, length: int = 8, num_classes: int = 2, num_tasks: int = 10
+) -> Adapter:
+  """Returns a pool whose prompts become active task by task.
+
+  Smith et al. 2023, arXiv 2211.13218 (CODA-Prompt); Bagwe et al. 2023, arXiv
+  2307.04869 (Fed-CPrompt). See `nodes.GrowingPool`. Prompts, keys and attention
+  start uniform in 0..1, as in the authors' program without a penalty of
+  orthogonality. The first size / num_tasks prompts are active.
+
+  Args:
+    size: N, the number of prompts.
+    length: Q, rows among the patches of every image.
+    num_classes: C of the task.
+    num_tasks: a divisor of N.
+
+  Raises:
+    Error: a size below one, tasks that do not divide the prompts; from `init`,
+      a base without two towers.
+
+  >>> start = lambda: growing_pool(6, 2, 5, 3).init(
+  ...   jax.random.key(0), sizes(4, 6, 2))
+  >>> node = jax.eval_shape(start)['scores']
+  >>> node.rows.shape, node.attention.shape, node.head.kernel.shape
+  ((6, 2, 6), (6, 2), (2, 5))
+  """
+  draws.at_least(
+    size=size, length=length, num_classes=num_classes, num_tasks=num_tasks
+  )
+  if size % num_tasks:
+    raise Error(
+      f'adapter.num_tasks is {num_tasks}, which does not divide '
+      f'adapter.size={size}.'
+    )
+
+  def start(key: Key, base: Base):
+    keys, common = jax.random.split(key, 4), features(base)
+    width = _kernel(base, 'visual').shape[0]
+    draw = lambda i, *shape: jax.random.uniform(keys[i], (size, *shape))
+    node = GrowingPool(
+      rows=draw(0, length, width),
+      keys=draw(1, common),
+      attention=draw(2, common),
+      head=draws.affine(keys[3], common, num_classes),
+      active=jnp.int32(size // num_tasks),
     )
     return {'scores': node}
 
