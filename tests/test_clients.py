@@ -350,6 +350,18 @@ def test_profiles_follow_their_clients():
   assert build(draw(4, 1, -1), 0).profiles['rank'].tolist() == [40, 10, 0]
 
 
+@pytest.mark.parametrize('profiles', [None, (), {'rank': np.arange(6)}])
+def test_the_tier_of_a_draw_is_a_profile(profiles):
+  sizes = dict(num_steps=1, batch_size=1, max_length=9)
+  drawn = draw(4, 1)._replace(tier=np.array([2, 2]))
+  build = cohorts.cohorts(population(), profiles=profiles, **sizes)
+  rows = build(drawn, 0).profiles
+  assert rows['tier'].tolist() == [2, 2]
+  assert set(rows) == {'tier', *(profiles or {})}
+  build = cohorts.cohorts(population(), profiles=np.arange(6) * 10, **sizes)
+  assert build(drawn, 0).profiles.tolist() == [40, 10]  # it has no names
+
+
 @pytest.mark.parametrize('packing', [False, True])
 @pytest.mark.parametrize('epochs', [None, 1, 2])
 @settings(max_examples=25, deadline=None)

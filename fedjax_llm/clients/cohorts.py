@@ -185,7 +185,8 @@ def cohorts(
       weight[valid] = 1
     held = () if profiles is None else profiles
     own = jax.tree.map(lambda x: np.asarray(x)[np.maximum(ids, 0)], held)
-    if draw.tier is not None and (held == () or isinstance(held, dict)):
+    named = isinstance(held, dict) or not jax.tree.leaves(held)
+    if draw.tier is not None and named:
       own = {**(own or {}), 'tier': np.asarray(draw.tier, np.int32)}
     return Cohort(
       ids=ids,

@@ -23,10 +23,12 @@ from fedjax_llm.recipes.averaging.fed_avg import fed_avg
 from fedjax_llm.recipes.composing import CLASSES, only
 from fedjax_llm.types import Error, FederatedAlgorithm, Loss, Params
 
-# What the config of each method changes.
+# What the config of each method changes. Of two texts, the histogram of a batch
+# would be their labels, and training would learn nothing else.
 NEEDS = {
   'c2a': {
     **CLASSES,
+    'cohort': dict(batch_size=16),
     'adapter': dict(
       name='c2a', size=4, modules_to_save=('pooler', 'classifier')
     ),

@@ -65,7 +65,7 @@ def sgpt(
       shared, head   <- sum_k w_k (...)_k
       groups         <- m groups + (1 - m) sum_k w_k groups_k
       key_g          <- m' key_g + (1 - m') sum_k r_kg key_kg,
-                        r_kg = c_kg / sum_k c_kg, or 1 / K for fewer than
+                        r_kg = c_kg / sum_k c_kg, or 1 / K for at most
                         `least` texts
 
   Deng et al. 2024, arXiv 2310.18285, where c_kg are the texts of client k in
@@ -81,7 +81,7 @@ def sgpt(
     momentum: m.
     key_momentum: m'.
     strength: of the term that pulls keys to texts.
-    least: below this many texts in a round a group's key is a plain mean.
+    least: up to this many texts in a round a group's key is a plain mean.
 
   Raises:
     Error: an aggregator or a scope in `parts`, a number out of range; from
