@@ -57,7 +57,8 @@ class Pool(NamedTuple):
   only from `Choice.distance`, the paper's second term of the loss. A row of a
   batch holds one text. In a causal model the query is the mean of the tokens
   before the first one that the loss predicts: the question of a reply, or the
-  first token of a plain text.
+  first token of a plain text. Generation asks with the whole request: the same
+  for chats, more than in training for plain texts.
 
   >>> node = Pool(jnp.ones((5, 2, 4)), jnp.ones((5, 4)), jnp.zeros(3, int))
   >>> node.length(), node.choose(jnp.ones((7, 6, 4)), None).rows.shape
