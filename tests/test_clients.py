@@ -1,6 +1,7 @@
 """Who takes part, with which batches, and what a client shares and keeps."""
 
 import doctest
+import functools
 import itertools
 
 import jax
@@ -352,13 +353,15 @@ def test_profiles_follow_their_clients():
 
 @pytest.mark.parametrize('profiles', [None, (), {'rank': np.arange(6)}])
 def test_the_tier_of_a_draw_is_a_profile(profiles):
-  sizes = dict(num_steps=1, batch_size=1, max_length=9)
+  make = functools.partial(
+    *(cohorts.cohorts, population()), num_steps=1, batch_size=1, max_length=9
+  )
   drawn = draw(4, 1)._replace(tier=np.array([2, 2]))
-  build = cohorts.cohorts(population(), profiles=profiles, **sizes)
+  build = make(profiles=profiles)
   rows = build(drawn, 0).profiles
   assert rows['tier'].tolist() == [2, 2]
   assert set(rows) == {'tier', *(profiles or {})}
-  build = cohorts.cohorts(population(), profiles=np.arange(6) * 10, **sizes)
+  build = make(profiles=np.arange(6) * 10)
   assert build(drawn, 0).profiles.tolist() == [40, 10]  # it has no names
 
 

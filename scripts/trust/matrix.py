@@ -39,36 +39,72 @@ def spelled(values: Sequence[float]) -> str:
 
 
 def table(cells: Sequence[Mapping[str, Any]]) -> str:
-  """Returns Markdown: a row a defence, a column an attack and a fraction."""
-  ordered = lambda field: list(dict.fromkeys(x[field] for x in cells))
-  columns = [
-    (attack, fraction)
-    for attack in ordered('attack')
-    for fraction in sorted({
-      x['fraction'] for x in cells if x['attack'] == attack
-    })
-  ]  # fmt: skip
-  head = [
-    name if name == 'none' else f'{name}, {fraction:.0%}'
-    for name, fraction in columns
-  ]
-  lines = [f'| held-out loss | {" | ".join(head)} |']
-  lines.append('|---' * (len(columns) + 1) + '|')
-  for defence in ordered('defence'):
-    row = []
-    for attack, fraction in columns:
-      some = [
-        x
-        for x in cells
-        if (x['defence'], x['attack'], x['fraction'])
-        == (defence, attack, fraction)
-      ]
-      text = spelled([x['loss'] for x in some]) if some else ''
-      if some and 'success' in some[0]:
-        text += f'; success {spelled([x["success"] for x in some])}'
-      row.append(text)
+  """Returns Markdown: losses and successes at the largest share of attackers.
+
+  Rows are defences, columns attacks. A second table follows where there are
+  smaller shares: its rows are attacks and shares, its columns defences.
+  """
+  most = max(x['fraction'] for x in cells)
+  main = [x for x in cells if x['fraction'] == most or x['attack'] == 'none']
+  attacks = _ordered(main, 'attack')
+  attacks.sort(key=lambda name: name != 'none')
+  lines = _titles('held-out loss', attacks)
+  for defence in _ordered(main, 'defence'):
+    row = [_loss(main, defence, attack) for attack in attacks]
     lines.append(f'| {defence} | {" | ".join(row)} |')
+  fooling = [x for x in attacks if _rates(main, None, x)]
+  if fooling:
+    lines += ['', *_titles('success of the attack', fooling)]
+    for defence in _ordered(main, 'defence'):
+      row = [_success(main, defence, attack) for attack in fooling]
+      if any(row):
+        lines.append(f'| {defence} | {" | ".join(row)} |')
+  few = [x for x in cells if x['fraction'] < most and x['attack'] != 'none']
+  if not few:
+    return '\n'.join(lines)
+  defences = _ordered(few, 'defence')
+  lines += ['', *_titles('attack and its share', defences)]
+  for attack in _ordered(few, 'attack'):
+    for share in sorted({x['fraction'] for x in cells}):
+      some = [x for x in cells if x['fraction'] == share and x['seed'] == 0]
+      row = []
+      for defence in defences:
+        text, rate = _loss(some, defence, attack), _rates(some, defence, attack)
+        row.append(f'{text}; success {rate[0]:.2f}' if rate else text)
+      if any(row):
+        lines.append(f'| {attack}, {share:.0%} | {" | ".join(row)} |')
   return '\n'.join(lines)
+
+
+def _ordered(cells: Sequence[Mapping[str, Any]], field: str) -> list[str]:
+  return list(dict.fromkeys(x[field] for x in cells))
+
+
+def _titles(first: str, names: Sequence[str]) -> list[str]:
+  return [f'| {first} | {" | ".join(names)} |', '|---' * (len(names) + 1) + '|']
+
+
+def _loss(cells, defence: str, attack: str) -> str:
+  losses = [
+    x['loss'] for x in cells if (x['defence'], x['attack']) == (defence, attack)
+  ]
+  return spelled(losses) if losses else ''
+
+
+def _rates(cells, defence: str | None, attack: str) -> list[float]:
+  """Returns the success rates of an attack, against all defences for None."""
+  return [
+    x['success']
+    for x in cells
+    if x['attack'] == attack
+    and defence in (None, x['defence'])
+    and 'success' in x
+  ]
+
+
+def _success(cells, defence: str, attack: str) -> str:
+  rates = _rates(cells, defence, attack)
+  return spelled(rates) if rates else ''
 
 
 def audited(summary: Mapping[str, Any]) -> str:
