@@ -86,7 +86,10 @@ def tables() -> dict[str, str]:
     _module('trust/matrix.py'),
     _module('privacy_cells/tables.py'),
   )
-  people = utility.read(ROOT / 'scripts/privacy_cells/small/cells')
+  epsilons = ['1', '3', '8', 'none']
+  people = lambda model: utility.markdown(
+    utility.read(ROOT / f'scripts/privacy_cells/{model}/cells'), epsilons
+  )
   arena = sorted((ROOT / 'scripts/trust/arena').glob('*.json'))
   return {
     'benchmark': bench.overview(_results('benchmarks/results.json')['regimes']),
@@ -104,7 +107,8 @@ def tables() -> dict[str, str]:
     'arena': trust.table([json.loads(file.read_text()) for file in arena]),
     'audit': trust.audited(_results('trust/audit.json')),
     'privacy_costs': trust.costs(_results('trust/costs.json')),
-    'privacy_utility': utility.markdown(people, ['1', '3', '8', 'none']),
+    'privacy_utility': people('smollm2'),
+    'privacy_utility_small': people('small'),
     'methods': methods.markdown(_results('methods_comparison/results.json')),
     'prompts': prompts.markdown(_results('vlm_comparison/results.json')),
     'pretraining': whole.markdown(whole.read()),
