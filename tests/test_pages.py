@@ -21,7 +21,8 @@ from fedjax_llm.run.sections import SPEC
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / 'fedjax_llm'
 FOLDERS = (
-  *('', 'colabs', 'configs', 'scripts', 'scripts/board', 'scripts/timing'),
+  *('', 'colabs', 'configs', 'configs/fields', 'scripts', 'scripts/board'),
+  'scripts/timing',
   'scripts/continual_runs',
 )
 PAGES = sorted(
