@@ -4,18 +4,21 @@ import doctest
 import importlib.util
 import json
 import pathlib
+import sys
 
 import pytest
 
 PATH = pathlib.Path(__file__).parents[1] / 'scripts' / 'cell_files.py'
 
 
-@pytest.fixture(scope='module')
-def cell_files():
+@pytest.fixture
+def cell_files(monkeypatch):
   spec = importlib.util.spec_from_file_location('cell_files', PATH)
   assert spec is not None and spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
+  # A script may have imported the same file: doctest asks this table.
+  monkeypatch.setitem(sys.modules, 'cell_files', module)
   return module
 
 

@@ -346,7 +346,7 @@ def copy(tmp_path, name='llama', **changes):
   'changes, words',
   [
     ({'architectures': ['MambaForCausalLM'], 'model_type': 'mamba'}, 'Mamba'),
-    ({'architectures': ['LlamaForSequenceClassification']}, 'LlamaForCausalLM'),
+    ({'architectures': ['LlamaForQuestionAnswering']}, 'LlamaForCausalLM'),
     ({'model_type': 'mistral'}, 'LlamaForCausalLM.*mistral'),
     ({'hidden_act': 'mish'}, "hidden_act='mish'"),
     ({'quantization_config': {'quant_method': 'x'}}, 'quantization_config'),

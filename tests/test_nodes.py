@@ -17,7 +17,7 @@ from fedjax_llm.models import tenants
 from fedjax_llm.models.network import decoding, layers, transformer
 from fedjax_llm.models.network.attention import Places, attention
 from fedjax_llm.nodes import protocol
-from fedjax_llm.types import Batch, Cohort, Error, Model
+from fedjax_llm.types import Batch, Cohort, Error
 
 KEY = jax.random.key(0)
 D, F, R = 6, 4, 2
@@ -320,7 +320,8 @@ def network(encoder=False, attention='blocked', **changes):
 
 
 def jitted(model):
-  return Model(*map(jax.jit, model))
+  parts = model._asdict().items()
+  return model._replace(**{name: jax.jit(f) for name, f in parts if f})
 
 
 NETWORKS = {

@@ -235,8 +235,8 @@ def test_llama3_dolly_is_planned_without_a_download(monkeypatch):
   assert f'{sent:.1f} MB' in line('up, a round')
   # 8 x 10 steps of 2,048 tokens; forwards, backwards and forwards again.
   done = float(line('operations, a round').split()[-1])
-  # Attention comes on top; what nobody reads again is not computed again.
-  assert 0.9 < done / (6 * 1.2358e9 * 8 * 10 * 2048) < 1.1
+  # Attention comes on top; logits and what nobody reads are not computed again.
+  assert 0.85 < done / (6 * 1.2358e9 * 8 * 10 * 2048) < 1.1
   seconds = float(line('a round, at least').split()[4])
   np.testing.assert_allclose(seconds, done / 197e12, rtol=0.01)
   assert 'not fit' not in told

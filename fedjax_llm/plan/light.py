@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_llm import adapters, local
-from fedjax_llm.nodes import Domains, Pictures, Reweighted, Towers
+from fedjax_llm.nodes import (
+  Domains,
+  GrowingPool,
+  Pictures,
+  Reweighted,
+  Towers,
+  VisualPool,
+)
 from fedjax_llm.types import (
   LossSum,
   Model,
@@ -52,12 +59,14 @@ def light(loss: Any) -> Any:
 def _no_towers(base: Any, params: Any, batch: Any) -> Towers:
   """Returns features of zeros, of the sizes that the trained node has."""
   del base
-  node = params['scores']
+  node = params.get('scores')  # some methods keep it apart
   size = 1
   if isinstance(node, Reweighted):
     size = node.first.kernel.shape[0]
   if isinstance(node, Domains):
     size = node.query.shape[0]
+  if isinstance(node, GrowingPool | VisualPool):
+    size = node.keys.shape[-1]
   one = lambda *lead: jnp.zeros((*lead, size))
   return Towers(
     lambda rows: one(1), lambda rows: Pictures(one(len(batch.label))), 1.0

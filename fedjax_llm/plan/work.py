@@ -240,6 +240,9 @@ def read(
   profiles: Any = ()
   if conf.get('profiles'):
     profiles = build('profiles', num_clients=N, seed=settings.seed)
+  drawn: Any = profiles  # those of a cohort, with what the sampler adds
+  if conf['clients']['name'] == 'tiered' and not hasattr(profiles, 'shape'):
+    drawn = {**dict(profiles), 'tier': np.zeros(N, np.int32)}
   method = lambda loss, model, mesh=None: experiment.algorithm(
     conf,
     loss=loss,
@@ -272,7 +275,7 @@ def read(
     ),
     weight=jax.ShapeDtypeStruct((K,), np.float32),
     valid=jax.ShapeDtypeStruct((K,), bool),
-    profiles=jax.tree.map(lambda x: stacked(np.asarray(x)[0]), profiles),
+    profiles=jax.tree.map(lambda x: stacked(np.asarray(x)[0]), drawn),
     states=jax.tree.map(stacked, newcomer),
   )
   if mesh is not None:  # the cohort of all rows
@@ -286,7 +289,7 @@ def read(
     _base(task, loaded),
     Sizes(K, m, S, B, T),
     kept,
-    profiles,
+    drawn,
     loaded,
     method(light(task.loss(loaded)), no_network(len(labels or ()))),
     filled,

@@ -112,8 +112,7 @@ def fed_cprompt(
 
     def total(base, params, batch, key) -> LossSum:
       del key
-      inner = {name: x for name, x in params.items() if name != 'scores'}
-      towers = seen(base, inner, batch)
+      towers = seen(base, params, batch)
       mine = params['scores']._replace(active=active)
       features = mine.features(towers)
       sums = class_names.summed(mine.classified(features), batch)
