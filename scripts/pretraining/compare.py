@@ -9,9 +9,9 @@ of a fifth of the lines that nobody trains on.
 
 import argparse
 import datetime
-import json
 import pathlib
 import platform
+import sys
 import time
 from typing import Any
 
@@ -25,6 +25,9 @@ from fedjax_llm.run.sections import SPEC
 from fedjax_llm.types import Cohort
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / 'scripts'))
+import cell_files  # noqa: E402 (beside the folder of this file)
+
 EVERY = 4  # rounds between evaluations
 
 
@@ -102,33 +105,32 @@ def batches(cohort: Cohort) -> list[Cohort]:
 def main() -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
   parser.add_argument('--rounds', type=int, help="by default the config's")
-  parser.add_argument('--cells', type=int, help='train at most so many')
+  parser.add_argument(
+    '--budget', type=float, help='minutes after which no cell is begun'
+  )
   parser.add_argument('--table', action='store_true', help='train nothing')
   args = parser.parse_args()
-  tables.CELLS.mkdir(parents=True, exist_ok=True)
-  todo = [
-    (tables.CELLS / f'{method}-{seed}.json', method, seed)
-    for seed in tables.SEEDS
-    for method in tables.METHODS
-  ]
-  todo = [cell for cell in todo if not cell[0].exists()]
-  for path, method, seed in todo[: 0 if args.table else args.cells]:
+  path_of = lambda cell: tables.CELLS / f'{cell[0]}-{cell[1]}.json'
+  cells = [(method, seed) for seed in tables.SEEDS for method in tables.METHODS]
+  todo = [] if args.table else cell_files.missing(cells, path_of)
+  budget, longest = cell_files.budget(args.budget), 0.0
+  while todo and budget.left() >= 0:
+    (method, seed), *todo = todo
     since = time.monotonic()
     cell = train(method, seed, args.rounds)
+    seconds = time.monotonic() - since
     cell |= dict(
-      seconds=round(time.monotonic() - since, 1),
+      seconds=round(seconds, 1),
       date=f'{datetime.date.today()}',
       machine=f'{platform.machine()}, CPU',
     )
-    new = path.with_suffix('.tmp')
-    new.write_text(json.dumps(cell, indent=1) + '\n')
-    new.replace(path)
-    print(
-      f'{method}, seed {seed}: {cell["seconds"]:.0f} s, loss '
-      f'{cell["curve"][-1]["loss"]:.3f}',
-      flush=True,
-    )
+    cell_files.save(path_of((method, seed)), cell)
+    longest = max(longest, seconds)
+    name = f'{method}, seed {seed}, loss {cell["curve"][-1]["loss"]:.3f}'
+    needed = longest * len(todo)
+    print(cell_files.line(name, seconds, len(todo), needed), flush=True)
   print(tables.markdown(tables.read()))
+  print(cell_files.unfinished(len(todo)))
 
 
 if __name__ == '__main__':
