@@ -19,6 +19,10 @@ def vectors(records):
   ]
 
 
+def too_few(records):
+  return np.ones((1, 2))
+
+
 def rows():
   return [
     {'group': 1, 'prompt': 'a', 'response': '4', 'who': 'ann'},
@@ -100,6 +104,10 @@ def test_examples_that_do_not_fit_are_left_out_the_farthest_first(
     ({'least_agreement': 2.0}, r'least_agreement=2.0; it must be from 0 to 1'),
     ({'num_samples': 2}, r'num_samples=2 at temperature 0 are all the same'),
     ({'embed': 'hashed'}, r"embed is|there is no 'hashed'"),
+    (
+      {'embed': 'test_demonstrations:too_few'},
+      r"embed='test_demonstrations:too_few' returned values of shape \[1, 2\]",
+    ),
   ],
 )
 def test_a_wrong_setting_of_demonstrations_is_named(

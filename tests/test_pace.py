@@ -39,6 +39,32 @@ def test_a_rate_is_measured_once_for_each_machine_and_dtype(cache):
   assert all(jax.devices()[0].device_kind in name for name in kept)
 
 
+def test_a_rate_measured_again_keeps_the_larger(cache):
+  rates = iter([100.0, 300.0, 50.0])
+  measured = lambda dtype: next(rates)
+  assert peaks.known('float32', measured) == 100.0
+  assert peaks.known('float32', measured, again=True) == 300.0
+  assert peaks.known('float32', measured, again=True) == 300.0
+  assert list(json.loads(cache.read_text()).values()) == [300.0]
+
+
+def test_a_round_faster_than_the_rate_measures_it_once_more():
+  asked = []
+
+  def rate(dtype, again=False):
+    asked.append(again)
+    return 1000.0 if again else 100.0
+
+  program = jax.make_jaxpr(lambda w: w @ w)(jnp.ones((4, 4)))  # 128 operations
+  one = pace.of(program, trips=1, rate=rate)
+  share = lambda seconds: one.measured(seconds, pace.Waits())[
+    'time/share_of_peak'
+  ]
+  assert share(2.0) == 0.64 and asked == [False]
+  assert share(1.0) == 0.128 and asked == [False, True]
+  assert share(0.1) == 1.28 and asked == [False, True]  # no third time
+
+
 DAMAGED = ['{', '[1]', '{"%s": "fast"}', '{"%s": -1}']
 
 

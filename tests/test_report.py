@@ -270,6 +270,11 @@ def test_a_private_run_tells_what_its_guarantee_does_not_cover(page, tmp_path):
     'differential privacy for each client, epsilon 2.5, delta 0.001' in text
   )
   assert ' '.join(limits.split()) in ' '.join(text.split())
+  for epsilon in (None, float('inf')):  # noise that is left out
+    record['epsilon'] = epsilon
+    (folder / 'privacy.json').write_text(json.dumps(record))
+    text = Page(report.page(folder)).text
+    assert 'no differential privacy: privacy.json has no epsilon' in text
 
 
 def test_losses_that_are_not_finite_are_worst_and_break_nothing(tmp_path):

@@ -1,5 +1,6 @@
 """Tables, replies side by side, and notices as sentences."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -182,7 +183,11 @@ def _guarantee(label: str, record: Mapping[str, Any]) -> str:
     if isinstance(record.get(name), int | float)
   )
   unit = f' for each {record["unit"]}' if 'unit' in record else ''
-  text = f'{label}: differential privacy{unit}, {figures}.'
+  epsilon = record.get('epsilon')
+  if isinstance(epsilon, int | float) and math.isfinite(epsilon):
+    text = f'{label}: differential privacy{unit}, {figures}.'
+  else:
+    text = f'{label}: no differential privacy: privacy.json has no epsilon.'
   if limits := record.get('not covered by the guarantee'):
     text += f' Not covered, and shown here in part: {limits}'
   return text

@@ -58,7 +58,7 @@ def of(
   *,
   trips: int,
   rows: int = 1,
-  rate: Callable[[Any], float | None] = peaks.known,
+  rate: Callable[..., float | None] = peaks.known,
 ) -> Pace:
   """Returns the `Pace` of a run.
 
@@ -68,19 +68,22 @@ def of(
     rows: device rows, over all processes, that train clients side by side;
       `program` counts the work of one.
     rate: operations per second of this process's devices by dtype, or None.
-      It is asked once for each dtype, at the first round. Other processes are
-      assumed to have the same devices.
+      It is asked once for each dtype, at the first round, and once more with
+      `again=True` after a round that is faster than it: then the rate was
+      measured on a busy machine. Other processes are assumed to have the same
+      devices.
   """
   flops = {
     kind: done * rows
     for kind, done in costs.operations(program, trips=trips).items()
   }
   known: dict[Any, float | None] = {}
+  again: dict[str, bool] = {}  # filled by a round that is faster than the rate
 
   def rate_of(dtype: Any) -> float:
     if dtype not in known:
       try:
-        known[dtype] = rate(dtype)
+        known[dtype] = rate(dtype, **again)
       except RuntimeError:  # no memory is left on the device
         known[dtype] = None
     here = known[dtype]
@@ -91,7 +94,12 @@ def of(
   def measured(seconds: float, waits: Waits) -> dict[str, float]:
     fields = {'time/waiting': sum(waits), 'time/checkpoint': waits.checkpoint}
     with contextlib.suppress(LookupError):
-      fields['time/share_of_peak'] = peaks.share(flops, seconds, rate_of)
+      share = peaks.share(flops, seconds, rate_of)
+      if share > 1 and not again:
+        again['again'] = True
+        known.clear()
+        share = peaks.share(flops, seconds, rate_of)
+      fields['time/share_of_peak'] = share
     memory = peaks.memory()
     if memory is not None:
       fields['time/memory'] = memory

@@ -66,21 +66,26 @@ def measure(
 
 
 def known(
-  dtype: Any, measured: Callable[[Any], float] = measure
+  dtype: Any,
+  measured: Callable[[Any], float] = measure,
+  *,
+  again: bool = False,
 ) -> float | None:
   """Returns the rate of `dtype` from the cache of this machine, or measures it.
 
   The cache is `peaks.json` in the cache folder (FEDJAX_LLM_CACHE, or
   ~/.cache/fedjax_llm), with one number for each kind of machine, kind and
   number of devices, and dtype. A file that cannot be read is written anew; one
-  that cannot be written is left. Remove it to measure again.
+  that cannot be written is left. Remove it to measure again, or set `again`,
+  which keeps the larger rate: a busy machine measures one too low.
   """
   file, name = path(), key(dtype)
   rates = _read(file)
   rate = rates.get(name)
-  if isinstance(rate, int | float) and rate > 0:
-    return float(rate)
-  rate = measured(dtype)
+  before = float(rate) if isinstance(rate, int | float) and rate > 0 else 0.0
+  if before and not again:
+    return before
+  rate = max(measured(dtype), before)
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_name(f'{FILE}.{os.getpid()}')

@@ -33,7 +33,7 @@ NEEDS = {
 class Tiers(NamedTuple):
   """The rule's state: the last parameters of every tier, and its rounds."""
 
-  params: Any  # [M, ...] float32
+  params: Any  # [M, ...]
   rounds: Any  # [M] int32
 
 

@@ -102,10 +102,25 @@ def embedding(name: str) -> Callable[[Sequence[Record]], Any]:
   It is 'hashed_words' (`data.drift.hashed_words`) or the import path of a
   function of records.
 
+  Raises:
+    Error: no such function; from the call, another number of vectors.
+
   >>> embedding('hashed_words')([Record(text='to be')]).shape
   (1, 256)
   """
   known = {'hashed_words': drift.hashed_words}
-  return builders.resolve_builder(
+  vectors_of = builders.resolve_builder(
     'evals.evaluators', name, known, 'evals.evaluators: embed'
   )
+
+  def checked(records: Sequence[Record]) -> np.ndarray:
+    vectors = np.asarray(vectors_of(records))
+    if vectors.ndim != 2 or len(vectors) != len(records):
+      raise Error(
+        f'evals.evaluators: embed={name!r} returned values of shape '
+        f'{list(vectors.shape)} for {len(records)} texts: they must be '
+        '[texts, E].'
+      )
+    return vectors
+
+  return checked
